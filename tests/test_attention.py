@@ -1,0 +1,165 @@
+"""Attention backends: the reference against plain float64 arithmetic, the others against the reference."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from vattn.attention import AttentionBackend, AttentionBatch, backends, choose, get
+from vattn.errors import ConfigError
+
+CPU = torch.device("cpu")
+
+# (query_lens, seq_lens): decode, whole prefill, chunked prefill, all mixed, and more queries than one masked block holds
+LENGTHS = {
+    "decode": ([1, 1, 1], [1, 17, 64]),
+    "prefill": ([5, 1, 33], [5, 1, 33]),
+    "chunk": ([4, 16], [9, 47]),
+    "mixed": ([1, 7, 12, 3], [40, 7, 29, 64]),
+    "long chunk": ([1100], [1300]),
+}
+
+
+def make_case(
+    query_lens: list[int],
+    seq_lens: list[int],
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    v_head_dim: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, AttentionBatch]:
+    """Random q, and k and v laid out token-major (K and V interleaved) with NaN in every row past a sequence's end."""
+    generator = torch.Generator().manual_seed(sum(seq_lens) + num_heads)
+    v_head_dim = head_dim if v_head_dim is None else v_head_dim
+    max_slots, max_seq_len = len(seq_lens) + 2, max(seq_lens) + 5
+    row = num_kv_heads * (head_dim + v_head_dim)
+    memory = torch.randn(max_slots, max_seq_len, row, generator=generator).to(device, dtype)
+    k = memory[..., : num_kv_heads * head_dim].unflatten(-1, (num_kv_heads, head_dim))
+    v = memory[..., num_kv_heads * head_dim :].unflatten(-1, (num_kv_heads, v_head_dim))
+    slots = torch.randperm(max_slots, generator=generator)[: len(seq_lens)].tolist()
+    for slot in range(max_slots):
+        memory[slot, seq_lens[slots.index(slot)] if slot in slots else 0 :] = float("nan")
+    q = torch.randn(sum(query_lens), num_heads, head_dim, generator=generator).to(device, dtype)
+    return q, k, v, AttentionBatch.build(slots, query_lens, seq_lens, device)
+
+
+def by_hand(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: AttentionBatch, scale: float, window: int | None
+) -> torch.Tensor:
+    """One query and one head at a time, in float64."""
+    out = torch.empty(q.shape[0], q.shape[1], v.shape[-1], dtype=torch.float64)
+    for i, (slot, query_len, seq_len) in enumerate(zip(batch.slots, batch.query_lens, batch.seq_lens, strict=True)):
+        for j in range(query_len):
+            token, row = batch.query_starts[i] + j, seq_len - query_len + j
+            rows = slice(0 if window is None else max(0, row - window + 1), row + 1)
+            for head in range(q.shape[1]):
+                kv_head = head // (q.shape[1] // k.shape[2])
+                scores = (k[slot, rows, kv_head].double() @ q[token, head].double()) * scale
+                weights = (scores - scores.max()).exp()
+                out[token, head] = weights @ v[slot, rows, kv_head].double() / weights.sum()
+    return out
+
+
+@pytest.mark.parametrize("window", [None, 1, 6])
+@pytest.mark.parametrize("lengths", ["decode", "prefill", "chunk", "mixed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_reference_is_the_formula(dtype: torch.dtype, lengths: str, window: int | None) -> None:
+    q, k, v, batch = make_case(*LENGTHS[lengths], num_heads=6, num_kv_heads=2, head_dim=10, v_head_dim=7, dtype=dtype)
+    out = get("reference")(q, k, v, batch, scale=0.3, window=window)
+    assert out.dtype == dtype
+    tolerance = 1e-12 if dtype == torch.float64 else 2e-6
+    torch.testing.assert_close(out.double(), by_hand(q, k, v, batch, 0.3, window), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("window", [None, 1, 6, 2000])
+@pytest.mark.parametrize("lengths", list(LENGTHS))
+@pytest.mark.parametrize(
+    ("num_heads", "num_kv_heads", "head_dim", "v_head_dim"),
+    [(4, 4, 16, 16), (9, 3, 64, 64), (6, 1, 80, 80), (2, 2, 5, 5), (8, 2, 33, 17)],
+)
+@pytest.mark.parametrize("backend", [b for b in backends() if b.name != "reference"], ids=lambda b: b.name)
+def test_backend_equals_reference(
+    backend: AttentionBackend,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    v_head_dim: int,
+    lengths: str,
+    window: int | None,
+) -> None:
+    if reason := backend.supports(CPU, torch.float32, head_dim):
+        pytest.skip(reason)
+    q, k, v, batch = make_case(*LENGTHS[lengths], num_heads, num_kv_heads, head_dim, v_head_dim)
+    scale = head_dim**-0.5
+    expected = get("reference")(q, k, v, batch, scale=scale, window=window)
+    torch.testing.assert_close(backend(q, k, v, batch, scale=scale, window=window), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lengths", list(LENGTHS))
+@pytest.mark.parametrize("backend", backends(), ids=lambda b: b.name)
+def test_backend_on_the_gpu(backend: AttentionBackend, lengths: str, dtype: torch.dtype) -> None:
+    device = torch.device("cuda")
+    if reason := backend.supports(device, dtype, 64):
+        pytest.skip(reason)
+    for window in (None, 6):
+        q, k, v, batch = make_case(*LENGTHS[lengths], 9, 3, 64, dtype=dtype, device=device)
+        out = backend(q, k, v, batch, scale=0.125, window=window)
+        on_host = AttentionBatch.build(batch.slots, batch.query_lens, batch.seq_lens, "cpu")
+        expected = get("reference")(*(x.cpu().float() for x in (q, k, v)), on_host, scale=0.125, window=window)
+        tolerance = 2e-5 if dtype == torch.float32 else 2e-2
+        torch.testing.assert_close(out.cpu().float(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_last_query_sees_every_row() -> None:
+    """Right-aligned: a chunk at the end of a sequence attends to all of its past, which a top-left mask would hide."""
+    k = torch.zeros(1, 8, 1, 4)
+    v = torch.arange(8.0)[None, :, None, None].expand(1, 8, 1, 4)
+    batch = AttentionBatch.build([0], [3], [8], "cpu")
+    expected = torch.tensor([sum(range(n)) / n for n in (6, 7, 8)])
+    for backend in backends():
+        out = backend(torch.zeros(3, 1, 4), k, v, batch, scale=1.0)
+        torch.testing.assert_close(out[:, 0, 0], expected, msg=backend.name)
+
+
+def test_batch_index_tensors() -> None:
+    batch = AttentionBatch.build([7, 2, 5], [1, 3, 2], [4, 3, 9], "cpu")
+    assert (batch.batch_size, batch.num_tokens, batch.max_query_len, batch.max_seq_len) == (3, 6, 3, 9)
+    assert batch.query_starts == (0, 1, 4, 6)
+    assert batch.slots_int32.tolist() == batch.slots_int64.tolist() == [7, 2, 5]
+    assert batch.cu_seqlens_q.tolist() == [0, 1, 4, 6]
+    assert batch.seq_lens_int32.tolist() == [4, 3, 9]
+    assert batch.token_slots.tolist() == [7, 2, 2, 2, 5, 5]
+    assert batch.token_positions.tolist() == [3, 0, 1, 2, 7, 8]
+    assert batch.last_tokens.tolist() == [0, 3, 5]
+    assert batch.cu_seqlens_q.dtype == batch.seq_lens_int32.dtype == torch.int32
+    assert batch.token_slots.dtype == torch.int64
+    assert batch.token_slots is batch.token_slots  # one upload for all layers
+
+
+@pytest.mark.parametrize(
+    ("slots", "query_lens", "seq_lens"),
+    [([], [], []), ([0], [1, 1], [1]), ([0, 0], [1, 1], [1, 1]), ([0], [0], [1]), ([0], [2], [1]), ([0], [1], [])],
+)
+def test_batch_refuses_what_disagrees(slots: list[int], query_lens: list[int], seq_lens: list[int]) -> None:
+    with pytest.raises(ConfigError):
+        AttentionBatch.build(slots, query_lens, seq_lens, "cpu")
+
+
+def test_registry() -> None:
+    for backend in backends():
+        assert isinstance(backend, AttentionBackend)
+        assert get(backend.name) is backend
+        assert backend.over_read_tokens >= 0
+        assert math.isfinite(backend.over_read_tokens)
+    assert choose("cpu", torch.float32, 64).name == "sdpa"
+    with pytest.raises(ConfigError, match="sdpa"):
+        get("nonesuch")
+    with pytest.raises(ConfigError, match="int8"):
+        choose("cpu", torch.int8, 64)

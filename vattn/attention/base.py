@@ -1,0 +1,173 @@
+"""What an attention backend is given, and what it must declare about itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from typing import Protocol, runtime_checkable
+
+import torch
+
+from ..errors import ConfigError
+
+__all__ = ["AttentionBackend", "AttentionBatch"]
+
+
+@dataclass(frozen=True)
+class AttentionBatch:
+    """Which tokens of which sequences one forward pass computes. Packed: no padding, prefill and decode alike.
+
+    The lengths are host integers, because the cache is grown on the host before the work is launched; kernels take them
+    from the tensors below, made on first use and kept, so that all layers of a pass share one upload.
+
+    Attributes:
+        slots: the cache slot of each sequence; no slot twice.
+        query_lens: new tokens of each sequence in this pass, at least 1.
+        seq_lens: K and V rows of each sequence *including* its new tokens, which are its last ``query_lens[i]`` rows.
+        device: where the index tensors live.
+
+    Raises:
+        ConfigError: lengths that disagree, or a slot listed twice.
+    """
+
+    slots: tuple[int, ...]
+    query_lens: tuple[int, ...]
+    seq_lens: tuple[int, ...]
+    device: torch.device
+
+    def __post_init__(self) -> None:
+        if not len(self.slots) == len(self.query_lens) == len(self.seq_lens) or not self.slots:
+            raise ConfigError(
+                f"expected one query length and one sequence length per slot and at least one slot, got "
+                f"{len(self.slots)} slots, {len(self.query_lens)} query lengths, {len(self.seq_lens)} sequence lengths"
+            )
+        if len(set(self.slots)) != len(self.slots):
+            raise ConfigError(f"expected every slot once, got {self.slots}")
+        for slot, query_len, seq_len in zip(self.slots, self.query_lens, self.seq_lens, strict=True):
+            if not 1 <= query_len <= seq_len:
+                raise ConfigError(f"slot {slot}: expected 1 <= query_len <= seq_len, got {query_len} and {seq_len}")
+
+    @classmethod
+    def build(
+        cls, slots: Sequence[int], query_lens: Sequence[int], seq_lens: Sequence[int], device: torch.device | str
+    ) -> AttentionBatch:
+        """The same from any sequences of integers."""
+        return cls(tuple(slots), tuple(query_lens), tuple(seq_lens), torch.device(device))
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.slots)
+
+    @property
+    def num_tokens(self) -> int:
+        """New tokens of all sequences: the length of the packed token axis."""
+        return self.query_starts[-1]
+
+    @property
+    def max_query_len(self) -> int:
+        return max(self.query_lens)
+
+    @property
+    def max_seq_len(self) -> int:
+        return max(self.seq_lens)
+
+    @cached_property
+    def query_starts(self) -> tuple[int, ...]:
+        """``batch_size + 1`` offsets into the packed token axis; sequence ``i`` owns ``[starts[i], starts[i + 1])``."""
+        return tuple(accumulate(self.query_lens, initial=0))
+
+    @cached_property
+    def slots_int32(self) -> torch.Tensor:
+        """``[batch]`` int32."""
+        return self._upload(self.slots, torch.int32)
+
+    @cached_property
+    def slots_int64(self) -> torch.Tensor:
+        """``[batch]`` int64."""
+        return self._upload(self.slots, torch.int64)
+
+    @cached_property
+    def cu_seqlens_q(self) -> torch.Tensor:
+        """``[batch + 1]`` int32: ``query_starts`` on the device."""
+        return self._upload(self.query_starts, torch.int32)
+
+    @cached_property
+    def seq_lens_int32(self) -> torch.Tensor:
+        """``[batch]`` int32."""
+        return self._upload(self.seq_lens, torch.int32)
+
+    @cached_property
+    def token_slots(self) -> torch.Tensor:
+        """``[num_tokens]`` int64: the slot of each packed token."""
+        host = [slot for slot, n in zip(self.slots, self.query_lens, strict=True) for _ in range(n)]
+        return self._upload(host, torch.int64)
+
+    @cached_property
+    def token_positions(self) -> torch.Tensor:
+        """``[num_tokens]`` int64: the row of each packed token in its sequence."""
+        host = [row for n, total in zip(self.query_lens, self.seq_lens, strict=True) for row in range(total - n, total)]
+        return self._upload(host, torch.int64)
+
+    @cached_property
+    def last_tokens(self) -> torch.Tensor:
+        """``[batch]`` int64: where each sequence's last new token lies on the packed token axis."""
+        return self._upload([end - 1 for end in self.query_starts[1:]], torch.int64)
+
+    def _upload(self, values: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        return torch.tensor(values, dtype=dtype, device=self.device)
+
+
+@runtime_checkable
+class AttentionBackend(Protocol):
+    """Causal attention over the cache's own views.
+
+    The views cover addresses with nothing behind them, and one read there ends the process. A backend therefore
+    declares how far it strays, and the cache keeps that many rows mapped.
+
+    Attributes:
+        name: the key in the registry.
+        over_read_tokens: rows past ``seq_len`` that the kernel may load.
+        masks_over_read: whether values lying in those rows (a NaN, say) can never reach an output.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def over_read_tokens(self) -> int: ...
+
+    @property
+    def masks_over_read(self) -> bool: ...
+
+    def supports(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+        """None when this backend can run there, else the reason why not, as a phrase."""
+        ...
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        batch: AttentionBatch,
+        *,
+        scale: float,
+        window: int | None = None,
+    ) -> torch.Tensor:
+        """Attention of the new tokens over their sequences.
+
+        Args:
+            q: ``[num_tokens, num_heads, head_dim]``, packed in the batch's order.
+            k: ``[max_slots, max_seq_len, num_kv_heads, head_dim]``, the cache's full view; the new rows are written.
+            v: ``[max_slots, max_seq_len, num_kv_heads, v_head_dim]``. Query head ``h`` reads KV head
+                ``h // (num_heads // num_kv_heads)``.
+            batch: slots and lengths.
+            scale: multiplies the scores, usually ``head_dim ** -0.5``.
+            window: sliding window in tokens, the query's own row included; None for all rows before it.
+
+        Returns:
+            ``[num_tokens, num_heads, v_head_dim]`` in q's dtype. The mask is causal with the queries right-aligned: the
+            last query of a sequence sees all of its ``seq_len`` rows.
+        """
+        ...

@@ -1,0 +1,53 @@
+"""Attention written out: the oracle that every other backend is tested against."""
+
+from __future__ import annotations
+
+import torch
+
+from .base import AttentionBatch
+
+__all__ = ["ReferenceAttention"]
+
+
+class ReferenceAttention:
+    """Scores, mask, softmax and weighted sum as the formula says, in float32 (float64 when the inputs are).
+
+    Materialises the scores of one sequence at a time, ``[num_heads, query_len, seq_len]``: for tests, not for speed.
+    """
+
+    name = "reference"
+    over_read_tokens = 0
+    masks_over_read = True
+
+    def supports(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+        return None if dtype.is_floating_point else f"expected a floating-point dtype, got {dtype}"
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        batch: AttentionBatch,
+        *,
+        scale: float,
+        window: int | None = None,
+    ) -> torch.Tensor:
+        """See :class:`vattn.attention.AttentionBackend`."""
+        compute_dtype = torch.promote_types(q.dtype, torch.float32)
+        out = q.new_empty(q.shape[0], q.shape[1], v.shape[-1])
+        for i, (slot, query_len, seq_len) in enumerate(zip(batch.slots, batch.query_lens, batch.seq_lens, strict=True)):
+            tokens = slice(batch.query_starts[i], batch.query_starts[i + 1])
+            group = q.shape[1] // k.shape[2]
+            queries = q[tokens].to(compute_dtype)
+            keys = k[slot, :seq_len].to(compute_dtype).repeat_interleave(group, dim=1)
+            values = v[slot, :seq_len].to(compute_dtype).repeat_interleave(group, dim=1)
+
+            scores = torch.einsum("qhd,khd->hqk", queries, keys) * scale
+            query_rows = torch.arange(seq_len - query_len, seq_len, device=q.device)[:, None]
+            key_rows = torch.arange(seq_len, device=q.device)[None, :]
+            hidden = key_rows > query_rows
+            if window is not None:
+                hidden |= key_rows <= query_rows - window
+            probabilities = scores.masked_fill(hidden, float("-inf")).softmax(dim=-1)
+            out[tokens] = torch.einsum("hqk,khd->qhd", probabilities, values).to(q.dtype)
+        return out

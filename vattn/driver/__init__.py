@@ -1,0 +1,84 @@
+"""Virtual-memory systems behind one interface. The only room that talks to one."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+
+import torch
+
+from ..errors import ConfigError, VattnError
+from .base import Driver, Fence
+from .cuda import CudaDriver, unavailable
+from .host import HostDriver
+from .host_memory import available_and_total_bytes
+
+__all__ = ["CudaDriver", "Driver", "DriverStatus", "Fence", "HostDriver", "open_driver", "probe"]
+
+
+def open_driver(device: str | torch.device) -> Driver:
+    """The driver for ``"cpu"``, ``"cuda"`` or ``"cuda:i"``.
+
+    Raises:
+        ConfigError: the device does not exist, or cannot be used here; says why.
+    """
+    if not sys.platform.startswith("linux"):
+        raise ConfigError(f"vattn runs on Linux only, not on {sys.platform}")
+    try:
+        resolved = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(f'device must be "cpu", "cuda" or "cuda:i", not {device!r}') from error
+    if resolved.type == "cpu":
+        return HostDriver()
+    if resolved.type == "cuda":
+        return CudaDriver(resolved)
+    raise ConfigError(f'device must be "cpu", "cuda" or "cuda:i", not {device!r}')
+
+
+@dataclass(frozen=True, slots=True)
+class DriverStatus:
+    """What ``vattn info`` says of a driver; ``reason`` is why it is not available."""
+
+    name: str
+    available: bool
+    reason: str | None = None
+    granularity_bytes: int | None = None
+    device: str | None = None
+    detail: dict[str, str] = field(default_factory=dict)
+
+
+def probe() -> list[DriverStatus]:
+    """The state of every driver on this machine."""
+    return [_probe_cuda(), _probe_host()]
+
+
+def _probe_host() -> DriverStatus:
+    if not sys.platform.startswith("linux"):
+        return DriverStatus("host", False, f"vattn runs on Linux only, not on {sys.platform}")
+    try:
+        driver = HostDriver()
+    except (OSError, VattnError) as error:
+        return DriverStatus("host", False, str(error))
+    available, total = available_and_total_bytes()
+    detail = {"available_bytes": str(available), "total_bytes": str(total)}
+    try:
+        return DriverStatus("host", True, None, driver.granularity_bytes, "cpu", detail)
+    finally:
+        driver.close()
+
+
+def _probe_cuda() -> DriverStatus:
+    if reason := unavailable():
+        return DriverStatus("cuda", False, reason)
+    try:
+        driver = CudaDriver(torch.device("cuda"))
+        free, total = driver.memory_info()
+    except (RuntimeError, VattnError) as error:
+        return DriverStatus("cuda", False, str(error))
+    detail = {
+        "name": torch.cuda.get_device_name(driver.device),
+        "available_bytes": str(free),
+        "total_bytes": str(total),
+        "num_devices": str(torch.cuda.device_count()),
+    }
+    return DriverStatus("cuda", True, None, driver.granularity_bytes, str(driver.device), detail)

@@ -1,0 +1,197 @@
+"""The interface every driver keeps, and the base class that checks, counts and logs each call."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Protocol, runtime_checkable
+
+import torch
+
+from ..stats import CallCounts, EventLog
+from .rules import Mapping, RuleBook
+
+
+@runtime_checkable
+class Fence(Protocol):
+    """A point in a stream's work.
+
+    Attributes:
+        stream: which stream, as a number; of two fences in one stream the later covers the earlier.
+    """
+
+    stream: int
+
+    def done(self) -> bool:
+        """Whether the work before the point has ended; never waits."""
+
+    def wait(self) -> None:
+        """Block the host until the work before the point has ended."""
+
+
+@runtime_checkable
+class Driver(Protocol):
+    """Virtual memory as the CUDA driver knows it. Every failed call raises ``DriverError`` and changes nothing.
+
+    Addresses and handles are ints, sizes are bytes. One driver belongs to one cache, whose lock guards it.
+
+    Attributes:
+        name: ``"cuda"`` or ``"host"``.
+        device: where tensors over its addresses live.
+        granularity_bytes: every size and address is a multiple of this.
+        default_page_bytes: the handle size to use when the user names none.
+        counts: calls that succeeded.
+        log: the newest calls.
+    """
+
+    name: str
+    device: torch.device
+    granularity_bytes: int
+    default_page_bytes: int
+    counts: CallCounts
+    log: EventLog
+
+    def reserve(self, size_bytes: int) -> int:
+        """Reserve addresses with nothing behind them; returns the first."""
+
+    def free_range(self, address: int, size_bytes: int) -> None:
+        """Give back a reservation, whole and with nothing mapped in it."""
+
+    def create(self, size_bytes: int) -> int:
+        """Take zeroed physical memory; returns its handle."""
+
+    def release(self, handle: int) -> None:
+        """Drop a handle; its memory is freed once it is mapped nowhere."""
+
+    def map(self, address: int, size_bytes: int, handle: int) -> None:
+        """Put a whole handle behind an address. Not accessible until ``set_access``."""
+
+    def set_access(self, address: int, size_bytes: int) -> None:
+        """Allow reads and writes on whole mapped handles."""
+
+    def unmap(self, address: int, size_bytes: int) -> None:
+        """Take away whole handles. Does **not** wait for work that may be using them."""
+
+    def zero(self, address: int, size_bytes: int) -> None:
+        """Fill with zeros, on the current stream."""
+
+    def copy(self, target: int, source: int, size_bytes: int) -> None:
+        """Copy between addresses, on the current stream."""
+
+    def fence(self) -> Fence | None:
+        """A fence behind everything submitted to the current stream, or None where work is never asynchronous."""
+
+    def order_after(self, fence: Fence) -> None:
+        """Make the current stream, not the host, wait for the fence."""
+
+    def synchronize(self) -> None:
+        """Block the host until all work on the device has ended; for the end of a cache's life only."""
+
+    def is_capturing(self) -> bool:
+        """Whether the current stream is being captured into a graph."""
+
+    def memory_info(self) -> tuple[int, int]:
+        """(available, total) bytes of the device's memory."""
+
+    def allocated_bytes(self) -> int | None:
+        """Physical memory as the system itself counts it for this driver; None where it cannot tell."""
+
+    def close(self) -> None:
+        """Drop what the driver keeps open. Idempotent; ``free_range`` still works afterwards."""
+
+
+class RuledDriver(ABC):
+    """Public calls: rule book first, then the system, then the books. Subclasses implement the underscored half."""
+
+    name: str
+    device: torch.device
+    granularity_bytes: int
+    default_page_bytes: int
+
+    def __init__(self) -> None:
+        self.counts = CallCounts()
+        self.log = EventLog()
+        self.book = RuleBook(self.granularity_bytes)
+
+    def reserve(self, size_bytes: int) -> int:
+        self.book.check_size("reserve", size_bytes)
+        address = self._reserve(size_bytes)
+        self.book.ranges[address] = size_bytes
+        self.log.add("reserve", address=address, size_bytes=size_bytes)
+        return address
+
+    def free_range(self, address: int, size_bytes: int) -> None:
+        self.book.check_free_range(address, size_bytes)
+        self._free_range(address, size_bytes)
+        del self.book.ranges[address]
+        self.log.add("free_range", address=address, size_bytes=size_bytes)
+
+    def create(self, size_bytes: int) -> int:
+        self.book.check_size("create", size_bytes)
+        handle = self._create(size_bytes)
+        self.book.add_handle(handle, size_bytes)
+        self.counts.num_create += 1
+        self.log.add("create", handle=handle, size_bytes=size_bytes)
+        return handle
+
+    def release(self, handle: int) -> None:
+        entry = self.book.check_release(handle)
+        self._release(handle, entry.size_bytes, still_mapped=entry.num_maps > 0)
+        self.book.release(handle)
+        self.counts.num_release += 1
+        self.log.add("release", handle=handle)
+
+    def map(self, address: int, size_bytes: int, handle: int) -> None:
+        self.book.check_map(address, size_bytes, handle)
+        self._map(address, size_bytes, handle)
+        self.book.map(address, size_bytes, handle)
+        self.counts.num_map += 1
+        self.log.add("map", address=address, size_bytes=size_bytes, handle=handle)
+
+    def set_access(self, address: int, size_bytes: int) -> None:
+        mappings = self.book.whole_mappings("set_access", address, size_bytes)
+        self._set_access(address, size_bytes)
+        for mapping in mappings:
+            mapping.accessible = True
+        self.counts.num_set_access += 1
+        self.log.add("set_access", address=address, size_bytes=size_bytes)
+
+    def unmap(self, address: int, size_bytes: int) -> None:
+        mappings = self.book.whole_mappings("unmap", address, size_bytes)
+        self._unmap(address, size_bytes)
+        for mapping in mappings:
+            self._forget(mapping)
+        self.counts.num_unmap += 1
+        self.log.add("unmap", address=address, size_bytes=size_bytes)
+
+    def zero(self, address: int, size_bytes: int) -> None:
+        self.book.check_accessible("zero", address, size_bytes)
+        self._zero(address, size_bytes)
+        self.counts.num_zero += 1
+
+    def copy(self, target: int, source: int, size_bytes: int) -> None:
+        self.book.check_accessible("copy", source, size_bytes)
+        self.book.check_accessible("copy", target, size_bytes)
+        self._copy(target, source, size_bytes)
+        self.counts.num_copy += 1
+
+    def _forget(self, mapping: Mapping) -> None:
+        self.book.unmap(mapping)
+
+    @abstractmethod
+    def _reserve(self, size_bytes: int) -> int: ...
+    @abstractmethod
+    def _free_range(self, address: int, size_bytes: int) -> None: ...
+    @abstractmethod
+    def _create(self, size_bytes: int) -> int: ...
+    @abstractmethod
+    def _release(self, handle: int, size_bytes: int, still_mapped: bool) -> None: ...
+    @abstractmethod
+    def _map(self, address: int, size_bytes: int, handle: int) -> None: ...
+    @abstractmethod
+    def _set_access(self, address: int, size_bytes: int) -> None: ...
+    @abstractmethod
+    def _unmap(self, address: int, size_bytes: int) -> None: ...
+    @abstractmethod
+    def _zero(self, address: int, size_bytes: int) -> None: ...
+    @abstractmethod
+    def _copy(self, target: int, source: int, size_bytes: int) -> None: ...

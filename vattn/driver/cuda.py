@@ -1,0 +1,166 @@
+"""CUDA virtual memory management through cuda-python, on the stock driver.
+
+Importing this module works without CUDA; ``unavailable()`` says why the driver cannot be opened here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from ..errors import ConfigError, DriverError
+from .base import Fence, RuledDriver
+
+try:
+    from cuda.bindings import driver as _cu
+except ImportError:  # pragma: no cover - the dependency is declared; this keeps the message below reachable
+    _cu = None
+
+
+@lru_cache(maxsize=1)
+def unavailable() -> str | None:
+    """Why there is no CUDA driver to use here, in words; None where there is one. Probed once per process."""
+    if _cu is None:
+        return "cuda-python is not installed: pip install cuda-python"
+    if torch.version.cuda is None:
+        return f"this PyTorch ({torch.__version__}) was built without CUDA"
+    try:
+        (result,) = _cu.cuInit(0)
+    except RuntimeError as error:  # cuda-python raises where libcuda is absent
+        return f"no NVIDIA driver: {error}"
+    if result != _cu.CUresult.CUDA_SUCCESS:
+        return f"cuInit failed with {result.name}"
+    if not torch.cuda.is_available():
+        return "PyTorch sees no CUDA device"
+    return None
+
+
+class CudaFence:
+    """An event behind the work submitted to a stream."""
+
+    __slots__ = ("_event", "stream")
+
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self.stream = stream.cuda_stream
+        self._event = torch.cuda.Event()
+        self._event.record(stream)
+
+    def done(self) -> bool:
+        return self._event.query()
+
+    def wait(self) -> None:
+        self._event.synchronize()
+
+    def order(self, stream: torch.cuda.Stream) -> None:
+        """Make ``stream``, not the host, wait for the fence; no work at all where it is the fence's own."""
+        if stream.cuda_stream != self.stream:
+            stream.wait_event(self._event)
+
+
+class CudaDriver(RuledDriver):
+    """Virtual memory of one CUDA device, in its primary context (the one PyTorch uses)."""
+
+    name = "cuda"
+
+    def __init__(self, device: torch.device) -> None:
+        if reason := unavailable():
+            raise ConfigError(f'device "{device}" is not available: {reason}')
+        count = torch.cuda.device_count()
+        index = torch.cuda.current_device() if device.index is None else device.index
+        if not 0 <= index < count:
+            raise ConfigError(f'device "{device}" does not exist: this machine has cuda:0 to cuda:{count - 1}')
+        torch.cuda.init()
+        torch.cuda.mem_get_info(index)  # makes the primary context
+        self.device = torch.device("cuda", index)
+        attribute = _cu.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED
+        if not _call("cuDeviceGetAttribute", attribute, _call("cuDeviceGet", index)):
+            raise ConfigError(f'device "{self.device}" does not support CUDA virtual memory management')
+        self._properties = _cu.CUmemAllocationProp()
+        self._properties.type = _cu.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
+        self._properties.location.type = _cu.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
+        self._properties.location.id = index
+        access = _cu.CUmemAccessDesc()
+        access.location = self._properties.location
+        access.flags = _cu.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
+        self._access = [access]
+        minimum = _cu.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
+        self.granularity_bytes = int(_call("cuMemGetAllocationGranularity", self._properties, minimum))
+        self.default_page_bytes = self.granularity_bytes
+        super().__init__()
+
+    # -- address ranges ------------------------------------------------------------------------------------------
+    def _reserve(self, size_bytes: int) -> int:
+        return int(_call("cuMemAddressReserve", size_bytes, 0, 0, 0))
+
+    def _free_range(self, address: int, size_bytes: int) -> None:
+        _call("cuMemAddressFree", address, size_bytes)
+
+    # -- handles -------------------------------------------------------------------------------------------------
+    def _create(self, size_bytes: int) -> int:
+        # Fresh handles read as zeros on every driver that we measured, those recycled within a process included;
+        # the conformance suite checks it.
+        return int(_call("cuMemCreate", size_bytes, self._properties, 0))
+
+    def _release(self, handle: int, size_bytes: int, still_mapped: bool) -> None:
+        _call("cuMemRelease", handle)
+
+    # -- mappings ------------------------------------------------------------------------------------------------
+    def _map(self, address: int, size_bytes: int, handle: int) -> None:
+        _call("cuMemMap", address, size_bytes, 0, handle, 0)
+
+    def _set_access(self, address: int, size_bytes: int) -> None:
+        _call("cuMemSetAccess", address, size_bytes, self._access, 1)
+
+    def _unmap(self, address: int, size_bytes: int) -> None:
+        _call("cuMemUnmap", address, size_bytes)
+
+    # -- data ----------------------------------------------------------------------------------------------------
+    def _zero(self, address: int, size_bytes: int) -> None:
+        with self._current_stream() as stream:
+            _call("cuMemsetD8Async", address, 0, size_bytes, stream)
+
+    def _copy(self, target: int, source: int, size_bytes: int) -> None:
+        with self._current_stream() as stream:
+            _call("cuMemcpyDtoDAsync", target, source, size_bytes, stream)
+
+    @contextmanager
+    def _current_stream(self) -> Iterator[int]:
+        """The device's current stream as a raw handle; a thread new to CUDA gets the primary context by this."""
+        with torch.cuda.device(self.device):
+            yield torch.cuda.current_stream().cuda_stream
+
+    # -- the rest of the interface -------------------------------------------------------------------------------
+    def fence(self) -> Fence | None:
+        return CudaFence(torch.cuda.current_stream(self.device))
+
+    def order_after(self, fence: Fence) -> None:
+        assert isinstance(fence, CudaFence)
+        fence.order(torch.cuda.current_stream(self.device))
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize(self.device)
+
+    def is_capturing(self) -> bool:
+        with torch.cuda.device(self.device):
+            return torch.cuda.is_current_stream_capturing()
+
+    def memory_info(self) -> tuple[int, int]:
+        return torch.cuda.mem_get_info(self.device)
+
+    def allocated_bytes(self) -> int | None:
+        return None  # the device's counters cover every process and PyTorch's own allocator
+
+    def close(self) -> None:
+        pass
+
+
+def _call(name: str, *arguments: Any) -> Any:
+    """Call a function of the driver API; its value, or ``DriverError``."""
+    result, *values = getattr(_cu, name)(*arguments)
+    if result != _cu.CUresult.CUDA_SUCCESS:
+        raise DriverError(name, result.name, out_of_memory=result == _cu.CUresult.CUDA_ERROR_OUT_OF_MEMORY)
+    return values[0] if values else None

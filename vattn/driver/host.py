@@ -1,0 +1,190 @@
+"""The operating system's own virtual memory: one memfd for the pages, one reservation of addresses, ``mmap`` between.
+
+Real pages and real faults on any Linux machine, so the allocator's tests are real without a GPU. Pages are committed
+when created (``fallocate``), so a shortage is an error there and never a SIGBUS at first touch, and punched out of the
+file when released, so the file's allocated blocks are the physical memory in use.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from ..errors import DriverError
+from .base import Fence, RuledDriver
+from .host_memory import available_and_total_bytes
+from .rules import Mapping
+
+# From Linux's uapi headers; the same on every architecture that PyTorch supports.
+_MAP_FIXED = 0x10
+_MAP_NORESERVE = 0x4000
+_FALLOC_FL_KEEP_SIZE = 0x01
+_FALLOC_FL_PUNCH_HOLE = 0x02
+_PROT_NONE = 0
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64]
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+_MAP_FAILED = ctypes.c_void_p(-1).value
+
+_RESERVED = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+_READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
+_RANGE_ALIGNMENT_BYTES = 2 << 20
+
+
+def _error(call: str) -> DriverError:
+    code = ctypes.get_errno()
+    name = errno.errorcode.get(code, str(code))
+    detail = os.strerror(code)
+    if code == errno.ENOMEM and call != "fallocate":
+        limit = Path("/proc/sys/vm/max_map_count").read_text().strip()
+        detail = (
+            f"the process has as many mappings as vm.max_map_count allows ({limit}); "
+            f"raise it (sysctl -w vm.max_map_count={2 * int(limit)}) or use a larger page_bytes"
+        )
+    return DriverError(call, name, detail, out_of_memory=code in (errno.ENOMEM, errno.ENOSPC))
+
+
+class HostDriver(RuledDriver):
+    """Virtual memory of the operating system (Linux). Handles are offsets into the memfd, plus one."""
+
+    name = "host"
+    default_page_bytes = 2 << 20
+
+    def __init__(self) -> None:
+        self.device = torch.device("cpu")
+        self.granularity_bytes = mmap.PAGESIZE
+        super().__init__()
+        self._fd = os.memfd_create("vattn", os.MFD_CLOEXEC)
+        self._end = 0
+        self._holes: dict[int, list[int]] = {}  # size -> offsets punched out, ready for the next handle of that size
+        self._spare = self._add_spare()
+
+    # -- address ranges ------------------------------------------------------------------------------------------
+    def _reserve(self, size_bytes: int) -> int:
+        wide = size_bytes + _RANGE_ALIGNMENT_BYTES
+        start = self._mmap(None, wide, _PROT_NONE, _RESERVED, -1, 0)
+        address = -(-start // _RANGE_ALIGNMENT_BYTES) * _RANGE_ALIGNMENT_BYTES
+        for surplus, length in ((start, address - start), (address + size_bytes, start + wide - address - size_bytes)):
+            if length:
+                self._munmap(surplus, length)
+        return address
+
+    def _free_range(self, address: int, size_bytes: int) -> None:
+        self._munmap(address, size_bytes)
+
+    # -- handles -------------------------------------------------------------------------------------------------
+    def _create(self, size_bytes: int) -> int:
+        holes = self._holes.get(size_bytes)
+        offset = holes[-1] if holes else self._end
+        try:
+            os.posix_fallocate(self._fd, offset, size_bytes)
+        except OSError as error:
+            ctypes.set_errno(error.errno or 0)
+            raise _error("fallocate") from error
+        if holes:
+            holes.pop()
+        else:
+            self._end += size_bytes
+        return offset + 1
+
+    def _release(self, handle: int, size_bytes: int, still_mapped: bool) -> None:
+        if not still_mapped:
+            self._punch(handle, size_bytes)
+
+    def _forget(self, mapping: Mapping) -> None:
+        super()._forget(mapping)
+        if mapping.handle not in self.book.handles:  # released earlier, and this was its last mapping
+            self._punch(mapping.handle, mapping.size_bytes)
+
+    def _punch(self, handle: int, size_bytes: int) -> None:
+        mode = _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE
+        if _libc.fallocate(self._fd, mode, handle - 1, size_bytes):
+            raise _error("fallocate")
+        self._holes.setdefault(size_bytes, []).append(handle - 1)
+
+    # -- mappings ------------------------------------------------------------------------------------------------
+    def _map(self, address: int, size_bytes: int, handle: int) -> None:
+        self._mmap(address, size_bytes, _PROT_NONE, mmap.MAP_SHARED | _MAP_FIXED, self._fd, handle - 1)
+
+    def _set_access(self, address: int, size_bytes: int) -> None:
+        if _libc.mprotect(address, size_bytes, _READ_WRITE):
+            raise _error("mprotect")
+
+    def _unmap(self, address: int, size_bytes: int) -> None:
+        flags = _RESERVED | _MAP_FIXED
+        try:
+            self._mmap(address, size_bytes, _PROT_NONE, flags, -1, 0)
+        except DriverError as error:
+            # At the limit of mappings even this call, which lowers their number, is refused: make room for it.
+            if not error.out_of_memory or not self._spare:
+                raise
+            self._drop_spare()
+            self._mmap(address, size_bytes, _PROT_NONE, flags, -1, 0)
+            self._spare = self._add_spare()
+
+    # -- data ----------------------------------------------------------------------------------------------------
+    def _zero(self, address: int, size_bytes: int) -> None:
+        ctypes.memset(address, 0, size_bytes)
+
+    def _copy(self, target: int, source: int, size_bytes: int) -> None:
+        ctypes.memmove(target, source, size_bytes)
+
+    # -- the rest of the interface -------------------------------------------------------------------------------
+    def fence(self) -> Fence | None:
+        return None
+
+    def order_after(self, fence: Fence) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+    def is_capturing(self) -> bool:
+        return False
+
+    def memory_info(self) -> tuple[int, int]:
+        return available_and_total_bytes()
+
+    def allocated_bytes(self) -> int | None:
+        """Allocated blocks of the memfd; 0 once closed."""
+        return os.fstat(self._fd).st_blocks * 512 if self._fd >= 0 else 0
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+            self._drop_spare()
+
+    # -- system calls --------------------------------------------------------------------------------------------
+    def _mmap(self, address: int | None, size_bytes: int, prot: int, flags: int, fd: int, offset: int) -> int:
+        result = _libc.mmap(address, size_bytes, prot, flags, fd, offset)
+        if result == _MAP_FAILED:
+            raise _error("mmap")
+        return result or 0
+
+    def _munmap(self, address: int, size_bytes: int) -> None:
+        if _libc.munmap(address, size_bytes):
+            raise _error("munmap")
+
+    def _add_spare(self) -> tuple[int, ...]:
+        """A few mappings of no use but to be given up when an ``unmap`` needs one at the limit."""
+        flags = mmap.MAP_SHARED | mmap.MAP_ANONYMOUS
+        spare: list[int] = []
+        with suppress(DriverError):  # at the limit already: unmap is tried without them
+            spare.extend(self._mmap(None, mmap.PAGESIZE, mmap.PROT_READ, flags, -1, 0) for _ in range(4))
+        return tuple(spare)
+
+    def _drop_spare(self) -> None:
+        spare, self._spare = self._spare, ()
+        for address in spare:
+            _libc.munmap(address, mmap.PAGESIZE)

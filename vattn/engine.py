@@ -1,0 +1,390 @@
+"""Requests in, tokens out: admit in arrival order, prefill, decode together, preempt when memory runs out."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from .attention import AttentionBackend, AttentionBatch, choose
+from .errors import ConfigError, OutOfPages, OutOfSlots
+from .kv_cache import KVCache
+from .layout import KVLayout, require_int
+from .ops.sampling import draw_uniforms, request_generator, sample, validate_sampling
+
+__all__ = ["Completion", "Engine", "EngineStats", "LanguageModel", "Request", "StepToken"]
+
+
+class LanguageModel(Protocol):
+    """What the engine asks of a model; ``vattn.models.Llama`` is one."""
+
+    @property
+    def config(self) -> Any:
+        """Has ``vocab_size``."""
+        ...
+
+    def __call__(
+        self, tokens: torch.Tensor, batch: AttentionBatch, cache: KVCache, attention: AttentionBackend
+    ) -> torch.Tensor:
+        """Packed tokens ``[num_tokens]`` int64 -> logits ``[batch, vocab_size]`` of each sequence's last."""
+        ...
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt and how to continue it.
+
+    Attributes:
+        prompt_tokens: at least one token id.
+        max_new_tokens: at least 1; the request ends with finish reason ``"length"`` when it has that many.
+        temperature: 0 takes the most likely token, anything above samples.
+        top_p: nucleus sampling; 1 keeps every token.
+        seed: of this request's own random numbers, so its tokens do not depend on what else is in the batch.
+        stop_tokens: ids that end the request with finish reason ``"stop"``; the stop token is its last token.
+    """
+
+    prompt_tokens: Sequence[int]
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    stop_tokens: Collection[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class StepToken:
+    """One new token; ``finish_reason`` is ``"stop"`` or ``"length"`` on a request's last, else None."""
+
+    request_id: int
+    token: int
+    finish_reason: str | None
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a request came to: its new tokens, and why it ended (``"stop"`` or ``"length"``)."""
+
+    request_id: int
+    tokens: tuple[int, ...]
+    finish_reason: str
+
+
+@dataclass
+class EngineStats:
+    """Counts and wall-clock seconds since the engine was made; a step counts until its tokens are on the host.
+
+    Attributes:
+        num_prefill_tokens: tokens computed in prefill steps, those recomputed after a preemption included.
+        num_decode_tokens: tokens produced by decode steps (a request's first comes from its prefill).
+        prefill_s, decode_s: seconds in those steps, mapping and sampling included.
+        num_prefill_steps, num_decode_steps: steps of either kind.
+        num_preemptions: how often a running sequence gave its memory back to be recomputed later.
+    """
+
+    num_prefill_tokens: int = 0
+    num_decode_tokens: int = 0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    num_prefill_steps: int = 0
+    num_decode_steps: int = 0
+    num_preemptions: int = 0
+
+
+@dataclass(eq=False)
+class _Sequence:
+    """A request under way. ``tokens[:num_cached]`` have their K and V in the cache."""
+
+    request_id: int
+    request: Request
+    generator: torch.Generator
+    tokens: list[int]
+    slot: int = -1
+    num_cached: int = 0
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.tokens) - len(self.request.prompt_tokens)
+
+
+class Engine:
+    """Runs many requests through one model and one cache.
+
+    A step is either the prefill of newly admitted requests or one decode step of all running ones. When a growing batch
+    runs out of pages, the youngest sequence gives its pages back and waits at the head of the queue; what it generated
+    is kept, and its K and V are recomputed when a sequence has finished. The engine releases every slot it acquired,
+    whatever is raised.
+
+    Args:
+        model: see ``LanguageModel``.
+        cache: where K and V go. Other users may hold slots of it.
+        attention: backend; None for the best one that runs on the cache's device.
+        max_prefill_tokens: tokens computed in one forward pass; a longer prompt is computed in chunks.
+        on_step: called once per step while every sequence that took part still holds its slot, for observing the cache.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        cache: KVCache,
+        attention: AttentionBackend | None = None,
+        *,
+        max_prefill_tokens: int = 2048,
+        on_step: Callable[[], None] | None = None,
+    ) -> None:
+        self.model = model
+        self.cache = cache
+        self.attention = attention or choose(cache.device, cache.layout.dtype, cache.layout.groups[0].head_dim)
+        self.max_prefill_tokens = require_int("max_prefill_tokens", max_prefill_tokens, 1)
+        self.stats = EngineStats()
+        self._on_step = on_step
+        self._waiting: deque[_Sequence] = deque()
+        self._running: list[_Sequence] = []  # in arrival order, because admission is
+        # Closed by a preemption until a sequence finishes: until then memory only gets tighter, and a sequence admitted
+        # again would be computed only to be preempted again.
+        self._admitting = True
+        self._next_id = 0
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a request is waiting or running."""
+        return bool(self._waiting or self._running)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    def submit(self, request: Request) -> int:
+        """Queue a request and return its id.
+
+        Raises:
+            ConfigError: a value out of range, or a request that this cache could not hold even alone.
+        """
+        self._check(request)
+        sequence = _Sequence(self._next_id, request, request_generator(request.seed), list(request.prompt_tokens))
+        self._next_id += 1
+        self._waiting.append(sequence)
+        return sequence.request_id
+
+    def step(self) -> list[StepToken]:
+        """Advance by one step and return its tokens, at most one per request; empty when there is nothing to do.
+
+        Raises:
+            OutOfPages, OutOfSlots: nothing of this engine's runs and not even the oldest request could start, because
+                others hold the memory. Requests stay queued; call again when memory is free.
+            BaseException: whatever else goes wrong, after every slot was released and every request dropped.
+        """
+        try:
+            return self._step()
+        except (OutOfPages, OutOfSlots):
+            if self._running:
+                self.abort()
+            raise
+        except BaseException:
+            self.abort()
+            raise
+
+    def generate(self, requests: Iterable[Request]) -> list[Completion]:
+        """Run requests to their end; completions in the order given.
+
+        Raises:
+            ConfigError: see ``submit``; before anything ran.
+            OutOfPages, OutOfSlots: see ``step``; the requests are dropped.
+        """
+        tokens: dict[int, list[int]] = {}
+        reasons: dict[int, str] = {}
+        try:
+            for request in requests:
+                tokens[self.submit(request)] = []
+            while self.has_work:
+                for new in self.step():
+                    tokens.setdefault(new.request_id, []).append(new.token)
+                    if new.finish_reason is not None:
+                        reasons[new.request_id] = new.finish_reason
+        except BaseException:
+            self.abort()
+            raise
+        return [Completion(request_id, tuple(new), reasons[request_id]) for request_id, new in tokens.items()]
+
+    def abort(self) -> None:
+        """Drop every request and release every slot."""
+        with ExitStack() as releases:  # runs them all, even if one raises
+            for sequence in self._running:
+                releases.callback(self.cache.release, sequence.slot)
+            self._running.clear()
+            self._waiting.clear()
+            self._admitting = True
+
+    # One step ---------------------------------------------------------------------------------------------------
+
+    def _step(self) -> list[StepToken]:
+        start = time.perf_counter()
+        stats = self.stats
+        if admitted := self._admit():
+            num_tokens = sum(len(sequence.tokens) for sequence in admitted)
+            new = self._prefill(admitted)
+            stats.num_prefill_steps += 1
+            stats.num_prefill_tokens += num_tokens
+            stats.prefill_s += time.perf_counter() - start
+            return new
+        if not self._running:
+            return []
+        new = self._decode()
+        stats.num_decode_steps += 1
+        stats.num_decode_tokens += len(new)
+        stats.decode_s += time.perf_counter() - start
+        return new
+
+    def _admit(self) -> list[_Sequence]:
+        """Give slots and pages to waiting sequences, oldest first, until something runs short."""
+        admitted: list[_Sequence] = []
+        num_tokens = 0
+        while self._waiting and (self._admitting or not self._running):
+            sequence = self._waiting[0]
+            num_tokens += len(sequence.tokens)
+            if admitted and num_tokens > self.max_prefill_tokens:
+                break
+            try:
+                sequence.slot = self.cache.acquire()
+                self._running.append(sequence)  # from here on `abort` releases it
+                self.cache.ensure(sequence.slot, len(sequence.tokens))
+            except (OutOfPages, OutOfSlots):
+                if sequence in self._running:
+                    self._release(sequence)
+                if not self._running:
+                    raise
+                break
+            self._waiting.popleft()
+            admitted.append(sequence)
+        return admitted
+
+    def _prefill(self, sequences: list[_Sequence]) -> list[StepToken]:
+        """Compute all tokens of newly admitted sequences, at most ``max_prefill_tokens`` a pass."""
+        last_logits: dict[int, torch.Tensor] = {}
+        pending = deque(sequences)
+        while pending:
+            work: list[tuple[_Sequence, int]] = []
+            room = self.max_prefill_tokens
+            while pending and room:
+                sequence = pending[0]
+                count = min(room, len(sequence.tokens) - sequence.num_cached)
+                room -= count
+                work.append((sequence, count))
+                if sequence.num_cached + count < len(sequence.tokens):
+                    break  # the rest of it is the next pass
+                pending.popleft()
+            logits = self._forward(work)
+            last_logits.update({sequence.slot: row for (sequence, _), row in zip(work, logits, strict=True)})
+        return self._finish_step(sequences, torch.stack([last_logits[sequence.slot] for sequence in sequences]))
+
+    def _decode(self) -> list[StepToken]:
+        """One token for every running sequence that keeps its memory."""
+        while True:
+            try:
+                self.cache.ensure_batch(
+                    [sequence.slot for sequence in self._running],
+                    [sequence.num_cached + 1 for sequence in self._running],
+                )
+                break
+            except OutOfPages:
+                self._preempt_youngest()
+                if not self._running:
+                    raise
+        running = list(self._running)
+        return self._finish_step(running, self._forward([(sequence, 1) for sequence in running]))
+
+    @torch.inference_mode()
+    def _forward(self, work: list[tuple[_Sequence, int]]) -> torch.Tensor:
+        """Compute the next ``count`` uncomputed tokens of each sequence -> logits ``[len(work), vocab_size]``."""
+        slots = [sequence.slot for sequence, _ in work]
+        counts = [count for _, count in work]
+        ends = [sequence.num_cached + count for sequence, count in work]
+        batch = AttentionBatch.build(slots, counts, ends, self.cache.device)
+        packed: list[int] = []
+        for (sequence, _), end in zip(work, ends, strict=True):
+            packed += sequence.tokens[sequence.num_cached : end]
+        tokens = torch.tensor(packed, dtype=torch.int64, device=self.cache.device)
+        with self.cache.step(slots):
+            logits = self.model(tokens, batch, self.cache, self.attention)
+        for (sequence, _), end in zip(work, ends, strict=True):
+            sequence.num_cached = end
+        return logits
+
+    def _finish_step(self, sequences: list[_Sequence], logits: torch.Tensor) -> list[StepToken]:
+        """Sample, record, and release the sequences that ended. ``logits``: ``[len(sequences), vocab_size]``."""
+        chosen = sample(
+            logits,
+            torch.tensor([sequence.request.temperature for sequence in sequences], dtype=torch.float64),
+            torch.tensor([sequence.request.top_p for sequence in sequences], dtype=torch.float64),
+            draw_uniforms([sequence.generator for sequence in sequences]),
+        ).tolist()
+        new: list[StepToken] = []
+        finished: list[_Sequence] = []
+        for sequence, token in zip(sequences, chosen, strict=True):
+            sequence.tokens.append(token)
+            reason = None
+            if token in sequence.request.stop_tokens:
+                reason = "stop"
+            elif sequence.num_generated >= sequence.request.max_new_tokens:
+                reason = "length"
+            if reason is not None:
+                finished.append(sequence)
+            new.append(StepToken(sequence.request_id, token, reason))
+        if self._on_step is not None:
+            self._on_step()
+        for sequence in finished:
+            self._release(sequence)
+            self._admitting = True
+        return new
+
+    def _preempt_youngest(self) -> None:
+        sequence = self._running[-1]
+        self._release(sequence)
+        sequence.num_cached = 0
+        self._waiting.appendleft(sequence)
+        self._admitting = False
+        self.stats.num_preemptions += 1
+
+    def _release(self, sequence: _Sequence) -> None:
+        self._running.remove(sequence)
+        self.cache.release(sequence.slot)
+
+    # Checks -----------------------------------------------------------------------------------------------------
+
+    def _check(self, request: Request) -> None:
+        validate_sampling(request.temperature, request.top_p)
+        max_new_tokens = require_int("max_new_tokens", request.max_new_tokens, 1)
+        if not len(request.prompt_tokens):
+            raise ConfigError("the prompt is empty; expected at least one token")
+        vocab_size = self.model.config.vocab_size
+        if not all(0 <= token < vocab_size for token in request.prompt_tokens):
+            wrong = next(token for token in request.prompt_tokens if not 0 <= token < vocab_size)
+            raise ConfigError(f"token {wrong} is not in the model's vocabulary of {vocab_size}")
+        layout = self.cache.layout
+        # The last new token is returned and never read, so it needs no row.
+        num_rows = len(request.prompt_tokens) + max_new_tokens - 1
+        if num_rows > layout.max_seq_len:
+            raise ConfigError(
+                f"a prompt of {len(request.prompt_tokens)} tokens and {max_new_tokens} new ones exceed the context of "
+                f"{layout.max_seq_len} tokens"
+            )
+        needed = bytes_for(layout, num_rows, self.cache.page_bytes)
+        if needed > self.cache.memory_limit:
+            raise ConfigError(
+                f"a prompt of {len(request.prompt_tokens)} tokens and {max_new_tokens} new ones need {needed} bytes of "
+                f"memory, the limit is {self.cache.memory_limit} bytes"
+            )
+
+
+def bytes_for(layout: KVLayout, num_rows: int, page_bytes: int) -> int:
+    """Physical bytes that one sequence of ``num_rows`` tokens takes, in whole pages."""
+    lanes = (lane for group in layout.groups for lane in layout.plan(group, 1, page_bytes).lanes)
+    return sum(-(-num_rows * lane.row_bytes // page_bytes) * page_bytes for lane in lanes)

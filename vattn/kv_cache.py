@@ -1,0 +1,377 @@
+"""``KVCache``: sequences in slots, K and V views at fixed addresses, pages mapped as sequences grow."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+
+import numpy as np
+import torch
+
+from .arguments import int_array, require_int
+from .backing import Backing
+from .driver import Driver, open_driver
+from .errors import ConfigError, OutOfSlots
+from .layout import KVLayout
+from .slots import LIVE, Slots
+from .stats import CacheStats, Event
+from .tensors import tensor_from_address
+
+__all__ = ["KVCache"]
+
+_DEFAULT_MEMORY_SHARE = 0.9
+
+
+class KVCache:
+    """The K and V of up to ``max_slots`` sequences, in tensors that never move.
+
+    A slot owns a fixed address range for ``layout.max_seq_len`` tokens; physical pages come as its sequence grows and
+    go when it is truncated or released. Every method is thread-safe; one that fails leaves everything as it was.
+
+    Args:
+        layout: shape of the model's K and V.
+        max_slots: sequences that can be live at once.
+        device: ``"cuda"``, ``"cuda:i"`` or ``"cpu"``.
+        memory_limit: bytes of physical memory; None: 90 % of what the device has free now.
+        page_bytes: size of a page, a multiple of the driver's granularity; None: the granularity on CUDA, 2 MiB on
+            the CPU.
+        driver: instead of the device's own; the cache closes it.
+
+    Raises:
+        ConfigError: an argument is wrong or the device is not available; says what would be accepted.
+    """
+
+    def __init__(
+        self,
+        layout: KVLayout,
+        max_slots: int,
+        device: str | torch.device = "cuda",
+        memory_limit: int | None = None,
+        *,
+        page_bytes: int | None = None,
+        driver: Driver | None = None,
+    ) -> None:
+        self._lock = threading.RLock()
+        self._slots_or_none: Slots | None = None
+        if not isinstance(layout, KVLayout):
+            raise ConfigError(f"layout must be a vattn.KVLayout, got {layout!r}")
+        self.layout = layout
+        self.max_slots = require_int("max_slots", max_slots, 1)
+        if memory_limit is not None:
+            memory_limit = require_int("memory_limit", memory_limit, 1)
+        if page_bytes is not None:
+            page_bytes = require_int("page_bytes", page_bytes, 1)
+        driver = driver or open_driver(device)
+        try:
+            self.page_bytes = _choose_page_bytes(driver, page_bytes)
+            self.memory_limit = _choose_memory_limit(driver, memory_limit, self.page_bytes)
+            self.device = driver.device
+            backing = Backing(driver, layout, self.max_slots, self.page_bytes, self.memory_limit)
+        except BaseException:
+            driver.close()
+            raise
+        self._k: dict[int, torch.Tensor] = {}
+        self._v: dict[int, torch.Tensor] = {}
+        # Views made in inference mode could not be written outside it.
+        with torch.inference_mode(False):
+            for reservation, plan in zip(backing.reservations, backing.plans, strict=True):
+                base = tensor_from_address(reservation.address, plan.size_bytes, layout.dtype, self.device, backing)
+                for views, tensors in ((self._k, plan.k), (self._v, plan.v)):
+                    for layer, tensor in tensors.items():
+                        views[layer] = base.as_strided(tensor.shape, tensor.strides, tensor.offset)
+        self._marks = np.zeros(self.max_slots, np.int64)  # scratch, to find a slot named twice
+        self._pid = os.getpid()
+        self._slots_or_none = Slots(backing, driver, self.max_slots, layout.max_seq_len)
+
+    # -- sequences -----------------------------------------------------------------------------------------------
+    def acquire(self, slot: int | None = None) -> int:
+        """Take a slot for a new, empty sequence: the lowest free one, or the one named.
+
+        Raises:
+            OutOfSlots: none is free, or the one named is not.
+            ConfigError: there is no such slot.
+        """
+        with self._lock:
+            slots = self._slots
+            if slot is None:
+                slot = slots.find_free()
+                if slot is None:
+                    raise OutOfSlots(f"all {self.max_slots} slots belong to sequences; release one, or raise max_slots")
+            else:
+                slot = require_int("slot", slot, 0, self.max_slots - 1)
+                if not slots.is_free(slot):
+                    raise OutOfSlots(f"slot {slot} belongs to a sequence; release it first, or take another")
+            slots.start(slot)
+            return slot
+
+    def ensure(self, slot: int, seq_len: int) -> None:
+        """Back rows ``[0, seq_len)`` of a slot; new rows are private and writable. Never shrinks.
+
+        Rows that no one wrote since the slot was acquired read as zeros.
+
+        Raises:
+            OutOfPages: the pages it takes do not fit in the memory limit.
+            ConfigError: the slot is not live; ``seq_len`` is negative or beyond ``layout.max_seq_len``; a shared page
+                must be copied while a step is open on the slot; or a page must be mapped during graph capture.
+        """
+        with self._lock:
+            slots = self._slots
+            slot = self._live(slot)
+            seq_len = require_int("seq_len", seq_len, 0, self.layout.max_seq_len)
+            if seq_len > slots.reach[slot]:
+                slots.grow([(slot, seq_len)])
+            elif seq_len > slots.seq_len[slot]:
+                slots.seq_len[slot] = seq_len
+
+    def ensure_batch(self, slots: Sequence[int] | np.ndarray, seq_lens: Sequence[int] | np.ndarray) -> None:
+        """``ensure`` for many slots at once, all or nothing. Sequences or int64 arrays of one length.
+
+        Raises:
+            OutOfPages, ConfigError: as ``ensure``; ConfigError too when a slot is named twice.
+        """
+        with self._lock:
+            state = self._slots
+            index, rows = self._live_batch(slots), int_array("seq_lens", seq_lens)
+            if index.shape != rows.shape:
+                raise ConfigError(f"slots and seq_lens must be of one length, got {index.size} and {rows.size}")
+            if not index.size:
+                return
+            if rows.min() < 0 or rows.max() > self.layout.max_seq_len:
+                wrong = rows[(rows < 0) | (rows > self.layout.max_seq_len)][0]
+                raise ConfigError(f"seq_lens must be at least 0 and at most {self.layout.max_seq_len}, got {wrong}")
+            short = np.flatnonzero(rows > state.reach[index])
+            if short.size:
+                state.grow(list(zip(index[short].tolist(), rows[short].tolist(), strict=True)))
+            state.seq_len[index] = np.maximum(state.seq_len[index], rows)
+
+    def fork(self, slot: int, seq_len: int | None = None, into: int | None = None) -> int:
+        """A new slot whose first ``seq_len`` rows (None: all) are those of ``slot``, sharing every whole page of them.
+
+        Args:
+            into: the free slot to use; None: any.
+
+        Raises:
+            OutOfSlots, OutOfPages: as ``acquire`` and ``ensure``.
+            ConfigError: ``seq_len`` is negative or beyond the slot's own.
+        """
+        with self._lock:
+            slots = self._slots
+            slot = self._live(slot)
+            rows = self._rows_of("fork", slot, slots.seq_len[slot] if seq_len is None else seq_len)
+            child = self.acquire(into)
+            try:
+                if rows:
+                    slots.fork(slot, child, rows)
+            except BaseException:
+                slots.end(child)
+                raise
+            return child
+
+    def truncate(self, slot: int, seq_len: int) -> None:
+        """Shorten a sequence and give back every whole page past it.
+
+        Raises:
+            ConfigError: ``seq_len`` is negative or beyond the slot's own.
+        """
+        with self._lock:
+            slots = self._slots
+            slot = self._live(slot)
+            slots.truncate(slot, self._rows_of("truncate", slot, seq_len))
+
+    def release(self, slot: int) -> None:
+        """End a sequence. Its slot is free at once; while a step is open on it, when that step's work has ended."""
+        with self._lock:
+            self._slots.end(self._live(slot))
+
+    def make_writable(self, slot: int, start: int, end: int) -> None:
+        """Give the slot private copies of the shared pages under rows ``[start, end)``.
+
+        Raises:
+            OutOfPages: no pages for the copies.
+            ConfigError: the rows are not within ``[0, seq_len(slot))``, or a step is open on the slot.
+        """
+        with self._lock:
+            slots = self._slots
+            slot = self._live(slot)
+            start, end = require_int("start", start, 0), self._rows_of("make_writable", slot, end)
+            if start > end:
+                raise ConfigError(f"start must be at most end, got {start} and {end}")
+            slots.make_writable(slot, start, end)
+
+    def seq_len(self, slot: int) -> int:
+        """Rows backed on request."""
+        with self._lock:
+            return int(self._slots.seq_len[self._live(slot)])
+
+    # -- tensors -------------------------------------------------------------------------------------------------
+    def k(self, layer: int) -> torch.Tensor:
+        """K of every slot, ``[max_slots, max_seq_len, num_kv_heads, head_dim]``, at a fixed address.
+
+        For kernels that take lengths. Rows that ``ensure`` did not back have nothing behind them: an operation over the
+        whole view, printing included, kills the process. ``rows`` is the safe way.
+        """
+        return self._view(self._k, layer)
+
+    def v(self, layer: int) -> torch.Tensor:
+        """V of every slot, ``[max_slots, max_seq_len, num_kv_heads, v_head_dim]``; the same caution as for ``k``."""
+        return self._view(self._v, layer)
+
+    def rows(self, slot: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(k, v) of one sequence, each ``[seq_len, num_kv_heads, head_dim]``; safe for every torch operation.
+
+        Valid until the sequence is truncated or released.
+        """
+        with self._lock:
+            rows = self.seq_len(slot)
+            return self.k(layer)[slot, :rows], self.v(layer)[slot, :rows]
+
+    # -- launching work ------------------------------------------------------------------------------------------
+    @contextmanager
+    def step(self, slots: Sequence[int] | np.ndarray) -> Iterator[None]:
+        """Bracket the launch of work on some slots: ``with cache.step(slots): graph.replay()``.
+
+        No page of these slots is unmapped or given away before the work that the block submits to its current stream
+        has ended. The current stream first waits for what this cache gave other streams to do on these slots.
+        """
+        with self._lock:
+            state = self._slots
+            state.refuse_capture("step() itself")
+            entered = self._live_batch(slots).tolist()
+            state.work.enter(entered)
+        try:
+            yield
+        finally:
+            with self._lock:
+                state.work.leave(entered)
+                state.finish_deferred(wait=False)
+
+    # -- looking -------------------------------------------------------------------------------------------------
+    def stats(self) -> CacheStats:
+        """A snapshot of what the cache has reserved, mapped and used."""
+        with self._lock:
+            return self._slots.stats(self.layout.bytes_per_token)
+
+    def events(self) -> tuple[Event, ...]:
+        """The newest driver calls, oldest first."""
+        with self._lock:
+            return self._slots.driver.log.snapshot()
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError where slots, pages or the system's own count of them do not agree."""
+        with self._lock:
+            self._slots.check_integrity()
+
+    # -- memory and the end --------------------------------------------------------------------------------------
+    def trim(self, keep_bytes: int = 0) -> int:
+        """Give free pages back to the driver, but for ``keep_bytes`` of them. Returns the bytes given back."""
+        with self._lock:
+            slots = self._slots
+            keep_bytes = require_int("keep_bytes", keep_bytes, 0)
+            slots.finish_deferred(wait=False)
+            return slots.backing.pool.trim(keep_bytes)
+
+    def close(self) -> None:
+        """Wait for the work on the device, then free every page. Idempotent; later use raises ConfigError.
+
+        The addresses stay reserved until the last tensor over them dies.
+
+        Raises:
+            ConfigError: a step is open.
+            DriverError: something could not be freed; calling ``close`` again tries what is left.
+        """
+        with self._lock:
+            if self._slots_or_none is None:
+                return
+            slots = self._slots
+            if slots.work.any_open:
+                raise ConfigError("close() inside step(): leave the step first")
+            self._k.clear()
+            self._v.clear()
+            try:
+                slots.backing.close()
+            finally:
+                if slots.backing.closed:
+                    self._slots_or_none = None
+
+    def __enter__(self) -> KVCache:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._slots_or_none is None else f"device={self.device}, page_bytes={self.page_bytes}"
+        return f"KVCache({self.layout!r}, max_slots={self.max_slots}, {state})"
+
+    # -- checking arguments --------------------------------------------------------------------------------------
+    @property
+    def _slots(self) -> Slots:
+        slots = self._slots_or_none
+        if slots is None:
+            raise ConfigError("this KVCache is closed; open a new one")
+        if os.getpid() != self._pid:
+            raise ConfigError("this KVCache belongs to the process that opened it; open one of its own after fork")
+        return slots
+
+    def _view(self, views: dict[int, torch.Tensor], layer: int) -> torch.Tensor:
+        try:
+            return views[layer]
+        except (KeyError, TypeError):
+            self._slots  # noqa: B018 - says so where the cache is closed
+            raise ConfigError(f"layer must be one of {list(self.layout.layers)}, got {layer!r}") from None
+
+    def _live(self, slot: int) -> int:
+        slot = require_int("slot", slot, 0, self.max_slots - 1)
+        if self._slots.state[slot] != LIVE:
+            raise ConfigError(f"slot {slot} holds no sequence: acquire it first")
+        return slot
+
+    def _live_batch(self, slots: Sequence[int] | np.ndarray) -> np.ndarray:
+        index = int_array("slots", slots)
+        if not index.size:
+            return index
+        if index.min() < 0 or index.max() >= self.max_slots:
+            wrong = index[(index < 0) | (index >= self.max_slots)][0]
+            raise ConfigError(f"slots must be at least 0 and at most {self.max_slots - 1}, got {wrong}")
+        live = self._slots.state[index] == LIVE
+        if not live.all():
+            raise ConfigError(f"slot {index[~live][0]} holds no sequence: acquire it first")
+        order = np.arange(index.size)
+        self._marks[index] = order
+        twice = self._marks[index] != order
+        if twice.any():
+            raise ConfigError(f"slot {index[twice][0]} is listed twice")
+        return index
+
+    def _rows_of(self, operation: str, slot: int, seq_len: int) -> int:
+        rows = require_int("seq_len", seq_len, 0)
+        if rows > self._slots.seq_len[slot]:
+            raise ConfigError(
+                f"{operation}: slot {slot} has {self._slots.seq_len[slot]} rows, fewer than {rows}; ensure them first"
+            )
+        return rows
+
+
+def _choose_page_bytes(driver: Driver, page_bytes: int | None) -> int:
+    granularity = driver.granularity_bytes
+    if page_bytes is None:
+        return driver.default_page_bytes
+    if page_bytes % granularity:
+        raise ConfigError(
+            f"page_bytes must be a multiple of the {driver.name} driver's {granularity}, got {page_bytes}"
+        )
+    return page_bytes
+
+
+def _choose_memory_limit(driver: Driver, memory_limit: int | None, page_bytes: int) -> int:
+    if memory_limit is None:
+        available, _ = driver.memory_info()
+        memory_limit = int(available * _DEFAULT_MEMORY_SHARE)
+    if memory_limit < page_bytes:
+        raise ConfigError(f"memory_limit must be at least one page of {page_bytes} bytes, got {memory_limit}")
+    return memory_limit

@@ -1,0 +1,265 @@
+"""Which slot holds what, how long it is, and when its pages may go. Arguments are checked by ``kv_cache``."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+
+import numpy as np
+
+from .backing import Backing, Growth
+from .driver import Driver
+from .errors import ConfigError, DriverError, OutOfPages
+from .ordering import WorkTracker
+from .stats import CacheStats
+from .undo import Undo
+
+FREE, LIVE, RETIRED = 0, 1, 2  # retired: released while a step is open on it, or its pages could not go yet
+
+
+class Slots:
+    """The slots of one cache. Guarded by the cache's lock.
+
+    Attributes:
+        state: per slot, FREE, LIVE or RETIRED.
+        seq_len: per slot, rows backed on request.
+        reach: per slot, rows that it can grow to without a driver call: mapped, private, and no one else's data.
+    """
+
+    def __init__(self, backing: Backing, driver: Driver, max_slots: int, max_seq_len: int) -> None:
+        self.backing = backing
+        self.driver = driver
+        self.work = WorkTracker(driver)
+        self.max_seq_len = max_seq_len
+        self.state = np.zeros(max_slots, np.int8)
+        self.seq_len = np.zeros(max_slots, np.int64)
+        self.reach = np.zeros(max_slots, np.int64)
+        self.num_oom = 0
+        self._to_shrink: set[int] = set()  # live slots that were truncated while a step was open on them
+
+    def with_state(self, state: int) -> list[int]:
+        return np.flatnonzero(self.state == state).tolist()
+
+    # -- taking and ending ---------------------------------------------------------------------------------------
+    def find_free(self) -> int | None:
+        """The lowest free slot; waits for retired ones only if there is no other."""
+        free = np.flatnonzero(self.state == FREE)
+        if not free.size and self.finish_deferred(wait=True):
+            free = np.flatnonzero(self.state == FREE)
+        return int(free[0]) if free.size else None
+
+    def is_free(self, slot: int) -> bool:
+        if self.state[slot] == RETIRED:
+            self.finish_deferred(wait=True)
+        return bool(self.state[slot] == FREE)
+
+    def start(self, slot: int) -> None:
+        self.state[slot] = LIVE
+        self.seq_len[slot] = self.reach[slot] = 0
+
+    def end(self, slot: int) -> None:
+        if self.work.is_open(slot):
+            self.state[slot] = RETIRED
+            self._to_shrink.discard(slot)
+        else:
+            self._shrink_now(slot, 0)
+            self.state[slot] = FREE
+        self.seq_len[slot] = self.reach[slot] = 0
+
+    # -- growing -------------------------------------------------------------------------------------------------
+    def grow(self, requests: list[tuple[int, int]]) -> None:
+        """Back the rows of (slot, seq_len) pairs, all or nothing; new rows private, old rows as they are."""
+        targets = [(slot, int(self.seq_len[slot]), rows, int(self.seq_len[slot])) for slot, rows in requests]
+        self._with_reclaim(self._try_grow, targets)
+        for slot, rows in requests:
+            self.seq_len[slot] = rows
+            self._measure_reach(slot)
+
+    def make_writable(self, slot: int, start: int, end: int) -> None:
+        """Copy the shared pages under rows ``[start, end)``, whole as far as the sequence goes."""
+        self._with_reclaim(self._try_grow, [(slot, start, end, int(self.seq_len[slot]))])
+
+    def _try_grow(self, targets: list[tuple[int, int, int, int]]) -> None:
+        growth = Growth()
+        for slot, start, end, keep_rows in targets:
+            self.backing.growth(slot, start, end, keep_rows, growth)
+        if not growth.num_pages:
+            return
+        self.refuse_capture("mapping a page")
+        for slot in growth.slots_with_shared:
+            if self.work.is_open(slot):
+                raise ConfigError(
+                    f"rows of slot {slot} share a page with another sequence and need a private copy, which cannot be "
+                    "made while a step is open on the slot: call ensure or make_writable before step"
+                )
+        if growth.slots_with_shared:
+            for slot in growth.slots_with_shared:
+                self.work.wait(slot)
+            self.work.wait_for_current_stream()
+        with self._transaction([slot for slot, *_ in targets]) as undo:
+            submitted = self.backing.grow(growth, undo)
+        for slot, _, end, _ in targets:
+            self.backing.note_end(slot, end)
+        if growth.shared:
+            self.work.copied([slot for slot, *_ in targets])
+        elif submitted:
+            self.work.submitted([slot for slot, *_ in targets])
+
+    def fork(self, parent: int, child: int, rows: int) -> None:
+        """Make an empty live slot share the parent's first rows."""
+        self.refuse_capture("fork")
+        self.work.order_current_stream([parent])
+        self._with_reclaim(self._try_alias, parent, child, rows)
+        self.seq_len[child] = rows
+        self._measure_reach(child)
+
+    def _try_alias(self, parent: int, child: int, rows: int) -> None:
+        with self._transaction([]) as undo:
+            submitted = self.backing.alias(parent, child, rows, undo)
+        self.backing.note_end(child, rows)
+        if submitted:
+            self.work.copied([parent, child])
+
+    # -- giving back ---------------------------------------------------------------------------------------------
+    def truncate(self, slot: int, rows: int) -> None:
+        if self.work.is_open(slot):
+            self.seq_len[slot] = self.reach[slot] = rows
+            self._to_shrink.add(slot)
+        else:
+            self._shrink_now(slot, rows)
+            self.seq_len[slot] = rows
+            self._measure_reach(slot)
+
+    def _measure_reach(self, slot: int) -> None:
+        self.reach[slot] = min(self.backing.private_rows(slot, int(self.seq_len[slot])), self.max_seq_len)
+
+    def _shrink_now(self, slot: int, rows: int) -> None:
+        if self.backing.has_pages_past(slot, rows):
+            self.refuse_capture("unmapping a page")
+            self.work.wait(slot)
+            self.work.wait_for_current_stream()
+            with self._transaction([slot]) as undo:
+                taken = self.backing.shrink(slot, rows, undo)
+            self.backing.finish_shrink(slot, rows, taken)
+        self._to_shrink.discard(slot)
+
+    def finish_deferred(self, wait: bool) -> bool:
+        """Take the pages of slots that were released or truncated inside a step, where that step's work has ended.
+
+        Args:
+            wait: block for work that was submitted (never for a step that is still open), and raise what fails; else
+                leave for later whatever cannot be done at once.
+
+        Returns:
+            Whether anything was taken.
+        """
+        found = False
+        for slot in (*self.with_state(RETIRED), *tuple(self._to_shrink)):
+            if self.work.is_open(slot) or not (wait or self.work.done(slot)):
+                continue
+            try:
+                self._shrink_now(slot, int(self.seq_len[slot]))
+            except DriverError:
+                if wait:
+                    raise
+                continue
+            if self.state[slot] == RETIRED:
+                self.state[slot] = FREE
+            else:
+                self._measure_reach(slot)
+            found = True
+        return found
+
+    # -- all or nothing ------------------------------------------------------------------------------------------
+    def _with_reclaim(self, attempt: Callable[..., None], *arguments: object) -> None:
+        """Run ``attempt``; out of pages, run it once more if pages could be had from released or truncated slots."""
+        try:
+            if self.backing.has_strays:
+                self.backing.clear_strays()
+            try:
+                attempt(*arguments)
+            except OutOfPages:
+                if not self.finish_deferred(wait=True):
+                    raise
+                attempt(*arguments)
+        except OutOfPages:
+            self.num_oom += 1
+            raise
+        except DriverError as error:
+            if not error.out_of_memory:
+                raise
+            self.num_oom += 1
+            pool = self.backing.pool
+            raise OutOfPages(
+                f"the system ran out of what mapping pages takes: {error}; {pool.physical_bytes} bytes are taken, "
+                f"memory_limit is {pool.limit_bytes} bytes",
+                free_bytes=pool.num_available * pool.page_bytes,
+                limit_bytes=pool.limit_bytes,
+            ) from error
+
+    def _transaction(self, slots: Iterable[int]) -> Undo:
+        return Undo(lambda: self._resync(slots))
+
+    def _resync(self, slots: Iterable[int]) -> None:
+        """After an undo that failed itself: cut the sequences to the rows that are still backed."""
+        for slot in slots:
+            self.seq_len[slot] = min(int(self.seq_len[slot]), self.backing.backed_rows(slot))
+            self.reach[slot] = self.seq_len[slot]
+
+    def refuse_capture(self, what: str) -> None:
+        if self.driver.is_capturing():
+            raise ConfigError(
+                f"{what} cannot be part of a graph: call ensure, fork, truncate and release before capture"
+            )
+
+    # -- looking -------------------------------------------------------------------------------------------------
+    def stats(self, bytes_per_token: int) -> CacheStats:
+        """Counts and bytes, as ``CacheStats`` defines them."""
+        backing, pool, counts = self.backing, self.backing.pool, self.driver.counts
+        page_bytes = pool.page_bytes
+        # Mappings that no live sequence stands behind: retired slots', and what failed undos left.
+        ownerless = Counter(page for _, page in backing.stray_pages())
+        for slot in self.with_state(RETIRED):
+            ownerless.update(page for _, page in backing.pages_of(slot))
+        num_parked = sum(1 for page, maps in ownerless.items() if maps == len(page.maps))
+        num_shared = pool.num_shared - sum(
+            1 for page, maps in ownerless.items() if len(page.maps) - maps < 2 and page.shared
+        )
+        live = self.state == LIVE
+        row_bytes = int(self.seq_len[live].sum()) * bytes_per_token
+        return CacheStats(
+            reserved_bytes=backing.reserved_bytes,
+            physical_bytes=pool.physical_bytes,
+            mapped_bytes=backing.num_mapped * page_bytes,
+            in_use_bytes=(len(pool.pages) - len(pool.free) - num_parked) * page_bytes,
+            parked_bytes=num_parked * page_bytes,
+            free_bytes=len(pool.free) * page_bytes,
+            index_bytes=0,
+            shared_bytes=num_shared * page_bytes,
+            row_bytes=row_bytes,
+            waste_bytes=(backing.num_mapped - ownerless.total()) * page_bytes - row_bytes,
+            peak_physical_bytes=pool.peak_pages * page_bytes,
+            memory_limit_bytes=pool.limit_bytes,
+            page_bytes=page_bytes,
+            num_live_slots=int(live.sum()),
+            **asdict(counts),
+            num_oom=self.num_oom,
+        )
+
+    def check_integrity(self) -> None:
+        """Every slot has the pages that its rows need, and a free one has none."""
+        backing = self.backing
+        backing.check_integrity()
+        assert all(self.state[slot] == LIVE for slot in self._to_shrink), "a slot that is not live waits to be shrunk"
+        for slot, state in enumerate(self.state.tolist()):
+            rows, reach = int(self.seq_len[slot]), int(self.reach[slot])
+            assert 0 <= rows <= reach <= self.max_seq_len, f"slot {slot}: {rows} rows, reach {reach}"
+            if state == LIVE:
+                assert backing.backed_rows(slot) >= reach, f"slot {slot} lacks pages for its rows"
+                assert backing.private_rows(slot, rows) >= reach, f"slot {slot} would write into a shared page"
+                waits = slot in self._to_shrink
+                assert waits or not backing.has_pages_past(slot, reach), f"slot {slot} keeps pages past its rows"
+            else:
+                assert rows == 0, f"slot {slot} is not live, yet has rows"
+                assert state == RETIRED or not backing.has_pages_past(slot, 0), f"free slot {slot} has pages"
