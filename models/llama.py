@@ -195,9 +195,10 @@ class Llama(nn.Module):
         """``[vocab_size, hidden_size]``: the output projection, tied or not."""
         return self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
-    def weight_bytes(self) -> int:
-        """Bytes of all parameters: what a decode step has to read at least."""
-        return sum(p.numel() * p.element_size() for p in self.parameters())
+    def streamed_weight_bytes(self) -> int:
+        """Bytes of weights that every step reads whole: all but an embedding table that is only looked up in."""
+        total = sum(p.numel() * p.element_size() for p in self.parameters())
+        return total if self.config.tie_word_embeddings else total - self.embed_tokens.weight.nbytes
 
     def kv_layout(
         self, max_seq_len: int | None = None, dtype: torch.dtype | None = None, order: str = "token"

@@ -12,7 +12,7 @@ from vattn.errors import ConfigError
 
 CPU = torch.device("cpu")
 
-# (query_lens, seq_lens): decode, whole prefill, chunked prefill, all mixed, and more queries than one masked block holds
+# (query_lens, seq_lens): decode, whole prefill, chunked prefill, all mixed, more queries than one masked block holds
 LENGTHS = {
     "decode": ([1, 1, 1], [1, 17, 64]),
     "prefill": ([5, 1, 33], [5, 1, 33]),

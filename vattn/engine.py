@@ -11,10 +11,11 @@ from typing import Any, Protocol
 
 import torch
 
+from .arguments import require_int
 from .attention import AttentionBackend, AttentionBatch, choose
 from .errors import ConfigError, OutOfPages, OutOfSlots
 from .kv_cache import KVCache
-from .layout import KVLayout, require_int
+from .layout import KVLayout
 from .ops.sampling import draw_uniforms, request_generator, sample, validate_sampling
 
 __all__ = ["Completion", "Engine", "EngineStats", "LanguageModel", "Request", "StepToken"]
@@ -83,6 +84,7 @@ class EngineStats:
         num_decode_tokens: tokens produced by decode steps (a request's first comes from its prefill).
         prefill_s, decode_s: seconds in those steps, mapping and sampling included.
         num_prefill_steps, num_decode_steps: steps of either kind.
+        num_decode_rows: K and V rows that decode steps read, each once a step.
         num_preemptions: how often a running sequence gave its memory back to be recomputed later.
     """
 
@@ -92,6 +94,7 @@ class EngineStats:
     decode_s: float = 0.0
     num_prefill_steps: int = 0
     num_decode_steps: int = 0
+    num_decode_rows: int = 0
     num_preemptions: int = 0
 
 
@@ -299,7 +302,9 @@ class Engine:
                 if not self._running:
                     raise
         running = list(self._running)
-        return self._finish_step(running, self._forward([(sequence, 1) for sequence in running]))
+        logits = self._forward([(sequence, 1) for sequence in running])
+        self.stats.num_decode_rows += sum(sequence.num_cached for sequence in running)
+        return self._finish_step(running, logits)
 
     @torch.inference_mode()
     def _forward(self, work: list[tuple[_Sequence, int]]) -> torch.Tensor:

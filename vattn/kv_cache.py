@@ -69,6 +69,7 @@ class KVCache:
             self.page_bytes = _choose_page_bytes(driver, page_bytes)
             self.memory_limit = _choose_memory_limit(driver, memory_limit, self.page_bytes)
             self.device = driver.device
+            self.driver = driver
             backing = Backing(driver, layout, self.max_slots, self.page_bytes, self.memory_limit)
         except BaseException:
             driver.close()

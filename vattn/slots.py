@@ -36,7 +36,7 @@ class Slots:
         self.seq_len = np.zeros(max_slots, np.int64)
         self.reach = np.zeros(max_slots, np.int64)
         self.num_oom = 0
-        self._to_shrink: set[int] = set()  # live slots that were truncated while a step was open on them
+        self._to_shrink: set[int] = set()  # live slots with pages past their rows, to be taken later
 
     def with_state(self, state: int) -> list[int]:
         return np.flatnonzero(self.state == state).tolist()
@@ -145,7 +145,7 @@ class Slots:
         self._to_shrink.discard(slot)
 
     def finish_deferred(self, wait: bool) -> bool:
-        """Take the pages of slots that were released or truncated inside a step, where that step's work has ended.
+        """Take the pages of slots that were released or cut short inside a step, where that step's work has ended.
 
         Args:
             wait: block for work that was submitted (never for a step that is still open), and raise what fails; else
@@ -206,6 +206,7 @@ class Slots:
         for slot in slots:
             self.seq_len[slot] = min(int(self.seq_len[slot]), self.backing.backed_rows(slot))
             self.reach[slot] = self.seq_len[slot]
+            self._to_shrink.add(slot)
 
     def refuse_capture(self, what: str) -> None:
         if self.driver.is_capturing():

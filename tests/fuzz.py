@@ -1,0 +1,276 @@
+"""A seeded random walk over the cache's contract, with a pattern in every live row and a page account beside it.
+
+``python -m tests.fuzz --operations 1000000 --seed 1`` runs it at length.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import random
+import time
+from collections.abc import Iterator
+
+import torch
+from failing_driver import FailingDriver
+from page_model import DoesNotFit, PageModel
+
+import vattn
+from vattn.driver import open_driver
+
+_ROW_STEP, _TAG_STEP = 1 << 7, 1 << 21  # a value is tag, row, and which tensor, exact in float64
+_MAX_SEQ_LEN = 90
+_DRIVER_CALLS = ("create", "release", "map", "set_access", "unmap", "zero", "copy")
+
+LAYOUTS = ("token", "layer", "groups", "row larger than page")
+
+
+def make_layout(kind: str, page_bytes: int) -> vattn.KVLayout:
+    """A layout with about 20 tokens, never a whole number, in a page; or less than one."""
+    unit = page_bytes // 4096
+    if kind == "groups":
+        groups = [
+            vattn.LayerGroup([0, 3], num_kv_heads=1, head_dim=5 * unit, v_head_dim=3 * unit),
+            vattn.LayerGroup([1], num_kv_heads=2, head_dim=7 * unit, window=16),
+        ]
+        return vattn.KVLayout(groups=groups, max_seq_len=_MAX_SEQ_LEN, dtype=torch.float64)
+    head_dim = 80 * unit if kind == "row larger than page" else 3 * unit
+    order = "layer" if kind == "layer" else "token"
+    return vattn.KVLayout(2, 2, head_dim, _MAX_SEQ_LEN, torch.float64, order=order)
+
+
+class Fuzz:
+    """One cache, its page model, and what every row must read.
+
+    Args:
+        fail: also make driver calls fail now and then, and check that nothing changed.
+    """
+
+    def __init__(self, seed: int, kind: str, device: str = "cpu", page_bytes: int = 4096, fail: bool = False) -> None:
+        self.random = random.Random(f"{seed} {kind}")
+        self.fail = fail
+        self.driver = FailingDriver(open_driver(device))
+        page_bytes = max(page_bytes, self.driver.granularity_bytes)
+        self.layout = make_layout(kind, page_bytes)
+        lanes = [
+            lane.row_bytes for group in self.layout.groups for lane in self.layout.plan(group, 1, page_bytes).lanes
+        ]
+        per_slot = sum(-(-_MAX_SEQ_LEN * row_bytes // page_bytes) for row_bytes in lanes)
+        self.max_slots = 5
+        limit_pages = per_slot * 2 + self.random.randrange(per_slot)  # a third to a half of what the slots could take
+        self.cache = vattn.KVCache(
+            self.layout,
+            self.max_slots,
+            page_bytes=page_bytes,
+            memory_limit=limit_pages * page_bytes,
+            driver=self.driver,
+        )
+        self.model = PageModel(lanes, page_bytes, limit_pages)
+        self.tags: dict[int, list[int]] = {}  # per live slot and row, the last write; 0: never written
+        self.past: dict[int, list[set[int]]] = {}  # per slot and row, every tag that this sequence had there
+        self.next_tag = 1
+        self.counts: dict[str, int] = {}
+
+    # -- patterns ------------------------------------------------------------------------------------------------
+    def _tensors(self) -> Iterator[tuple[int, torch.Tensor]]:
+        for position, layer in enumerate(self.layout.layers):
+            yield 2 * position, self.cache.k(layer)
+            yield 2 * position + 1, self.cache.v(layer)
+
+    def write(self, slot: int, start: int, end: int) -> None:
+        tag, self.next_tag = self.next_tag, self.next_tag + 1
+        rows = torch.arange(start, end, dtype=torch.float64, device=self.cache.device)
+        for number, tensor in self._tensors():
+            tensor[slot, start:end] = (tag * _TAG_STEP + rows * _ROW_STEP + number)[:, None, None]
+        for row in range(start, end):
+            self.tags[slot][row] = tag
+            self.past[slot][row].add(tag)
+
+    def check_rows(self, slot: int) -> None:
+        tags = torch.tensor(self.tags[slot], dtype=torch.float64)
+        assert self.cache.seq_len(slot) == len(tags)
+        rows = torch.arange(len(tags), dtype=torch.float64)
+        for position, layer in enumerate(self.layout.layers):
+            for side, tensor in enumerate(self.cache.rows(slot, layer)):
+                expected = torch.where(tags > 0, tags * _TAG_STEP + rows * _ROW_STEP + 2 * position + side, 0.0)
+                wrong = (tensor.cpu() != expected[:, None, None]).nonzero()
+                assert not len(wrong), f"slot {slot} layer {layer} side {side}: first wrong element {wrong[0].tolist()}"
+
+    def expose(self, slot: int, end: int) -> None:
+        """Rows beyond the old length: zeros, or what this sequence itself once had in that row; then mostly written."""
+        start = len(self.tags[slot])
+        while len(self.past[slot]) < end:
+            self.past[slot].append(set())
+        clean = True
+        for number, tensor in self._tensors():
+            for row in range(start, end):
+                for value in set(tensor[slot, row].flatten().tolist()) - {0.0}:
+                    clean = False
+                    tag, rest = divmod(int(value), _TAG_STEP)
+                    assert rest == row * _ROW_STEP + number, f"slot {slot} row {row} holds another row's data"
+                    assert tag in self.past[slot][row], f"slot {slot} row {row} holds another sequence's data"
+        self.tags[slot] += [0] * (end - start)
+        if end > start and not (clean and self.random.random() < 0.3):
+            self.write(slot, start, end)
+
+    # -- operations ----------------------------------------------------------------------------------------------
+    def _length(self, low: int = 0) -> int:
+        return min(_MAX_SEQ_LEN, low + int(self.random.expovariate(1 / 25)))
+
+    def acquire(self) -> None:
+        wanted = self.random.choice([None, self.random.randrange(self.max_slots)])
+        if len(self.tags) == self.max_slots or wanted in self.tags:
+            self._refused(vattn.OutOfSlots, lambda: self.cache.acquire(wanted))
+            return
+        slot = self.cache.acquire(wanted)
+        assert slot not in self.tags
+        assert wanted in (None, slot)
+        self.tags[slot], self.past[slot], self.model.rows[slot] = [], [], 0
+
+    def ensure(self, slot: int) -> None:
+        rows = self._length(self.random.choice([0, len(self.tags[slot])]))
+        if self._fits(lambda: self.model.ensure([(slot, rows)]), lambda: self.cache.ensure(slot, rows)):
+            self.expose(slot, rows)
+
+    def ensure_batch(self) -> None:
+        slots = self.random.sample(sorted(self.tags), self.random.randint(0, len(self.tags)))
+        requests = [(slot, self._length(len(self.tags[slot]))) for slot in slots]
+        if self._fits(
+            lambda: self.model.ensure(requests), lambda: self.cache.ensure_batch(slots, [rows for _, rows in requests])
+        ):
+            for slot, rows in requests:
+                self.expose(slot, rows)
+
+    def fork(self, parent: int) -> None:
+        rows = self.random.choice([None, self.random.randint(0, len(self.tags[parent]))])
+        if len(self.tags) == self.max_slots:
+            self._refused(vattn.OutOfSlots, lambda: self.cache.fork(parent, rows))
+            return
+        num_rows = len(self.tags[parent]) if rows is None else rows
+        into = self.random.choice([None, *(slot for slot in range(self.max_slots) if slot not in self.tags)])
+        child = min(slot for slot in range(self.max_slots) if slot not in self.tags) if into is None else into
+        if self._fits(lambda: self.model.fork(parent, child, num_rows), lambda: self.cache.fork(parent, rows, into)):
+            self.tags[child] = self.tags[parent][:num_rows]
+            self.past[child] = [{tag} for tag in self.tags[child]]
+
+    def truncate(self, slot: int) -> None:
+        rows = self.random.randint(0, len(self.tags[slot]))
+        self.cache.truncate(slot, rows)
+        self.model.truncate(slot, rows)
+        del self.tags[slot][rows:]
+
+    def release(self, slot: int) -> None:
+        self.cache.release(slot)
+        self.model.release(slot)
+        del self.tags[slot], self.past[slot]
+
+    def rewrite(self, slot: int) -> None:
+        end = self.random.randint(0, len(self.tags[slot]))
+        start = self.random.randint(0, end)
+        if self._fits(
+            lambda: self.model.make_writable(slot, start, end), lambda: self.cache.make_writable(slot, start, end)
+        ):
+            self.write(slot, start, end)
+
+    def step(self, slot: int) -> None:
+        """Release or truncate inside a step: the pages stay until it ends."""
+        with self.cache.step([slot]):
+            kept = torch.stack([tensor[slot, : len(self.tags[slot])].sum() for _, tensor in self._tensors()])
+            views = [tensor[slot, : len(self.tags[slot])] for _, tensor in self._tensors()]
+            self.random.choice([self.release, self.truncate])(slot)
+            again = torch.stack([view.sum() for view in views])  # not backed any more, but for the open step
+            assert torch.equal(kept, again)
+
+    def trim(self) -> None:
+        self.cache.trim(self.random.choice([0, 4096 * self.random.randrange(64)]))
+
+    # -- checks --------------------------------------------------------------------------------------------------
+    def _fits(self, in_model, in_cache) -> bool:
+        """Run an operation on both; they agree on whether the memory limit allows it."""
+        table, rows = dict(self.model.table), dict(self.model.rows)
+        try:
+            in_model()
+        except DoesNotFit:
+            self._refused(vattn.OutOfPages, in_cache)
+            return False
+        try:
+            in_cache()
+        except vattn.DriverError:
+            self.model.table, self.model.rows = table, rows
+            raise
+        return True
+
+    def _refused(self, error: type[Exception], operation) -> None:
+        try:
+            operation()
+        except error:
+            self.counts[error.__name__] = self.counts.get(error.__name__, 0) + 1
+        else:
+            raise AssertionError(f"{error.__name__} was due")
+
+    def check(self, every_row: bool) -> None:
+        self.cache.check_integrity()
+        stats = self.cache.stats()
+        for name, value in self.model.expected_stats(self.layout.bytes_per_token).items():
+            assert getattr(stats, name) == value, f"{name}: {getattr(stats, name)}, the model says {value}"
+        assert stats.physical_bytes == stats.in_use_bytes + stats.parked_bytes + stats.free_bytes + stats.index_bytes
+        if every_row:
+            for slot in self.tags:
+                self.check_rows(slot)
+
+    def one(self) -> None:
+        names = [
+            "acquire",
+            "ensure",
+            "ensure",
+            "ensure",
+            "ensure_batch",
+            "fork",
+            "truncate",
+            "release",
+            "rewrite",
+            "step",
+            "trim",
+        ]
+        name = self.random.choice(names if self.tags else ["acquire"])
+        arguments = () if name in ("acquire", "ensure_batch", "trim") else (self.random.choice(sorted(self.tags)),)
+        if self.fail and self.random.random() < 0.2 and name != "step":
+            self.driver.fail(self.random.choice(_DRIVER_CALLS), at=self.random.randint(1, 4))
+        self.counts[name] = self.counts.get(name, 0) + 1
+        try:
+            getattr(self, name)(*arguments)
+        except vattn.DriverError as error:
+            assert error.result == "INJECTED", error
+            self.counts["DriverError"] = self.counts.get("DriverError", 0) + 1
+            self.check(every_row=True)
+        finally:
+            self.driver.heal()
+        if arguments and arguments[0] in self.tags:
+            self.check_rows(arguments[0])
+
+    def run(self, operations: int) -> None:
+        for number in range(operations):
+            self.one()
+            self.check(every_row=number % 16 == 0)
+
+    def close(self) -> None:
+        self.cache.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--operations", type=int, default=20_000, help="in all, over the four layouts")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args()
+    for kind in LAYOUTS:
+        for fail in (False, True):
+            start = time.perf_counter()
+            with contextlib.closing(Fuzz(options.seed, kind, options.device, fail=fail)) as fuzz:
+                fuzz.run(options.operations // (2 * len(LAYOUTS)))
+                seconds = time.perf_counter() - start
+                print(f"{kind}, {'with' if fail else 'no'} driver failures: {seconds:.1f} s, {fuzz.counts}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""An independent account of a cache's pages: sets and counts, no driver, no tricks. The fuzz compares ``stats()`` to it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import count
+
+
+class DoesNotFit(Exception):
+    """The operation takes more pages than the limit leaves."""
+
+
+class PageModel:
+    """Which page backs which (slot, lane, index), by the contract's rules alone.
+
+    Args:
+        lane_row_bytes: bytes per token of every lane.
+        page_bytes: size of a page.
+        limit_pages: pages that may exist at once.
+    """
+
+    def __init__(self, lane_row_bytes: list[int], page_bytes: int, limit_pages: int) -> None:
+        self.lane_row_bytes = lane_row_bytes
+        self.page_bytes = page_bytes
+        self.limit_pages = limit_pages
+        self.table: dict[tuple[int, int, int], int] = {}
+        self.rows: dict[int, int] = {}
+        self._new_id = count(1).__next__
+
+    def _owners(self) -> Counter[int]:
+        return Counter(self.table.values())
+
+    def _replace(self, keys: list[tuple[int, int, int]]) -> None:
+        """Put a page of its own behind every key, if the limit allows."""
+        if len(set(self.table.values())) + len(keys) > self.limit_pages:
+            raise DoesNotFit
+        for key in keys:
+            self.table[key] = self._new_id()
+
+    def _to_replace(self, slot: int, start: int, end: int) -> list[tuple[int, int, int]]:
+        owners, keys = self._owners(), []
+        for lane, row_bytes in enumerate(self.lane_row_bytes):
+            if end > start:
+                for index in range(start * row_bytes // self.page_bytes, (end * row_bytes - 1) // self.page_bytes + 1):
+                    page = self.table.get((slot, lane, index))
+                    if page is None or owners[page] > 1:
+                        keys.append((slot, lane, index))
+        return keys
+
+    def ensure(self, requests: list[tuple[int, int]]) -> None:
+        keys = [key for slot, rows in requests for key in self._to_replace(slot, self.rows[slot], rows)]
+        self._replace(keys)
+        for slot, rows in requests:
+            self.rows[slot] = max(self.rows[slot], rows)
+
+    def make_writable(self, slot: int, start: int, end: int) -> None:
+        self._replace(self._to_replace(slot, start, end))
+
+    def fork(self, parent: int, child: int, rows: int) -> None:
+        self._replace(
+            [
+                (child, lane, rows * row_bytes // self.page_bytes)
+                for lane, row_bytes in enumerate(self.lane_row_bytes)
+                if rows * row_bytes % self.page_bytes
+            ]
+        )
+        for lane, row_bytes in enumerate(self.lane_row_bytes):
+            for index in range(rows * row_bytes // self.page_bytes):
+                self.table[child, lane, index] = self.table[parent, lane, index]
+        self.rows[child] = rows
+
+    def truncate(self, slot: int, rows: int) -> None:
+        self.rows[slot] = rows
+        for key in [key for key in self.table if key[0] == slot]:
+            if key[2] * self.page_bytes >= rows * self.lane_row_bytes[key[1]]:
+                del self.table[key]
+
+    def release(self, slot: int) -> None:
+        self.truncate(slot, 0)
+        del self.rows[slot]
+
+    def expected_stats(self, bytes_per_token: int) -> dict[str, int]:
+        owners = self._owners()
+        row_bytes = sum(self.rows.values()) * bytes_per_token
+        return {
+            "in_use_bytes": len(owners) * self.page_bytes,
+            "mapped_bytes": len(self.table) * self.page_bytes,
+            "shared_bytes": sum(1 for maps in owners.values() if maps > 1) * self.page_bytes,
+            "row_bytes": row_bytes,
+            "waste_bytes": len(self.table) * self.page_bytes - row_bytes,
+            "num_live_slots": len(self.rows),
+        }

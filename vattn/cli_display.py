@@ -1,0 +1,134 @@
+"""Showing text while it is written: a live view on a terminal, whole lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Protocol
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.rule import Rule
+from rich.table import Table
+from rich.text import Text
+
+from .cli_report import format_bytes
+from .stats import CacheStats
+
+__all__ = ["Display", "LineDisplay", "LiveDisplay", "NoDisplay"]
+
+
+class Display(Protocol):
+    """Is told of every piece of text and every step; used as a context manager around the run."""
+
+    def __enter__(self) -> Display: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def add(self, index: int, piece: str) -> None:
+        """More text of prompt ``index``, possibly none."""
+        ...
+
+    def finish(self, index: int) -> None:
+        """Prompt ``index`` is complete."""
+        ...
+
+    def progress(self, num_tokens: int, stats: CacheStats) -> None:
+        """After each step: new tokens so far, and the cache as it is."""
+        ...
+
+
+class NoDisplay:
+    """For ``--json``."""
+
+    def __enter__(self) -> NoDisplay:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def add(self, index: int, piece: str) -> None:
+        pass
+
+    def finish(self, index: int) -> None:
+        pass
+
+    def progress(self, num_tokens: int, stats: CacheStats) -> None:
+        pass
+
+
+class LineDisplay(NoDisplay):
+    """Prints each line once it is complete, with the number of its prompt when there are several."""
+
+    def __init__(self, num_prompts: int) -> None:
+        self._partial = [""] * num_prompts
+
+    def add(self, index: int, piece: str) -> None:
+        *lines, self._partial[index] = (self._partial[index] + piece).split("\n")
+        for line in lines:
+            self._print(index, line)
+
+    def finish(self, index: int) -> None:
+        if self._partial[index]:
+            self._print(index, self._partial[index])
+            self._partial[index] = ""
+
+    def _print(self, index: int, line: str) -> None:
+        print(f"[{index + 1}] {line}".rstrip() if len(self._partial) > 1 else line, flush=True)
+
+
+class LiveDisplay:
+    """The last words of every running prompt above a line of figures; completed texts scroll away above them."""
+
+    def __init__(self, console: Console, prompts: Sequence[str]) -> None:
+        self._console = console
+        self._prompts = prompts
+        self._texts = [""] * len(prompts)
+        self._running: set[int] = set()
+        self._start = time.perf_counter()
+        self._status = Text("waiting for the first token", style="dim")
+        self._live = Live(self._render(), console=console, refresh_per_second=8, transient=True)
+
+    def __enter__(self) -> LiveDisplay:
+        self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
+
+    def add(self, index: int, piece: str) -> None:
+        self._texts[index] += piece
+        self._running.add(index)
+
+    def finish(self, index: int) -> None:
+        self._running.discard(index)
+        self._console.print(Rule(Text(_one_line(self._prompts[index], 60), style="bold"), align="left"))
+        self._console.print(Text(self._texts[index].strip()), end="\n\n")
+
+    def progress(self, num_tokens: int, stats: CacheStats) -> None:
+        seconds = time.perf_counter() - self._start
+        waiting = len(self._prompts) - len(self._running)
+        self._status = Text(
+            f"{num_tokens} tokens, {num_tokens / seconds:.1f} tok/s · {len(self._running)} running, {waiting} others · "
+            f"mapped {format_bytes(stats.mapped_bytes)} of {format_bytes(stats.reserved_bytes)} reserved, "
+            f"wasted {format_bytes(stats.waste_bytes)}",
+            style="cyan",
+        )
+        self._live.update(self._render())
+
+    def _render(self) -> Group:
+        table = Table.grid(padding=(0, 1))
+        table.add_column(style="dim", justify="right")
+        table.add_column(overflow="ellipsis", no_wrap=True)
+        width = max(20, self._console.width - 6)
+        shown = sorted(self._running)[: max(1, self._console.height - 3)]
+        for index in shown:
+            table.add_row(str(index + 1), Text(_one_line(self._texts[index], width, tail=True)))
+        return Group(table, self._status)
+
+
+def _one_line(text: str, width: int, tail: bool = False) -> str:
+    flat = " ".join(text.split())
+    if len(flat) <= width:
+        return flat
+    return "…" + flat[-width + 1 :] if tail else flat[: width - 1] + "…"

