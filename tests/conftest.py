@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
@@ -13,8 +14,8 @@ import pytest
 import torch
 
 import vattn
-from vattn import tensors
 from vattn.driver import CudaDriver, Driver, HostDriver
+from vattn.driver.base import RuledDriver
 from vattn.driver.cuda import unavailable
 from vattn.errors import DriverError
 
@@ -50,23 +51,41 @@ def _memfd_mappings() -> set[str]:
     return {line.split()[0] for line in lines if "/memfd:vattn" in line}
 
 
+_drivers: weakref.WeakSet[RuledDriver] = weakref.WeakSet()
+_init_driver = RuledDriver.__init__
+
+
+def _init_and_note(self: RuledDriver) -> None:
+    _init_driver(self)
+    _drivers.add(self)
+
+
+RuledDriver.__init__ = _init_and_note  # type: ignore[method-assign]
+
+
+def _holding() -> set[int]:
+    """The drivers, on any device, that still have handles, mappings or addresses."""
+    return {id(driver) for driver in _drivers if driver.book.handles or driver.book.mappings or driver.book.ranges}
+
+
 def _live() -> tuple[set[int], set[str], set[int]]:
-    return _memfd_files(), _memfd_mappings(), set(tensors._live)
+    return _memfd_files(), _memfd_mappings(), _holding()
 
 
 @pytest.fixture(autouse=True)
 def _no_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
-    """No file, page or tensor outlives the test; what was there before (a wider-scoped cache) may stay."""
+    """No file, page or address outlives the test; what was there before (a wider-scoped cache) may stay."""
     before = _live()
     yield
     if request.node.stash.get(_failed, False):
         return  # its traceback keeps objects alive, and one error is enough
-    if any(now - then for now, then in zip(_live(), before, strict=True)):
-        gc.collect()  # slow with torch loaded, so only where there is something to collect
-    files, mappings, live = (now - then for now, then in zip(_live(), before, strict=True))
+    for generation in range(3):  # a whole collection is slow with torch loaded, and seldom needed
+        if any(now - then for now, then in zip(_live(), before, strict=True)):
+            gc.collect(generation)
+    files, mappings, holding = (now - then for now, then in zip(_live(), before, strict=True))
     assert not files, f"{len(files)} memfd left open"
     assert not mappings, f"pages left mapped at {sorted(mappings)}"
-    assert not live, f"{len(live)} tensors over driver memory left alive"
+    assert not holding, f"{len(holding)} drivers left with handles, mappings or addresses"
 
 
 # -- drivers ---------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
 import torch
 
 from vattn.attention import AttentionBatch, get
@@ -65,7 +66,8 @@ def small_model(seed: int = 0) -> Llama:
 
 
 def hf_llama(seed: int = 0, **changes: object):  # type: ignore[no-untyped-def]
-    """A ``LlamaForCausalLM`` with random weights in float32."""
+    """A ``LlamaForCausalLM`` with random weights in float32; skips the test where there is no transformers."""
+    pytest.importorskip("transformers")
     from transformers import LlamaConfig as HFConfig
     from transformers import LlamaForCausalLM
 

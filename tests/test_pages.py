@@ -32,6 +32,12 @@ def take(pool, count):
     return pages
 
 
+def take_and_fail(pool, count):
+    with Undo() as undo:
+        pool.take(count, undo)
+        raise KeyError
+
+
 def give_back(pool, pages):
     for page in pages:
         pool.unmapped(page, page.maps[0])
@@ -110,9 +116,8 @@ def test_a_page_that_cannot_be_released_in_an_undo_is_kept_free(pool, driver):
 
 def test_undone_free_pages_keep_being_dirty(pool):
     give_back(pool, take(pool, 2))
-    with pytest.raises(KeyError), Undo() as undo:
-        pool.take(2, undo)
-        raise KeyError
+    with pytest.raises(KeyError):
+        take_and_fail(pool, 2)
     assert len(pool.free) == 2
     assert all(page.dirty for page in pool.free)
     pool.check_integrity()

@@ -39,6 +39,13 @@ def fill(reservation, indexes):
             data_at(reservation, index).fill_(index + 1)
 
 
+def undone(work):
+    """Do ``work(undo)`` in a transaction that then fails for a reason of its own."""
+    with Undo() as undo:
+        work(undo)
+        raise KeyError
+
+
 def data_at(reservation, index):
     return tensor_from_address(reservation.address_of(index), PAGE, torch.uint8, torch.device("cpu"), None)
 
@@ -125,8 +132,8 @@ def test_a_failing_map_leaves_what_was_there(reservation, driver, call, at):
 def test_a_failing_alias_leaves_the_original(reservation, driver, call):
     fill(reservation, [2])
     driver.fail(call)
-    with pytest.raises(DriverError, match=call), Undo() as undo:
-        reservation.map(9, reservation.pages[2], undo)
+    with pytest.raises(DriverError, match=call):
+        undone(lambda undo: reservation.map(9, reservation.pages[2], undo))
     assert values(reservation) == {2: 3}
     check(reservation)
 
@@ -134,17 +141,16 @@ def test_a_failing_alias_leaves_the_original(reservation, driver, call):
 def test_a_failing_unmap_puts_back_what_was_unmapped_before_it(reservation, driver):
     fill(reservation, [0, 1, 4, 5, 9])
     driver.fail("unmap", 2)
-    with pytest.raises(DriverError, match="unmap"), Undo() as undo:
-        reservation.unmap(0, NUM_PAGES, undo)
+    with pytest.raises(DriverError, match="unmap"):
+        undone(lambda undo: reservation.unmap(0, NUM_PAGES, undo))
     assert values(reservation) == {0: 1, 1: 2, 4: 5, 5: 6, 9: 10}
     check(reservation)
 
 
 def test_an_exception_after_unmap_puts_everything_back(reservation):
     fill(reservation, [0, 1, 4])
-    with pytest.raises(KeyError), Undo() as undo:
-        reservation.unmap(0, NUM_PAGES, undo)
-        raise KeyError
+    with pytest.raises(KeyError):
+        undone(lambda undo: reservation.unmap(0, NUM_PAGES, undo))
     assert values(reservation) == {0: 1, 1: 2, 4: 5}
     check(reservation)
 
@@ -152,10 +158,8 @@ def test_an_exception_after_unmap_puts_everything_back(reservation):
 def make_stray(reservation, index):
     """A page that was mapped and whose undo failed."""
     reservation.driver.fail("unmap")
-    with pytest.raises(KeyError) as caught, Undo() as undo:
-        (page,) = reservation.pool.take(1, undo)
-        reservation.map(index, page, undo)
-        raise KeyError
+    with pytest.raises(KeyError) as caught:
+        undone(lambda undo: reservation.map(index, *reservation.pool.take(1, undo), undo))
     assert any("unmap failed" in note for note in caught.value.__notes__)
     assert list(reservation.strays) == [index]
 
@@ -197,9 +201,8 @@ def test_a_stray_that_cannot_be_cleared_stays_one(reservation, driver):
 def test_an_undo_that_cannot_map_again_saves_the_other_pages(reservation, driver, call, at, left, stray, num_free):
     fill(reservation, [0, 1, 2])
     driver.fail(call, at)
-    with pytest.raises(KeyError) as caught, Undo() as undo:
-        reservation.unmap(0, 3, undo)
-        raise KeyError
+    with pytest.raises(KeyError) as caught:
+        undone(lambda undo: reservation.unmap(0, 3, undo))
     assert any(f"{call} failed" in note for note in caught.value.__notes__)
     assert values(reservation) == left
     assert list(reservation.strays) == stray

@@ -229,7 +229,7 @@ def test_nothing_is_mapped_during_capture():
 
 @pytest.mark.gpu
 def test_a_captured_graph_reads_pages_mapped_later():
-    with vattn.KVCache(LAYOUT, 2, device="cuda", memory_limit=64 << 20) as cache:
+    with vattn.KVCache(LAYOUT, 2, device="cuda", memory_limit=128 << 20) as cache:
         slot = cache.acquire()
         cache.ensure(slot, 640)
         out = torch.zeros((), device="cuda")

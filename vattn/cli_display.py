@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import unicodedata
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -15,7 +16,7 @@ from rich.text import Text
 from .cli_report import format_bytes
 from .stats import CacheStats
 
-__all__ = ["Display", "LineDisplay", "LiveDisplay", "NoDisplay"]
+__all__ = ["Display", "LineDisplay", "LiveDisplay", "NoDisplay", "printable"]
 
 
 class Display(Protocol):
@@ -64,7 +65,7 @@ class LineDisplay(NoDisplay):
         self._partial = [""] * num_prompts
 
     def add(self, index: int, piece: str) -> None:
-        *lines, self._partial[index] = (self._partial[index] + piece).split("\n")
+        *lines, self._partial[index] = (self._partial[index] + printable(piece)).split("\n")
         for line in lines:
             self._print(index, line)
 
@@ -97,7 +98,7 @@ class LiveDisplay:
         self._live.stop()
 
     def add(self, index: int, piece: str) -> None:
-        self._texts[index] += piece
+        self._texts[index] += printable(piece)
         self._running.add(index)
 
     def finish(self, index: int) -> None:
@@ -125,6 +126,14 @@ class LiveDisplay:
         for index in shown:
             table.add_row(str(index + 1), Text(_one_line(self._texts[index], width, tail=True)))
         return Group(table, self._status)
+
+
+def printable(text: str) -> str:
+    """``text`` without control characters but for newlines and tabs: a terminal would obey what a model writes."""
+    return "".join(
+        "\N{REPLACEMENT CHARACTER}" if unicodedata.category(char) == "Cc" and char not in "\n\t" else char
+        for char in text
+    )
 
 
 def _one_line(text: str, width: int, tail: bool = False) -> str:

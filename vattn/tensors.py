@@ -1,13 +1,12 @@
 """An address range as a torch tensor, through DLPack, which does not look at what lies behind the addresses.
 
-The protocol's struct and its deleter are those of DLPack 0.8 (``dlpack.h``). ``__cuda_array_interface__`` would ask the
-driver about the pointer and fail on addresses with nothing mapped.
+The struct is that of DLPack 0.8 (``dlpack.h``). ``__cuda_array_interface__`` would ask the driver about the pointer and
+fail on addresses with nothing mapped.
 """
 
 from __future__ import annotations
 
 import ctypes
-from typing import Any
 
 import torch
 from torch.utils.dlpack import from_dlpack
@@ -25,29 +24,28 @@ class _DLTensor(ctypes.Structure):
         ("code", ctypes.c_uint8),
         ("bits", ctypes.c_uint8),
         ("lanes", ctypes.c_uint16),
-        ("shape", ctypes.POINTER(ctypes.c_int64)),
-        ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("shape", ctypes.c_void_p),
+        ("strides", ctypes.c_void_p),
         ("byte_offset", ctypes.c_uint64),
     ]
 
 
-_Deleter = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-
-
 class _DLManagedTensor(ctypes.Structure):
-    _fields_ = [("tensor", _DLTensor), ("context", ctypes.c_void_p), ("deleter", _Deleter)]
+    _fields_ = [("tensor", _DLTensor), ("context", ctypes.c_void_p), ("deleter", ctypes.c_void_p)]
 
 
-_live: dict[int, tuple[Any, ...]] = {}  # struct address -> what must outlive the tensor's storage
+class _Allocated(ctypes.Structure):
+    """The managed tensor and the shape that it points to, in one piece of C memory."""
+
+    _fields_ = [("managed", _DLManagedTensor), ("shape", ctypes.c_int64)]
 
 
-def _forget(address: int, live: dict[int, tuple[Any, ...]] = _live) -> None:
-    live.pop(address, None)
-
-
-_deleter = _Deleter(_forget)
-# A storage can die while the interpreter tears modules down; its deleter must still be callable then.
-ctypes.pythonapi.Py_IncRef(ctypes.py_object(_deleter))
+_libc = ctypes.CDLL(None)
+_libc.malloc.restype = ctypes.c_void_p
+_libc.malloc.argtypes = [ctypes.c_size_t]
+# The deleter frees the struct, and nothing else: it runs whenever a storage dies, at the interpreter's end or with an
+# exception on its way too, when a callback into Python would do harm.
+_free = ctypes.cast(_libc.free, ctypes.c_void_p).value
 
 _new_capsule = ctypes.pythonapi.PyCapsule_New
 _new_capsule.restype = ctypes.py_object
@@ -64,9 +62,14 @@ def tensor_from_address(
         size_bytes: a multiple of the dtype's size.
         owner: kept alive until the tensor and every view of it are gone.
     """
-    shape = (ctypes.c_int64 * 1)(size_bytes)
-    managed = _DLManagedTensor()
-    managed.tensor = _DLTensor(
+    memory = _libc.malloc(ctypes.sizeof(_Allocated))
+    if not memory:
+        raise MemoryError
+    allocated = _Allocated.from_address(memory)
+    allocated.shape = size_bytes
+    allocated.managed.context = None
+    allocated.managed.deleter = _free
+    allocated.managed.tensor = _DLTensor(
         data=address,
         device_type=_KDL_CUDA if device.type == "cuda" else _KDL_CPU,
         device_id=device.index or 0,
@@ -74,16 +77,11 @@ def tensor_from_address(
         code=_KDL_UINT,  # bytes first, then a view: DLPack's consumers differ in the float types that they know
         bits=8,
         lanes=1,
-        shape=ctypes.cast(shape, ctypes.POINTER(ctypes.c_int64)),
+        shape=memory + _Allocated.shape.offset,
         strides=None,
         byte_offset=0,
     )
-    managed.deleter = _deleter
-    key = ctypes.addressof(managed)
-    _live[key] = (managed, shape, owner)
-    try:
-        data = from_dlpack(_new_capsule(key, b"dltensor", None))
-    except BaseException:
-        _live.pop(key, None)
-        raise
+    data = from_dlpack(_new_capsule(memory, b"dltensor", None))
+    # PyTorch keeps a storage's Python object, with what hangs on it, for as long as the storage lives.
+    data.untyped_storage()._vattn_owner = owner  # type: ignore[attr-defined]
     return data.view(dtype)

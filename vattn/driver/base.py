@@ -7,6 +7,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
+from ..errors import DriverError
 from ..stats import CallCounts, EventLog
 from .rules import Mapping, RuleBook
 
@@ -114,6 +115,8 @@ class RuledDriver(ABC):
 
     def reserve(self, size_bytes: int) -> int:
         self.book.check_size("reserve", size_bytes)
+        if size_bytes >> 63:  # would wrap around on its way into C
+            raise DriverError("reserve", "OUT_OF_MEMORY", f"no machine has {size_bytes} addresses", out_of_memory=True)
         address = self._reserve(size_bytes)
         self.book.ranges[address] = size_bytes
         self.log.add("reserve", address=address, size_bytes=size_bytes)
@@ -127,6 +130,8 @@ class RuledDriver(ABC):
 
     def create(self, size_bytes: int) -> int:
         self.book.check_size("create", size_bytes)
+        if size_bytes >> 63:
+            raise DriverError("create", "OUT_OF_MEMORY", f"no machine has {size_bytes} bytes", out_of_memory=True)
         handle = self._create(size_bytes)
         self.book.add_handle(handle, size_bytes)
         self.counts.num_create += 1

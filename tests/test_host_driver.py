@@ -1,0 +1,323 @@
+"""The host driver alone: the system's limit of mappings, control groups, forked children, and what goes at close."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from vattn.driver import HostDriver, host_memory
+
+GIB = 1 << 30
+MAX_MAP_COUNT = int(Path("/proc/sys/vm/max_map_count").read_text())
+
+
+def run_child(script: str) -> None:
+    """Run a script of its own process: it uses up what a process has, or ends in a way that pytest cannot."""
+    child = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert (child.returncode, child.stderr) == (0, ""), child.stderr
+
+
+def is_mapped(address: int) -> bool:
+    """Whether the address belongs to any mapping of this process, accessible or not."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        start, end = (int(part, 16) for part in line.split()[0].split("-"))
+        if start <= address < end:
+            return True
+    return False
+
+
+# -- the limit of mappings -------------------------------------------------------------------------------------------
+needs_a_low_limit = pytest.mark.skipif(
+    MAX_MAP_COUNT > 200_000, reason=f"vm.max_map_count is {MAX_MAP_COUNT}: reaching it takes too long"
+)
+
+_REACH_THE_LIMIT = """
+import ctypes, mmap
+from pathlib import Path
+
+libc = ctypes.CDLL(None)
+libc.mmap.restype = ctypes.c_void_p
+shared = mmap.MAP_SHARED | mmap.MAP_ANONYMOUS  # neighbours of this kind are never merged
+limit = Path("/proc/sys/vm/max_map_count").read_text().strip()
+# Python needs mappings itself to get memory: blocks of every size, every other one freed, spare it that at the limit.
+ballast = [bytes(size) for size in (*range(16, 4096, 16), *range(4096, 120000, 8192)) for _ in range(64)]
+del ballast[::2]
+
+def reach_the_limit():
+    while libc.mmap(None, ctypes.c_size_t(4096), mmap.PROT_READ, shared, -1, ctypes.c_int64(0)) != 2**64 - 1:
+        pass
+"""
+
+_DRIVER_AT_THE_LIMIT = f"""{_REACH_THE_LIMIT}
+from vattn.driver import HostDriver
+from vattn.errors import DriverError
+
+def refused(call, function, *arguments):
+    before = driver.counts.num_map, driver.counts.num_set_access, len(driver.book.mappings)
+    try:
+        function(*arguments)
+    except DriverError as error:
+        assert (error.call, error.result, error.out_of_memory) == (call, "ENOMEM", True), error
+        assert "vm.max_map_count" in str(error) and limit in str(error), error
+    else:
+        raise AssertionError("there is room for more mappings")
+    assert before == (driver.counts.num_map, driver.counts.num_set_access, len(driver.book.mappings))
+
+driver = HostDriver()
+page = driver.granularity_bytes
+base = driver.reserve(16 * page)
+# Pages that lie side by side in the file too are one mapping to the kernel; to change the middle one takes two more.
+for index in range(6):
+    driver.map(base + index * page, page, driver.create(page))
+driver.set_access(base, 3 * page)
+handle = driver.create(page)
+reach_the_limit()
+for _ in range(3):
+    refused("mmap", driver.map, base + 9 * page, page, handle)
+    refused("mprotect", driver.set_access, base + 4 * page, page)
+for index in (1, 4, 0, 2, 3, 5):
+    driver.unmap(base + index * page, page)
+assert not driver.book.mappings
+driver.map(base, page, handle)
+driver.set_access(base, page)
+driver.zero(base, page)
+"""
+
+_CACHE_AT_THE_LIMIT = f"""{_REACH_THE_LIMIT}
+import torch, vattn
+
+layout = vattn.KVLayout(4, 1, 512, 8, torch.float32, order="layer")  # two tokens a page, eight lanes
+cache = vattn.KVCache(layout, max_slots=4, device="cpu", memory_limit=256 * 4096, page_bytes=4096)
+one, two, more = cache.acquire(), cache.acquire(), cache.acquire()
+cache.ensure_batch([one, two], [6, 4])
+for tensor in (*cache.rows(one, 3), *cache.rows(two, 0)):
+    tensor.fill_(3.0)
+reach_the_limit()
+
+for attempt in (1, 2):
+    before = cache.stats()
+    try:
+        cache.ensure(more, 2)
+    except vattn.OutOfPages as error:
+        assert "vm.max_map_count" in str(error) and limit in str(error), error
+    else:
+        raise AssertionError("there is room for more mappings")
+    after = cache.stats()
+    assert after.num_oom == attempt
+    for name in ("mapped_bytes", "in_use_bytes", "row_bytes", "waste_bytes", "physical_bytes"):
+        assert getattr(after, name) == getattr(before, name), name
+    assert cache.seq_len(more) == 0
+    cache.check_integrity()
+
+cache.release(two)
+cache.ensure(more, 4)
+cache.check_integrity()
+assert all(tensor.eq(3.0).all() for tensor in cache.rows(one, 3))
+assert all(tensor.eq(0.0).all() for tensor in cache.rows(more, 0))
+cache.close()
+assert "memfd:vattn" not in Path("/proc/self/maps").read_text()
+"""
+
+
+@needs_a_low_limit
+def test_the_driver_at_the_limit_of_mappings():
+    run_child(_DRIVER_AT_THE_LIMIT)
+
+
+@needs_a_low_limit
+def test_a_cache_at_the_limit_of_mappings():
+    run_child(_CACHE_AT_THE_LIMIT)
+
+
+def test_too_many_addresses_do_not_blame_the_limit_of_mappings(host_driver):
+    with pytest.raises(RuntimeError) as caught:
+        host_driver.reserve(1 << 47)
+    assert "max_map_count" not in str(caught.value)
+
+
+# -- the end ---------------------------------------------------------------------------------------------------------
+def test_close_gives_back_the_file_and_pages_and_the_last_view_the_addresses(make_cache):
+    cache = make_cache()
+    slot = cache.acquire()
+    cache.ensure(slot, 100)
+    view = cache.k(0)
+    address = view.data_ptr()
+    assert "memfd:vattn" in Path("/proc/self/maps").read_text()
+    cache.close()
+    assert not any("memfd:vattn" in os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd"))
+    assert "memfd:vattn" not in Path("/proc/self/maps").read_text()
+    assert is_mapped(address)
+    last = view[1:3, :2].unflatten(3, (2, 32))
+    del view
+    assert is_mapped(address)
+    del last
+    assert not is_mapped(address)
+
+
+def test_a_cache_that_nobody_closed_goes_all_the_same():
+    import vattn
+
+    cache = vattn.KVCache(vattn.KVLayout(1, 1, 64, 64, torch.float32), 2, "cpu", 8 << 20)
+    cache.ensure(cache.acquire(), 10)
+    address = cache.k(0).data_ptr()
+    del cache  # what is left of it is for the fixture that looks for leaks
+    assert not is_mapped(address)
+
+
+def test_the_file_is_not_inherited_by_other_programs(host_driver):
+    assert not os.get_inheritable(host_driver._fd)
+
+
+_FORK = """
+import gc, os, sys, torch, vattn
+cache = vattn.KVCache(vattn.KVLayout(2, 2, 64, 4096, torch.float32), 4, "cpu", 64 << 20)
+slot = cache.acquire()
+cache.ensure(slot, 3000)
+for tensor in cache.rows(slot, 1):
+    tensor.fill_(7.0)
+
+def child():
+    global cache
+    calls = (cache.stats, cache.acquire, cache.close, lambda: cache.ensure(slot, 4000), lambda: cache.release(slot))
+    for call in calls:
+        try:
+            call()
+        except vattn.ConfigError as error:
+            assert "process" in str(error), error
+        else:
+            raise AssertionError("a forked child used the cache")
+    if sys.argv[1:] == ["drop"]:
+        del call, calls, cache
+        gc.collect()
+
+if (pid := os.fork()) == 0:
+    child()
+    sys.exit(0)
+assert os.waitpid(pid, 0)[1] == 0
+assert all(tensor.eq(7.0).all() for tensor in cache.rows(slot, 1))
+cache.check_integrity()
+cache.ensure(slot, 4096)
+assert cache.rows(slot, 1)[0][3000:].eq(0.0).all()
+"""
+
+
+@pytest.mark.parametrize("end", ["drop", "keep"])
+def test_a_forked_child_leaves_its_parents_pages_alone(end):
+    child = subprocess.run([sys.executable, "-c", _FORK, end], capture_output=True, text=True, timeout=120)
+    # Python itself warns of fork() in a process with threads, and torch has some.
+    errors = [
+        line for line in child.stderr.splitlines() if "DeprecationWarning" not in line and "os.fork()" not in line
+    ]
+    assert (child.returncode, errors) == (0, [])
+
+
+# -- how much memory there is ----------------------------------------------------------------------------------------
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """``machine(files)``: a root folder with these files and 16 of 32 GiB available, as the module sees it."""
+
+    def build(files: dict[str, str]) -> tuple[int, int]:
+        meminfo = (
+            f"MemTotal: {32 * GIB >> 10} kB\nMemFree: 1 kB\nMemAvailable: {16 * GIB >> 10} kB\nHugePages_Total: 0\n"
+        )
+        for name, text in {"proc/meminfo": meminfo, **files}.items():
+            path = tmp_path / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        monkeypatch.setattr(host_memory, "Path", lambda name: tmp_path / name.lstrip("/"))
+        monkeypatch.setattr(host_memory, "_CGROUP_ROOT", tmp_path / "sys/fs/cgroup")
+        return host_memory.available_and_total_bytes()
+
+    return build
+
+
+V2, V1 = "sys/fs/cgroup/", "sys/fs/cgroup/memory/"
+MEMORY = {
+    "no groups": ({"proc/self/cgroup": ""}, (16, 32)),
+    "v2 without a limit": (
+        {"proc/self/cgroup": "0::/a\n", V2 + "a/memory.max": "max\n", V2 + "a/memory.current": "5\n"},
+        (16, 32),
+    ),
+    "v2": (
+        {"proc/self/cgroup": "0::/a\n", V2 + "a/memory.max": f"{8 * GIB}\n", V2 + "a/memory.current": f"{3 * GIB}\n"},
+        (5, 8),
+    ),
+    "v2, page cache is not used up": (
+        {
+            "proc/self/cgroup": "0::/a\n",
+            V2 + "a/memory.max": f"{8 * GIB}\n",
+            V2 + "a/memory.current": f"{3 * GIB}\n",
+            V2 + "a/memory.stat": f"anon 1\nfile 2\ninactive_file {1 * GIB}\nactive_file 9\n",
+        },
+        (6, 8),
+    ),
+    "v2, the limit is a parent's": (
+        {
+            "proc/self/cgroup": "0::/a/b/c\n",
+            V2 + "a/memory.max": f"{12 * GIB}\n",
+            V2 + "a/memory.current": f"{2 * GIB}\n",
+            V2 + "a/b/memory.max": "max\n",
+            V2 + "a/b/memory.current": "1\n",
+        },
+        (10, 12),
+    ),
+    "v2, the tightest of several": (
+        {
+            "proc/self/cgroup": "0::/a/b\n",
+            V2 + "a/memory.max": f"{9 * GIB}\n",
+            V2 + "a/memory.current": f"{8 * GIB}\n",
+            V2 + "a/b/memory.max": f"{4 * GIB}\n",
+            V2 + "a/b/memory.current": f"{1 * GIB}\n",
+        },
+        (1, 4),
+    ),
+    "v2, over the limit": (
+        {"proc/self/cgroup": "0::/\n", V2 + "memory.max": f"{2 * GIB}\n", V2 + "memory.current": f"{3 * GIB}\n"},
+        (0, 2),
+    ),
+    "v2, more than the machine": (
+        {"proc/self/cgroup": "0::/\n", V2 + "memory.max": f"{99 * GIB}\n", V2 + "memory.current": "0\n"},
+        (16, 32),
+    ),
+    "v1": (
+        {
+            "proc/self/cgroup": "5:cpu,cpuacct:/x\n4:memory:/a\n1:name=systemd:/a:b\n",
+            V1 + "a/memory.limit_in_bytes": f"{8 * GIB}\n",
+            V1 + "a/memory.usage_in_bytes": f"{6 * GIB}\n",
+            V1 + "a/memory.stat": f"inactive_file 1\ntotal_inactive_file {1 * GIB}\n",
+        },
+        (3, 8),
+    ),
+    "v1 without a limit": (
+        {
+            "proc/self/cgroup": "4:memory:/\n",
+            V1 + "memory.limit_in_bytes": "9223372036854771712\n",
+            V1 + "memory.usage_in_bytes": f"{6 * GIB}\n",
+        },
+        (16, 32),
+    ),
+    "v1, in a container that sees its own group as the root": (
+        {
+            "proc/self/cgroup": "4:hugetlb,memory:/docker/0123\n",
+            V1 + "memory.limit_in_bytes": f"{8 * GIB}\n",
+            V1 + "memory.usage_in_bytes": f"{2 * GIB}\n",
+        },
+        (6, 8),
+    ),
+}
+
+
+@pytest.mark.parametrize(("files", "expected_gib"), MEMORY.values(), ids=MEMORY.keys())
+def test_memory_of_the_machine_and_its_control_groups(machine, files, expected_gib):
+    assert machine(files) == tuple(gib * GIB for gib in expected_gib)
+
+
+def test_memory_info_is_this_machines(host_driver):
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    available, limited_total = HostDriver.memory_info(host_driver)
+    assert 0 < available <= limited_total <= total
