@@ -145,7 +145,12 @@ def save_folder(folder: Path, *, chat: bool = True, max_position_embeddings: int
         show_progress=False,
     )
     tokenizer.train_from_iterator(["the quick brown fox jumps over the lazy dog"], trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", bos_token="<|endoftext|>")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|endoftext|>",
+        bos_token="<|endoftext|>",
+        model_max_length=max_position_embeddings,  # longer texts make transformers warn
+    )
     fast.add_special_tokens({"additional_special_tokens": specials[1:]})
     if chat:
         fast.chat_template = (

@@ -1,4 +1,4 @@
-"""An independent account of a cache's pages: sets and counts, no driver, no tricks. The fuzz compares ``stats()`` to it."""
+"""An independent account of a cache's pages, by sets and counts; the fuzz compares ``stats()`` to it."""
 
 from __future__ import annotations
 

@@ -280,7 +280,7 @@ def test_page_bytes_off_the_granularity(device, page_bytes):
 
 @pytest.mark.parametrize(
     "device",
-    ["tpu", "", "cuda:-1", "cuda:x", "gpu", "meta", "mps", torch.device("meta"), None, 1.5, [], b"cpu"],
+    ["tpu", "", "cuda:-1", "cuda:x", "gpu", "meta", "mps", torch.device("meta"), None, 1.5, []],
     ids=repr,
 )
 def test_unknown_devices(device):

@@ -113,9 +113,7 @@ def test_paths_that_are_refused(tmp_path: Path) -> None:
     (tmp_path / "weights.bin").touch()
     with pytest.raises(ConfigError, match=r"not a \.gguf file"):
         find(tmp_path / "weights.bin")
-    (tmp_path / "a.gguf").write_bytes(b"GGUF")
-    with pytest.raises(ConfigError, match="as a GGUF file"):
-        load_model(find(tmp_path))
+    (tmp_path / "a.gguf").touch()
     (tmp_path / "b.gguf").touch()
     with pytest.raises(ConfigError, match=r"several GGUF files.*a\.gguf, b\.gguf"):
         find(tmp_path)
@@ -196,6 +194,14 @@ def _gguf_names(num_layers: int) -> list[str]:
     parts = ["attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down"]
     names = [f"blk.{layer}.{part}.weight" for layer in range(num_layers) for part in parts]
     return [*names, "token_embd.weight", "output_norm.weight", "output.weight"]
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"not a GGUF file at all", b"GGUF" + b"\xff" * 60])
+def test_files_that_are_no_gguf(tmp_path: Path, content: bytes) -> None:
+    pytest.importorskip("gguf")
+    (tmp_path / "model.gguf").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"cannot read .*model\.gguf as a GGUF file"):
+        load_model(find(tmp_path))
 
 
 def test_gguf_of_another_architecture(tmp_path: Path) -> None:

@@ -10,30 +10,37 @@ import torch
 from .errors import ConfigError
 
 
+_INT64_END = 1 << 63
+
+
+def is_int(value: object) -> bool:
+    """Whether ``value`` is an integer of Python or numpy. Booleans are not, nor tensors, which may lie on a device."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
 def require_int(name: str, value: object, minimum: int, maximum: int | None = None) -> int:
-    """``value`` as a plain int, or a ConfigError that says which range is accepted. Booleans and floats are refused."""
+    """``value`` as a plain int, or a ConfigError that says which range is accepted."""
     upper = "" if maximum is None else f" and at most {maximum}"
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+    if not is_int(value):
         raise ConfigError(f"{name} must be an int of at least {minimum}{upper}, got {value!r}")
-    try:
-        number = value.__index__()
-    except TypeError as error:
-        raise ConfigError(f"{name} must be an int of at least {minimum}{upper}, got {value!r}") from error
+    number = int(value)  # type: ignore[call-overload]
     if number < minimum or (maximum is not None and number > maximum):
         raise ConfigError(f"{name} must be at least {minimum}{upper}, got {number}")
     return number
 
 
 def int_array(name: str, values: Sequence[int] | np.ndarray) -> np.ndarray:
-    """``values`` as a 1-D int64 array; floats, booleans and other shapes are refused."""
-    if isinstance(values, torch.Tensor):
-        raise ConfigError(f"{name} must be a sequence of ints or an int64 numpy array, on the host; got a torch.Tensor")
-    try:
-        array = np.asarray(values)
-    except ValueError as error:
-        raise ConfigError(f"{name} must be a flat sequence of ints: {error}") from error
-    if array.ndim == 1 and not array.size:
-        return array.astype(np.int64)
-    if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise ConfigError(f"{name} must be a flat sequence of ints or an int64 array, got {values!r}")
-    return array.astype(np.int64, copy=False)
+    """``values`` as a 1-D int64 array; floats, booleans, tensors and other shapes are refused."""
+    wanted = f"{name} must be a flat sequence of ints or a 1-D int64 numpy array"
+    if isinstance(values, np.ndarray):
+        if values.ndim != 1 or (values.size and values.dtype.kind not in "iu"):
+            raise ConfigError(f"{wanted}, got an array of shape {values.shape} and dtype {values.dtype}")
+        if values.dtype == np.uint64 and values.size and values.max() > np.iinfo(np.int64).max:
+            raise ConfigError(f"{wanted}, got {values.max()}, which does not fit")
+        return values.astype(np.int64, copy=False)
+    if isinstance(values, (torch.Tensor, str, bytes)) or not isinstance(values, (Sequence, range)):
+        raise ConfigError(f"{wanted}, got {values!r}")
+    for value in values:
+        if not is_int(value) or not -_INT64_END <= value < _INT64_END:
+            raise ConfigError(f"{wanted}, got {value!r} in it")
+    return np.array(values, np.int64)

@@ -287,7 +287,7 @@ class Backing:
                         self.pool.pages.discard(page)
                     except DriverError as error:
                         failures.append(error)
-            self.pool.free.clear()
+            self.pool.free = [page for page in self.pool.free if page in self.pool.pages]
             if not self.pool.pages:
                 self.closed = True
                 self.driver.close()

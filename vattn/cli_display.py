@@ -86,6 +86,7 @@ class LiveDisplay:
         self._prompts = prompts
         self._texts = [""] * len(prompts)
         self._running: set[int] = set()
+        self._num_done = 0
         self._start = time.perf_counter()
         self._status = Text("waiting for the first token", style="dim")
         self._live = Live(self._render(), console=console, refresh_per_second=8, transient=True)
@@ -103,14 +104,16 @@ class LiveDisplay:
 
     def finish(self, index: int) -> None:
         self._running.discard(index)
+        self._num_done += 1
         self._console.print(Rule(Text(_one_line(self._prompts[index], 60), style="bold"), align="left"))
         self._console.print(Text(self._texts[index].strip()), end="\n\n")
 
     def progress(self, num_tokens: int, stats: CacheStats) -> None:
         seconds = time.perf_counter() - self._start
-        waiting = len(self._prompts) - len(self._running)
+        num_waiting = len(self._prompts) - len(self._running) - self._num_done
         self._status = Text(
-            f"{num_tokens} tokens, {num_tokens / seconds:.1f} tok/s · {len(self._running)} running, {waiting} others · "
+            f"{num_tokens} tokens, {num_tokens / seconds:.1f} tok/s · "
+            f"{len(self._running)} running, {num_waiting} waiting, {self._num_done} done · "
             f"mapped {format_bytes(stats.mapped_bytes)} of {format_bytes(stats.reserved_bytes)} reserved, "
             f"wasted {format_bytes(stats.waste_bytes)}",
             style="cyan",

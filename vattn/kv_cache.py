@@ -11,7 +11,7 @@ from types import TracebackType
 import numpy as np
 import torch
 
-from .arguments import int_array, require_int
+from .arguments import int_array, is_int, require_int
 from .backing import Backing
 from .driver import Driver, open_driver
 from .errors import ConfigError, OutOfSlots
@@ -320,11 +320,11 @@ class KVCache:
         return slots
 
     def _view(self, views: dict[int, torch.Tensor], layer: int) -> torch.Tensor:
-        try:
-            return views[layer]
-        except (KeyError, TypeError):
+        tensor = views.get(layer) if is_int(layer) else None
+        if tensor is None:
             self._slots  # noqa: B018 - says so where the cache is closed
-            raise ConfigError(f"layer must be one of {list(self.layout.layers)}, got {layer!r}") from None
+            raise ConfigError(f"layer must be one of {list(self.layout.layers)}, got {layer!r}")
+        return tensor
 
     def _live(self, slot: int) -> int:
         slot = require_int("slot", slot, 0, self.max_slots - 1)

@@ -129,7 +129,7 @@ class KVLayout:
             groups = [LayerGroup(range(num_layers), num_kv_heads, head_dim, v_head_dim)]  # type: ignore[arg-type]
         elif any(value is not None for value in (num_layers, num_kv_heads, head_dim, v_head_dim)):
             raise ConfigError("give groups, or num_layers, num_kv_heads and head_dim; not both")
-        self.groups = tuple(groups)
+        self.groups = tuple(groups) if isinstance(groups, Sequence) else ()
         if not self.groups or not all(isinstance(group, LayerGroup) for group in self.groups):
             raise ConfigError(f"groups must be a non-empty sequence of LayerGroup, got {groups!r}")
         self.max_seq_len = require_int("max_seq_len", max_seq_len, 1)

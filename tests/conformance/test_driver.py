@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -122,7 +123,7 @@ def test_reservations_are_aligned_and_apart(driver, unit):
     sizes = [unit, 3 * unit, 64 * unit]
     ranges = sorted((driver.reserve(size), size) for size in sizes)
     assert all(address % driver.granularity_bytes == 0 for address, _ in ranges)
-    assert all(one + size <= other for (one, size), (other, _) in zip(ranges, ranges[1:], strict=False))
+    assert all(one + size <= other for (one, size), (other, _) in pairwise(ranges))
 
 
 def test_one_tebibyte_of_addresses_costs_nothing(driver, unit):

@@ -164,9 +164,10 @@ class RuledDriver(ABC):
         mappings = self.book.whole_mappings("unmap", address, size_bytes)
         self._unmap(address, size_bytes)
         for mapping in mappings:
-            self._forget(mapping)
+            self.book.unmap(mapping)
         self.counts.num_unmap += 1
         self.log.add("unmap", address=address, size_bytes=size_bytes)
+        self._after_unmap(mappings)
 
     def zero(self, address: int, size_bytes: int) -> None:
         self.book.check_accessible("zero", address, size_bytes)
@@ -179,8 +180,8 @@ class RuledDriver(ABC):
         self._copy(target, source, size_bytes)
         self.counts.num_copy += 1
 
-    def _forget(self, mapping: Mapping) -> None:
-        self.book.unmap(mapping)
+    def _after_unmap(self, mappings: list[Mapping]) -> None:  # noqa: B027 - most systems have nothing left to do
+        """Free the memory of handles that were released earlier and are mapped nowhere any more."""
 
     @abstractmethod
     def _reserve(self, size_bytes: int) -> int: ...

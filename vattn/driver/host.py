@@ -11,7 +11,8 @@ import ctypes
 import errno
 import mmap
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -41,17 +42,27 @@ _READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
 _RANGE_ALIGNMENT_BYTES = 2 << 20
 
 
+# Mappings held for no use but to be given up: at the limit of mappings every ``mmap`` fails, that of an ``unmap`` too,
+# and so does the interpreter's next allocation.
+_NUM_SPARE = 128
+# Memory never taken: what the rest of the system needs to go on, when fallocate would sooner have a process killed.
+_KEEP_FREE_BYTES = 64 << 20
+_BYTES_BETWEEN_CHECKS = 64 << 20
+
+
 def _error(call: str) -> DriverError:
     code = ctypes.get_errno()
-    name = errno.errorcode.get(code, str(code))
-    detail = os.strerror(code)
-    if code == errno.ENOMEM and call != "fallocate":
-        limit = Path("/proc/sys/vm/max_map_count").read_text().strip()
-        detail = (
-            f"the process has as many mappings as vm.max_map_count allows ({limit}); "
-            f"raise it (sysctl -w vm.max_map_count={2 * int(limit)}) or use a larger page_bytes"
-        )
-    return DriverError(call, name, detail, out_of_memory=code in (errno.ENOMEM, errno.ENOSPC))
+    out_of_memory = code in (errno.ENOMEM, errno.ENOSPC)
+    return DriverError(call, errno.errorcode.get(code, str(code)), os.strerror(code), out_of_memory=out_of_memory)
+
+
+def _too_many_mappings(call: str) -> DriverError:
+    limit = Path("/proc/sys/vm/max_map_count").read_text().strip()
+    detail = (
+        f"the process has as many mappings as vm.max_map_count allows ({limit}); "
+        f"raise it (sysctl -w vm.max_map_count={2 * int(limit)}) or use a larger page_bytes"
+    )
+    return DriverError(call, "ENOMEM", detail, out_of_memory=True)
 
 
 class HostDriver(RuledDriver):
@@ -67,7 +78,9 @@ class HostDriver(RuledDriver):
         self._fd = os.memfd_create("vattn", os.MFD_CLOEXEC)
         self._end = 0
         self._holes: dict[int, list[int]] = {}  # size -> offsets punched out, ready for the next handle of that size
-        self._spare = self._add_spare()
+        self._may_take_bytes = 0  # until the system's free memory is looked at again
+        self._spare: int | None = None
+        self._hold_spare("mmap")
 
     # -- address ranges ------------------------------------------------------------------------------------------
     def _reserve(self, size_bytes: int) -> int:
@@ -84,6 +97,12 @@ class HostDriver(RuledDriver):
 
     # -- handles -------------------------------------------------------------------------------------------------
     def _create(self, size_bytes: int) -> int:
+        if size_bytes > self._may_take_bytes:
+            spare_bytes = available_and_total_bytes()[0] - _KEEP_FREE_BYTES
+            if size_bytes > spare_bytes:
+                detail = f"the system has {max(spare_bytes, 0)} bytes to spare"
+                raise DriverError("fallocate", "ENOMEM", detail, out_of_memory=True)
+            self._may_take_bytes = max(size_bytes, min(spare_bytes, _BYTES_BETWEEN_CHECKS))
         holes = self._holes.get(size_bytes)
         offset = holes[-1] if holes else self._end
         try:
@@ -91,6 +110,7 @@ class HostDriver(RuledDriver):
         except OSError as error:
             ctypes.set_errno(error.errno or 0)
             raise _error("fallocate") from error
+        self._may_take_bytes -= size_bytes
         if holes:
             holes.pop()
         else:
@@ -101,10 +121,10 @@ class HostDriver(RuledDriver):
         if not still_mapped:
             self._punch(handle, size_bytes)
 
-    def _forget(self, mapping: Mapping) -> None:
-        super()._forget(mapping)
-        if mapping.handle not in self.book.handles:  # released earlier, and this was its last mapping
-            self._punch(mapping.handle, mapping.size_bytes)
+    def _after_unmap(self, mappings: list[Mapping]) -> None:
+        for handle, size_bytes in {mapping.handle: mapping.size_bytes for mapping in mappings}.items():
+            if handle not in self.book.handles:
+                self._punch(handle, size_bytes)
 
     def _punch(self, handle: int, size_bytes: int) -> None:
         mode = _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE
@@ -114,23 +134,25 @@ class HostDriver(RuledDriver):
 
     # -- mappings ------------------------------------------------------------------------------------------------
     def _map(self, address: int, size_bytes: int, handle: int) -> None:
-        self._mmap(address, size_bytes, _PROT_NONE, mmap.MAP_SHARED | _MAP_FIXED, self._fd, handle - 1)
+        self._hold_spare("mmap")
+        flags = mmap.MAP_SHARED | _MAP_FIXED
+        with self._at_the_limit("mmap"):
+            self._mmap(address, size_bytes, _PROT_NONE, flags, self._fd, handle - 1)
 
     def _set_access(self, address: int, size_bytes: int) -> None:
-        if _libc.mprotect(address, size_bytes, _READ_WRITE):
-            raise _error("mprotect")
+        with self._at_the_limit("mprotect"):
+            self._mprotect(address, size_bytes, _READ_WRITE)
 
     def _unmap(self, address: int, size_bytes: int) -> None:
-        flags = _RESERVED | _MAP_FIXED
-        try:
-            self._mmap(address, size_bytes, _PROT_NONE, flags, -1, 0)
-        except DriverError as error:
-            # At the limit of mappings even this call, which lowers their number, is refused: make room for it.
-            if not error.out_of_memory or not self._spare:
-                raise
-            self._drop_spare()
-            self._mmap(address, size_bytes, _PROT_NONE, flags, -1, 0)
-            self._spare = self._add_spare()
+        for attempt in range(2):
+            try:
+                self._mmap(address, size_bytes, _PROT_NONE, _RESERVED | _MAP_FIXED, -1, 0)
+                return
+            except DriverError as error:
+                # Removing a mapping may split another one first, so at the limit even this is refused: make room.
+                if not error.out_of_memory or attempt:
+                    raise
+                self._drop_spare()
 
     # -- data ----------------------------------------------------------------------------------------------------
     def _zero(self, address: int, size_bytes: int) -> None:
@@ -176,15 +198,31 @@ class HostDriver(RuledDriver):
         if _libc.munmap(address, size_bytes):
             raise _error("munmap")
 
-    def _add_spare(self) -> tuple[int, ...]:
-        """A few mappings of no use but to be given up when an ``unmap`` needs one at the limit."""
-        flags = mmap.MAP_SHARED | mmap.MAP_ANONYMOUS
-        spare: list[int] = []
-        with suppress(DriverError):  # at the limit already: unmap is tried without them
-            spare.extend(self._mmap(None, mmap.PAGESIZE, mmap.PROT_READ, flags, -1, 0) for _ in range(4))
-        return tuple(spare)
+    def _mprotect(self, address: int, size_bytes: int, prot: int) -> None:
+        if _libc.mprotect(address, size_bytes, prot):
+            raise _error("mprotect")
+
+    def _hold_spare(self, call: str) -> None:
+        """Hold the spare mappings; refuse ``call`` where the limit leaves no room even for them."""
+        if self._spare is not None:
+            return
+        with self._at_the_limit(call):
+            self._spare = self._mmap(None, _NUM_SPARE * mmap.PAGESIZE, _PROT_NONE, _RESERVED, -1, 0)
+            for index in range(0, _NUM_SPARE, 2):  # neighbours of different protection are mappings of their own
+                self._mprotect(self._spare + index * mmap.PAGESIZE, mmap.PAGESIZE, mmap.PROT_READ)
+
+    @contextmanager
+    def _at_the_limit(self, call: str) -> Iterator[None]:
+        """Running out of mappings gives up the spare ones, so that the process can go on, and says what to change."""
+        try:
+            yield
+        except DriverError as error:
+            if not error.out_of_memory:
+                raise
+            self._drop_spare()
+            raise _too_many_mappings(call) from error
 
     def _drop_spare(self) -> None:
-        spare, self._spare = self._spare, ()
-        for address in spare:
-            _libc.munmap(address, mmap.PAGESIZE)
+        if self._spare is not None:
+            _libc.munmap(self._spare, _NUM_SPARE * mmap.PAGESIZE)
+            self._spare = None
