@@ -1,0 +1,67 @@
+"""The built wheel, as a user would install it: everything inside, importable away from the sources."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    # A copy: building in place would leave files behind in the sources.
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE", "vattn", "models"):
+        subprocess.run(["cp", "-r", ROOT / name, source], check=True)
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "--wheel-dir",
+        folder,
+    ]
+    subprocess.run([*command, source], check=True)
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+def test_the_wheel_holds_every_module_and_the_type_marker(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "vattn").rglob("*.py")}
+    sources |= {f"vattn/{path.relative_to(ROOT)}" for path in (ROOT / "models").rglob("*.py")}
+    assert sources <= names
+    assert "vattn/py.typed" in names
+    assert not any(name.startswith(("tests", "models/", "experiments")) for name in names)
+
+
+def test_an_installed_wheel_works_away_from_its_sources(wheel, tmp_path):
+    target = tmp_path / "site"
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", target]
+    subprocess.run([*command, wheel], check=True)
+    script = (
+        "import vattn, vattn.models.llama as llama; "
+        "assert vattn.__file__.startswith(r'{0}') and llama.__file__.startswith(r'{0}'), llama.__file__; "
+        "print(vattn.__version__)"
+    ).format(target)
+    environment = {**os.environ, "PYTHONPATH": str(target)}
+    child = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert child.returncode == 0, child.stderr
+    assert child.stdout.strip() in wheel.name
+    info = subprocess.run(
+        [sys.executable, "-m", "vattn", "info", "--json"], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert info.returncode == 0, info.stderr
