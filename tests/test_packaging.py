@@ -52,9 +52,9 @@ def test_an_installed_wheel_works_away_from_its_sources(wheel, tmp_path):
     subprocess.run([*command, wheel], check=True)
     script = (
         "import vattn, vattn.models.llama as llama; "
-        "assert vattn.__file__.startswith(r'{0}') and llama.__file__.startswith(r'{0}'), llama.__file__; "
+        f"assert vattn.__file__.startswith(r'{target}') and llama.__file__.startswith(r'{target}'), llama.__file__; "
         "print(vattn.__version__)"
-    ).format(target)
+    )
     environment = {**os.environ, "PYTHONPATH": str(target)}
     child = subprocess.run(
         [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False

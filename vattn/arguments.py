@@ -9,7 +9,6 @@ import torch
 
 from .errors import ConfigError
 
-
 _INT64_END = 1 << 63
 
 
