@@ -10,6 +10,7 @@ import contextlib
 import random
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from failing_driver import FailingDriver
@@ -22,6 +23,12 @@ _ROW_STEP, _TAG_STEP = 1 << 7, 1 << 21  # a value is tag, row, and which tensor,
 _MAX_SEQ_LEN = 90
 _DRIVER_CALLS = ("create", "release", "map", "set_access", "unmap", "zero", "copy")
 
+VARIANTS: dict[str, dict[str, Any]] = {
+    "sound driver": {},
+    "failing driver": {"fail": True},
+    "masked over-read": {"over_read": 30},
+    "over-read, failing driver": {"over_read": 7, "masked": False, "fail": True},
+}
 LAYOUTS = ("token", "layer", "groups", "row larger than page")
 
 
@@ -46,16 +53,19 @@ class Fuzz:
         fail: also make driver calls fail now and then, and check that nothing changed.
     """
 
-    def __init__(self, seed: int, kind: str, device: str = "cpu", page_bytes: int = 4096, fail: bool = False) -> None:
+    def __init__(
+        self, seed: int, kind: str, device: str = "cpu", fail: bool = False, over_read: int = 0, masked: bool = True
+    ) -> None:
         self.random = random.Random(f"{seed} {kind}")
         self.fail = fail
         self.driver = FailingDriver(open_driver(device))
-        page_bytes = max(page_bytes, self.driver.granularity_bytes)
+        page_bytes = max(4096, self.driver.granularity_bytes)
+        self.over_read, self.masked = over_read, masked
         self.layout = make_layout(kind, page_bytes)
         lanes = [
             lane.row_bytes for group in self.layout.groups for lane in self.layout.plan(group, 1, page_bytes).lanes
         ]
-        per_slot = sum(-(-_MAX_SEQ_LEN * row_bytes // page_bytes) for row_bytes in lanes)
+        per_slot = sum(-(-(_MAX_SEQ_LEN + over_read) * row_bytes // page_bytes) for row_bytes in lanes)
         self.max_slots = 5
         limit_pages = per_slot * 2 + self.random.randrange(per_slot)  # a third to a half of what the slots could take
         self.cache = vattn.KVCache(
@@ -63,9 +73,11 @@ class Fuzz:
             self.max_slots,
             page_bytes=page_bytes,
             memory_limit=limit_pages * page_bytes,
+            over_read_tokens=over_read,
+            over_read_masked=masked,
             driver=self.driver,
         )
-        self.model = PageModel(lanes, page_bytes, limit_pages)
+        self.model = PageModel(lanes, page_bytes, limit_pages, over_read, masked)
         self.tags: dict[int, list[int]] = {}  # per live slot and row, the last write; 0: never written
         self.past: dict[int, list[set[int]]] = {}  # per slot and row, every tag that this sequence had there
         self.next_tag = 1
@@ -97,6 +109,16 @@ class Fuzz:
                 wrong.append((tensor != expected[:, None, None]).any())
         assert not torch.stack(wrong).any(), f"slot {slot}: wrong are {[bool(each) for each in wrong]}"
 
+    def check_over_read(self, slot: int, rows: int) -> None:
+        """What a kernel reads past the end is there; unless kernels mask it, it is zeros."""
+        for _, tensor in self._tensors():
+            beyond = tensor.as_strided(
+                (self.over_read, *tensor.shape[2:]),
+                tensor.stride()[1:],
+                tensor[slot].storage_offset() + rows * tensor.stride(1),
+            )
+            assert not beyond.any() or self.masked
+
     def expose(self, slot: int, end: int) -> None:
         """Rows beyond the old length: zeros, or what this sequence itself once had in that row; then mostly written."""
         start = len(self.tags[slot])
@@ -112,6 +134,8 @@ class Fuzz:
                         assert rest == row * _ROW_STEP + number, f"slot {slot} row {row} holds another row's data"
                         assert tag in self.past[slot][row], f"slot {slot} row {row} holds another sequence's data"
         self.tags[slot] += [0] * (end - start)
+        if end > start and self.over_read:
+            self.check_over_read(slot, end)
         if end > start and not (clean and self.random.random() < 0.3):
             self.write(slot, start, end)
 
@@ -154,6 +178,8 @@ class Fuzz:
         if self._fits(lambda: self.model.fork(parent, child, num_rows), lambda: self.cache.fork(parent, rows, into)):
             self.tags[child] = self.tags[parent][:num_rows]
             self.past[child] = [{tag} for tag in self.tags[child]]
+            if num_rows and self.over_read:
+                self.check_over_read(child, num_rows)
 
     def truncate(self, slot: int) -> None:
         rows = self.random.randint(0, len(self.tags[slot]))
@@ -262,17 +288,16 @@ class Fuzz:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--operations", type=int, default=20_000, help="in all, over the four layouts")
+    parser.add_argument("--operations", type=int, default=20_000, help="in all, over layouts and variants")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     for kind in LAYOUTS:
-        for fail in (False, True):
+        for variant, settings in VARIANTS.items():
             start = time.perf_counter()
-            with contextlib.closing(Fuzz(options.seed, kind, options.device, fail=fail)) as fuzz:
-                fuzz.run(options.operations // (2 * len(LAYOUTS)))
-                seconds = time.perf_counter() - start
-                print(f"{kind}, {'with' if fail else 'no'} driver failures: {seconds:.1f} s, {fuzz.counts}", flush=True)
+            with contextlib.closing(Fuzz(options.seed, kind, options.device, **settings)) as fuzz:
+                fuzz.run(options.operations // (len(VARIANTS) * len(LAYOUTS)))
+                print(f"{kind}, {variant}: {time.perf_counter() - start:.1f} s, {fuzz.counts}", flush=True)
 
 
 if __name__ == "__main__":

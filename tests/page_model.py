@@ -17,9 +17,15 @@ class PageModel:
         lane_row_bytes: bytes per token of every lane.
         page_bytes: size of a page.
         limit_pages: pages that may exist at once.
+        over_read: rows past the end that stay mapped.
+        masked: whether those may lie on shared pages.
     """
 
-    def __init__(self, lane_row_bytes: list[int], page_bytes: int, limit_pages: int) -> None:
+    def __init__(
+        self, lane_row_bytes: list[int], page_bytes: int, limit_pages: int, over_read: int = 0, masked: bool = True
+    ) -> None:
+        self.over_read = over_read
+        self.masked = masked
         self.lane_row_bytes = lane_row_bytes
         self.page_bytes = page_bytes
         self.limit_pages = limit_pages
@@ -39,13 +45,18 @@ class PageModel:
 
     def _to_replace(self, slot: int, start: int, end: int) -> list[tuple[int, int, int]]:
         owners, keys = self._owners(), []
-        for lane, row_bytes in enumerate(self.lane_row_bytes):
-            if end > start:
-                for index in range(start * row_bytes // self.page_bytes, (end * row_bytes - 1) // self.page_bytes + 1):
+        if end > start:
+            for lane, row_bytes in enumerate(self.lane_row_bytes):
+                last_private = (end * row_bytes - 1) // self.page_bytes
+                for index in range(start * row_bytes // self.page_bytes, self._num_pages(lane, end)):
                     page = self.table.get((slot, lane, index))
-                    if page is None or owners[page] > 1:
+                    private = index <= last_private or not self.masked
+                    if page is None or (private and owners[page] > 1):
                         keys.append((slot, lane, index))
         return keys
+
+    def _num_pages(self, lane: int, rows: int) -> int:
+        return -(-(rows + self.over_read) * self.lane_row_bytes[lane] // self.page_bytes) if rows else 0
 
     def ensure(self, requests: list[tuple[int, int]]) -> None:
         keys = [key for slot, rows in requests for key in self._to_replace(slot, self.rows[slot], rows)]
@@ -57,13 +68,11 @@ class PageModel:
         self._replace(self._to_replace(slot, start, end))
 
     def fork(self, parent: int, child: int, rows: int) -> None:
-        self._replace(
-            [
-                (child, lane, rows * row_bytes // self.page_bytes)
-                for lane, row_bytes in enumerate(self.lane_row_bytes)
-                if rows * row_bytes % self.page_bytes
-            ]
-        )
+        keys = []
+        for lane, row_bytes in enumerate(self.lane_row_bytes):
+            whole = rows * row_bytes // self.page_bytes
+            keys += [(child, lane, index) for index in range(whole, self._num_pages(lane, rows))]
+        self._replace(keys)
         for lane, row_bytes in enumerate(self.lane_row_bytes):
             for index in range(rows * row_bytes // self.page_bytes):
                 self.table[child, lane, index] = self.table[parent, lane, index]
@@ -72,7 +81,7 @@ class PageModel:
     def truncate(self, slot: int, rows: int) -> None:
         self.rows[slot] = rows
         for key in [key for key in self.table if key[0] == slot]:
-            if key[2] * self.page_bytes >= rows * self.lane_row_bytes[key[1]]:
+            if key[2] >= self._num_pages(key[1], rows):
                 del self.table[key]
 
     def release(self, slot: int) -> None:

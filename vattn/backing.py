@@ -31,6 +31,20 @@ class Growth:
         return len(self.missing) + len(self.shared)
 
 
+@dataclass(frozen=True, slots=True)
+class OverRead:
+    """How far kernels read past the end of a sequence; those rows stay mapped.
+
+    Attributes:
+        tokens: rows past the end that may be read.
+        masked: whether what lies there can never reach an output. If it can, it is kept free of an earlier sequence's
+            data, and of rows that this sequence had there before ``truncate``: a NaN among them would spread.
+    """
+
+    tokens: int = 0
+    masked: bool = True
+
+
 class Backing:
     """Owns the driver, the page pool and one reservation per layer group.
 
@@ -38,11 +52,22 @@ class Backing:
     more; the addresses only then.
     """
 
-    def __init__(self, driver: Driver, layout: KVLayout, max_slots: int, page_bytes: int, limit_bytes: int) -> None:
+    def __init__(
+        self,
+        driver: Driver,
+        layout: KVLayout,
+        max_slots: int,
+        page_bytes: int,
+        limit_bytes: int,
+        over_read: OverRead,
+    ) -> None:
         self.driver = driver
         self.page_bytes = page_bytes
+        self.over_read = over_read
         self.pool = PhysicalPagePool(driver, page_bytes, limit_bytes)
-        self.plans: list[GroupPlan] = [layout.plan(group, max_slots, page_bytes) for group in layout.groups]
+        self.plans: list[GroupPlan] = [
+            layout.plan(group, max_slots, page_bytes, over_read.tokens) for group in layout.groups
+        ]
         self.reservations: list[Reservation] = []
         self.closed = False
         self._pid = os.getpid()
@@ -78,19 +103,23 @@ class Backing:
 
     # -- growing -------------------------------------------------------------------------------------------------
     def growth(self, slot: int, start: int, end: int, keep_rows: int, growth: Growth) -> Growth:
-        """Add to ``growth`` what makes rows ``[start, end)`` of a slot backed and private.
+        """Add to ``growth`` what makes rows ``[start, end)`` of a slot backed and private, those past them readable.
 
         A copy of a shared page takes the bytes of rows below ``keep_rows``.
         """
+        if end <= start:
+            return growth
         for reservation, lane in self.lanes:
             origin = lane.slot_offset(slot)
             base = origin // self.page_bytes
             first, last = self._page_span(lane, start, end)
-            for index in range(base + first, base + last):
+            last_readable = self._num_pages(lane, end)
+            last_private = last if self.over_read.masked else last_readable
+            for index in range(base + first, base + last_readable):
                 page = reservation.pages.get(index)
                 if page is None:
                     growth.missing.append((reservation, index))
-                elif page.shared:
+                elif page.shared and index < base + last_private:
                     kept = origin + keep_rows * lane.row_bytes - index * self.page_bytes
                     growth.shared.append((reservation, index, max(0, min(kept, self.page_bytes))))
                     growth.slots_with_shared.add(slot)
@@ -110,7 +139,7 @@ class Backing:
     def note_end(self, slot: int, rows: int) -> None:
         """Rows ``[0, rows)`` of the slot have pages now."""
         for (_, lane), ends in zip(self.lanes, self._ends, strict=True):
-            ends[slot] = max(ends[slot], self._page_span(lane, 0, rows)[1])
+            ends[slot] = max(ends[slot], self._num_pages(lane, rows))
 
     def _map_new(self, reservation: Reservation, index: int, page: Page, undo: Undo) -> bool:
         """Map a page that nobody else has, all zeros. Returns whether that took work on the stream."""
@@ -148,7 +177,7 @@ class Backing:
     def alias(self, parent: int, child: int, rows: int, undo: Undo) -> bool:
         """Back rows ``[0, rows)`` of an empty slot by the parent's pages; the page that straddles the end is copied.
 
-        Returns whether a copy was submitted to the current stream.
+        Returns whether work was submitted to the current stream.
         """
         plan = [
             (reservation, lane, *divmod(rows * lane.row_bytes, self.page_bytes)) for reservation, lane in self.lanes
@@ -166,20 +195,48 @@ class Backing:
                 self._scrub(page, address + rest, self.page_bytes - rest, undo)
                 undo.push(self._wait_for_stream)
                 self.driver.copy(address, reservation.address_of(source + num_whole), rest)
-        return any(rest for *_, rest in plan)
+        return self._map_over_read(child, rows, undo) or any(rest for *_, rest in plan)
+
+    def _map_over_read(self, slot: int, rows: int, undo: Undo) -> bool:
+        """Map the pages past a sequence's rows that kernels may read. Returns whether work was submitted."""
+        growth = Growth()
+        for reservation, lane in self.lanes:
+            base = lane.slot_offset(slot) // self.page_bytes
+            indices = range(base + self._page_span(lane, 0, rows)[1], base + self._num_pages(lane, rows))
+            growth.missing += [(reservation, index) for index in indices]
+        return self.grow(growth, undo) if growth.missing else False
+
+    def wipe(self, slot: int, start: int, end: int, undo: Undo) -> bool:
+        """Zero what the slot's own pages hold in rows ``[start, end)``. Returns whether that took work on the stream.
+
+        Pages shared with another sequence are passed over: growing copies them.
+        """
+        submitted = False
+        for reservation, lane in self.lanes:
+            origin = lane.slot_offset(slot)
+            low, high = origin + start * lane.row_bytes, origin + end * lane.row_bytes
+            for index in range(low // self.page_bytes, -(-high // self.page_bytes)):
+                page = reservation.pages.get(index)
+                if page is not None and not page.shared:
+                    page_start = index * self.page_bytes
+                    first, last = max(low, page_start), min(high, page_start + self.page_bytes)
+                    undo.push(self._wait_for_stream)
+                    self.driver.zero(reservation.address + first, last - first)
+                    submitted = True
+        return submitted
 
     # -- giving back ---------------------------------------------------------------------------------------------
     def has_pages_past(self, slot: int, rows: int) -> bool:
         """Whether the slot has pages that rows ``[0, rows)`` do not need."""
         lanes = zip(self.lanes, self._ends, strict=True)
-        return any(ends[slot] > self._page_span(lane, 0, rows)[1] for (_, lane), ends in lanes)
+        return any(ends[slot] > self._num_pages(lane, rows) for (_, lane), ends in lanes)
 
     def shrink(self, slot: int, rows: int, undo: Undo) -> list[Page]:
         """Unmap the slot's pages that rows ``[0, rows)`` do not need; returns them for ``finish_shrink``."""
         taken: list[Page] = []
         for (reservation, lane), ends in zip(self.lanes, self._ends, strict=True):
             base = lane.slot_offset(slot) // self.page_bytes
-            taken += reservation.unmap(base + self._page_span(lane, 0, rows)[1], base + ends[slot], undo)
+            taken += reservation.unmap(base + self._num_pages(lane, rows), base + ends[slot], undo)
         return taken
 
     def finish_shrink(self, slot: int, rows: int, taken: list[Page]) -> None:
@@ -187,7 +244,7 @@ class Backing:
         for page in taken:
             self.pool.put_back(page)
         for (_, lane), ends in zip(self.lanes, self._ends, strict=True):
-            ends[slot] = min(ends[slot], self._page_span(lane, 0, rows)[1])
+            ends[slot] = min(ends[slot], self._num_pages(lane, rows))
 
     # -- looking -------------------------------------------------------------------------------------------------
     def private_rows(self, slot: int, rows: int) -> int:
@@ -239,6 +296,10 @@ class Backing:
                 reservation.clear_stray(index)
                 found = True
         return found
+
+    def _num_pages(self, lane: Lane, rows: int) -> int:
+        """Pages that a sequence of so many rows has, those that kernels read past its end included."""
+        return self._page_span(lane, 0, rows + self.over_read.tokens)[1] if rows else 0
 
     def _page_span(self, lane: Lane, start: int, end: int) -> tuple[int, int]:
         """Pages, counted from the slot's first, that hold rows ``[start, end)``, as (first, one past the last)."""

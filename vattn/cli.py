@@ -100,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SIZE",
         help="physical memory for the cache, as 256MiB (default: 90 %% of what is free)",
     )
+    add("--attention", metavar="NAME", help="a backend that `vattn info` lists (default: the best for each phase)")
     add("--max-batch", type=int, metavar="N", help="prompts computed together (default: all, at most 64)")
     add("--raw", action="store_true", help="continue the prompts as they stand, without the model's chat template")
     add("--json", action="store_true", help="print one JSON document and nothing else")

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from .arguments import require_int
-from .attention import AttentionBackend, choose
+from .attention import AttentionBackend, choose, get
 from .cli import parse_bytes
 from .cli_display import Display, LineDisplay, LiveDisplay, NoDisplay
 from .cli_report import Meter, memory_table, read_bandwidth, speed_table, throughput
@@ -90,9 +90,16 @@ def generate(args: argparse.Namespace) -> None:
         for prompt in prompts
     ]
     max_slots = min(len(prompts), args.max_batch or _MAX_BATCH)
-    attention = choose(device, dtype, model.config.head_dim)
+    attention = _attention(args.attention, device, dtype, model.config.head_dim)
     meter = Meter()
-    with KVCache(model.kv_layout(), max_slots, device, memory_limit) as cache:
+    with KVCache(
+        model.kv_layout(),
+        max_slots,
+        device,
+        memory_limit,
+        over_read_tokens=attention.over_read_tokens,
+        over_read_masked=attention.masks_over_read,
+    ) as cache:
         engine = Engine(model, cache, attention, on_step=lambda: meter.observe(cache.stats()))
         _submit(engine, answers, args, tokenizer.stop_tokens)
         with _display(args.json, prompts) as display:
@@ -116,6 +123,8 @@ def _check(args: argparse.Namespace, prompts: list[str]) -> int | None:
     request_generator(args.seed + len(prompts) - 1)
     if args.max_batch is not None:
         require_int("--max-batch", args.max_batch, 1)
+    if args.attention is not None:
+        get(args.attention)
     for number, prompt in enumerate(prompts, 1):
         if not prompt.strip():
             raise ConfigError(f"prompt {number} is empty")
@@ -131,6 +140,16 @@ def _device(name: str | None) -> torch.device:
         return driver.device
     finally:
         driver.close()
+
+
+def _attention(name: str | None, device: torch.device, dtype: torch.dtype, head_dim: int) -> AttentionBackend:
+    """The backend asked for, or the best there is; ConfigError when it cannot run there."""
+    if name is None:
+        return choose(device, dtype, head_dim)
+    backend = get(name)
+    if reason := backend.supports(device, dtype, head_dim):
+        raise ConfigError(f"attention {name!r} cannot be used here: {reason}")
+    return backend
 
 
 def _submit(engine: Engine, answers: list[_Answer], args: argparse.Namespace, stop_tokens: frozenset[int]) -> None:

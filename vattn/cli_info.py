@@ -63,7 +63,7 @@ def collect() -> dict[str, Any]:
 
 
 def _support(backend: AttentionBackend, device: torch.device) -> dict[str, Any]:
-    """Asked for what ``vattn generate`` would use there, at the most common head_dim."""
+    """Asked for the dtype that ``vattn generate`` would use there, at the most common head_dim."""
     reason = backend.supports(device, torch.bfloat16 if device.type == "cuda" else torch.float32, 128)
     return {"available": reason is None, "reason": reason}
 
@@ -97,7 +97,8 @@ def _print(document: dict[str, Any]) -> None:
         table.add_row(f"driver {driver['name']}", text)
     for backend in document["attention"]:
         where = [f"{device}: {state['reason'] or 'yes'}" for device, state in backend["devices"].items()]
-        reads = f"reads {backend['over_read_tokens']} rows past the end"
+        rows = backend["over_read_tokens"]
+        reads = f"reads up to {rows} rows past the end" if rows else "never reads past the end"
         table.add_row(f"attention {backend['name']}", "; ".join([*where, reads]))
     for name, model in document["models"].items():
         table.add_row(f"model {name}", model["path"] or f"not available: {model['reason']}")

@@ -64,9 +64,13 @@ class Engine:
     Args:
         model: see ``LanguageModel``.
         cache: where K and V go. Other users may hold slots of it.
-        attention: backend; None for the best one that runs on the cache's device.
+        attention: backend; None for the best one that runs on the cache's device within its margin.
         max_prefill_tokens: tokens computed in one forward pass; a longer prompt is computed in chunks.
         on_step: called once per step while every sequence that took part still holds its slot, for observing the cache.
+
+    Raises:
+        ConfigError: the attention reads further past the end than the cache keeps rows mapped, or does not mask what it
+            reads there although the cache was told that it does.
     """
 
     def __init__(
@@ -80,7 +84,8 @@ class Engine:
     ) -> None:
         self.model = model
         self.cache = cache
-        self.attention = attention or choose(cache.device, cache.layout.dtype, cache.layout.groups[0].head_dim)
+        self.attention = _attention_for(cache) if attention is None else attention
+        _check_margin(self.attention, cache)
         self.max_prefill_tokens = require_int("max_prefill_tokens", max_prefill_tokens, 1)
         self.stats = EngineStats()
         self._on_step = on_step
@@ -320,12 +325,38 @@ class Engine:
                 f"a prompt of {len(request.prompt_tokens)} tokens and {max_new_tokens} new ones exceed the context of "
                 f"{layout.max_seq_len} tokens"
             )
-        needed = bytes_for(layout, num_rows, self.cache.page_bytes)
+        needed = bytes_for(layout, num_rows + self.cache.over_read_tokens, self.cache.page_bytes)
         if needed > self.cache.memory_limit:
             raise ConfigError(
                 f"a prompt of {len(request.prompt_tokens)} tokens and {max_new_tokens} new ones need {needed} bytes of "
                 f"memory, the limit is {self.cache.memory_limit} bytes"
             )
+
+
+def _attention_for(cache: KVCache) -> AttentionBackend:
+    """The best backend that is safe on this cache."""
+    layout, margin = cache.layout, cache.over_read_tokens
+    # In a cache that does not wipe its margin, no margin is usable by a backend that does not mask it.
+    for max_over_read in (margin, 0) if margin else (0,):
+        chosen = choose(cache.device, layout.dtype, layout.groups[0].head_dim, max_over_read=max_over_read)
+        if chosen.masks_over_read or not cache.over_read_masked:
+            break
+    return chosen
+
+
+def _check_margin(attention: AttentionBackend, cache: KVCache) -> None:
+    """Raise ConfigError where the attention could read what it must not."""
+    if attention.over_read_tokens > cache.over_read_tokens:
+        raise ConfigError(
+            f"attention {attention.name!r} reads up to {attention.over_read_tokens} rows past the end of a sequence, this "
+            f"cache keeps {cache.over_read_tokens} mapped; open it with "
+            f"KVCache(..., over_read_tokens={attention.over_read_tokens})"
+        )
+    if attention.over_read_tokens and not attention.masks_over_read and cache.over_read_masked:
+        raise ConfigError(
+            f"attention {attention.name!r} does not mask what it reads past the end of a sequence; open the cache with "
+            f"over_read_masked=False"
+        )
 
 
 def bytes_for(layout: KVLayout, num_rows: int, page_bytes: int) -> int:

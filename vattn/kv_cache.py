@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from .arguments import int_array, is_int, require_int
-from .backing import Backing
+from .backing import Backing, OverRead
 from .driver import Driver, open_driver
 from .errors import ConfigError, OutOfSlots
 from .layout import KVLayout
@@ -38,6 +38,10 @@ class KVCache:
         memory_limit: bytes of physical memory; None: 90 % of what the device has free now.
         page_bytes: size of a page, a multiple of the driver's granularity; None: the granularity on CUDA, 2 MiB on
             the CPU.
+        over_read_tokens: rows past the end of a sequence that kernels may read (an attention backend declares it).
+            They stay mapped, and count as waste.
+        over_read_masked: whether what lies in those rows can never reach an output. If it can, growing wipes them of
+            what an older, longer self of the sequence left there.
         driver: instead of the device's own; the cache closes it.
 
     Raises:
@@ -52,6 +56,8 @@ class KVCache:
         memory_limit: int | None = None,
         *,
         page_bytes: int | None = None,
+        over_read_tokens: int = 0,
+        over_read_masked: bool = False,
         driver: Driver | None = None,
     ) -> None:
         self._lock = threading.RLock()
@@ -64,13 +70,16 @@ class KVCache:
             memory_limit = require_int("memory_limit", memory_limit, 1)
         if page_bytes is not None:
             page_bytes = require_int("page_bytes", page_bytes, 1)
+        self.over_read_tokens = require_int("over_read_tokens", over_read_tokens, 0)
+        self.over_read_masked = bool(over_read_masked) or not over_read_tokens
         driver = driver or open_driver(device)
         try:
             self.page_bytes = _choose_page_bytes(driver, page_bytes)
             self.memory_limit = _choose_memory_limit(driver, memory_limit, self.page_bytes)
             self.device = driver.device
             self.driver = driver
-            backing = Backing(driver, layout, self.max_slots, self.page_bytes, self.memory_limit)
+            over_read = OverRead(self.over_read_tokens, self.over_read_masked)
+            backing = Backing(driver, layout, self.max_slots, self.page_bytes, self.memory_limit, over_read)
         except BaseException:
             driver.close()
             raise

@@ -158,8 +158,8 @@ class KVLayout:
         """Tokens in one page, of the lane that fills its pages fastest (token-major order has one lane a group)."""
         return page_bytes / max(row_bytes for group in self.groups for row_bytes in self._lane_row_bytes(group))
 
-    def plan(self, group: LayerGroup, max_slots: int, page_bytes: int) -> GroupPlan:
-        """Lay one group out.
+    def plan(self, group: LayerGroup, max_slots: int, page_bytes: int, extra_rows: int = 0) -> GroupPlan:
+        """Lay one group out; a slot has addresses for ``max_seq_len + extra_rows`` tokens.
 
         A lane's slot stride is a common multiple of the page and of the bytes per token, so that no page holds rows of
         two slots, and ``[slot, row]`` flattens to one token axis.
@@ -167,7 +167,7 @@ class KVLayout:
         lanes, offset = [], 0
         for row_bytes in self._lane_row_bytes(group):
             unit = math.lcm(page_bytes, row_bytes)
-            stride = -(-self.max_seq_len * row_bytes // unit) * unit
+            stride = -(-(self.max_seq_len + extra_rows) * row_bytes // unit) * unit
             lanes.append(Lane(offset, row_bytes, stride))
             offset += max_slots * stride
         k, v = {}, {}

@@ -35,6 +35,9 @@ class Slots:
         self.state = np.zeros(max_slots, np.int8)
         self.seq_len = np.zeros(max_slots, np.int64)
         self.reach = np.zeros(max_slots, np.int64)
+        # Where kernels do not mask what they read past the end: per slot, up to which row an older, longer self of the
+        # sequence may have left its data.
+        self._stale_to = np.zeros(max_slots, np.int64)
         self.num_oom = 0
         self._to_shrink: set[int] = set()  # live slots with pages past their rows, to be taken later
 
@@ -56,7 +59,7 @@ class Slots:
 
     def start(self, slot: int) -> None:
         self.state[slot] = LIVE
-        self.seq_len[slot] = self.reach[slot] = 0
+        self.seq_len[slot] = self.reach[slot] = self._stale_to[slot] = 0
 
     def end(self, slot: int) -> None:
         if self.work.is_open(slot):
@@ -84,7 +87,8 @@ class Slots:
         growth = Growth()
         for slot, start, end, keep_rows in targets:
             self.backing.growth(slot, start, end, keep_rows, growth)
-        if not growth.num_pages:
+        stale = [slot for slot, *_ in targets if self._stale_to[slot] > self.seq_len[slot]]
+        if not growth.num_pages and not stale:
             return
         self.refuse_capture("mapping a page")
         for slot in growth.slots_with_shared:
@@ -99,6 +103,11 @@ class Slots:
             self.work.wait_for_current_stream()
         with self._transaction([slot for slot, *_ in targets]) as undo:
             submitted = self.backing.grow(growth, undo)
+            if stale:
+                self.work.order_current_stream(stale)
+            for slot in stale:
+                submitted |= self.backing.wipe(slot, int(self.seq_len[slot]), int(self._stale_to[slot]), undo)
+                self._stale_to[slot] = 0
         for slot, _, end, _ in targets:
             self.backing.note_end(slot, end)
         if growth.shared:
@@ -123,16 +132,24 @@ class Slots:
 
     # -- giving back ---------------------------------------------------------------------------------------------
     def truncate(self, slot: int, rows: int) -> None:
+        longest = max(int(self._stale_to[slot]), int(self.seq_len[slot]))
         if self.work.is_open(slot):
             self.seq_len[slot] = self.reach[slot] = rows
             self._to_shrink.add(slot)
         else:
             self._shrink_now(slot, rows)
             self.seq_len[slot] = rows
-            self._measure_reach(slot)
+        if not self.backing.over_read.masked:
+            self._stale_to[slot] = longest
+        self._measure_reach(slot)
 
     def _measure_reach(self, slot: int) -> None:
-        self.reach[slot] = min(self.backing.private_rows(slot, int(self.seq_len[slot])), self.max_seq_len)
+        rows = int(self.seq_len[slot])
+        if self._stale_to[slot] > rows:
+            self.reach[slot] = rows  # growing has to wipe first
+        else:
+            reach = self.backing.private_rows(slot, rows) - self.backing.over_read.tokens
+            self.reach[slot] = max(rows, min(reach, self.max_seq_len))
 
     def _shrink_now(self, slot: int, rows: int) -> None:
         if self.backing.has_pages_past(slot, rows):
@@ -257,7 +274,8 @@ class Slots:
             rows, reach = int(self.seq_len[slot]), int(self.reach[slot])
             assert 0 <= rows <= reach <= self.max_seq_len, f"slot {slot}: {rows} rows, reach {reach}"
             if state == LIVE:
-                assert backing.backed_rows(slot) >= reach, f"slot {slot} lacks pages for its rows"
+                readable = reach + backing.over_read.tokens if reach else 0
+                assert backing.backed_rows(slot) >= readable, f"slot {slot} lacks pages for its rows"
                 assert backing.private_rows(slot, rows) >= reach, f"slot {slot} would write into a shared page"
                 waits = slot in self._to_shrink
                 assert waits or not backing.has_pages_past(slot, reach), f"slot {slot} keeps pages past its rows"

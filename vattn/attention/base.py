@@ -12,7 +12,26 @@ import torch
 
 from ..errors import ConfigError
 
-__all__ = ["AttentionBackend", "AttentionBatch"]
+__all__ = ["AttentionBackend", "AttentionBatch", "QueryGroup", "require_equal_head_dims"]
+
+INT32_MAX = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class QueryGroup:
+    """The sequences of a batch that have equally many new tokens, for kernels that want a rectangle of queries.
+
+    Attributes:
+        query_len: new tokens of each.
+        tokens: ``[num_sequences * query_len]`` int64, where their new tokens lie on the packed token axis.
+        slots: ``[num_sequences]`` int32.
+        seq_lens: ``[num_sequences]`` int32.
+    """
+
+    query_len: int
+    tokens: torch.Tensor
+    slots: torch.Tensor
+    seq_lens: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -115,8 +134,54 @@ class AttentionBatch:
         """``[batch]`` int64: where each sequence's last new token lies on the packed token axis."""
         return self._upload([end - 1 for end in self.query_starts[1:]], torch.int64)
 
+    @cached_property
+    def groups_by_query_len(self) -> tuple[QueryGroup, ...]:
+        """The batch's sequences by their number of new tokens, fewest first; each group in the batch's order."""
+        members: dict[int, list[int]] = {}
+        for i, query_len in enumerate(self.query_lens):
+            members.setdefault(query_len, []).append(i)
+        return tuple(
+            QueryGroup(
+                query_len,
+                self._upload([self.query_starts[i] + j for i in group for j in range(query_len)], torch.int64),
+                self._upload([self.slots[i] for i in group], torch.int32),
+                self._upload([self.seq_lens[i] for i in group], torch.int32),
+            )
+            for query_len, group in sorted(members.items())
+        )
+
+    def row_starts(self, rows_per_slot: int) -> torch.Tensor:
+        """``[batch + 1]`` int32: each sequence's first row on a token axis with ``rows_per_slot`` rows to a slot.
+
+        Not in rising order; the last entry is where the last sequence ends. Made once for each ``rows_per_slot``.
+
+        Raises:
+            ConfigError: a row beyond 32 bits.
+        """
+        if rows_per_slot not in self._row_starts:
+            starts = [slot * rows_per_slot for slot in self.slots]
+            end = max(start + seq_len for start, seq_len in zip(starts, self.seq_lens, strict=True))
+            if end > INT32_MAX:
+                raise ConfigError(f"row {end} of the cache is beyond 32 bits ({rows_per_slot} rows to a slot)")
+            self._row_starts[rows_per_slot] = self._upload([*starts, starts[-1] + self.seq_lens[-1]], torch.int32)
+        return self._row_starts[rows_per_slot]
+
+    @cached_property
+    def _row_starts(self) -> dict[int, torch.Tensor]:
+        return {}
+
     def _upload(self, values: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         return torch.tensor(values, dtype=dtype, device=self.device)
+
+
+def require_equal_head_dims(backend: str, k: torch.Tensor, v: torch.Tensor) -> None:
+    """For kernels whose K and V heads must be of one size.
+
+    Raises:
+        ConfigError: they are not.
+    """
+    if k.shape[-1] != v.shape[-1]:
+        raise ConfigError(f"{backend} needs K and V heads of one size, got {k.shape[-1]} and {v.shape[-1]}")
 
 
 @runtime_checkable

@@ -1,0 +1,92 @@
+"""FlashAttention-2 from the package flash-attn: its kernel for KV caches, which splits long contexts over the GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import cache
+
+import torch
+
+from .base import AttentionBatch, require_equal_head_dims
+
+__all__ = ["FlashAttention2"]
+
+
+class FlashAttention2:
+    """``flash_attn.flash_attn_with_kvcache``: one call per group of sequences with equally many new tokens.
+
+    The kernel takes ``q`` as ``[batch, query_len, heads, head_dim]`` without varying lengths, so a decode step is one
+    call and a mixed prefill one for each distinct length. Its loads are predicated on ``cache_seqlens``.
+    """
+
+    name = "flash-attn-2"
+    over_read_tokens = 0
+    masks_over_read = True
+
+    def supports(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+        if device.type != "cuda":
+            return f"needs an NVIDIA GPU, got device {device}"
+        if dtype not in (torch.float16, torch.bfloat16):
+            return f"expected float16 or bfloat16, got {dtype}"
+        # It pads other head sizes by copying K and V: the whole range of addresses.
+        if head_dim % 8 or not 8 <= head_dim <= 256:
+            return f"expected a head_dim that is a multiple of 8 and at most 256, got {head_dim}"
+        if reason := _unavailable():
+            return reason
+        if torch.cuda.get_device_capability(device) < (8, 0):
+            return "needs a GPU of compute capability 8.0 (Ampere) or newer"
+        return None
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        batch: AttentionBatch,
+        *,
+        scale: float,
+        window: int | None = None,
+    ) -> torch.Tensor:
+        """See :class:`vattn.attention.AttentionBackend`."""
+        from flash_attn import flash_attn_with_kvcache
+
+        require_equal_head_dims(self.name, k, v)
+        # The heuristic for the number of splits looks at the view's length, not at the sequences'.
+        k, v = k[:, : batch.max_seq_len], v[:, : batch.max_seq_len]
+        window_size = (-1, -1) if window is None else (window - 1, 0)
+
+        def attend(queries: torch.Tensor, slots: torch.Tensor, seq_lens: torch.Tensor) -> torch.Tensor:
+            return flash_attn_with_kvcache(
+                queries,
+                k,
+                v,
+                cache_seqlens=seq_lens,
+                cache_batch_idx=slots,
+                softmax_scale=scale,
+                causal=True,
+                window_size=window_size,
+            )
+
+        if len(set(batch.query_lens)) == 1:
+            return attend(q.unflatten(0, (batch.batch_size, -1)), batch.slots_int32, batch.seq_lens_int32).flatten(0, 1)
+        out = torch.empty_like(q)
+        for group in batch.groups_by_query_len:
+            queries = q[group.tokens].unflatten(0, (-1, group.query_len))
+            out[group.tokens] = attend(queries, group.slots, group.seq_lens).flatten(0, 1)
+        return out
+
+
+@cache
+def _unavailable() -> str | None:
+    """Why the package cannot be used; imports it, which takes a second, so only where the rest fits."""
+    if importlib.util.find_spec("flash_attn") is None:
+        return "flash-attn is not installed: pip install flash-attn"
+    try:
+        from flash_attn import flash_attn_with_kvcache  # noqa: F401
+    except (ImportError, OSError, RuntimeError) as error:  # built for another torch, or without its kernels
+        return f"flash-attn cannot be imported: {_first_line(error)}"
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
