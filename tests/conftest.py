@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import vattn
-from vattn.driver import CudaDriver, Driver, HostDriver
+from vattn.driver import CudaDriver, Driver, HostDriver, LedgerDriver
 from vattn.driver.base import RuledDriver
 from vattn.driver.cuda import unavailable
 from vattn.errors import DriverError
@@ -102,6 +102,7 @@ class DriverCase:
 DRIVER_CASES = {
     "host": DriverCase(HostDriver),
     "host-2MiB": DriverCase(HostDriver, lambda driver: driver.default_page_bytes),
+    "ledger": DriverCase(LedgerDriver, has_memory=False),
     "cuda": DriverCase(lambda: CudaDriver(torch.device("cuda")), needs_cuda=True),
 }
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from .arguments import require_int
-from .attention import AttentionBackend, AttentionBatch, choose
+from .attention import AttentionBackend, AttentionBatch, choose, require_fit
 from .errors import ConfigError, OutOfPages, OutOfSlots
 from .kv_cache import KVCache
 from .layout import KVLayout
@@ -84,8 +84,11 @@ class Engine:
     ) -> None:
         self.model = model
         self.cache = cache
-        self.attention = _attention_for(cache) if attention is None else attention
-        _check_margin(self.attention, cache)
+        if attention is None:
+            margin = 0 if cache.over_read_masked else cache.over_read_tokens
+            attention = choose(cache.device, cache.layout.dtype, cache.layout.groups[0].head_dim, max_over_read=margin)
+        require_fit(attention, cache)
+        self.attention = attention
         self.max_prefill_tokens = require_int("max_prefill_tokens", max_prefill_tokens, 1)
         self.stats = EngineStats()
         self._on_step = on_step
@@ -331,32 +334,6 @@ class Engine:
                 f"a prompt of {len(request.prompt_tokens)} tokens and {max_new_tokens} new ones need {needed} bytes of "
                 f"memory, the limit is {self.cache.memory_limit} bytes"
             )
-
-
-def _attention_for(cache: KVCache) -> AttentionBackend:
-    """The best backend that is safe on this cache."""
-    layout, margin = cache.layout, cache.over_read_tokens
-    # In a cache that does not wipe its margin, no margin is usable by a backend that does not mask it.
-    for max_over_read in (margin, 0) if margin else (0,):
-        chosen = choose(cache.device, layout.dtype, layout.groups[0].head_dim, max_over_read=max_over_read)
-        if chosen.masks_over_read or not cache.over_read_masked:
-            break
-    return chosen
-
-
-def _check_margin(attention: AttentionBackend, cache: KVCache) -> None:
-    """Raise ConfigError where the attention could read what it must not."""
-    if attention.over_read_tokens > cache.over_read_tokens:
-        raise ConfigError(
-            f"attention {attention.name!r} reads up to {attention.over_read_tokens} rows past the end of a sequence, this "
-            f"cache keeps {cache.over_read_tokens} mapped; open it with "
-            f"KVCache(..., over_read_tokens={attention.over_read_tokens})"
-        )
-    if attention.over_read_tokens and not attention.masks_over_read and cache.over_read_masked:
-        raise ConfigError(
-            f"attention {attention.name!r} does not mask what it reads past the end of a sequence; open the cache with "
-            f"over_read_masked=False"
-        )
 
 
 def bytes_for(layout: KVLayout, num_rows: int, page_bytes: int) -> int:

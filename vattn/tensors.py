@@ -61,7 +61,11 @@ def tensor_from_address(
         address: first byte, aligned to the dtype; nothing need be mapped there yet.
         size_bytes: a multiple of the dtype's size.
         owner: kept alive until the tensor and every view of it are gone.
+
+    On the meta device (a driver with no memory) it is a tensor without data, and holds nothing.
     """
+    if device.type == "meta":
+        return torch.empty(size_bytes // dtype.itemsize, dtype=dtype, device=device)
     memory = _libc.malloc(ctypes.sizeof(_Allocated))
     if not memory:
         raise MemoryError

@@ -6,6 +6,7 @@ import torch
 
 from ..errors import ConfigError
 from .base import AttentionBackend, AttentionBatch
+from .fit import require_fit
 from .flash_attn2 import FlashAttention2
 from .flash_attn3 import FlashAttention3
 from .phased import PhasedAttention
@@ -13,7 +14,7 @@ from .reference import ReferenceAttention
 from .sdpa import SdpaAttention
 from .torch_varlen import TorchVarlenAttention
 
-__all__ = ["AttentionBackend", "AttentionBatch", "PhasedAttention", "backends", "choose", "get"]
+__all__ = ["AttentionBackend", "AttentionBatch", "PhasedAttention", "backends", "choose", "get", "require_fit"]
 
 _BACKENDS: tuple[AttentionBackend, ...] = (
     FlashAttention3(),

@@ -12,8 +12,9 @@ from .base import Driver, Fence
 from .cuda import CudaDriver, unavailable
 from .host import HostDriver
 from .host_memory import available_and_total_bytes
+from .ledger import LedgerDriver
 
-__all__ = ["CudaDriver", "Driver", "DriverStatus", "Fence", "HostDriver", "open_driver", "probe"]
+__all__ = ["CudaDriver", "Driver", "DriverStatus", "Fence", "HostDriver", "LedgerDriver", "open_driver", "probe"]
 
 
 def open_driver(device: str | torch.device) -> Driver:

@@ -9,7 +9,7 @@ import torch
 
 from ..errors import DriverError
 from ..stats import CallCounts, EventLog
-from .rules import Mapping, RuleBook
+from .rules import RuleBook
 
 
 @runtime_checkable
@@ -36,7 +36,7 @@ class Driver(Protocol):
     Addresses and handles are ints, sizes are bytes. One driver belongs to one cache, whose lock guards it.
 
     Attributes:
-        name: ``"cuda"`` or ``"host"``.
+        name: ``"cuda"``, ``"host"`` or ``"ledger"``.
         device: where tensors over its addresses live.
         granularity_bytes: every size and address is a multiple of this.
         default_page_bytes: the handle size to use when the user names none.
@@ -163,11 +163,11 @@ class RuledDriver(ABC):
     def unmap(self, address: int, size_bytes: int) -> None:
         mappings = self.book.whole_mappings("unmap", address, size_bytes)
         self._unmap(address, size_bytes)
-        for mapping in mappings:
-            self.book.unmap(mapping)
+        freed = [(mapping.handle, mapping.size_bytes) for mapping in mappings if self.book.unmap(mapping)]
         self.counts.num_unmap += 1
         self.log.add("unmap", address=address, size_bytes=size_bytes)
-        self._after_unmap(mappings)
+        if freed:
+            self._after_unmap(freed)
 
     def zero(self, address: int, size_bytes: int) -> None:
         self.book.check_accessible("zero", address, size_bytes)
@@ -180,8 +180,8 @@ class RuledDriver(ABC):
         self._copy(target, source, size_bytes)
         self.counts.num_copy += 1
 
-    def _after_unmap(self, mappings: list[Mapping]) -> None:  # noqa: B027 - most systems have nothing left to do
-        """Free the memory of handles that were released earlier and are mapped nowhere any more."""
+    def _after_unmap(self, freed: list[tuple[int, int]]) -> None:  # noqa: B027 - CUDA has done it by itself
+        """Free the memory of handles that were released earlier and are mapped nowhere any more: (handle, size)."""
 
     @abstractmethod
     def _reserve(self, size_bytes: int) -> int: ...

@@ -20,7 +20,6 @@ import torch
 from ..errors import DriverError
 from .base import Fence, RuledDriver
 from .host_memory import available_and_total_bytes
-from .rules import Mapping
 
 # From Linux's uapi headers; the same on every architecture that PyTorch supports.
 _MAP_FIXED = 0x10
@@ -121,10 +120,9 @@ class HostDriver(RuledDriver):
         if not still_mapped:
             self._punch(handle, size_bytes)
 
-    def _after_unmap(self, mappings: list[Mapping]) -> None:
-        for handle, size_bytes in {mapping.handle: mapping.size_bytes for mapping in mappings}.items():
-            if handle not in self.book.handles:
-                self._punch(handle, size_bytes)
+    def _after_unmap(self, freed: list[tuple[int, int]]) -> None:
+        for handle, size_bytes in freed:
+            self._punch(handle, size_bytes)
 
     def _punch(self, handle: int, size_bytes: int) -> None:
         mode = _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE

@@ -112,7 +112,8 @@ class RuleBook:
             cursor = mapping.end
         return found
 
-    def unmap(self, mapping: Mapping) -> None:
+    def unmap(self, mapping: Mapping) -> bool:
+        """Forget a mapping. Returns whether its handle, released earlier, is gone with it."""
         del self.mappings[mapping.address]
         for bucket in self._bucket_range(mapping.address, mapping.size_bytes):
             entries = self._buckets[bucket]
@@ -121,8 +122,10 @@ class RuleBook:
                 del self._buckets[bucket]
         entry = self.handles[mapping.handle]
         entry.num_maps -= 1
-        if entry.released and not entry.num_maps:
+        gone = entry.released and not entry.num_maps
+        if gone:
             del self.handles[mapping.handle]
+        return gone
 
     def check_accessible(self, call: str, address: int, size_bytes: int) -> None:
         """Every byte of the range is mapped and may be read and written."""

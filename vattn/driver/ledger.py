@@ -1,0 +1,102 @@
+"""The rules and the books with no memory behind them: capacity studies larger than the machine."""
+
+from __future__ import annotations
+
+from itertools import count
+
+import torch
+
+from ..errors import ConfigError, DriverError
+from .base import Fence, RuledDriver
+
+_FIRST_ADDRESS = 1 << 32
+_ADDRESS_END = 1 << 47
+
+
+class LedgerDriver(RuledDriver):
+    """A device of any size that exists on paper: ``KVCache(layout, 1024, driver=LedgerDriver(60 << 30))``.
+
+    Its tensors are on the meta device: shapes and strides, no data.
+
+    Args:
+        total_bytes: physical memory that the device has.
+        granularity_bytes: of sizes and addresses, a power of two.
+
+    Raises:
+        ConfigError: a size that is not positive, or a granularity that is no power of two.
+    """
+
+    name = "ledger"
+
+    def __init__(self, total_bytes: int = 80 << 30, granularity_bytes: int = 2 << 20) -> None:
+        if total_bytes <= 0 or granularity_bytes <= 0 or granularity_bytes & (granularity_bytes - 1):
+            raise ConfigError(
+                f"total_bytes must be positive and granularity_bytes a power of two, got {total_bytes} and "
+                f"{granularity_bytes}"
+            )
+        self.device = torch.device("meta")
+        self.granularity_bytes = self.default_page_bytes = granularity_bytes
+        self.total_bytes = total_bytes
+        self._taken_bytes = 0
+        self._next_address = _FIRST_ADDRESS
+        self._new_handle = count(1).__next__
+        super().__init__()
+
+    def _reserve(self, size_bytes: int) -> int:
+        if self._next_address + size_bytes > _ADDRESS_END:
+            raise DriverError("reserve", "OUT_OF_MEMORY", "no addresses left", out_of_memory=True)
+        address, self._next_address = self._next_address, self._next_address + size_bytes
+        return address
+
+    def _free_range(self, address: int, size_bytes: int) -> None:
+        pass
+
+    def _create(self, size_bytes: int) -> int:
+        if self._taken_bytes + size_bytes > self.total_bytes:
+            free = self.total_bytes - self._taken_bytes
+            raise DriverError("create", "OUT_OF_MEMORY", f"{free} bytes are free", out_of_memory=True)
+        self._taken_bytes += size_bytes
+        return self._new_handle()
+
+    def _release(self, handle: int, size_bytes: int, still_mapped: bool) -> None:
+        if not still_mapped:
+            self._taken_bytes -= size_bytes
+
+    def _map(self, address: int, size_bytes: int, handle: int) -> None:
+        pass
+
+    def _set_access(self, address: int, size_bytes: int) -> None:
+        pass
+
+    def _unmap(self, address: int, size_bytes: int) -> None:
+        pass
+
+    def _after_unmap(self, freed: list[tuple[int, int]]) -> None:
+        self._taken_bytes -= sum(size_bytes for _, size_bytes in freed)
+
+    def _zero(self, address: int, size_bytes: int) -> None:
+        pass
+
+    def _copy(self, target: int, source: int, size_bytes: int) -> None:
+        pass
+
+    def fence(self) -> Fence | None:
+        return None
+
+    def order_after(self, fence: Fence) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+    def is_capturing(self) -> bool:
+        return False
+
+    def memory_info(self) -> tuple[int, int]:
+        return self.total_bytes - self._taken_bytes, self.total_bytes
+
+    def allocated_bytes(self) -> int | None:
+        return self._taken_bytes
+
+    def close(self) -> None:
+        pass
