@@ -1,4 +1,7 @@
-"""The Llama architecture over a KV cache: packed tokens, no padding, prefill and decode through the same code.
+"""The Llama family over a KV cache: packed tokens, no padding, prefill and decode through the same code.
+
+Llama 2 and 3, Mistral (sliding windows), Qwen2 (biases, windows in some layers) and Qwen3 (normalised Q and K heads)
+differ in what ``LlamaConfig`` says and in nothing else.
 
 Shapes: T is the number of packed tokens of a pass, D the elements of a head. Parameters carry the names of Hugging Face
 checkpoints without their leading ``model.``, so that weights load one to one.
@@ -13,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from vattn.attention import AttentionBackend, AttentionBatch
-from vattn.layout import KVLayout
+from vattn.layout import KVLayout, LayerGroup
 
 from .config import LlamaConfig
 
@@ -67,11 +70,15 @@ class Attention(nn.Module):
         super().__init__()
         self.layer = layer
         self.head_dim = config.head_dim
+        self.window = config.window(layer)
+        output_bias = config.attention_bias if config.attention_output_bias is None else config.attention_output_bias
         q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, q_size, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
-        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=config.attention_bias)
+        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=output_bias)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
 
     def forward(
         self,
@@ -82,15 +89,16 @@ class Attention(nn.Module):
         cache: KVCache,
         attention: AttentionBackend,
     ) -> torch.Tensor:
-        q = rotate(self.q_proj(x).unflatten(-1, (-1, self.head_dim)), cos, sin)
-        k = rotate(self.k_proj(x).unflatten(-1, (-1, self.head_dim)), cos, sin)
-        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
 
         cached_k, cached_v = cache.k(self.layer), cache.v(self.layer)
         rows = (batch.token_slots, batch.token_positions)
         cached_k.index_put_(rows, k.to(cached_k.dtype))
         cached_v.index_put_(rows, v.to(cached_v.dtype))
-        out = attention(q, cached_k, cached_v, batch, scale=self.head_dim**-0.5)
+        out = attention(q, cached_k, cached_v, batch, scale=self.head_dim**-0.5, window=self.window)
         return self.o_proj(out.flatten(-2))
 
 
@@ -131,7 +139,7 @@ class DecoderLayer(nn.Module):
 
 
 class Llama(nn.Module):
-    """A Llama language model for inference. Build it with ``Llama.random`` or through ``vattn.models.load``.
+    """A language model of the Llama family, for inference. ``Llama.random`` or ``vattn.models.load`` builds one.
 
     Constructed directly it has uninitialised parameters, on torch's current default device.
     """
@@ -203,18 +211,23 @@ class Llama(nn.Module):
     def kv_layout(
         self, max_seq_len: int | None = None, dtype: torch.dtype | None = None, order: str = "token"
     ) -> KVLayout:
-        """The cache layout for this model.
+        """The cache layout for this model: a group of layers for each window.
 
         Args:
             max_seq_len: tokens a slot can ever hold; None for the model's context.
             dtype: of K and V; None for the model's own.
             order: ``"token"`` or ``"layer"``.
         """
+        config = self.config
+        by_window: dict[int | None, list[int]] = {}
+        for layer in range(config.num_layers):
+            by_window.setdefault(config.window(layer), []).append(layer)
         return KVLayout(
-            num_layers=self.config.num_layers,
-            num_kv_heads=self.config.num_kv_heads,
-            head_dim=self.config.head_dim,
-            max_seq_len=self.config.max_position_embeddings if max_seq_len is None else max_seq_len,
+            groups=[
+                LayerGroup(layers, config.num_kv_heads, config.head_dim, window=window)
+                for window, layers in by_window.items()
+            ],
+            max_seq_len=config.max_position_embeddings if max_seq_len is None else max_seq_len,
             dtype=self.dtype if dtype is None else dtype,
             order=order,
         )

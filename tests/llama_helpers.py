@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vattn.attention import AttentionBatch, get
+from vattn.attention import AttentionBackend, AttentionBatch, get
 from vattn.kv_cache import KVCache
 from vattn.models.config import LlamaConfig
 from vattn.models.llama import Llama
@@ -48,6 +48,40 @@ SMOLLM2_SHAPE = LlamaConfig(
     tie_word_embeddings=True,
 )
 
+# Nothing about it is a power of two
+ODD_SHAPE = LlamaConfig(
+    vocab_size=5000,
+    hidden_size=600,
+    intermediate_size=1000,
+    num_layers=5,
+    num_heads=9,
+    num_kv_heads=3,
+    head_dim=80,
+    max_position_embeddings=3000,
+)
+
+LLAMA_3_1_8B_SHAPE = LlamaConfig.from_hf(
+    {
+        "model_type": "llama",
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    }
+)
+
 SMALL = LlamaConfig(
     vocab_size=128,
     hidden_size=32,
@@ -67,9 +101,13 @@ def small_model(seed: int = 0) -> Llama:
 
 def hf_llama(seed: int = 0, **changes: object):  # type: ignore[no-untyped-def]
     """A ``LlamaForCausalLM`` with random weights in float32; skips the test where there is no transformers."""
+    return hf_model_of("llama", seed, **changes)
+
+
+def hf_model_of(model_type: str, seed: int = 0, **changes: object):  # type: ignore[no-untyped-def]
+    """transformers' own model of an architecture, small, with random weights in float32."""
     pytest.importorskip("transformers")
-    from transformers import LlamaConfig as HFConfig
-    from transformers import LlamaForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     shape = {
         "vocab_size": 200,
@@ -84,7 +122,8 @@ def hf_llama(seed: int = 0, **changes: object):  # type: ignore[no-untyped-def]
         "tie_word_embeddings": False,
     }
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(HFConfig(**{**shape, **changes}, attn_implementation="eager")).eval()
+    config = AutoConfig.for_model(model_type, **{**shape, **changes})
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
     with torch.no_grad():
         for parameter in model.parameters():  # biases and norms too, or a forgotten one would not show
             parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -100,10 +139,25 @@ def same_in_vattn(hf_model) -> Llama:  # type: ignore[no-untyped-def]
     return build(config, weights, device=torch.device("cpu"), dtype=torch.float32, source="test")
 
 
-def open_cache(model: Llama, max_slots: int = 8, order: str = "token", max_seq_len: int | None = None) -> KVCache:
-    """A cache of small pages on the model's device, so that a few dozen tokens cross page boundaries."""
-    page_bytes = 4096 if model.device.type == "cpu" else None
-    return KVCache(model.kv_layout(max_seq_len, order=order), max_slots, model.device, page_bytes=page_bytes)
+def open_cache(
+    model: Llama,
+    max_slots: int = 8,
+    order: str = "token",
+    max_seq_len: int | None = None,
+    attention: AttentionBackend | None = None,
+) -> KVCache:
+    """A cache on the model's device with the margin of ``attention``.
+
+    Its pages are small on the CPU, so that a few dozen tokens cross page boundaries.
+    """
+    return KVCache(
+        model.kv_layout(max_seq_len, order=order),
+        max_slots,
+        model.device,
+        page_bytes=4096 if model.device.type == "cpu" else None,
+        over_read_tokens=attention.over_read_tokens if attention else 0,
+        over_read_masked=attention.masks_over_read if attention else False,
+    )
 
 
 def run(
@@ -112,7 +166,7 @@ def run(
     slots: Sequence[int],
     chunks: Sequence[Sequence[int]],
     *,
-    attention: str = "sdpa",
+    attention: str | AttentionBackend = "sdpa",
     all_logits: bool = False,
 ) -> torch.Tensor:
     """Append one chunk of tokens to each slot and return the logits on the host."""
@@ -120,8 +174,9 @@ def run(
     cache.ensure_batch(slots, lengths)
     batch = AttentionBatch.build(slots, [len(chunk) for chunk in chunks], lengths, cache.device)
     tokens = torch.tensor([token for chunk in chunks for token in chunk], device=cache.device)
+    backend = get(attention) if isinstance(attention, str) else attention
     with cache.step(slots), torch.inference_mode():
-        return model(tokens, batch, cache, get(attention), all_logits=all_logits).cpu()
+        return model(tokens, batch, cache, backend, all_logits=all_logits).cpu()
 
 
 def random_tokens(num_tokens: int, vocab_size: int, seed: int = 0) -> list[int]:

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
-import math
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import pytest
 import torch
 
-from vattn.attention import AttentionBackend, AttentionBatch, backends, choose, get
+from vattn import KVCache, attention
+from vattn.attention import (
+    AttentionBackend,
+    AttentionBatch,
+    PhasedAttention,
+    backends,
+    choose,
+    flash_attn2,
+    flash_attn3,
+    get,
+    require_fit,
+)
+from vattn.attention.torch_varlen import flatten
 from vattn.errors import ConfigError
 
 CPU = torch.device("cpu")
+ON_CPU = [backend for backend in backends() if backend.supports(CPU, torch.float32, 64) is None]
 
 # (query_lens, seq_lens): decode, whole prefill, chunked prefill, all mixed, more queries than one masked block holds
 LENGTHS = {
@@ -81,7 +96,7 @@ def test_reference_is_the_formula(dtype: torch.dtype, lengths: str, window: int 
     ("num_heads", "num_kv_heads", "head_dim", "v_head_dim"),
     [(4, 4, 16, 16), (9, 3, 64, 64), (6, 1, 80, 80), (2, 2, 5, 5), (8, 2, 33, 17)],
 )
-@pytest.mark.parametrize("backend", [b for b in backends() if b.name != "reference"], ids=lambda b: b.name)
+@pytest.mark.parametrize("backend", [b for b in ON_CPU if b.name != "reference"], ids=lambda b: b.name)
 def test_backend_equals_reference(
     backend: AttentionBackend,
     num_heads: int,
@@ -91,8 +106,6 @@ def test_backend_equals_reference(
     lengths: str,
     window: int | None,
 ) -> None:
-    if reason := backend.supports(CPU, torch.float32, head_dim):
-        pytest.skip(reason)
     q, k, v, batch = make_case(*LENGTHS[lengths], num_heads, num_kv_heads, head_dim, v_head_dim)
     scale = head_dim**-0.5
     expected = get("reference")(q, k, v, batch, scale=scale, window=window)
@@ -101,7 +114,7 @@ def test_backend_equals_reference(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("lengths", list(LENGTHS))
 @pytest.mark.parametrize("backend", backends(), ids=lambda b: b.name)
 def test_backend_on_the_gpu(backend: AttentionBackend, lengths: str, dtype: torch.dtype) -> None:
@@ -110,6 +123,9 @@ def test_backend_on_the_gpu(backend: AttentionBackend, lengths: str, dtype: torc
         pytest.skip(reason)
     for window in (None, 6):
         q, k, v, batch = make_case(*LENGTHS[lengths], 9, 3, 64, dtype=dtype, device=device)
+        if not backend.masks_over_read:  # then a cache would not leave NaNs there
+            k.nan_to_num_()
+            v.nan_to_num_()
         out = backend(q, k, v, batch, scale=0.125, window=window)
         on_host = AttentionBatch.build(batch.slots, batch.query_lens, batch.seq_lens, "cpu")
         expected = get("reference")(*(x.cpu().float() for x in (q, k, v)), on_host, scale=0.125, window=window)
@@ -123,7 +139,7 @@ def test_last_query_sees_every_row() -> None:
     v = torch.arange(8.0)[None, :, None, None].expand(1, 8, 1, 4)
     batch = AttentionBatch.build([0], [3], [8], "cpu")
     expected = torch.tensor([sum(range(n)) / n for n in (6, 7, 8)])
-    for backend in backends():
+    for backend in ON_CPU:
         out = backend(torch.zeros(3, 1, 4), k, v, batch, scale=1.0)
         torch.testing.assert_close(out[:, 0, 0], expected, msg=backend.name)
 
@@ -143,6 +159,24 @@ def test_batch_index_tensors() -> None:
     assert batch.token_slots is batch.token_slots  # one upload for all layers
 
 
+def test_batch_by_query_len() -> None:
+    batch = AttentionBatch.build([7, 2, 5, 4], [2, 1, 2, 3], [4, 3, 9, 3], "cpu")
+    groups = [
+        (g.query_len, g.tokens.tolist(), g.slots.tolist(), g.seq_lens.tolist()) for g in batch.groups_by_query_len
+    ]
+    assert groups == [(1, [2], [2], [3]), (2, [0, 1, 3, 4], [7, 5], [4, 9]), (3, [5, 6, 7], [4], [3])]
+
+
+def test_batch_row_starts() -> None:
+    batch = AttentionBatch.build([7, 2], [1, 1], [4, 9], "cpu")
+    assert batch.row_starts(100).tolist() == [700, 200, 209]
+    assert batch.row_starts(100) is batch.row_starts(100)
+    assert batch.row_starts(10).tolist() == [70, 20, 29]
+    assert AttentionBatch.build([1], [1], [2**30 - 1], "cpu").row_starts(2**30).tolist() == [2**30, 2**31 - 1]
+    with pytest.raises(ConfigError, match="32 bits"):
+        AttentionBatch.build([1], [1], [2**30], "cpu").row_starts(2**30)
+
+
 @pytest.mark.parametrize(
     ("slots", "query_lens", "seq_lens"),
     [([], [], []), ([0], [1, 1], [1]), ([0, 0], [1, 1], [1, 1]), ([0], [0], [1]), ([0], [2], [1]), ([0], [1], [])],
@@ -152,14 +186,133 @@ def test_batch_refuses_what_disagrees(slots: list[int], query_lens: list[int], s
         AttentionBatch.build(slots, query_lens, seq_lens, "cpu")
 
 
+def test_flattening_slots_to_one_token_axis() -> None:
+    memory = torch.arange(3 * 7 * 5).view(3, 7, 5)  # 7 rows to a slot, 5 in use; rows of 5 elements
+    tokens, rows_per_slot = flatten(memory[:, :5, 1:5].unflatten(-1, (2, 2)))
+    assert (rows_per_slot, tokens.shape) == (7, (19, 2, 2))
+    assert torch.equal(tokens[7 * 2 + 4], memory[2, 4, 1:5].view(2, 2))
+    with pytest.raises(ConfigError, match="multiple of the row stride"):
+        flatten(memory.as_strided((2, 3, 1, 2), (11, 5, 2, 1)))
+    with pytest.raises(ConfigError, match="32 bits"):
+        flatten(torch.empty(1, device="meta").as_strided((3, 2**30, 1, 8), (0, 0, 8, 1)).expand(3, 2**30, 1, 8))
+
+
+# The registry -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Stub:
+    """A backend that only says which one it is."""
+
+    name: str
+    over_read_tokens: int = 0
+    masks_over_read: bool = True
+    reason: str | None = None
+
+    def supports(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+        return self.reason
+
+    def __call__(self, *args: object, **kwargs: object) -> torch.Tensor:
+        return self.name  # type: ignore[return-value]
+
+
 def test_registry() -> None:
+    names = [backend.name for backend in backends()]
+    assert names == ["flash-attn-3", "flash-attn-2", "torch-varlen", "sdpa", "reference"]
     for backend in backends():
         assert isinstance(backend, AttentionBackend)
         assert get(backend.name) is backend
         assert backend.over_read_tokens >= 0
-        assert math.isfinite(backend.over_read_tokens)
-    assert choose("cpu", torch.float32, 64).name == "sdpa"
+    assert isinstance(PhasedAttention(get("sdpa"), get("reference")), AttentionBackend)
+    assert choose("cpu", torch.float32, 64) is get("sdpa")
     with pytest.raises(ConfigError, match="sdpa"):
         get("nonesuch")
-    with pytest.raises(ConfigError, match="int8"):
+    with pytest.raises(ConfigError, match=r"int8.*flash-attn-3: needs an NVIDIA GPU"):
         choose("cpu", torch.int8, 64)
+
+
+@pytest.mark.parametrize("backend", ["flash-attn-3", "flash-attn-2", "torch-varlen"])
+@pytest.mark.parametrize(
+    ("device", "dtype", "head_dim", "reason"),
+    [
+        ("cpu", torch.bfloat16, 64, "needs an NVIDIA GPU, got device cpu"),
+        ("cuda", torch.float32, 64, "expected float16 or bfloat16"),
+    ],
+)
+def test_reasons(backend: str, device: str, dtype: torch.dtype, head_dim: int, reason: str) -> None:
+    assert reason in str(get(backend).supports(torch.device(device), dtype, head_dim))
+
+
+def test_absent_packages_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for backend, module, words in (
+        ("flash-attn-2", flash_attn2, "pip install flash-attn"),
+        ("flash-attn-3", flash_attn3, "not installed: build it"),
+    ):
+        module._unavailable.cache_clear()
+        assert words in str(get(backend).supports(torch.device("cuda"), torch.bfloat16, 64))
+        module._unavailable.cache_clear()
+
+
+def test_builds_that_leave_things_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def reason(dtype: torch.dtype, head_dim: int, *disabled: str) -> str | None:
+        flags = {f"FLASHATTENTION_DISABLE_{feature}": True for feature in disabled}
+        monkeypatch.setattr(flash_attn3, "_build_flags", lambda: flags)
+        return flash_attn3._unsupported_by_build(dtype, head_dim)
+
+    assert reason(torch.bfloat16, 80, "HDIM96", "SOFTCAP") is None  # runs on the kernel for 128
+    assert "at most 128" in str(reason(torch.bfloat16, 192, "HDIM192", "HDIM256"))
+    assert reason(torch.bfloat16, 192, "HDIM192") is None
+    assert "multiple of 8" in str(reason(torch.bfloat16, 60))
+    assert "without FP16" in str(reason(torch.float16, 64, "FP16"))
+    assert "without VARLEN, LOCAL" in str(reason(torch.bfloat16, 64, "VARLEN", "LOCAL"))
+
+
+@pytest.mark.parametrize(
+    ("absent", "max_over_read", "expected"),
+    [
+        ((), None, "flash-attn-3+flash-attn-2"),
+        ((), 191, "flash-attn-3+flash-attn-2"),
+        ((), 190, "flash-attn-2"),
+        (("flash-attn-2",), None, "flash-attn-3"),
+        (("flash-attn-2",), 0, "torch-varlen"),
+        (("flash-attn-3",), None, "flash-attn-2"),
+        (("flash-attn-3", "flash-attn-2"), None, "torch-varlen"),
+        (("flash-attn-3", "flash-attn-2", "torch-varlen"), None, "sdpa"),
+    ],
+)
+def test_choice_by_phase(
+    monkeypatch: pytest.MonkeyPatch, absent: tuple[str, ...], max_over_read: int | None, expected: str
+) -> None:
+    stubs = tuple(
+        Stub(b.name, b.over_read_tokens, b.masks_over_read, "not here" if b.name in absent else None)
+        for b in backends()
+    )
+    monkeypatch.setattr(attention, "_BACKENDS", stubs)
+    assert choose("cuda", torch.bfloat16, 128, max_over_read=max_over_read).name == expected
+
+
+def test_phases() -> None:
+    phased = PhasedAttention(Stub("wide", 100, False), Stub("narrow", 20, True))
+    assert (phased.name, phased.over_read_tokens, phased.masks_over_read) == ("wide+narrow", 100, False)
+    x = torch.zeros(1)
+    for query_lens, expected in (((1, 1), "narrow"), ((1, 2), "wide")):
+        batch = AttentionBatch.build([0, 1], query_lens, [2, 2], "cpu")
+        assert phased(x, x, x, batch, scale=1.0) == expected
+    broken = PhasedAttention(Stub("wide"), Stub("narrow", reason="no such thing"))
+    assert broken.supports(CPU, torch.float32, 64) == "narrow: no such thing"
+
+
+def test_a_backend_must_fit_the_cache(make_cache: Callable[..., KVCache]) -> None:
+    bare = make_cache()
+    require_fit(Stub("tidy"), bare)
+    with pytest.raises(ConfigError, match=r"'wide' reads up to 100 rows.*keeps 0 mapped.*over_read_tokens=100"):
+        require_fit(Stub("wide", 100), bare)
+    granted = make_cache(over_read_tokens=100)
+    require_fit(Stub("wide", 100, False), granted)
+    with pytest.raises(ConfigError, match="keeps 100 mapped"):
+        require_fit(Stub("wider", 101), granted)
+    unclean = make_cache(over_read_tokens=100, over_read_masked=True)
+    require_fit(Stub("wide", 100, True), unclean)
+    with pytest.raises(ConfigError, match="over_read_masked=False"):
+        require_fit(Stub("wide", 100, False), unclean)

@@ -15,7 +15,19 @@ ROOT = Path(__file__).parent.parent
 
 # Lowest first. "" is the package itself, vattn/__init__.py: it shows what is public, and only the command line uses it.
 ROOMS = [
-    *("errors", "arguments", "stats", "undo", "driver", "pages", "reservation", "layout", "tensors", "backing"),
+    *(
+        "errors",
+        "arguments",
+        "stats",
+        "undo",
+        "interrupts",
+        "driver",
+        "pages",
+        "reservation",
+        "layout",
+        "tensors",
+        "backing",
+    ),
     *(
         "ordering",
         "slots",

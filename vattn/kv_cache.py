@@ -15,6 +15,7 @@ from .arguments import int_array, is_int, require_int
 from .backing import Backing, OverRead
 from .driver import Driver, open_driver
 from .errors import ConfigError, OutOfSlots
+from .interrupts import Uninterrupted
 from .layout import KVLayout
 from .slots import LIVE, Slots
 from .stats import CacheStats, Event
@@ -85,8 +86,9 @@ class KVCache:
             raise
         self._k: dict[int, torch.Tensor] = {}
         self._v: dict[int, torch.Tensor] = {}
-        # Views made in inference mode could not be written outside it.
-        with torch.inference_mode(False):
+        # Views made in inference mode could not be written outside it; those made without gradients refuse to record
+        # them, where a cache would keep the graph of every step alive.
+        with torch.inference_mode(False), torch.no_grad():
             for reservation, plan in zip(backing.reservations, backing.plans, strict=True):
                 base = tensor_from_address(reservation.address, plan.size_bytes, layout.dtype, self.device, backing)
                 for views, tensors in ((self._k, plan.k), (self._v, plan.v)):
@@ -104,7 +106,7 @@ class KVCache:
             OutOfSlots: none is free, or the one named is not.
             ConfigError: there is no such slot.
         """
-        with self._lock:
+        with self._lock, Uninterrupted():
             slots = self._slots
             if slot is None:
                 slot = slots.find_free()
@@ -132,7 +134,8 @@ class KVCache:
             slot = self._live(slot)
             seq_len = require_int("seq_len", seq_len, 0, self.layout.max_seq_len)
             if seq_len > slots.reach[slot]:
-                slots.grow([(slot, seq_len)])
+                with Uninterrupted():
+                    slots.grow([(slot, seq_len)])
             elif seq_len > slots.seq_len[slot]:
                 slots.seq_len[slot] = seq_len
 
@@ -154,7 +157,8 @@ class KVCache:
                 raise ConfigError(f"seq_lens must be at least 0 and at most {self.layout.max_seq_len}, got {wrong}")
             short = np.flatnonzero(rows > state.reach[index])
             if short.size:
-                state.grow(list(zip(index[short].tolist(), rows[short].tolist(), strict=True)))
+                with Uninterrupted():
+                    state.grow(list(zip(index[short].tolist(), rows[short].tolist(), strict=True)))
             state.seq_len[index] = np.maximum(state.seq_len[index], rows)
 
     def fork(self, slot: int, seq_len: int | None = None, into: int | None = None) -> int:
@@ -167,7 +171,7 @@ class KVCache:
             OutOfSlots, OutOfPages: as ``acquire`` and ``ensure``.
             ConfigError: ``seq_len`` is negative or beyond the slot's own.
         """
-        with self._lock:
+        with self._lock, Uninterrupted():
             slots = self._slots
             slot = self._live(slot)
             rows = self._rows_of("fork", slot, slots.seq_len[slot] if seq_len is None else seq_len)
@@ -186,14 +190,14 @@ class KVCache:
         Raises:
             ConfigError: ``seq_len`` is negative or beyond the slot's own.
         """
-        with self._lock:
+        with self._lock, Uninterrupted():
             slots = self._slots
             slot = self._live(slot)
             slots.truncate(slot, self._rows_of("truncate", slot, seq_len))
 
     def release(self, slot: int) -> None:
         """End a sequence. Its slot is free at once; while a step is open on it, when that step's work has ended."""
-        with self._lock:
+        with self._lock, Uninterrupted():
             self._slots.end(self._live(slot))
 
     def make_writable(self, slot: int, start: int, end: int) -> None:
@@ -203,7 +207,7 @@ class KVCache:
             OutOfPages: no pages for the copies.
             ConfigError: the rows are not within ``[0, seq_len(slot))``, or a step is open on the slot.
         """
-        with self._lock:
+        with self._lock, Uninterrupted():
             slots = self._slots
             slot = self._live(slot)
             start, end = require_int("start", start, 0), self._rows_of("make_writable", slot, end)
@@ -221,7 +225,9 @@ class KVCache:
         """K of every slot, ``[max_slots, max_seq_len, num_kv_heads, head_dim]``, at a fixed address.
 
         For kernels that take lengths. Rows that ``ensure`` did not back have nothing behind them: an operation over the
-        whole view, printing included, kills the process. ``rows`` is the safe way.
+        whole view, printing included, kills the process; so may a write to it in code under ``torch.compile``, which
+        may become a copy of all of it (put the write into a function under ``torch.compiler.disable``). ``rows`` is the
+        safe way.
         """
         return self._view(self._k, layer)
 
@@ -246,7 +252,7 @@ class KVCache:
         No page of these slots is unmapped or given away before the work that the block submits to its current stream
         has ended. The current stream first waits for what this cache gave other streams to do on these slots.
         """
-        with self._lock:
+        with self._lock, Uninterrupted():
             state = self._slots
             state.refuse_capture("step() itself")
             entered = self._live_batch(slots).tolist()
@@ -254,7 +260,7 @@ class KVCache:
         try:
             yield
         finally:
-            with self._lock:
+            with self._lock, Uninterrupted():
                 state.work.leave(entered)
                 state.finish_deferred(wait=False)
 
@@ -277,7 +283,7 @@ class KVCache:
     # -- memory and the end --------------------------------------------------------------------------------------
     def trim(self, keep_bytes: int = 0) -> int:
         """Give free pages back to the driver, but for ``keep_bytes`` of them. Returns the bytes given back."""
-        with self._lock:
+        with self._lock, Uninterrupted():
             slots = self._slots
             keep_bytes = require_int("keep_bytes", keep_bytes, 0)
             slots.finish_deferred(wait=False)
@@ -292,7 +298,7 @@ class KVCache:
             ConfigError: a step is open.
             DriverError: something could not be freed; calling ``close`` again tries what is left.
         """
-        with self._lock:
+        with self._lock, Uninterrupted():
             if self._slots_or_none is None:
                 return
             slots = self._slots

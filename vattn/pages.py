@@ -67,16 +67,14 @@ class PhysicalPagePool:
         """
         if count > self.num_available:
             raise self._out_of_pages(count, "which memory_limit does not allow")
-        pages: list[Page] = []
-        while len(pages) < count:
-            if self.free:
-                page = self.free.pop()
-                undo.push(self._untake, page)
-            else:
-                page = self._create(count)
-                undo.push(self._uncreate, page)
-            pages.append(page)
-        return pages
+        reused: list[Page] = []
+        created: list[Page] = []
+        undo.push(self._untake, reused, created)
+        while self.free and len(reused) < count:
+            reused.append(self.free.pop())
+        while len(reused) + len(created) < count:
+            created.append(self._create(count))
+        return reused + created
 
     def _create(self, count: int) -> Page:
         try:
@@ -89,17 +87,19 @@ class PhysicalPagePool:
         self.peak_pages = max(self.peak_pages, len(self.pages))
         return page
 
-    def _untake(self, page: Page) -> None:
-        if not page.maps:  # else undoing its mapping failed, and it stays where it is
-            self.free.append(page)
-
-    def _uncreate(self, page: Page) -> None:
-        if not page.maps:
-            try:
-                self._destroy(page)
-            except DriverError:
-                self.put_back(page)
-                raise
+    def _untake(self, reused: list[Page], created: list[Page]) -> None:
+        # A page that is still mapped stays where it is: undoing its mapping failed.
+        self.free.extend(page for page in reversed(reused) if not page.maps)
+        failure: DriverError | None = None
+        for page in reversed(created):
+            if not page.maps:
+                try:
+                    self._destroy(page)
+                except DriverError as error:
+                    failure = failure or error
+                    self.put_back(page)
+        if failure:
+            raise failure
 
     def _destroy(self, page: Page) -> None:
         self.driver.release(page.handle)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections import deque
 from dataclasses import asdict, dataclass
-from typing import Any
 
 __all__ = ["CacheStats", "CallCounts", "Event", "EventLog"]
 
@@ -87,27 +86,33 @@ class Event:
 
     Attributes:
         time_ns: ``time.monotonic_ns()`` when it was logged.
-        name: a cache operation (``ensure``, ``fork``, …) or a driver call (``map``, ``unmap``, …).
-        fields: the operation's arguments, or the call's address, size and handle.
+        name: the driver call (``map``, ``unmap``, …).
+        fields: those of its address, size_bytes and handle that the call has.
     """
 
     time_ns: int
     name: str
-    fields: dict[str, Any]
+    fields: dict[str, int]
 
 
 class EventLog:
-    """The newest events of a cache, bounded. Operations served without a driver call are not logged."""
+    """The newest driver calls of a cache, bounded. Operations served without a driver call are not logged."""
 
     def __init__(self, max_events: int = 4096) -> None:
-        self._entries: deque[tuple[int, str, dict[str, Any]]] = deque(maxlen=max_events)
+        self._entries: deque[tuple[int, str, int | None, int | None, int | None]] = deque(maxlen=max_events)
 
-    def add(self, name: str, **fields: Any) -> None:
-        self._entries.append((time.monotonic_ns(), name, fields))
+    def add(
+        self, name: str, address: int | None = None, size_bytes: int | None = None, handle: int | None = None
+    ) -> None:
+        self._entries.append((time.monotonic_ns(), name, address, size_bytes, handle))
 
     def snapshot(self) -> tuple[Event, ...]:
         """The logged events, oldest first."""
-        return tuple(Event(*entry) for entry in tuple(self._entries))
+        names = ("address", "size_bytes", "handle")
+        return tuple(
+            Event(when, name, {key: value for key, value in zip(names, values, strict=True) if value is not None})
+            for when, name, *values in tuple(self._entries)
+        )
 
     def __len__(self) -> int:
         return len(self._entries)

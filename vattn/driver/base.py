@@ -119,14 +119,14 @@ class RuledDriver(ABC):
             raise DriverError("reserve", "OUT_OF_MEMORY", f"no machine has {size_bytes} addresses", out_of_memory=True)
         address = self._reserve(size_bytes)
         self.book.ranges[address] = size_bytes
-        self.log.add("reserve", address=address, size_bytes=size_bytes)
+        self.log.add("reserve", address, size_bytes)
         return address
 
     def free_range(self, address: int, size_bytes: int) -> None:
         self.book.check_free_range(address, size_bytes)
         self._free_range(address, size_bytes)
         del self.book.ranges[address]
-        self.log.add("free_range", address=address, size_bytes=size_bytes)
+        self.log.add("free_range", address, size_bytes)
 
     def create(self, size_bytes: int) -> int:
         self.book.check_size("create", size_bytes)
@@ -135,7 +135,7 @@ class RuledDriver(ABC):
         handle = self._create(size_bytes)
         self.book.add_handle(handle, size_bytes)
         self.counts.num_create += 1
-        self.log.add("create", handle=handle, size_bytes=size_bytes)
+        self.log.add("create", None, size_bytes, handle)
         return handle
 
     def release(self, handle: int) -> None:
@@ -143,14 +143,14 @@ class RuledDriver(ABC):
         self._release(handle, entry.size_bytes, still_mapped=entry.num_maps > 0)
         self.book.release(handle)
         self.counts.num_release += 1
-        self.log.add("release", handle=handle)
+        self.log.add("release", None, None, handle)
 
     def map(self, address: int, size_bytes: int, handle: int) -> None:
         self.book.check_map(address, size_bytes, handle)
         self._map(address, size_bytes, handle)
         self.book.map(address, size_bytes, handle)
         self.counts.num_map += 1
-        self.log.add("map", address=address, size_bytes=size_bytes, handle=handle)
+        self.log.add("map", address, size_bytes, handle)
 
     def set_access(self, address: int, size_bytes: int) -> None:
         mappings = self.book.whole_mappings("set_access", address, size_bytes)
@@ -158,14 +158,14 @@ class RuledDriver(ABC):
         for mapping in mappings:
             mapping.accessible = True
         self.counts.num_set_access += 1
-        self.log.add("set_access", address=address, size_bytes=size_bytes)
+        self.log.add("set_access", address, size_bytes)
 
     def unmap(self, address: int, size_bytes: int) -> None:
         mappings = self.book.whole_mappings("unmap", address, size_bytes)
         self._unmap(address, size_bytes)
         freed = [(mapping.handle, mapping.size_bytes) for mapping in mappings if self.book.unmap(mapping)]
         self.counts.num_unmap += 1
-        self.log.add("unmap", address=address, size_bytes=size_bytes)
+        self.log.add("unmap", address, size_bytes)
         if freed:
             self._after_unmap(freed)
 

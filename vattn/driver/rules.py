@@ -47,7 +47,10 @@ class RuleBook:
     ranges: dict[int, int] = field(default_factory=dict)
     handles: dict[int, Handle] = field(default_factory=dict)
     mappings: dict[int, Mapping] = field(default_factory=dict)
-    _buckets: dict[int, list[Mapping]] = field(default_factory=dict)
+    # As long as every mapping is a tile of one size on one grid, as in a cache, ``mappings`` alone says what is where;
+    # the first that is not moves the look-up to buckets.
+    _tile: tuple[int, int] | None = None
+    _buckets: dict[int, list[Mapping]] | None = None
 
     def _refuse(self, call: str, why: str) -> DriverError:
         return DriverError(call, "INVALID_VALUE", why)
@@ -88,20 +91,36 @@ class RuleBook:
             raise self._refuse("map", f"a handle of {entry.size_bytes} bytes is mapped whole, not {size_bytes} bytes")
         if address % self.granularity_bytes:
             raise self._refuse("map", f"address {address:#x} is no multiple of {self.granularity_bytes}")
-        if not any(base <= address and address + size_bytes <= base + size for base, size in self.ranges.items()):
+        for base, size in self.ranges.items():
+            if base <= address and address + size_bytes <= base + size:
+                break
+        else:
             raise self._refuse("map", f"[{address:#x}, +{size_bytes}) lies in no reserved range")
         if self._touching(address, size_bytes):
             raise self._refuse("map", f"[{address:#x}, +{size_bytes}) is mapped already")
 
     def map(self, address: int, size_bytes: int, handle: int) -> None:
         mapping = Mapping(address, size_bytes, handle)
+        if not self.mappings and self._buckets is None:
+            self._tile = size_bytes, address % size_bytes
+        elif self._buckets is None and self._tile != (size_bytes, address % size_bytes):
+            self._buckets = {}
+            for earlier in self.mappings.values():
+                self._add_to_buckets(self._buckets, earlier)
         self.mappings[address] = mapping
-        for bucket in self._bucket_range(address, size_bytes):
-            self._buckets.setdefault(bucket, []).append(mapping)
+        if self._buckets is not None:
+            self._add_to_buckets(self._buckets, mapping)
         self.handles[handle].num_maps += 1
+
+    def _add_to_buckets(self, buckets: dict[int, list[Mapping]], mapping: Mapping) -> None:
+        for bucket in self._bucket_range(mapping.address, mapping.size_bytes):
+            buckets.setdefault(bucket, []).append(mapping)
 
     def whole_mappings(self, call: str, address: int, size_bytes: int) -> list[Mapping]:
         """The mappings that tile ``[address, address + size_bytes)`` exactly."""
+        whole = self.mappings.get(address)
+        if whole is not None and whole.size_bytes == size_bytes:
+            return [whole]
         self.check_size(call, size_bytes)
         found, cursor, end = [], address, address + size_bytes
         while cursor < end:
@@ -115,11 +134,12 @@ class RuleBook:
     def unmap(self, mapping: Mapping) -> bool:
         """Forget a mapping. Returns whether its handle, released earlier, is gone with it."""
         del self.mappings[mapping.address]
-        for bucket in self._bucket_range(mapping.address, mapping.size_bytes):
-            entries = self._buckets[bucket]
-            entries.remove(mapping)
-            if not entries:
-                del self._buckets[bucket]
+        if self._buckets is not None:
+            for bucket in self._bucket_range(mapping.address, mapping.size_bytes):
+                entries = self._buckets[bucket]
+                entries.remove(mapping)
+                if not entries:
+                    del self._buckets[bucket]
         entry = self.handles[mapping.handle]
         entry.num_maps -= 1
         gone = entry.released and not entry.num_maps
@@ -133,18 +153,27 @@ class RuleBook:
         if size_bytes <= 0:
             raise self._refuse(call, f"size {size_bytes} is not positive")
         while cursor < end:
-            mapping = next(
-                (m for m in self._buckets.get(cursor >> _BUCKET_SHIFT, ()) if m.address <= cursor < m.end), None
-            )
+            mapping = self._at(cursor)
             if mapping is None or not mapping.accessible:
                 raise self._refuse(
                     call, f"address {cursor:#x} is " + ("not mapped" if mapping is None else "not accessible")
                 )
             cursor = mapping.end
 
+    def _at(self, address: int) -> Mapping | None:
+        """The mapping that ``address`` lies in."""
+        if self._buckets is None:
+            size, phase = self._tile or (1, 0)
+            return self.mappings.get((address - phase) // size * size + phase)
+        found = self._buckets.get(address >> _BUCKET_SHIFT, ())
+        return next((mapping for mapping in found if mapping.address <= address < mapping.end), None)
+
     def _touching(self, address: int, size_bytes: int) -> bool:
+        """Whether anything is mapped in ``[address, address + size_bytes)``."""
+        if self._buckets is None and self._tile == (size_bytes, address % size_bytes):
+            return address in self.mappings
         end = address + size_bytes
-        if size_bytes >> _BUCKET_SHIFT > len(self._buckets):  # a wide range over few mappings
+        if self._buckets is None or size_bytes >> _BUCKET_SHIFT > len(self._buckets):  # a wide range over few mappings
             return any(m.address < end and address < m.end for m in self.mappings.values())
         return any(
             m.address < end and address < m.end
