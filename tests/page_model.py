@@ -43,29 +43,34 @@ class PageModel:
         for key in keys:
             self.table[key] = self._new_id()
 
-    def _to_replace(self, slot: int, start: int, end: int) -> list[tuple[int, int, int]]:
-        owners, keys = self._owners(), []
+    def _to_replace(
+        self, slot: int, start: int, end: int, owners: Counter[int], grows: bool = True
+    ) -> list[tuple[int, int, int]]:
+        """The pages to put in place of none or of a shared one; ``owners`` is counted down for the latter."""
+        keys = []
         if end > start:
             for lane, row_bytes in enumerate(self.lane_row_bytes):
                 last_private = (end * row_bytes - 1) // self.page_bytes
                 for index in range(start * row_bytes // self.page_bytes, self._num_pages(lane, end)):
                     page = self.table.get((slot, lane, index))
-                    private = index <= last_private or not self.masked
+                    private = index <= last_private or (grows and not self.masked)
                     if page is None or (private and owners[page] > 1):
                         keys.append((slot, lane, index))
+                        owners[page] -= 1
         return keys
 
     def _num_pages(self, lane: int, rows: int) -> int:
         return -(-(rows + self.over_read) * self.lane_row_bytes[lane] // self.page_bytes) if rows else 0
 
     def ensure(self, requests: list[tuple[int, int]]) -> None:
-        keys = [key for slot, rows in requests for key in self._to_replace(slot, self.rows[slot], rows)]
+        owners = self._owners()
+        keys = [key for slot, rows in requests for key in self._to_replace(slot, self.rows[slot], rows, owners)]
         self._replace(keys)
         for slot, rows in requests:
             self.rows[slot] = max(self.rows[slot], rows)
 
     def make_writable(self, slot: int, start: int, end: int) -> None:
-        self._replace(self._to_replace(slot, start, end))
+        self._replace(self._to_replace(slot, start, end, self._owners(), grows=end >= self.rows[slot]))
 
     def fork(self, parent: int, child: int, rows: int) -> None:
         keys = []

@@ -194,7 +194,7 @@ def test_flattening_slots_to_one_token_axis() -> None:
     with pytest.raises(ConfigError, match="multiple of the row stride"):
         flatten(memory.as_strided((2, 3, 1, 2), (11, 5, 2, 1)))
     with pytest.raises(ConfigError, match="32 bits"):
-        flatten(torch.empty(1, device="meta").as_strided((3, 2**30, 1, 8), (0, 0, 8, 1)).expand(3, 2**30, 1, 8))
+        flatten(torch.empty(3, 2**30, 1, 8, device="meta"))
 
 
 # The registry -------------------------------------------------------------------------------------------------------

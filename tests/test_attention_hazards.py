@@ -60,9 +60,10 @@ class WholeTiles:
             if window is not None:
                 hidden = hidden | (rows <= query_rows - window)
             group = q.shape[1] // k.shape[2]
-            scores = q[new].transpose(0, 1) @ keys.repeat_interleave(group, 0).transpose(1, 2) * scale
+            keys, values = keys.float(), values.float()
+            scores = q[new].transpose(0, 1).float() @ keys.repeat_interleave(group, 0).transpose(1, 2) * scale
             weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
-            out[new] = (weights @ values.repeat_interleave(group, 0)).transpose(0, 1)
+            out[new] = (weights @ values.repeat_interleave(group, 0)).transpose(0, 1).to(q.dtype)
         return out
 
 
@@ -90,8 +91,12 @@ CASES = [pytest.param((HOST, head_dim), id=f"cpu-float32-{head_dim}") for head_d
         id=f"cuda-{str(dtype).removeprefix('torch.')}-{head_dim}",
         marks=pytest.mark.gpu,
     )
-    for dtype in (torch.bfloat16, torch.float16)
-    for head_dim in (64, 80, 128)
+    for dtype, head_dim in (
+        (torch.bfloat16, 64),
+        (torch.bfloat16, 80),
+        (torch.bfloat16, 128),
+        (torch.float16, 128),  # of one size, so its tiles are the same
+    )
 ]
 
 
@@ -259,3 +264,17 @@ def test_decoding_over_page_boundaries(backend: AttentionBackend, cache: KVCache
                 for rows in cache.rows(slot, layer):
                     rows[-1].normal_()
         compare(backend, cache, slots, [1, 1], lengths, (0,))
+
+
+@pytest.mark.parametrize("told_masked", [False, True])
+def test_nothing_is_clean_by_chance(make_cache: Callable[..., KVCache], told_masked: bool) -> None:
+    """The same with a cache that was told not to care: then the NaNs do show."""
+    backend = WholeTiles()
+    cache = make_cache(
+        HOST.layout("token", 64), 4, page_bytes=HOST.page_bytes, over_read_tokens=127, over_read_masked=told_masked
+    )
+    slot = cache.acquire()
+    fill(cache, [slot], [100], backend)
+    batch = AttentionBatch.build([slot], [1], [100], "cpu")
+    out = backend(torch.randn(1, 2, 64), cache.k(0), cache.v(0), batch, scale=0.125)
+    assert out.isnan().any() == told_masked

@@ -84,6 +84,20 @@ def test_json_is_one_document(folder: Path) -> None:
     assert document["speed"]["decode_tokens_per_s"] > 0
 
 
+def test_attention_by_name(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    arguments = ("the fox", "--model", folder, "--max-new-tokens", "8", "--memory-limit", "64MiB")
+    default = generate_json(capfd, *arguments)
+    named = generate_json(capfd, *arguments, "--attention", "reference")
+    assert (default["attention"], named["attention"]) == ("sdpa", "reference")
+    assert named["requests"] == default["requests"]
+    for name, message in (
+        ("nonesuch", "unknown attention backend 'nonesuch', expected one of flash-attn-3, flash-attn-2, "),
+        ("torch-varlen", "attention 'torch-varlen' cannot be used here: needs an NVIDIA GPU"),
+    ):
+        assert main(["generate", "--device", "cpu", *map(str, arguments), "--attention", name]) == 2
+        assert message in capfd.readouterr().err
+
+
 def test_plain_output_is_lines_and_a_table(folder: Path) -> None:
     done = vattn(
         "generate", "the fox", "a dog", "--model", folder, "--max-new-tokens", "30", "--temperature", "1", *ON_CPU
@@ -279,7 +293,9 @@ def test_info(capfd: pytest.CaptureFixture[str]) -> None:
     assert drivers["host"]["available"]
     assert drivers["host"]["granularity_bytes"] > 0
     assert drivers["cuda"]["available"] or drivers["cuda"]["reason"]
-    assert {backend["name"] for backend in document["attention"]} >= {"sdpa", "reference"}
+    names = ["flash-attn-3", "flash-attn-2", "torch-varlen", "sdpa", "reference"]
+    assert [backend["name"] for backend in document["attention"]] == names
+    assert "GPU" in document["attention"][0]["devices"]["cpu"]["reason"]
     assert {"name": "reference", "over_read_tokens": 0, "masks_over_read": True} in [
         {key: value for key, value in backend.items() if key != "devices"} for backend in document["attention"]
     ]
@@ -289,7 +305,14 @@ def test_info(capfd: pytest.CaptureFixture[str]) -> None:
 
     assert main(["info"]) == 0
     text = capfd.readouterr().out
-    for word in ("driver host", "driver cuda", "attention sdpa", "model smollm2", "torch"):
+    for word in (
+        "driver host",
+        "driver cuda",
+        "attention sdpa",
+        "attention flash-attn-3",
+        "model smollm2",
+        "torch",
+    ):
         assert word in text
 
 

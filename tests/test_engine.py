@@ -8,6 +8,7 @@ import pytest
 import torch
 from llama_helpers import random_tokens, run, small_model
 
+from vattn.attention.sdpa import SdpaAttention
 from vattn.engine import Engine, Request
 from vattn.errors import ConfigError, OutOfPages, OutOfSlots
 from vattn.kv_cache import KVCache
@@ -213,6 +214,43 @@ def test_the_largest_request_that_fits_runs(model: Llama) -> None:
         completion = Engine(model, cache).generate([Request([3] * 500, 13)])[0]
         assert len(completion.tokens) == 13
         assert cache.stats().peak_physical_bytes == cache.memory_limit
+
+
+class OverReading(SdpaAttention):
+    """Says that it reads past the end, as a fast kernel might."""
+
+    name = "over-reading"
+    over_read_tokens = 40
+    masks_over_read = False
+
+
+def test_attention_that_reads_further_than_the_cache_allows(model: Llama) -> None:
+    with cache_of(model) as cache:
+        with pytest.raises(ConfigError, match=r"'over-reading' reads up to 40 rows .* keeps 0 mapped"):
+            Engine(model, cache, OverReading())
+        expected = Engine(model, cache).generate(requests(4))
+    with KVCache(
+        model.kv_layout(), 4, "cpu", memory_limit=64 * PAGE_BYTES, page_bytes=PAGE_BYTES, over_read_tokens=40
+    ) as cache:
+        assert Engine(model, cache).attention.name == "sdpa"  # what is chosen need not use the margin
+        engine = Engine(model, cache, OverReading())
+        assert [c.tokens for c in engine.generate(requests(4))] == [c.tokens for c in expected]
+        cache.check_integrity()
+
+
+def test_the_margin_counts_as_memory(model: Llama) -> None:
+    """472 tokens fit in 30 pages, and with 40 more mapped behind them in 32."""
+    for num_pages, fits in ((32, True), (31, False)):
+        with KVCache(
+            model.kv_layout(), 1, "cpu", memory_limit=num_pages * PAGE_BYTES, page_bytes=PAGE_BYTES, over_read_tokens=40
+        ) as cache:
+            engine = Engine(model, cache, OverReading())
+            request = Request([3] * 470, 3)
+            if fits:
+                assert len(engine.generate([request])[0].tokens) == 3
+            else:
+                with pytest.raises(ConfigError, match="need 131072 bytes"):
+                    engine.submit(request)
 
 
 @pytest.mark.gpu

@@ -12,10 +12,11 @@ OPERATIONS = 20_000
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("kind", LAYOUTS)
-def test_random_walk(kind, variant, device):
+@pytest.mark.parametrize("seed", [1, 2])
+def test_random_walk(seed, kind, variant, device):
     settings = VARIANTS[variant]
-    with contextlib.closing(Fuzz(20_261, kind, device, **settings)) as fuzz:
-        fuzz.run(OPERATIONS // (len(VARIANTS) * len(LAYOUTS)) if device == "cpu" else 150)
+    with contextlib.closing(Fuzz(seed, kind, device, **settings)) as fuzz:
+        fuzz.run(OPERATIONS // (2 * len(VARIANTS) * len(LAYOUTS)) if device == "cpu" else 80)
         wanted = {"acquire", "ensure", "ensure_batch", "fork", "truncate", "release", "rewrite", "step", "trim"}
         wanted |= {"OutOfPages", "OutOfSlots"} if device == "cpu" else set()
         wanted |= {"DriverError"} if "fail" in settings and device == "cpu" else set()

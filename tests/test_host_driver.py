@@ -181,16 +181,19 @@ def test_the_file_is_not_inherited_by_other_programs(host_driver):
 
 
 _FORK = """
-import gc, os, sys, torch, vattn
+import gc, os, signal, sys, torch, vattn
 cache = vattn.KVCache(vattn.KVLayout(2, 2, 64, 4096, torch.float32), 4, "cpu", 64 << 20)
 slot = cache.acquire()
 cache.ensure(slot, 3000)
 for tensor in cache.rows(slot, 1):
     tensor.fill_(7.0)
+view = cache.rows(slot, 1)[0]
 
 def child():
     global cache
-    calls = (cache.stats, cache.acquire, cache.close, lambda: cache.ensure(slot, 4000), lambda: cache.release(slot))
+    calls = (
+        cache.stats, cache.acquire, lambda: cache.k(0), lambda: cache.ensure(slot, 4000), lambda: cache.release(slot)
+    )
     for call in calls:
         try:
             call()
@@ -198,6 +201,12 @@ def child():
             assert "process" in str(error), error
         else:
             raise AssertionError("a forked child used the cache")
+    cache.close()  # has nothing to close here
+    # The views it inherited have nothing behind them: a write cannot reach the parent.
+    if (pid := os.fork()) == 0:
+        view[0] = 8.0
+        os._exit(0)
+    assert os.waitpid(pid, 0)[1] == signal.SIGSEGV
     if sys.argv[1:] == ["drop"]:
         del call, calls, cache
         gc.collect()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -25,6 +26,7 @@ class Growth:
     missing: list[tuple[Reservation, int]] = field(default_factory=list)
     shared: list[tuple[Reservation, int, int]] = field(default_factory=list)  # with the bytes to keep, from the start
     slots_with_shared: set[int] = field(default_factory=set)
+    leaving: Counter[Page] = field(default_factory=Counter)  # how many mappings of a shared page will be replaced
 
     @property
     def num_pages(self) -> int:
@@ -102,28 +104,30 @@ class Backing:
         return sum(len(reservation.pages) + len(reservation.strays) for reservation in self.reservations)
 
     # -- growing -------------------------------------------------------------------------------------------------
-    def growth(self, slot: int, start: int, end: int, keep_rows: int, growth: Growth) -> Growth:
+    def growth(self, slot: int, start: int, end: int, keep_rows: int, growth: Growth) -> None:
         """Add to ``growth`` what makes rows ``[start, end)`` of a slot backed and private, those past them readable.
 
-        A copy of a shared page takes the bytes of rows below ``keep_rows``.
+        A copy of a shared page takes the bytes of rows below ``keep_rows``. Where every sharer of a page asks for
+        a copy, the last one keeps the page.
         """
         if end <= start:
-            return growth
+            return
         for reservation, lane in self.lanes:
             origin = lane.slot_offset(slot)
             base = origin // self.page_bytes
             first, last = self._page_span(lane, start, end)
-            last_readable = self._num_pages(lane, end)
-            last_private = last if self.over_read.masked else last_readable
+            last_readable = max(last, self._num_pages(lane, end))
+            # Where kernels do not mask it, what lies past the new end has to be this sequence's own to be wiped.
+            last_private = last if self.over_read.masked or end < keep_rows else last_readable
             for index in range(base + first, base + last_readable):
                 page = reservation.pages.get(index)
                 if page is None:
                     growth.missing.append((reservation, index))
-                elif page.shared and index < base + last_private:
+                elif index < base + last_private and len(page.maps) - growth.leaving[page] > 1:
+                    growth.leaving[page] += 1
                     kept = origin + keep_rows * lane.row_bytes - index * self.page_bytes
                     growth.shared.append((reservation, index, max(0, min(kept, self.page_bytes))))
                     growth.slots_with_shared.add(slot)
-        return growth
 
     def grow(self, growth: Growth, undo: Undo) -> bool:
         """Carry ``growth`` out. Returns whether work was submitted to the current stream."""
@@ -174,11 +178,8 @@ class Backing:
             fence.wait()
 
     # -- sharing -------------------------------------------------------------------------------------------------
-    def alias(self, parent: int, child: int, rows: int, undo: Undo) -> bool:
-        """Back rows ``[0, rows)`` of an empty slot by the parent's pages; the page that straddles the end is copied.
-
-        Returns whether work was submitted to the current stream.
-        """
+    def alias(self, parent: int, child: int, rows: int, undo: Undo) -> None:
+        """Back rows ``[0, rows)`` of an empty slot by the parent's pages; the page that straddles the end is copied."""
         plan = [
             (reservation, lane, *divmod(rows * lane.row_bytes, self.page_bytes)) for reservation, lane in self.lanes
         ]
@@ -195,35 +196,32 @@ class Backing:
                 self._scrub(page, address + rest, self.page_bytes - rest, undo)
                 undo.push(self._wait_for_stream)
                 self.driver.copy(address, reservation.address_of(source + num_whole), rest)
-        return self._map_over_read(child, rows, undo) or any(rest for *_, rest in plan)
-
-    def _map_over_read(self, slot: int, rows: int, undo: Undo) -> bool:
-        """Map the pages past a sequence's rows that kernels may read. Returns whether work was submitted."""
-        growth = Growth()
+        growth = Growth()  # the pages past its rows that kernels may read
         for reservation, lane in self.lanes:
-            base = lane.slot_offset(slot) // self.page_bytes
+            base = lane.slot_offset(child) // self.page_bytes
             indices = range(base + self._page_span(lane, 0, rows)[1], base + self._num_pages(lane, rows))
             growth.missing += [(reservation, index) for index in indices]
-        return self.grow(growth, undo) if growth.missing else False
+        self.grow(growth, undo)
 
     def wipe(self, slot: int, start: int, end: int, undo: Undo) -> bool:
-        """Zero what the slot's own pages hold in rows ``[start, end)``. Returns whether that took work on the stream.
+        """Zero what the slot's own pages hold in rows ``[start, end)``; True if that was all of them.
 
-        Pages shared with another sequence are passed over: growing copies them.
+        Pages shared with another sequence are passed over: growing makes them private.
         """
-        submitted = False
+        complete = True
         for reservation, lane in self.lanes:
             origin = lane.slot_offset(slot)
             low, high = origin + start * lane.row_bytes, origin + end * lane.row_bytes
             for index in range(low // self.page_bytes, -(-high // self.page_bytes)):
                 page = reservation.pages.get(index)
-                if page is not None and not page.shared:
+                if page is not None and page.shared:
+                    complete = False
+                elif page is not None:
                     page_start = index * self.page_bytes
                     first, last = max(low, page_start), min(high, page_start + self.page_bytes)
                     undo.push(self._wait_for_stream)
                     self.driver.zero(reservation.address + first, last - first)
-                    submitted = True
-        return submitted
+        return complete
 
     # -- giving back ---------------------------------------------------------------------------------------------
     def has_pages_past(self, slot: int, rows: int) -> bool:

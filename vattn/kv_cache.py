@@ -164,6 +164,9 @@ class KVCache:
     def fork(self, slot: int, seq_len: int | None = None, into: int | None = None) -> int:
         """A new slot whose first ``seq_len`` rows (None: all) are those of ``slot``, sharing every whole page of them.
 
+        Shared rows are read-only for both: call ``make_writable`` before writing to them in place. Rows that ``ensure``
+        adds are private.
+
         Args:
             into: the free slot to use; None: any.
 
@@ -238,7 +241,8 @@ class KVCache:
     def rows(self, slot: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(k, v) of one sequence, each ``[seq_len, num_kv_heads, head_dim]``; safe for every torch operation.
 
-        Valid until the sequence is truncated or released.
+        Valid until the sequence is truncated or released. After a ``fork``, writing to shared rows writes to both
+        sequences: ``make_writable`` first.
         """
         with self._lock:
             rows = self.seq_len(slot)
@@ -256,6 +260,7 @@ class KVCache:
             state = self._slots
             state.refuse_capture("step() itself")
             entered = self._live_batch(slots).tolist()
+            state.wipe_stale(entered)
             state.work.enter(entered)
         try:
             yield
@@ -299,7 +304,7 @@ class KVCache:
             DriverError: something could not be freed; calling ``close`` again tries what is left.
         """
         with self._lock, Uninterrupted():
-            if self._slots_or_none is None:
+            if self._slots_or_none is None or os.getpid() != self._pid:  # a forked child has nothing to free
                 return
             slots = self._slots
             if slots.work.any_open:
@@ -313,6 +318,7 @@ class KVCache:
                     self._slots_or_none = None
 
     def __enter__(self) -> KVCache:
+        self._slots  # noqa: B018 - says so where the cache is closed
         return self
 
     def __exit__(
@@ -335,9 +341,9 @@ class KVCache:
         return slots
 
     def _view(self, views: dict[int, torch.Tensor], layer: int) -> torch.Tensor:
+        self._slots  # noqa: B018 - says so where the cache is closed, or its parent's
         tensor = views.get(layer) if is_int(layer) else None
         if tensor is None:
-            self._slots  # noqa: B018 - says so where the cache is closed
             raise ConfigError(f"layer must be one of {list(self.layout.layers)}, got {layer!r}")
         return tensor
 

@@ -40,7 +40,8 @@ class LayerGroup:
         num_kv_heads: K and V heads per layer.
         head_dim: elements of one K head.
         v_head_dim: elements of one V head; None: ``head_dim``.
-        window: tokens that attention looks back, None for all. Attention honours it; rows outside stay backed.
+        window: tokens that attention looks back, None for all. For the model to hand to attention; the cache backs
+            every row, inside the window or not.
     """
 
     layers: Sequence[int]

@@ -58,9 +58,9 @@ class WorkTracker:
 
     def order_current_stream(self, slots: Iterable[int]) -> None:
         """Make the current stream wait for the work on these slots."""
-        for slot in slots:
-            for fence in self._fences.get(slot, {}).values():
-                self._driver.order_after(fence)
+        fences = {id(fence): fence for slot in slots for fence in self._all(slot)}
+        for fence in fences.values():
+            self._driver.order_after(fence)
 
     def done(self, slot: int) -> bool:
         """Whether no work can touch the slot's pages any more; never waits."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import asdict
 
 import numpy as np
@@ -54,7 +55,7 @@ class Slots:
 
     def is_free(self, slot: int) -> bool:
         if self.state[slot] == RETIRED:
-            self.finish_deferred(wait=True)
+            self.finish_deferred(wait=True, slots=[slot])
         return bool(self.state[slot] == FREE)
 
     def start(self, slot: int) -> None:
@@ -63,6 +64,7 @@ class Slots:
 
     def end(self, slot: int) -> None:
         if self.work.is_open(slot):
+            self.work.submitted([slot])
             self.state[slot] = RETIRED
             self._to_shrink.discard(slot)
         else:
@@ -105,9 +107,8 @@ class Slots:
             submitted = self.backing.grow(growth, undo)
             if stale:
                 self.work.order_current_stream(stale)
-            for slot in stale:
-                submitted |= self.backing.wipe(slot, int(self.seq_len[slot]), int(self._stale_to[slot]), undo)
-                self._stale_to[slot] = 0
+                self._wipe(stale, undo)
+                submitted = True
         for slot, _, end, _ in targets:
             self.backing.note_end(slot, end)
         if growth.shared:
@@ -125,23 +126,42 @@ class Slots:
 
     def _try_alias(self, parent: int, child: int, rows: int) -> None:
         with self._transaction([]) as undo:
-            submitted = self.backing.alias(parent, child, rows, undo)
+            self.backing.alias(parent, child, rows, undo)
         self.backing.note_end(child, rows)
-        if submitted:
-            self.work.copied([parent, child])
+        # Whatever wrote the shared rows lies before this point of the current stream: the child's work on other streams
+        # has to come after it, a copy or not.
+        self.work.copied([parent, child])
 
     # -- giving back ---------------------------------------------------------------------------------------------
     def truncate(self, slot: int, rows: int) -> None:
         longest = max(int(self._stale_to[slot]), int(self.seq_len[slot]))
+        if not self.backing.over_read.masked:
+            self._stale_to[slot] = longest
         if self.work.is_open(slot):
+            self.work.submitted([slot])
             self.seq_len[slot] = self.reach[slot] = rows
             self._to_shrink.add(slot)
         else:
             self._shrink_now(slot, rows)
             self.seq_len[slot] = rows
-        if not self.backing.over_read.masked:
-            self._stale_to[slot] = longest
+            with suppress(DriverError):  # tried again before the next kernel reads there
+                self.wipe_stale([slot])
         self._measure_reach(slot)
+
+    def wipe_stale(self, slots: Iterable[int]) -> None:
+        """Wipe what older, longer selves of sequences left where kernels read past the end and do not mask it."""
+        stale = [slot for slot in slots if self._stale_to[slot] > self.seq_len[slot]]
+        if stale:
+            self.work.order_current_stream(stale)
+            with self._transaction([]) as undo:
+                self._wipe(stale, undo)
+            self.work.submitted(stale)
+
+    def _wipe(self, stale: list[int], undo: Undo) -> None:
+        for slot in stale:
+            rows, longest = int(self.seq_len[slot]), int(self._stale_to[slot])
+            if self.backing.wipe(slot, rows, longest, undo):
+                self._stale_to[slot] = 0
 
     def _measure_reach(self, slot: int) -> None:
         rows = int(self.seq_len[slot])
@@ -151,32 +171,36 @@ class Slots:
             reach = self.backing.private_rows(slot, rows) - self.backing.over_read.tokens
             self.reach[slot] = max(rows, min(reach, self.max_seq_len))
 
-    def _shrink_now(self, slot: int, rows: int) -> None:
+    def _shrink_now(self, slot: int, rows: int, deferred: bool = False) -> None:
         if self.backing.has_pages_past(slot, rows):
             self.refuse_capture("unmapping a page")
             self.work.wait(slot)
-            self.work.wait_for_current_stream()
+            if not deferred:  # else a fence was set when the caller asked for it
+                self.work.wait_for_current_stream()
             with self._transaction([slot]) as undo:
                 taken = self.backing.shrink(slot, rows, undo)
             self.backing.finish_shrink(slot, rows, taken)
         self._to_shrink.discard(slot)
 
-    def finish_deferred(self, wait: bool) -> bool:
+    def finish_deferred(self, wait: bool, slots: Iterable[int] | None = None) -> bool:
         """Take the pages of slots that were released or cut short inside a step, where that step's work has ended.
 
         Args:
             wait: block for work that was submitted (never for a step that is still open), and raise what fails; else
                 leave for later whatever cannot be done at once.
+            slots: only these, which are retired or wait to be shrunk.
 
         Returns:
             Whether anything was taken.
         """
         found = False
-        for slot in (*self.with_state(RETIRED), *tuple(self._to_shrink)):
+        if not wait and self.driver.is_capturing():
+            return found
+        for slot in (*self.with_state(RETIRED), *tuple(self._to_shrink)) if slots is None else slots:
             if self.work.is_open(slot) or not (wait or self.work.done(slot)):
                 continue
             try:
-                self._shrink_now(slot, int(self.seq_len[slot]))
+                self._shrink_now(slot, int(self.seq_len[slot]), deferred=True)
             except DriverError:
                 if wait:
                     raise
@@ -221,9 +245,10 @@ class Slots:
     def _resync(self, slots: Iterable[int]) -> None:
         """After an undo that failed itself: cut the sequences to the rows that are still backed."""
         for slot in slots:
-            self.seq_len[slot] = min(int(self.seq_len[slot]), self.backing.backed_rows(slot))
-            self.reach[slot] = self.seq_len[slot]
-            self._to_shrink.add(slot)
+            readable = self.backing.backed_rows(slot) - self.backing.over_read.tokens
+            self.seq_len[slot] = self.reach[slot] = max(0, min(int(self.seq_len[slot]), readable))
+            if self.state[slot] == LIVE:
+                self._to_shrink.add(slot)
 
     def refuse_capture(self, what: str) -> None:
         if self.driver.is_capturing():

@@ -29,7 +29,7 @@ def open_driver(device: str | torch.device) -> Driver:
         resolved = torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise ConfigError(f'device must be "cpu", "cuda" or "cuda:i", not {device!r}') from error
-    if resolved.type == "cpu":
+    if resolved.type == "cpu" and not resolved.index:
         return HostDriver()
     if resolved.type == "cuda":
         return CudaDriver(resolved)

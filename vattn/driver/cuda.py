@@ -39,6 +39,16 @@ def unavailable() -> str | None:
     return None
 
 
+@contextmanager
+def _outside_capture() -> Iterator[None]:
+    """Let this thread look at events while another one captures a graph; asking would invalidate its capture."""
+    mode = _call("cuThreadExchangeStreamCaptureMode", _cu.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED)
+    try:
+        yield
+    finally:
+        _call("cuThreadExchangeStreamCaptureMode", mode)
+
+
 class CudaFence:
     """An event behind the work submitted to a stream."""
 
@@ -50,10 +60,12 @@ class CudaFence:
         self._event.record(stream)
 
     def done(self) -> bool:
-        return self._event.query()
+        with _outside_capture():
+            return self._event.query()
 
     def wait(self) -> None:
-        self._event.synchronize()
+        with _outside_capture():
+            self._event.synchronize()
 
     def order(self, stream: torch.cuda.Stream) -> None:
         """Make ``stream``, not the host, wait for the fence; no work at all where it is the fence's own."""
@@ -142,7 +154,8 @@ class CudaDriver(RuledDriver):
         fence.order(torch.cuda.current_stream(self.device))
 
     def synchronize(self) -> None:
-        torch.cuda.synchronize(self.device)
+        with _outside_capture():
+            torch.cuda.synchronize(self.device)
 
     def is_capturing(self) -> bool:
         with torch.cuda.device(self.device):

@@ -26,6 +26,7 @@ _MAP_FIXED = 0x10
 _MAP_NORESERVE = 0x4000
 _FALLOC_FL_KEEP_SIZE = 0x01
 _FALLOC_FL_PUNCH_HOLE = 0x02
+_MADV_DONTFORK = 10
 _PROT_NONE = 0
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -33,6 +34,7 @@ _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
@@ -190,6 +192,9 @@ class HostDriver(RuledDriver):
         result = _libc.mmap(address, size_bytes, prot, flags, fd, offset)
         if result == _MAP_FAILED:
             raise _error("mmap")
+        # A forked child gets none of it: shared pages written there would be written here.
+        if _libc.madvise(result, size_bytes, _MADV_DONTFORK):
+            raise _error("madvise")
         return result or 0
 
     def _munmap(self, address: int, size_bytes: int) -> None:

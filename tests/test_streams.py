@@ -1,0 +1,173 @@
+"""What the cache promises about work in flight, on streams where nothing runs until it must."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from stream_driver import StreamDriver
+
+import vattn
+
+PAGE = 4096
+LAYOUT = vattn.KVLayout(1, 1, 8, 400, torch.float32)  # 64 tokens to a page
+
+
+@pytest.fixture
+def driver():
+    return StreamDriver()
+
+
+@pytest.fixture
+def cache(driver):
+    with vattn.KVCache(LAYOUT, 6, memory_limit=64 * PAGE, page_bytes=PAGE, driver=driver) as cache:
+        yield cache
+
+
+def new(cache: vattn.KVCache, rows: int) -> int:
+    slot = cache.acquire()
+    cache.ensure(slot, rows)
+    return slot
+
+
+def launch_fill(cache: vattn.KVCache, slot: int, start: int, end: int, value: float) -> None:
+    """A kernel that writes rows, when it comes to run."""
+    view = cache.k(0)[slot, start:end]
+    cache.driver.launch(lambda: view.fill_(value))
+
+
+def finish(cache: vattn.KVCache, slot: int) -> torch.Tensor:
+    cache.driver.synchronize()
+    return cache.rows(slot, 0)[0][:, 0, 0].clone()
+
+
+def test_release_waits_for_the_current_stream(cache, driver):
+    slot = new(cache, 64)
+    launch_fill(cache, slot, 0, 64, 1.0)
+    cache.release(slot)  # the fill would fault on an unmapped page
+    assert driver.num_waits
+    cache.check_integrity()
+
+
+def test_release_waits_for_a_step_on_another_stream(cache, driver):
+    slot = new(cache, 64)
+    with driver.stream(1), cache.step([slot]):
+        launch_fill(cache, slot, 0, 64, 1.0)
+    cache.release(slot)
+    assert driver.streams[1].num_done == len(driver.streams[1].queue)
+
+
+def test_release_inside_a_step_waits_for_nothing_and_takes_nothing(cache, driver):
+    slot, other = new(cache, 64), new(cache, 64)
+    with cache.step([slot, other]):
+        launch_fill(cache, slot, 0, 64, 1.0)
+        cache.release(slot)
+    with cache.step([other]):
+        launch_fill(cache, other, 0, 64, 2.0)
+    assert driver.num_waits == 0
+    assert cache.stats().parked_bytes == PAGE
+    driver.run(0)
+    with cache.step([other]):
+        launch_fill(cache, other, 0, 64, 3.0)
+    assert driver.num_waits == 0  # the first step's work had ended, so its page went without waiting for the third's
+    assert cache.stats().parked_bytes == 0
+
+
+def test_release_inside_a_step_covers_work_outside_it_too(cache, driver):
+    slot = new(cache, 64)
+    step = cache.step([slot])
+    with driver.stream(1):
+        step.__enter__()
+    launch_fill(cache, slot, 0, 64, 1.0)  # on stream 0, before the release
+    cache.release(slot)
+    with driver.stream(1):
+        step.__exit__(None, None, None)
+    assert cache.acquire(slot) == slot
+    assert driver.streams[0].num_done == len(driver.streams[0].queue)
+
+
+def test_a_short_cache_waits_for_deferred_pages_rather_than_fail(driver):
+    with vattn.KVCache(LAYOUT, 2, memory_limit=2 * PAGE, page_bytes=PAGE, driver=driver) as cache:
+        slot, other = new(cache, 128), cache.acquire()
+        with cache.step([slot]):
+            launch_fill(cache, slot, 0, 128, 1.0)
+            cache.truncate(slot, 64)
+        cache.ensure(other, 64)
+        assert driver.num_waits
+        assert not finish(cache, other).any()
+
+
+def test_a_step_on_another_stream_comes_after_the_scrubbing(cache, driver):
+    slot = new(cache, 64)
+    launch_fill(cache, slot, 0, 64, torch.nan)
+    cache.release(slot)
+    slot = new(cache, 64)  # scrubbed on stream 0
+    seen = []
+    with driver.stream(1), cache.step([slot]):
+        view = cache.k(0)[slot, :64]
+        driver.launch(lambda: seen.append(view.isnan().any().item()))
+    driver.run(1)
+    assert seen == [False]
+
+
+def test_the_source_of_a_copy_is_not_overwritten_before_it_is_made(cache, driver):
+    parent = new(cache, 64)
+    launch_fill(cache, parent, 0, 64, 7.0)
+    child = cache.fork(parent)
+    cache.truncate(parent, 10)
+    with driver.stream(1):
+        cache.make_writable(child, 0, 64)  # copies from the parent's mapping, later
+    with driver.stream(2):
+        cache.ensure(parent, 20)
+        with cache.step([parent]):
+            launch_fill(cache, parent, 10, 20, 99.0)
+    driver.run(2)
+    assert (finish(cache, child) == 7).all()
+    assert finish(cache, parent).tolist() == [7.0] * 10 + [99.0] * 10
+
+
+@pytest.mark.parametrize("rows", [64, 50])
+def test_a_fork_hands_the_parents_work_on(cache, driver, rows):
+    parent = new(cache, 64)
+    with cache.step([parent]):
+        launch_fill(cache, parent, 0, 64, 5.0)
+    with driver.stream(1):
+        child = cache.fork(parent, rows)
+    seen = []
+    with driver.stream(2), cache.step([child]):
+        view = cache.k(0)[child, :rows]
+        driver.launch(lambda: seen.append((view == 5).all().item()))
+    driver.run(2)
+    assert seen == [True]
+
+
+def test_a_copy_of_a_shared_page_comes_after_the_work_that_filled_it(cache, driver):
+    parent = new(cache, 64)
+    with cache.step([parent]):
+        launch_fill(cache, parent, 0, 64, 5.0)
+    with driver.stream(1):
+        child = cache.fork(parent)
+    with driver.stream(2):
+        cache.make_writable(child, 0, 64)
+    assert (finish(cache, child) == 5).all()
+
+
+def test_stale_rows_are_wiped_before_a_kernel_reads_past_the_end(driver):
+    with vattn.KVCache(LAYOUT, 2, memory_limit=64 * PAGE, page_bytes=PAGE, driver=driver, over_read_tokens=30) as cache:
+        slot = new(cache, 100)
+        launch_fill(cache, slot, 0, 100, torch.nan)
+        with cache.step([slot]):
+            cache.truncate(slot, 10)  # not now: a kernel may be reading these rows
+        seen = []
+        with driver.stream(1), cache.step([slot]):
+            view = cache.k(0)[slot, 10:40]
+            driver.launch(lambda: seen.append(view.isnan().any().item()))
+        driver.run(1)
+        assert seen == [False]
+
+
+def test_close_waits_for_everything(cache, driver):
+    slot = new(cache, 64)
+    with driver.stream(3), cache.step([slot]):
+        launch_fill(cache, slot, 0, 64, 1.0)
+    cache.close()
+    assert all(stream.num_done == len(stream.queue) for stream in driver.streams.values())
