@@ -163,7 +163,7 @@ def test_gradients_are_not_recorded_into_the_cache(device):
 
 
 def test_a_compiled_function_reads_and_writes_rows(device):
-    """``rows`` may go into compiled code. The full views may not be written there: functionalised, such a write becomes a
+    """``rows`` may go into compiled code. The full views may not: functionalised, a write to one may become a
     copy of all of it."""
     with open_cache(device) as cache:
         slot = cache.acquire()

@@ -1,0 +1,94 @@
+"""What every experiment shares: timing, the card of the machine, and the records."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FIELDS = (
+    *("experiment", "case", "system", "metric", "value", "unit", "p20", "p50", "p80"),
+    *("gpu", "driver", "torch", "commit", "date", "command"),
+)
+
+
+def percentiles(samples: Sequence[float]) -> tuple[float, float, float]:
+    """(p20, p50, p80), by interpolation."""
+    if len(samples) == 1:
+        return (samples[0],) * 3
+    cuts = statistics.quantiles(samples, n=10, method="inclusive")
+    return cuts[1], cuts[4], cuts[7]
+
+
+def time_us(function: Callable[[], Any], repeats: int, before: Callable[[], Any] | None = None) -> list[float]:
+    """Host microseconds of each call. ``before`` runs ahead of each, untimed."""
+    samples = []
+    for _ in range(repeats):
+        if before is not None:
+            before()
+        start = time.perf_counter()
+        function()
+        samples.append((time.perf_counter() - start) * 1e6)
+    return samples
+
+
+class Records:
+    """Collects an experiment's records, shows each as it comes, and writes them at the end.
+
+    Records of the same GPU (or of no GPU) from earlier runs are replaced; those of others stay.
+    """
+
+    def __init__(self, experiment: str) -> None:
+        self.experiment = experiment
+        self.folder = Path(__file__).parent / experiment
+        self.card = machine_card()
+        self.records: list[dict[str, Any]] = []
+
+    def add(self, case: str, system: str, metric: str, unit: str, samples: Sequence[float]) -> None:
+        """One record; its value is the median of the samples."""
+        p20, p50, p80 = (round(value, 3) for value in percentiles(samples))
+        values = (self.experiment, case, system, metric, p50, unit, p20, p50, p80)
+        self.records.append({**dict(zip(FIELDS, values, strict=False)), **self.card})
+        print(f"{case:48s} {system:10s} {metric:18s} {p50:12.2f} {unit}  ({p20:.2f} to {p80:.2f})", flush=True)
+
+    def write(self) -> None:
+        path = self.folder / "results.jsonl"
+        kept = [record for record in read(path) if record["gpu"] != self.card["gpu"]] if path.exists() else []
+        path.write_text("".join(json.dumps(record) + "\n" for record in (*kept, *self.records)))
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The records of a results.jsonl."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def machine_card() -> dict[str, str]:
+    """Hardware, software, commit and command of this run."""
+    root = Path(__file__).parents[1]
+    git = ["git", "-C", str(root)]
+    commit = _output([*git, "rev-parse", "--short=12", "HEAD"]) or "unknown"
+    changed = _output([*git, "status", "--porcelain", "--", "vattn", "models", "experiments/*.py"])
+    has_gpu = torch.cuda.is_available()
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return {
+        "gpu": torch.cuda.get_device_name() if has_gpu else "none",
+        "driver": _output(query).splitlines()[0] if has_gpu else f"Linux {platform.release()}",
+        "torch": torch.__version__,
+        "commit": commit + ("+changes" if changed else ""),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "command": " ".join(["python", *sys.argv]),
+    }
+
+
+def _output(command: list[str]) -> str:
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    return result.stdout.strip() if result.returncode == 0 else ""

@@ -1,0 +1,131 @@
+"""Writes the tables of the experiments' READMEs from their records: ``python experiments/tables.py [--check]``.
+
+Tables stand between ``<!-- table NAME -->`` and ``<!-- end -->``; the function of that name makes what belongs there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+from common import read
+
+FOLDER = Path(__file__).parent
+Record = dict[str, Any]
+_MARKED = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def fields(case: str) -> dict[str, str]:
+    """``"driver=cuda handle=2MiB release"`` -> its words, those without a value under their own name."""
+    return dict(word.partition("=")[::2] for word in case.split())
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def number(record: Record | None) -> str:
+    if record is None:
+        return "–"
+    value = record["value"]
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
+
+
+def cards(records: list[Record]) -> str:
+    """One line for each machine that made records."""
+    seen = {}
+    for record in records:
+        where = record["gpu"] if record["gpu"] != "none" else "CPU only"
+        seen[where] = (
+            f"{where} ({record['driver']}), torch {record['torch']}, {record['date']}, commit {record['commit']}, "
+            f"`{record['command']}`"
+        )
+    return "".join(f"* {line}\n" for line in seen.values())
+
+
+def driver_calls(records: list[Record]) -> str:
+    calls = ("create", "map", "set_access", "unmap", "release")
+    found = {
+        (record["gpu"], words["driver"], words["handle"], record["metric"]): record
+        for record in records
+        if "handle" in (words := fields(record["case"]))
+    }
+    groups = list(dict.fromkeys(key[:3] for key in found))
+    rows = [
+        [
+            driver,
+            handle,
+            "CPU only" if gpu == "none" else gpu,
+            *(number(found.get((gpu, driver, handle, call))) for call in calls),
+        ]
+        for gpu, driver, handle in groups
+    ]
+    return markdown(["driver", "handle", "machine", *(f"{call}, µs" for call in calls)], rows)
+
+
+def ensure_batch(records: list[Record]) -> str:
+    found = {}
+    for record in records:
+        words = fields(record["case"])
+        if "slots" in words:
+            what = words.get("crossing", "release")
+            key = (record["gpu"], words["driver"], int(words["slots"]), int(words["layers"]))
+            found.setdefault(key, {})[what, record["metric"]] = record
+    rows = []
+    for (gpu, driver, slots, layers), cells in found.items():
+        rows.append(
+            [driver, "CPU only" if gpu == "none" else gpu, f"{slots:,}", str(layers)]
+            + [
+                number(cells.get(key))
+                for key in (
+                    ("none", "ensure_batch"),
+                    ("1%", "ensure_batch"),
+                    ("1%", "per_page"),
+                    ("all", "ensure_batch"),
+                    ("all", "per_page"),
+                    ("release", "per_page"),
+                )
+            ]
+        )
+    header = ["driver", "machine", "slots", "layers", "no crossing, µs", "1 % crossing, µs", "… per page"]
+    return markdown([*header, "all crossing, µs", "… per page", "release, µs per page"], rows)
+
+
+TABLES: dict[str, Callable[[list[Record]], str]] = {
+    function.__name__: function for function in (cards, driver_calls, ensure_batch)
+}
+
+
+def render(folder: Path) -> str:
+    """The README of an experiment with its tables made anew."""
+    records = read(folder / "results.jsonl")
+    text = (folder / "README.md").read_text()
+    return _MARKED.sub(lambda match: match[1] + TABLES[match[2]](records) + match[3], text)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; fail where a table differs from its records"
+    )
+    options = parser.parse_args()
+    stale = []
+    for results in sorted(FOLDER.glob("*/results.jsonl")):
+        readme = results.parent / "README.md"
+        text = render(results.parent)
+        if text != readme.read_text():
+            stale.append(str(readme))
+            if not options.check:
+                readme.write_text(text)
+    print("\n".join(f"{'differs' if options.check else 'written'}: {path}" for path in stale) or "all tables agree")
+    return 1 if options.check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
