@@ -180,28 +180,26 @@ class Backing:
     # -- sharing -------------------------------------------------------------------------------------------------
     def alias(self, parent: int, child: int, rows: int, undo: Undo) -> None:
         """Back rows ``[0, rows)`` of an empty slot by the parent's pages; the page that straddles the end is copied."""
-        plan = [
-            (reservation, lane, *divmod(rows * lane.row_bytes, self.page_bytes)) for reservation, lane in self.lanes
-        ]
-        pages = iter(self.pool.take(sum(1 for *_, rest in plan if rest), undo))
-        for reservation, lane, num_whole, rest in plan:
+        plan = []
+        for reservation, lane in self.lanes:
+            num_whole, rest = divmod(rows * lane.row_bytes, self.page_bytes)
+            plan.append((reservation, lane, num_whole, rest, self._num_pages(lane, rows)))
+        # All pages before the first mapping, so that running out of them leaves nothing to undo.
+        pages = iter(self.pool.take(sum(num_pages - num_whole for *_, num_whole, _, num_pages in plan), undo))
+        for reservation, lane, num_whole, rest, num_pages in plan:
             source = lane.slot_offset(parent) // self.page_bytes
             target = lane.slot_offset(child) // self.page_bytes
             for index in range(num_whole):
                 reservation.map(target + index, reservation.pages[source + index], undo)
-            if rest:
+            for index in range(num_whole, num_pages):
                 page = next(pages)
-                reservation.map(target + num_whole, page, undo)
-                address = reservation.address_of(target + num_whole)
-                self._scrub(page, address + rest, self.page_bytes - rest, undo)
-                undo.push(self._wait_for_stream)
-                self.driver.copy(address, reservation.address_of(source + num_whole), rest)
-        growth = Growth()  # the pages past its rows that kernels may read
-        for reservation, lane in self.lanes:
-            base = lane.slot_offset(child) // self.page_bytes
-            indices = range(base + self._page_span(lane, 0, rows)[1], base + self._num_pages(lane, rows))
-            growth.missing += [(reservation, index) for index in indices]
-        self.grow(growth, undo)
+                reservation.map(target + index, page, undo)
+                address = reservation.address_of(target + index)
+                kept = rest if index == num_whole else 0
+                self._scrub(page, address + kept, self.page_bytes - kept, undo)
+                if kept:
+                    undo.push(self._wait_for_stream)
+                    self.driver.copy(address, reservation.address_of(source + index), kept)
 
     def wipe(self, slot: int, start: int, end: int, undo: Undo) -> bool:
         """Zero what the slot's own pages hold in rows ``[start, end)``; True if that was all of them.
