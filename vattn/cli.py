@@ -51,6 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader has gone. Python would complain once more when it flushes stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:  # a full disk behind stdout, say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _fail(1, error)
     return 0
 
 
@@ -111,5 +114,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _fail(code: int, reason: object) -> int:
-    print(f"vattn: {' '.join(str(reason).split())}", file=sys.stderr)
+    text = " ".join(str(reason).split()).encode("utf-8", "replace").decode()
+    print(f"vattn: {text}", file=sys.stderr)
     return code

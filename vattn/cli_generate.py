@@ -128,6 +128,10 @@ def _check(args: argparse.Namespace, prompts: list[str]) -> int | None:
     for number, prompt in enumerate(prompts, 1):
         if not prompt.strip():
             raise ConfigError(f"prompt {number} is empty")
+        if not prompt.isascii() and any("\ud800" <= letter <= "\udfff" for letter in prompt):
+            raise ConfigError(f"prompt {number} is not valid UTF-8")
+    if not args.model:
+        raise ConfigError("--model is empty; expected smollm2, a folder or a .gguf file")
     return None if args.memory_limit is None else parse_bytes(args.memory_limit)
 
 

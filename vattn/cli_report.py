@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -44,13 +45,22 @@ def throughput(stats: EngineStats, weight_bytes: int, bytes_per_token: int, limi
         "decode_tokens_per_s": stats.num_decode_tokens / stats.decode_s if stats.decode_s else 0.0,
         "decode_read_bytes_per_s": decode_rate,
         "read_limit_bytes_per_s": limit_bytes_per_s,
-        "decode_share_of_limit": decode_rate / limit_bytes_per_s,
+        "decode_share_of_limit": decode_rate / limit_bytes_per_s if limit_bytes_per_s else 0.0,
     }
 
 
 def read_bandwidth(device: torch.device) -> float:
-    """Bytes per second that a plain sum over memory far larger than any cache reads: the best of five, measured now."""
-    data = torch.ones((1 << 30 if device.type == "cuda" else 1 << 28) // 4, dtype=torch.float32, device=device)
+    """Bytes per second that a plain sum over memory larger than any cache reads: the best of five, measured now.
+
+    0 where there is not even the memory to measure with.
+    """
+    data = None
+    for size in (1 << 30, 1 << 28, 1 << 26) if device.type == "cuda" else (1 << 28, 1 << 26):
+        with suppress(RuntimeError, MemoryError):
+            data = torch.ones(size // 4, dtype=torch.float32, device=device)
+            break
+    if data is None:
+        return 0.0
     best = float("inf")
     for _ in range(5):
         start = time.perf_counter()

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
-from .arguments import require_int
+from .arguments import is_int, require_int
 from .attention import AttentionBackend, AttentionBatch, choose, require_fit
 from .errors import ConfigError, OutOfPages, OutOfSlots
 from .kv_cache import KVCache
@@ -165,13 +165,12 @@ class Engine:
         return [Completion(request_id, tuple(new), reasons[request_id]) for request_id, new in tokens.items()]
 
     def abort(self) -> None:
-        """Drop every request and release every slot."""
+        """Drop every request and release every slot; one whose release fails is tried again by the next ``abort``."""
+        self._waiting.clear()
+        self._admitting = True
         with ExitStack() as releases:  # runs them all, even if one raises
-            for sequence in self._running:
-                releases.callback(self.cache.release, sequence.slot)
-            self._running.clear()
-            self._waiting.clear()
-            self._admitting = True
+            for sequence in tuple(self._running):
+                releases.callback(self._release, sequence)
 
     # One step ---------------------------------------------------------------------------------------------------
 
@@ -306,8 +305,8 @@ class Engine:
         self.stats.num_preemptions += 1
 
     def _release(self, sequence: _Sequence) -> None:
-        self._running.remove(sequence)
         self.cache.release(sequence.slot)
+        self._running.remove(sequence)
 
     # Checks -----------------------------------------------------------------------------------------------------
 
@@ -317,9 +316,9 @@ class Engine:
         if not len(request.prompt_tokens):
             raise ConfigError("the prompt is empty; expected at least one token")
         vocab_size = self.model.config.vocab_size
-        if not all(0 <= token < vocab_size for token in request.prompt_tokens):
-            wrong = next(token for token in request.prompt_tokens if not 0 <= token < vocab_size)
-            raise ConfigError(f"token {wrong} is not in the model's vocabulary of {vocab_size}")
+        for token in request.prompt_tokens:
+            if not is_int(token) or not 0 <= token < vocab_size:
+                raise ConfigError(f"token {token!r} is not in the model's vocabulary of {vocab_size}")
         layout = self.cache.layout
         # The last new token is returned and never read, so it needs no row.
         num_rows = len(request.prompt_tokens) + max_new_tokens - 1
