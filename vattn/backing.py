@@ -27,6 +27,7 @@ class Growth:
     shared: list[tuple[Reservation, int, int]] = field(default_factory=list)  # with the bytes to keep, from the start
     slots_with_shared: set[int] = field(default_factory=set)
     leaving: Counter[Page] = field(default_factory=Counter)  # how many mappings of a shared page will be replaced
+    ends: list[tuple[list[int], int, int]] = field(default_factory=list)  # (ends of a lane, slot, pages it will have)
 
     @property
     def num_pages(self) -> int:
@@ -112,21 +113,26 @@ class Backing:
         """
         if end <= start:
             return
-        for reservation, lane in self.lanes:
+        page_bytes = self.page_bytes
+        readable_rows = end + self.over_read.tokens
+        # Where kernels do not mask it, what lies past the new end has to be this sequence's own to be wiped.
+        private_rows = end if self.over_read.masked or end < keep_rows else readable_rows
+        for (reservation, lane), ends in zip(self.lanes, self._ends, strict=True):
+            row_bytes, pages = lane.row_bytes, reservation.pages
             origin = lane.slot_offset(slot)
-            base = origin // self.page_bytes
-            first, last = self._page_span(lane, start, end)
-            last_readable = max(last, self._num_pages(lane, end))
-            # Where kernels do not mask it, what lies past the new end has to be this sequence's own to be wiped.
-            last_private = last if self.over_read.masked or end < keep_rows else last_readable
-            for index in range(base + first, base + last_readable):
-                page = reservation.pages.get(index)
+            base = origin // page_bytes
+            num_pages = -(-readable_rows * row_bytes // page_bytes)
+            growth.ends.append((ends, slot, num_pages))
+            for index in range(base + start * row_bytes // page_bytes, base + num_pages):
+                page = pages.get(index)
                 if page is None:
                     growth.missing.append((reservation, index))
-                elif index < base + last_private and len(page.maps) - growth.leaving[page] > 1:
+                elif (
+                    len(page.maps) - growth.leaving[page] > 1 and (index - base) * page_bytes < private_rows * row_bytes
+                ):
                     growth.leaving[page] += 1
-                    kept = origin + keep_rows * lane.row_bytes - index * self.page_bytes
-                    growth.shared.append((reservation, index, max(0, min(kept, self.page_bytes))))
+                    kept = origin + keep_rows * row_bytes - index * page_bytes
+                    growth.shared.append((reservation, index, max(0, min(kept, page_bytes))))
                     growth.slots_with_shared.add(slot)
 
     def grow(self, growth: Growth, undo: Undo) -> bool:
@@ -139,6 +145,12 @@ class Backing:
             self._copy_on_write(reservation, index, next(pages), keep_bytes, undo)
             submitted = True
         return submitted
+
+    def note_growth(self, growth: Growth) -> None:
+        """The growth succeeded: its pages are the slots' now."""
+        for ends, slot, num_pages in growth.ends:
+            if num_pages > ends[slot]:
+                ends[slot] = num_pages
 
     def note_end(self, slot: int, rows: int) -> None:
         """Rows ``[0, rows)`` of the slot have pages now."""
@@ -246,13 +258,15 @@ class Backing:
     def private_rows(self, slot: int, rows: int) -> int:
         """Up to which row the slot could grow from ``rows`` without a driver call; at least ``rows``."""
         reach = None
+        page_bytes = self.page_bytes
         for (reservation, lane), ends in zip(self.lanes, self._ends, strict=True):
-            base = lane.slot_offset(slot) // self.page_bytes
-            index = rows * lane.row_bytes // self.page_bytes
-            while index < ends[slot] and (page := reservation.pages.get(base + index)) and not page.shared:
+            base, row_bytes, pages = lane.slot_offset(slot) // page_bytes, lane.row_bytes, reservation.pages
+            index, end = rows * row_bytes // page_bytes, ends[slot]
+            while index < end and (page := pages.get(base + index)) and len(page.maps) == 1:
                 index += 1
-            lane_rows = index * self.page_bytes // lane.row_bytes
-            reach = lane_rows if reach is None else min(reach, lane_rows)
+            lane_rows = index * page_bytes // row_bytes
+            if reach is None or lane_rows < reach:
+                reach = lane_rows
         return max(rows, reach or 0)
 
     def backed_rows(self, slot: int) -> int:

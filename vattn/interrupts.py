@@ -8,6 +8,7 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
+_SIGINT = int(signal.SIGINT)
 _Handler = Callable[[int, FrameType | None], Any]
 
 
@@ -26,15 +27,15 @@ class Uninterrupted:
 
     def __enter__(self) -> None:
         if threading.current_thread() is threading.main_thread():
-            handler = signal.getsignal(signal.SIGINT)
+            handler = signal.getsignal(_SIGINT)
             if callable(handler) and not isinstance(getattr(handler, "__self__", None), Uninterrupted):
                 self._handler = handler
-                signal.signal(signal.SIGINT, self._note)
+                signal.signal(_SIGINT, self._note)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._handler is not None:
-            signal.signal(signal.SIGINT, self._handler)
+            signal.signal(_SIGINT, self._handler)
             if self._noted:
-                self._handler(signal.SIGINT, self._frame)
+                self._handler(_SIGINT, self._frame)

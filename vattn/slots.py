@@ -36,9 +36,9 @@ class Slots:
         self.state = np.zeros(max_slots, np.int8)
         self.seq_len = np.zeros(max_slots, np.int64)
         self.reach = np.zeros(max_slots, np.int64)
-        # Where kernels do not mask what they read past the end: per slot, up to which row an older, longer self of the
+        # Where kernels do not mask what they read past the end: up to which row an older, longer self of a slot's
         # sequence may have left its data.
-        self._stale_to = np.zeros(max_slots, np.int64)
+        self._stale_to: dict[int, int] = {}
         self.num_oom = 0
         self._to_shrink: set[int] = set()  # live slots with pages past their rows, to be taken later
 
@@ -60,7 +60,8 @@ class Slots:
 
     def start(self, slot: int) -> None:
         self.state[slot] = LIVE
-        self.seq_len[slot] = self.reach[slot] = self._stale_to[slot] = 0
+        self.seq_len[slot] = self.reach[slot] = 0
+        self._stale_to.pop(slot, None)
 
     def end(self, slot: int) -> None:
         if self.work.is_open(slot):
@@ -75,11 +76,12 @@ class Slots:
     # -- growing -------------------------------------------------------------------------------------------------
     def grow(self, requests: list[tuple[int, int]]) -> None:
         """Back the rows of (slot, seq_len) pairs, all or nothing; new rows private, old rows as they are."""
-        targets = [(slot, int(self.seq_len[slot]), rows, int(self.seq_len[slot])) for slot, rows in requests]
+        slots = [slot for slot, _ in requests]
+        old = self.seq_len[slots].tolist()
+        targets = [(slot, start, end, start) for (slot, end), start in zip(requests, old, strict=True)]
         self._with_reclaim(self._try_grow, targets)
-        for slot, rows in requests:
-            self.seq_len[slot] = rows
-            self._measure_reach(slot)
+        self.seq_len[slots] = [end for _, end in requests]
+        self.reach[slots] = [self._reach_of(slot, end) for slot, end in requests]
 
     def make_writable(self, slot: int, start: int, end: int) -> None:
         """Copy the shared pages under rows ``[start, end)``, whole as far as the sequence goes."""
@@ -89,7 +91,7 @@ class Slots:
         growth = Growth()
         for slot, start, end, keep_rows in targets:
             self.backing.growth(slot, start, end, keep_rows, growth)
-        stale = [slot for slot, *_ in targets if self._stale_to[slot] > self.seq_len[slot]]
+        stale = [slot for slot, *_ in targets if slot in self._stale_to]
         if not growth.num_pages and not stale:
             return
         self.refuse_capture("mapping a page")
@@ -109,8 +111,7 @@ class Slots:
                 self.work.order_current_stream(stale)
                 self._wipe(stale, undo)
                 submitted = True
-        for slot, _, end, _ in targets:
-            self.backing.note_end(slot, end)
+        self.backing.note_growth(growth)
         if growth.shared:
             self.work.copied([slot for slot, *_ in targets])
         elif submitted:
@@ -134,9 +135,8 @@ class Slots:
 
     # -- giving back ---------------------------------------------------------------------------------------------
     def truncate(self, slot: int, rows: int) -> None:
-        longest = max(int(self._stale_to[slot]), int(self.seq_len[slot]))
-        if not self.backing.over_read.masked:
-            self._stale_to[slot] = longest
+        if not self.backing.over_read.masked and rows < self.seq_len[slot]:
+            self._stale_to[slot] = max(self._stale_to.get(slot, 0), int(self.seq_len[slot]))
         if self.work.is_open(slot):
             self.work.submitted([slot])
             self.seq_len[slot] = self.reach[slot] = rows
@@ -150,7 +150,7 @@ class Slots:
 
     def wipe_stale(self, slots: Iterable[int]) -> None:
         """Wipe what older, longer selves of sequences left where kernels read past the end and do not mask it."""
-        stale = [slot for slot in slots if self._stale_to[slot] > self.seq_len[slot]]
+        stale = [slot for slot in slots if slot in self._stale_to]
         if stale:
             self.work.order_current_stream(stale)
             with self._transaction([]) as undo:
@@ -159,17 +159,18 @@ class Slots:
 
     def _wipe(self, stale: list[int], undo: Undo) -> None:
         for slot in stale:
-            rows, longest = int(self.seq_len[slot]), int(self._stale_to[slot])
-            if self.backing.wipe(slot, rows, longest, undo):
-                self._stale_to[slot] = 0
+            rows, longest = int(self.seq_len[slot]), self._stale_to[slot]
+            if longest <= rows or self.backing.wipe(slot, rows, longest, undo):
+                del self._stale_to[slot]
 
     def _measure_reach(self, slot: int) -> None:
-        rows = int(self.seq_len[slot])
-        if self._stale_to[slot] > rows:
-            self.reach[slot] = rows  # growing has to wipe first
-        else:
-            reach = self.backing.private_rows(slot, rows) - self.backing.over_read.tokens
-            self.reach[slot] = max(rows, min(reach, self.max_seq_len))
+        self.reach[slot] = self._reach_of(slot, int(self.seq_len[slot]))
+
+    def _reach_of(self, slot: int, rows: int) -> int:
+        if slot in self._stale_to:
+            return rows  # growing has to wipe first
+        reach = self.backing.private_rows(slot, rows) - self.backing.over_read.tokens
+        return max(rows, min(reach, self.max_seq_len))
 
     def _shrink_now(self, slot: int, rows: int, deferred: bool = False) -> None:
         if self.backing.has_pages_past(slot, rows):
