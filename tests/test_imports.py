@@ -26,6 +26,7 @@ ROOMS = [
         "reservation",
         "layout",
         "tensors",
+        "page_table",
         "backing",
     ),
     *(

@@ -12,18 +12,17 @@ import numpy as np
 import torch
 
 from .arguments import int_array, is_int, require_int
-from .backing import Backing, OverRead
+from .backing import Backing, choose_memory_limit, choose_page_bytes
 from .driver import Driver, open_driver
 from .errors import ConfigError, OutOfSlots
 from .interrupts import Uninterrupted
 from .layout import KVLayout
+from .page_table import OverRead
 from .slots import LIVE, Slots
 from .stats import CacheStats, Event
 from .tensors import tensor_from_address
 
 __all__ = ["KVCache"]
-
-_DEFAULT_MEMORY_SHARE = 0.9
 
 
 class KVCache:
@@ -75,8 +74,8 @@ class KVCache:
         self.over_read_masked = bool(over_read_masked) or not over_read_tokens
         driver = driver or open_driver(device)
         try:
-            self.page_bytes = _choose_page_bytes(driver, page_bytes)
-            self.memory_limit = _choose_memory_limit(driver, memory_limit, self.page_bytes)
+            self.page_bytes = choose_page_bytes(driver, page_bytes)
+            self.memory_limit = choose_memory_limit(driver, memory_limit, self.page_bytes)
             self.device = driver.device
             self.driver = driver
             over_read = OverRead(self.over_read_tokens, self.over_read_masked)
@@ -377,23 +376,3 @@ class KVCache:
                 f"{operation}: slot {slot} has {self._slots.seq_len[slot]} rows, fewer than {rows}; ensure them first"
             )
         return rows
-
-
-def _choose_page_bytes(driver: Driver, page_bytes: int | None) -> int:
-    granularity = driver.granularity_bytes
-    if page_bytes is None:
-        return driver.default_page_bytes
-    if page_bytes % granularity:
-        raise ConfigError(
-            f"page_bytes must be a multiple of the {driver.name} driver's {granularity}, got {page_bytes}"
-        )
-    return page_bytes
-
-
-def _choose_memory_limit(driver: Driver, memory_limit: int | None, page_bytes: int) -> int:
-    if memory_limit is None:
-        available, _ = driver.memory_info()
-        memory_limit = int(available * _DEFAULT_MEMORY_SHARE)
-    if memory_limit < page_bytes:
-        raise ConfigError(f"memory_limit must be at least one page of {page_bytes} bytes, got {memory_limit}")
-    return memory_limit

@@ -9,10 +9,11 @@ from dataclasses import asdict
 
 import numpy as np
 
-from .backing import Backing, Growth
+from .backing import Backing
 from .driver import Driver
 from .errors import ConfigError, DriverError, OutOfPages
 from .ordering import WorkTracker
+from .page_table import Growth
 from .stats import CacheStats
 from .undo import Undo
 
@@ -30,6 +31,7 @@ class Slots:
 
     def __init__(self, backing: Backing, driver: Driver, max_slots: int, max_seq_len: int) -> None:
         self.backing = backing
+        self.table = backing.table
         self.driver = driver
         self.work = WorkTracker(driver)
         self.max_seq_len = max_seq_len
@@ -90,7 +92,7 @@ class Slots:
     def _try_grow(self, targets: list[tuple[int, int, int, int]]) -> None:
         growth = Growth()
         for slot, start, end, keep_rows in targets:
-            self.backing.growth(slot, start, end, keep_rows, growth)
+            self.table.growth(slot, start, end, keep_rows, growth)
         stale = [slot for slot, *_ in targets if slot in self._stale_to]
         if not growth.num_pages and not stale:
             return
@@ -106,12 +108,12 @@ class Slots:
                 self.work.wait(slot)
             self.work.wait_for_current_stream()
         with self._transaction([slot for slot, *_ in targets]) as undo:
-            submitted = self.backing.grow(growth, undo)
+            submitted = self.table.grow(growth, undo)
             if stale:
                 self.work.order_current_stream(stale)
                 self._wipe(stale, undo)
                 submitted = True
-        self.backing.note_growth(growth)
+        self.table.note_growth(growth)
         if growth.shared:
             self.work.copied([slot for slot, *_ in targets])
         elif submitted:
@@ -127,15 +129,15 @@ class Slots:
 
     def _try_alias(self, parent: int, child: int, rows: int) -> None:
         with self._transaction([]) as undo:
-            self.backing.alias(parent, child, rows, undo)
-        self.backing.note_end(child, rows)
+            self.table.alias(parent, child, rows, undo)
+        self.table.note_end(child, rows)
         # Whatever wrote the shared rows lies before this point of the current stream: the child's work on other streams
         # has to come after it, a copy or not.
         self.work.copied([parent, child])
 
     # -- giving back ---------------------------------------------------------------------------------------------
     def truncate(self, slot: int, rows: int) -> None:
-        if not self.backing.over_read.masked and rows < self.seq_len[slot]:
+        if not self.table.over_read.masked and rows < self.seq_len[slot]:
             self._stale_to[slot] = max(self._stale_to.get(slot, 0), int(self.seq_len[slot]))
         if self.work.is_open(slot):
             self.work.submitted([slot])
@@ -160,7 +162,7 @@ class Slots:
     def _wipe(self, stale: list[int], undo: Undo) -> None:
         for slot in stale:
             rows, longest = int(self.seq_len[slot]), self._stale_to[slot]
-            if longest <= rows or self.backing.wipe(slot, rows, longest, undo):
+            if longest <= rows or self.table.wipe(slot, rows, longest, undo):
                 del self._stale_to[slot]
 
     def _measure_reach(self, slot: int) -> None:
@@ -169,18 +171,18 @@ class Slots:
     def _reach_of(self, slot: int, rows: int) -> int:
         if slot in self._stale_to:
             return rows  # growing has to wipe first
-        reach = self.backing.private_rows(slot, rows) - self.backing.over_read.tokens
+        reach = self.table.private_rows(slot, rows) - self.table.over_read.tokens
         return max(rows, min(reach, self.max_seq_len))
 
     def _shrink_now(self, slot: int, rows: int, deferred: bool = False) -> None:
-        if self.backing.has_pages_past(slot, rows):
+        if self.table.has_pages_past(slot, rows):
             self.refuse_capture("unmapping a page")
             self.work.wait(slot)
             if not deferred:  # else a fence was set when the caller asked for it
                 self.work.wait_for_current_stream()
             with self._transaction([slot]) as undo:
-                taken = self.backing.shrink(slot, rows, undo)
-            self.backing.finish_shrink(slot, rows, taken)
+                taken = self.table.shrink(slot, rows, undo)
+            self.table.finish_shrink(slot, rows, taken)
         self._to_shrink.discard(slot)
 
     def finish_deferred(self, wait: bool, slots: Iterable[int] | None = None) -> bool:
@@ -246,7 +248,7 @@ class Slots:
     def _resync(self, slots: Iterable[int]) -> None:
         """After an undo that failed itself: cut the sequences to the rows that are still backed."""
         for slot in slots:
-            readable = self.backing.backed_rows(slot) - self.backing.over_read.tokens
+            readable = self.table.backed_rows(slot) - self.table.over_read.tokens
             self.seq_len[slot] = self.reach[slot] = max(0, min(int(self.seq_len[slot]), readable))
             if self.state[slot] == LIVE:
                 self._to_shrink.add(slot)
@@ -265,7 +267,7 @@ class Slots:
         # Mappings that no live sequence stands behind: retired slots', and what failed undos left.
         ownerless = Counter(page for _, page in backing.stray_pages())
         for slot in self.with_state(RETIRED):
-            ownerless.update(page for _, page in backing.pages_of(slot))
+            ownerless.update(page for _, page in self.table.pages_of(slot))
         num_parked = sum(1 for page, maps in ownerless.items() if maps == len(page.maps))
         num_shared = pool.num_shared - sum(
             1 for page, maps in ownerless.items() if len(page.maps) - maps < 2 and page.shared
@@ -300,11 +302,11 @@ class Slots:
             rows, reach = int(self.seq_len[slot]), int(self.reach[slot])
             assert 0 <= rows <= reach <= self.max_seq_len, f"slot {slot}: {rows} rows, reach {reach}"
             if state == LIVE:
-                readable = reach + backing.over_read.tokens if reach else 0
-                assert backing.backed_rows(slot) >= readable, f"slot {slot} lacks pages for its rows"
-                assert backing.private_rows(slot, rows) >= reach, f"slot {slot} would write into a shared page"
+                readable = reach + self.table.over_read.tokens if reach else 0
+                assert self.table.backed_rows(slot) >= readable, f"slot {slot} lacks pages for its rows"
+                assert self.table.private_rows(slot, rows) >= reach, f"slot {slot} would write into a shared page"
                 waits = slot in self._to_shrink
-                assert waits or not backing.has_pages_past(slot, reach), f"slot {slot} keeps pages past its rows"
+                assert waits or not self.table.has_pages_past(slot, reach), f"slot {slot} keeps pages past its rows"
             else:
                 assert rows == 0, f"slot {slot} is not live, yet has rows"
-                assert state == RETIRED or not backing.has_pages_past(slot, 0), f"free slot {slot} has pages"
+                assert state == RETIRED or not self.table.has_pages_past(slot, 0), f"free slot {slot} has pages"
