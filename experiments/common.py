@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -75,15 +76,16 @@ def machine_card() -> dict[str, str]:
     """Hardware, software, commit and command of this run."""
     root = Path(__file__).parents[1]
     git = ["git", "-C", str(root)]
-    commit = _output([*git, "rev-parse", "--short=12", "HEAD"]) or "unknown"
-    changed = _output([*git, "status", "--porcelain", "--", "vattn", "models", "experiments/*.py"])
+    # A copy without its history says which commit it is through VATTN_COMMIT.
+    commit = os.environ.get("VATTN_COMMIT") or _output([*git, "rev-parse", "--short=12", "HEAD"])
+    changed = not commit or _output([*git, "status", "--porcelain", "--", "vattn", "models", "experiments/*.py"])
     has_gpu = torch.cuda.is_available()
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     return {
         "gpu": torch.cuda.get_device_name() if has_gpu else "none",
         "driver": _output(query).splitlines()[0] if has_gpu else f"Linux {platform.release()}",
         "torch": torch.__version__,
-        "commit": commit + ("+changes" if changed else ""),
+        "commit": (commit or "unknown") + ("+changes" if changed else ""),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "command": " ".join(["python", *sys.argv]),
     }
