@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from failing_driver import FailingDriver
 from page_model import DoesNotFit, PageModel
+from stream_driver import StreamDriver
 
 import vattn
 from vattn.driver import open_driver
@@ -28,6 +29,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "failing driver": {"fail": True},
     "masked over-read": {"over_read": 30},
     "over-read, failing driver": {"over_read": 7, "masked": False, "fail": True},
+    "queued streams": {"streams": True},
+    "queued streams, over-read": {"streams": True, "over_read": 45, "masked": False},
 }
 LAYOUTS = ("token", "layer", "groups", "row larger than page")
 
@@ -54,11 +57,22 @@ class Fuzz:
     """
 
     def __init__(
-        self, seed: int, kind: str, device: str = "cpu", fail: bool = False, over_read: int = 0, masked: bool = True
+        self,
+        seed: int,
+        kind: str,
+        device: str = "cpu",
+        fail: bool = False,
+        over_read: int = 0,
+        masked: bool = True,
+        streams: bool = False,
     ) -> None:
         self.random = random.Random(f"{seed} {kind}")
         self.fail = fail
-        self.driver = FailingDriver(open_driver(device))
+        queued = StreamDriver() if streams and device == "cpu" else None
+        # The work that the cache queues runs as late as it may: when rows are looked at.
+        self.settle = queued.synchronize if queued else lambda: None
+        self.queued = queued
+        self.driver = FailingDriver(queued or open_driver(device))
         page_bytes = max(4096, self.driver.granularity_bytes)
         self.over_read, self.masked = over_read, masked
         self.layout = make_layout(kind, page_bytes)
@@ -90,6 +104,7 @@ class Fuzz:
             yield 2 * position + 1, self.cache.v(layer)
 
     def write(self, slot: int, start: int, end: int) -> None:
+        self.settle()
         tag, self.next_tag = self.next_tag, self.next_tag + 1
         rows = torch.arange(start, end, dtype=torch.float64, device=self.cache.device)
         for number, tensor in self._tensors():
@@ -99,6 +114,7 @@ class Fuzz:
             self.past[slot][row].add(tag)
 
     def check_rows(self, slot: int) -> None:
+        self.settle()
         tags = torch.tensor(self.tags[slot], dtype=torch.float64, device=self.cache.device)
         assert self.cache.seq_len(slot) == len(tags)
         rows = torch.arange(len(tags), dtype=torch.float64, device=self.cache.device)
@@ -111,6 +127,7 @@ class Fuzz:
 
     def check_over_read(self, slot: int, rows: int) -> None:
         """What a kernel reads past the end is there; unless kernels mask it, it is zeros."""
+        self.settle()
         for _, tensor in self._tensors():
             beyond = tensor.as_strided(
                 (self.over_read, *tensor.shape[2:]),
@@ -121,6 +138,7 @@ class Fuzz:
 
     def expose(self, slot: int, end: int) -> None:
         """Rows beyond the old length: zeros, or what this sequence itself once had in that row; then mostly written."""
+        self.settle()
         start = len(self.tags[slot])
         while len(self.past[slot]) < end:
             self.past[slot].append(set())
@@ -160,10 +178,11 @@ class Fuzz:
 
     def ensure_batch(self) -> None:
         slots = self.random.sample(sorted(self.tags), self.random.randint(0, len(self.tags)))
-        requests = [(slot, self._length(len(self.tags[slot]))) for slot in slots]
-        if self._fits(
-            lambda: self.model.ensure(requests), lambda: self.cache.ensure_batch(slots, [rows for _, rows in requests])
-        ):
+        self._ensure_all([(slot, self._length(len(self.tags[slot]))) for slot in slots])
+
+    def _ensure_all(self, requests: list[tuple[int, int]]) -> None:
+        slots, lengths = [slot for slot, _ in requests], [rows for _, rows in requests]
+        if self._fits(lambda: self.model.ensure(requests), lambda: self.cache.ensure_batch(slots, lengths)):
             for slot, rows in requests:
                 self.expose(slot, rows)
 
@@ -181,10 +200,10 @@ class Fuzz:
             if num_rows and self.over_read:
                 self.check_over_read(child, num_rows)
 
-    def truncate(self, slot: int) -> None:
+    def truncate(self, slot: int, in_step: bool = False) -> None:
         rows = self.random.randint(0, len(self.tags[slot]))
         self.cache.truncate(slot, rows)
-        self.model.truncate(slot, rows)
+        self.model.truncate(slot, rows, in_step)
         del self.tags[slot][rows:]
 
     def release(self, slot: int) -> None:
@@ -202,12 +221,42 @@ class Fuzz:
 
     def step(self, slot: int) -> None:
         """Release or truncate inside a step: the pages stay until it ends."""
-        with self.cache.step([slot]):
-            kept = torch.stack([tensor[slot, : len(self.tags[slot])].sum() for _, tensor in self._tensors()])
-            views = [tensor[slot, : len(self.tags[slot])] for _, tensor in self._tensors()]
-            self.random.choice([self.release, self.truncate])(slot)
+        step = self.cache.step([slot])
+        if not self._fits(lambda: self.model.step(slot), step.__enter__):
+            return
+        try:
+            self.settle()
+            rows = len(self.tags[slot])
+            if self.over_read and rows:
+                self.check_over_read(slot, rows)
+            views = [tensor[slot, :rows] for _, tensor in self._tensors()]
+            kept = torch.stack([view.sum() for view in views])
+            if self.random.random() < 0.5:
+                self.release(slot)
+            else:
+                self.truncate(slot, in_step=True)
             again = torch.stack([view.sum() for view in views])  # not backed any more, but for the open step
             assert torch.equal(kept, again)
+        finally:
+            step.__exit__(None, None, None)
+
+    def family(self, parent: int) -> None:
+        """Several forks of one sequence, all cut inside pages that they share, grow in one batch."""
+        relatives = [parent]
+        while len(self.tags) < self.max_slots and len(relatives) < 4:
+            before = set(self.tags)
+            self.fork(self.random.choice(relatives))
+            relatives += set(self.tags) - before
+            if set(self.tags) == before:
+                return  # no memory
+        rows = self.random.randint(0, min(len(self.tags[slot]) for slot in relatives))
+        for slot in relatives:
+            self.cache.truncate(slot, rows)
+            self.model.truncate(slot, rows)
+            del self.tags[slot][rows:]
+        self.random.shuffle(relatives)
+        requests = [(slot, self._length(rows)) for slot in relatives[: self.random.randint(1, len(relatives))]]
+        self._ensure_all(requests)
 
     def trim(self) -> None:
         self.cache.trim(self.random.choice([0, 4096 * self.random.randrange(64)]))
@@ -215,7 +264,7 @@ class Fuzz:
     # -- checks --------------------------------------------------------------------------------------------------
     def _fits(self, in_model, in_cache) -> bool:
         """Run an operation on both; they agree on whether the memory limit allows it."""
-        table, rows = dict(self.model.table), dict(self.model.rows)
+        table, rows, stale = dict(self.model.table), dict(self.model.rows), dict(self.model.stale)
         try:
             in_model()
         except DoesNotFit:
@@ -224,7 +273,7 @@ class Fuzz:
         try:
             in_cache()
         except vattn.DriverError:
-            self.model.table, self.model.rows = table, rows
+            self.model.table, self.model.rows, self.model.stale = table, rows, stale
             raise
         return True
 
@@ -257,11 +306,15 @@ class Fuzz:
             "truncate",
             "release",
             "rewrite",
+            "family",
             "step",
             "trim",
         ]
         name = self.random.choice(names if self.tags else ["acquire"])
         arguments = () if name in ("acquire", "ensure_batch", "trim") else (self.random.choice(sorted(self.tags)),)
+        if self.queued:
+            self.queued.streams.setdefault(self.random.randrange(3), type(self.queued.streams[0])())
+            self.queued.current = self.random.choice(sorted(self.queued.streams))
         if self.fail and self.random.random() < 0.2 and name != "step":
             self.driver.fail(self.random.choice(_DRIVER_CALLS), at=self.random.randint(1, 4))
         self.counts[name] = self.counts.get(name, 0) + 1

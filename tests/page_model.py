@@ -31,6 +31,7 @@ class PageModel:
         self.limit_pages = limit_pages
         self.table: dict[tuple[int, int, int], int] = {}
         self.rows: dict[int, int] = {}
+        self.stale: dict[int, int] = {}  # up to which row an older, longer self left something, if that matters
         self._new_id = count(1).__next__
 
     def _owners(self) -> Counter[int]:
@@ -48,29 +49,53 @@ class PageModel:
     ) -> list[tuple[int, int, int]]:
         """The pages to put in place of none or of a shared one; ``owners`` is counted down for the latter."""
         keys = []
-        if end > start:
-            for lane, row_bytes in enumerate(self.lane_row_bytes):
-                last_private = (end * row_bytes - 1) // self.page_bytes
-                for index in range(start * row_bytes // self.page_bytes, self._num_pages(lane, end)):
-                    page = self.table.get((slot, lane, index))
-                    private = index <= last_private or (grows and not self.masked)
-                    if page is None or (private and owners[page] > 1):
-                        keys.append((slot, lane, index))
-                        owners[page] -= 1
+        for lane, row_bytes in enumerate(self.lane_row_bytes):
+            last_private = -(-end * row_bytes // self.page_bytes) - 1
+            for index in range(start * row_bytes // self.page_bytes, self._num_pages(lane, end)):
+                page = self.table.get((slot, lane, index))
+                private = index <= last_private or (grows and not self.masked)
+                if page is None or (private and owners[page] > 1):
+                    keys.append((slot, lane, index))
+                    owners[page] -= 1
         return keys
+
+    def _is_shared(self, slot: int, start: int, end: int) -> bool:
+        """Whether a page under rows ``[start, end)`` has another owner too."""
+        owners = self._owners()
+        return any(
+            owners[self.table.get((slot, lane, index))] > 1
+            for lane, row_bytes in enumerate(self.lane_row_bytes)
+            for index in range(start * row_bytes // self.page_bytes, -(-end * row_bytes // self.page_bytes))
+        )
+
+    def _wipe(self, slot: int) -> None:
+        """What an older, longer self left is gone from the slot's own pages."""
+        if slot in self.stale and not self._is_shared(slot, self.rows[slot], self.stale[slot]):
+            del self.stale[slot]
 
     def _num_pages(self, lane: int, rows: int) -> int:
         return -(-(rows + self.over_read) * self.lane_row_bytes[lane] // self.page_bytes) if rows else 0
 
     def ensure(self, requests: list[tuple[int, int]]) -> None:
         owners = self._owners()
-        keys = [key for slot, rows in requests for key in self._to_replace(slot, self.rows[slot], rows, owners)]
+        longer = [(slot, rows) for slot, rows in requests if rows > self.rows[slot]]
+        keys = [key for slot, rows in longer for key in self._to_replace(slot, self.rows[slot], rows, owners)]
         self._replace(keys)
-        for slot, rows in requests:
-            self.rows[slot] = max(self.rows[slot], rows)
+        for slot, rows in longer:
+            self._wipe(slot)
+            self.rows[slot] = rows
 
     def make_writable(self, slot: int, start: int, end: int) -> None:
-        self._replace(self._to_replace(slot, start, end, self._owners(), grows=end >= self.rows[slot]))
+        if start < end:
+            self._replace(self._to_replace(slot, start, end, self._owners(), grows=end >= self.rows[slot]))
+            self._wipe(slot)
+
+    def step(self, slot: int) -> None:
+        """Before a kernel runs that does not mask what it reads past the end, nothing stale may lie there."""
+        rows = self.rows[slot]
+        if slot in self.stale and rows:
+            self._replace(self._to_replace(slot, rows, rows, self._owners()))
+            self._wipe(slot)
 
     def fork(self, parent: int, child: int, rows: int) -> None:
         keys = []
@@ -83,15 +108,20 @@ class PageModel:
                 self.table[child, lane, index] = self.table[parent, lane, index]
         self.rows[child] = rows
 
-    def truncate(self, slot: int, rows: int) -> None:
+    def truncate(self, slot: int, rows: int, in_step: bool = False) -> None:
+        if not self.masked and rows < self.rows[slot]:
+            self.stale[slot] = max(self.stale.get(slot, 0), self.rows[slot])
         self.rows[slot] = rows
         for key in [key for key in self.table if key[0] == slot]:
             if key[2] >= self._num_pages(key[1], rows):
                 del self.table[key]
+        if not in_step:
+            self._wipe(slot)
 
     def release(self, slot: int) -> None:
         self.truncate(slot, 0)
         del self.rows[slot]
+        self.stale.pop(slot, None)
 
     def expected_stats(self, bytes_per_token: int) -> dict[str, int]:
         owners = self._owners()

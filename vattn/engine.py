@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from .arguments import is_int, require_int
-from .attention import AttentionBackend, AttentionBatch, choose, require_fit
+from .attention import AttentionBackend, AttentionBatch, choose, get, require_fit
 from .errors import ConfigError, OutOfPages, OutOfSlots
 from .kv_cache import KVCache
 from .layout import KVLayout
@@ -86,7 +86,11 @@ class Engine:
         self.cache = cache
         if attention is None:
             margin = 0 if cache.over_read_masked else cache.over_read_tokens
-            attention = choose(cache.device, cache.layout.dtype, cache.layout.groups[0].head_dim, max_over_read=margin)
+            groups = cache.layout.groups
+            if {group.head_dim for group in groups} == {group.v_head_dim for group in groups} == {groups[0].head_dim}:
+                attention = choose(cache.device, cache.layout.dtype, groups[0].head_dim, max_over_read=margin)
+            else:  # the kernels want one head_dim for K and V
+                attention = get("sdpa")
         require_fit(attention, cache)
         self.attention = attention
         self.max_prefill_tokens = require_int("max_prefill_tokens", max_prefill_tokens, 1)

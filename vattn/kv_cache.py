@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import TracebackType
 
 import numpy as np
@@ -105,7 +106,7 @@ class KVCache:
             OutOfSlots: none is free, or the one named is not.
             ConfigError: there is no such slot.
         """
-        with self._lock, Uninterrupted():
+        with self._lock, Uninterrupted() as guard:
             slots = self._slots
             if slot is None:
                 slot = slots.find_free()
@@ -116,6 +117,7 @@ class KVCache:
                 if not slots.is_free(slot):
                     raise OutOfSlots(f"slot {slot} belongs to a sequence; release it first, or take another")
             slots.start(slot)
+            guard.undo = partial(slots.end, slot)
             return slot
 
     def ensure(self, slot: int, seq_len: int) -> None:
@@ -155,10 +157,13 @@ class KVCache:
                 wrong = rows[(rows < 0) | (rows > self.layout.max_seq_len)][0]
                 raise ConfigError(f"seq_lens must be at least 0 and at most {self.layout.max_seq_len}, got {wrong}")
             short = np.flatnonzero(rows > state.reach[index])
+            longer = np.maximum(state.seq_len[index], rows)
             if short.size:
                 with Uninterrupted():
                     state.grow(list(zip(index[short].tolist(), rows[short].tolist(), strict=True)))
-            state.seq_len[index] = np.maximum(state.seq_len[index], rows)
+                    state.seq_len[index] = longer
+            else:
+                state.seq_len[index] = longer
 
     def fork(self, slot: int, seq_len: int | None = None, into: int | None = None) -> int:
         """A new slot whose first ``seq_len`` rows (None: all) are those of ``slot``, sharing every whole page of them.
@@ -173,7 +178,7 @@ class KVCache:
             OutOfSlots, OutOfPages: as ``acquire`` and ``ensure``.
             ConfigError: ``seq_len`` is negative or beyond the slot's own.
         """
-        with self._lock, Uninterrupted():
+        with self._lock, Uninterrupted() as guard:
             slots = self._slots
             slot = self._live(slot)
             rows = self._rows_of("fork", slot, slots.seq_len[slot] if seq_len is None else seq_len)
@@ -184,6 +189,7 @@ class KVCache:
             except BaseException:
                 slots.end(child)
                 raise
+            guard.undo = partial(slots.end, child)
             return child
 
     def truncate(self, slot: int, seq_len: int) -> None:
@@ -215,7 +221,8 @@ class KVCache:
             start, end = require_int("start", start, 0), self._rows_of("make_writable", slot, end)
             if start > end:
                 raise ConfigError(f"start must be at most end, got {start} and {end}")
-            slots.make_writable(slot, start, end)
+            if start < end:
+                slots.make_writable(slot, start, end)
 
     def seq_len(self, slot: int) -> int:
         """Rows backed on request."""
@@ -253,20 +260,30 @@ class KVCache:
         """Bracket the launch of work on some slots: ``with cache.step(slots): graph.replay()``.
 
         No page of these slots is unmapped or given away before the work that the block submits to its current stream
-        has ended. The current stream first waits for what this cache gave other streams to do on these slots.
+        has ended. The current stream first waits for what this cache gave other streams to do on these slots. A slot
+        released in the block can be acquired again when that work has ended.
+
+        Raises:
+            ConfigError: a slot is not live or listed twice, or the current stream is being captured.
+            OutOfPages: rows past the end that kernels read unmasked lie on a shared page, after ``truncate``, and there
+                is no page to copy it to.
         """
-        with self._lock, Uninterrupted():
-            state = self._slots
-            state.refuse_capture("step() itself")
-            entered = self._live_batch(slots).tolist()
-            state.wipe_stale(entered)
-            state.work.enter(entered)
+        entered: list[int] = []
+        state: Slots | None = None
         try:
+            with self._lock, Uninterrupted():
+                state = self._slots
+                state.refuse_capture("step() itself")
+                wanted = self._live_batch(slots).tolist()
+                state.clean_over_read(wanted)
+                state.work.enter(wanted)
+                entered = wanted
             yield
         finally:
-            with self._lock, Uninterrupted():
-                state.work.leave(entered)
-                state.finish_deferred(wait=False)
+            if entered and state is not None:
+                with Uninterrupted(), self._lock:
+                    state.work.leave(entered)
+                    state.finish_deferred(wait=False)
 
     # -- looking -------------------------------------------------------------------------------------------------
     def stats(self) -> CacheStats:

@@ -66,6 +66,7 @@ class Slots:
         self._stale_to.pop(slot, None)
 
     def end(self, slot: int) -> None:
+        self.refuse_capture("release")
         if self.work.is_open(slot):
             self.work.submitted([slot])
             self.state[slot] = RETIRED
@@ -137,6 +138,7 @@ class Slots:
 
     # -- giving back ---------------------------------------------------------------------------------------------
     def truncate(self, slot: int, rows: int) -> None:
+        self.refuse_capture("truncate")
         if not self.table.over_read.masked and rows < self.seq_len[slot]:
             self._stale_to[slot] = max(self._stale_to.get(slot, 0), int(self.seq_len[slot]))
         if self.work.is_open(slot):
@@ -158,6 +160,16 @@ class Slots:
             with self._transaction([]) as undo:
                 self._wipe(stale, undo)
             self.work.submitted(stale)
+
+    def clean_over_read(self, slots: Iterable[int]) -> None:
+        """Before kernels run that do not mask what they read past the end: nothing of a longer self may lie there.
+
+        Pages that others share are copied, but for slots on which another step is open already.
+        """
+        stale = [slot for slot in slots if slot in self._stale_to and not self.work.is_open(slot)]
+        if stale:
+            rows = self.seq_len[stale].tolist()
+            self._with_reclaim(self._try_grow, [(slot, n, n, n) for slot, n in zip(stale, rows, strict=True) if n])
 
     def _wipe(self, stale: list[int], undo: Undo) -> None:
         for slot in stale:
@@ -248,7 +260,10 @@ class Slots:
     def _resync(self, slots: Iterable[int]) -> None:
         """After an undo that failed itself: cut the sequences to the rows that are still backed."""
         for slot in slots:
-            readable = self.table.backed_rows(slot) - self.table.over_read.tokens
+            over_read = self.table.over_read
+            if not over_read.masked:
+                self._stale_to[slot] = int(self.seq_len[slot]) + over_read.tokens
+            readable = self.table.backed_rows(slot) - over_read.tokens
             self.seq_len[slot] = self.reach[slot] = max(0, min(int(self.seq_len[slot]), readable))
             if self.state[slot] == LIVE:
                 self._to_shrink.add(slot)
