@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import os
+import signal
+
 import pytest
 import torch
 from stream_driver import StreamDriver
@@ -171,3 +175,160 @@ def test_close_waits_for_everything(cache, driver):
         launch_fill(cache, slot, 0, 64, 1.0)
     cache.close()
     assert all(stream.num_done == len(stream.queue) for stream in driver.streams.values())
+
+
+@pytest.mark.parametrize("order", ["apb", "abp", "pab", "pba", "bap", "bpa", "ap", "pa", "bp"])
+def test_a_family_grows_in_one_batch(cache, driver, order):
+    whole = new(cache, 64)
+    launch_fill(cache, whole, 0, 64, 4.0)
+    family = {"p": whole, "a": cache.fork(whole), "b": cache.fork(whole)}
+    for slot in family.values():
+        cache.truncate(slot, 6)
+    cache.ensure_batch([family[name] for name in order], [7] * len(order))
+    for slot in family.values():
+        assert finish(cache, slot)[:6].tolist() == [4.0] * 6
+    cache.check_integrity()
+
+
+def test_rows_past_the_end_are_clean_at_a_step_though_another_shares_their_page(driver):
+    with vattn.KVCache(LAYOUT, 3, memory_limit=64 * PAGE, page_bytes=PAGE, driver=driver, over_read_tokens=30) as cache:
+        slot = new(cache, 64)
+        launch_fill(cache, slot, 8, 64, torch.nan)
+        child = cache.fork(slot)
+        cache.truncate(slot, 8)
+        with cache.step([slot]):
+            driver.synchronize()
+            assert not cache.k(0)[slot, 8:38].isnan().any()
+        assert finish(cache, child)[8:].isnan().all()
+
+
+class CapturingDriver(StreamDriver):
+    """Says that the current stream is being captured, and notes what is put into it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.captured: list[str] = []
+        self.capturing = False
+
+    def is_capturing(self) -> bool:
+        return self.capturing
+
+    def launch(self, work):
+        if self.capturing:
+            self.captured.append("work")
+        super().launch(work)
+
+    def fence(self):
+        if self.capturing:
+            self.captured.append("fence")
+        return super().fence()
+
+
+@pytest.mark.parametrize("in_step", [False, True])
+@pytest.mark.parametrize("operation", ["truncate", "release", "fork", "ensure", "step"])
+def test_nothing_of_the_cache_is_captured(operation, in_step):
+    driver = CapturingDriver()
+    with vattn.KVCache(LAYOUT, 4, memory_limit=64 * PAGE, page_bytes=PAGE, driver=driver, over_read_tokens=3) as cache:
+        slot = new(cache, 64)
+        step = cache.step([slot])
+        if in_step:
+            step.__enter__()
+        calls = {
+            "truncate": lambda: cache.truncate(slot, 63),
+            "release": lambda: cache.release(slot),
+            "fork": lambda: cache.fork(slot),
+            "ensure": lambda: cache.ensure(slot, 200),
+            "step": lambda: cache.step([slot]).__enter__(),
+        }
+        driver.capturing = True
+        with pytest.raises(vattn.ConfigError, match="graph"):
+            calls[operation]()
+        driver.capturing = False
+        assert not driver.captured
+        assert cache.seq_len(slot) == 64
+        if in_step:
+            step.__exit__(None, None, None)
+        cache.check_integrity()
+
+
+class InterruptingDriver(StreamDriver):
+    """Sends Ctrl-C in the middle of a call, once."""
+
+    during: str | None = None
+
+    def _interrupt(self, call: str) -> None:
+        if self.during == call:
+            self.during = None
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def map(self, *arguments):
+        self._interrupt("map")
+        super().map(*arguments)
+
+    def fence(self):
+        self._interrupt("fence")
+        return super().fence()
+
+    def order_after(self, fence):
+        self._interrupt("order_after")
+        super().order_after(fence)
+
+
+@pytest.fixture
+def interrupted():
+    driver = InterruptingDriver()
+    with vattn.KVCache(LAYOUT, 4, memory_limit=64 * PAGE, page_bytes=PAGE, driver=driver) as cache:
+        yield cache
+
+
+def test_ctrl_c_on_entering_a_step_does_not_leave_it_open(interrupted):
+    driver = interrupted.driver
+    slot = new(interrupted, 64)
+    with interrupted.step([slot]):
+        pass
+    with driver.stream(1):
+        driver.during = "order_after"
+        with pytest.raises(KeyboardInterrupt), interrupted.step([slot]):
+            raise AssertionError("the block ran")
+    interrupted.release(slot)
+    assert interrupted.stats().parked_bytes == 0
+    interrupted.check_integrity()
+
+
+def test_ctrl_c_on_leaving_a_step_does_not_leave_it_open(interrupted):
+    slot = new(interrupted, 64)
+    step = interrupted.step([slot])
+    step.__enter__()
+    interrupted.driver.during = "fence"
+    with pytest.raises(KeyboardInterrupt):
+        step.__exit__(None, None, None)
+    interrupted.release(slot)
+    assert interrupted.stats().parked_bytes == 0
+
+
+def test_ctrl_c_during_fork_leaves_no_slot_behind(interrupted):
+    slot = new(interrupted, 64)
+    interrupted.driver.during = "map"
+    with pytest.raises(KeyboardInterrupt):
+        interrupted.fork(slot)
+    assert interrupted.stats().num_live_slots == 1
+    interrupted.check_integrity()
+
+
+def test_ctrl_c_during_ensure_batch_comes_after_all_of_it(interrupted):
+    slots = [new(interrupted, 10), new(interrupted, 64)]
+    interrupted.driver.during = "map"
+    with pytest.raises(KeyboardInterrupt):
+        interrupted.ensure_batch(slots, [20, 128])
+    assert [interrupted.seq_len(slot) for slot in slots] == [20, 128]
+
+
+def test_a_finaliser_does_not_run_in_the_middle_of_an_operation(cache, driver):
+    slot = new(cache, 64)
+    enabled = []
+    driver_map = driver.map
+    driver.map = lambda *arguments: (enabled.append(gc.isenabled()), driver_map(*arguments))
+    cache.ensure(slot, 65)
+    assert enabled == [False]
+    assert gc.isenabled()
+    del driver.map

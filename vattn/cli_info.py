@@ -86,6 +86,8 @@ def _model(name: str) -> dict[str, str | None]:
 
 def _print(document: dict[str, Any]) -> None:
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column()
+    table.add_column(overflow="fold")  # a path is there to be copied
     table.add_row("vattn", f"{document['vattn']} on Python {document['python']}, {document['platform']}")
     table.add_row("cpu threads", str(document["cpu_threads"]))
     for driver in document["drivers"]:
