@@ -246,6 +246,7 @@ def test_nothing_of_the_cache_is_captured(operation, in_step):
         driver.capturing = False
         assert not driver.captured
         assert cache.seq_len(slot) == 64
+        assert cache.stats().num_live_slots == 1
         if in_step:
             step.__exit__(None, None, None)
         cache.check_integrity()

@@ -182,6 +182,8 @@ class KVCache:
             slots = self._slots
             slot = self._live(slot)
             rows = self._rows_of("fork", slot, slots.seq_len[slot] if seq_len is None else seq_len)
+            if rows:
+                slots.refuse_capture("fork")  # before there is a child to take back
             child = self.acquire(into)
             try:
                 if rows:

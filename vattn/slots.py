@@ -122,7 +122,6 @@ class Slots:
 
     def fork(self, parent: int, child: int, rows: int) -> None:
         """Make an empty live slot share the parent's first rows."""
-        self.refuse_capture("fork")
         self.work.order_current_stream([parent])
         self._with_reclaim(self._try_alias, parent, child, rows)
         self.seq_len[child] = rows
