@@ -99,18 +99,11 @@ class Backing:
             for index, page in reservation.strays.items():
                 yield reservation.address_of(index), page
 
-    @property
-    def has_strays(self) -> bool:
-        return any(reservation.strays for reservation in self.reservations)
-
-    def clear_strays(self) -> bool:
-        """Try again to unmap what failed undos left behind. Returns whether there was any."""
-        found = False
+    def clear_strays(self) -> None:
+        """Try again to unmap what failed undos left behind."""
         for reservation in self.reservations:
             for index in tuple(reservation.strays):
                 reservation.clear_stray(index)
-                found = True
-        return found
 
     def check_integrity(self) -> None:
         """Page table and pool agree, page by page."""

@@ -260,10 +260,4 @@ class PageTable:
 
     def _num_pages(self, lane: Lane, rows: int) -> int:
         """Pages that a sequence of so many rows has, those that kernels read past its end included."""
-        return self._page_span(lane, 0, rows + self.over_read.tokens)[1] if rows else 0
-
-    def _page_span(self, lane: Lane, start: int, end: int) -> tuple[int, int]:
-        """Pages, counted from the slot's first, that hold rows ``[start, end)``, as (first, one past the last)."""
-        if end <= start:
-            return 0, 0
-        return start * lane.row_bytes // self.page_bytes, -(-end * lane.row_bytes // self.page_bytes)
+        return -(-(rows + self.over_read.tokens) * lane.row_bytes // self.page_bytes) if rows else 0

@@ -230,8 +230,7 @@ class Slots:
     def _with_reclaim(self, attempt: Callable[..., None], *arguments: object) -> None:
         """Run ``attempt``; out of pages, run it once more if pages could be had from released or truncated slots."""
         try:
-            if self.backing.has_strays:
-                self.backing.clear_strays()
+            self.backing.clear_strays()
             try:
                 attempt(*arguments)
             except OutOfPages:
