@@ -17,18 +17,7 @@ def test_random_walk(seed, kind, variant, device):
     settings = VARIANTS[variant]
     with contextlib.closing(Fuzz(seed, kind, device, **settings)) as fuzz:
         fuzz.run(OPERATIONS // (2 * len(VARIANTS) * len(LAYOUTS)) if device == "cpu" else 80)
-        wanted = {
-            "acquire",
-            "ensure",
-            "ensure_batch",
-            "fork",
-            "truncate",
-            "release",
-            "rewrite",
-            "family",
-            "step",
-            "trim",
-        }
-        wanted |= {"OutOfPages", "OutOfSlots"} if device == "cpu" else set()
-        wanted |= {"DriverError"} if "fail" in settings and device == "cpu" else set()
-        assert wanted <= fuzz.counts.keys()
+        if device == "cpu":  # long enough to have met everything
+            wanted = {"acquire", "ensure", "ensure_batch", "fork", "truncate", "release", "rewrite", "family", "step"}
+            wanted |= {"trim", "OutOfPages", "OutOfSlots"} | ({"DriverError"} if "fail" in settings else set())
+            assert wanted <= fuzz.counts.keys()

@@ -105,7 +105,11 @@ class PageTable:
         pages = iter(self.pool.take(growth.num_pages, undo))
         submitted = False
         for reservation, index in growth.missing:
-            submitted |= self._map_new(reservation, index, next(pages), undo)
+            page = next(pages)
+            reservation.map(index, page, undo)
+            if page.dirty:
+                submitted |= self._scrub(page, reservation.address_of(index), self.page_bytes, undo)
+            page.dirty = True
         for reservation, index, keep_bytes in growth.shared:
             leaving = growth.leaving[reservation.pages[index]]
             self._copy_on_write(reservation, index, next(pages), keep_bytes, leaving, undo)
@@ -122,11 +126,6 @@ class PageTable:
         """Rows ``[0, rows)`` of the slot have pages now."""
         for (_, lane), ends in zip(self.lanes, self._ends, strict=True):
             ends[slot] = max(ends[slot], self._num_pages(lane, rows))
-
-    def _map_new(self, reservation: Reservation, index: int, page: Page, undo: Undo) -> bool:
-        """Map a page that nobody else has, all zeros. Returns whether that took work on the stream."""
-        reservation.map(index, page, undo)
-        return self._scrub(page, reservation.address_of(index), self.page_bytes, undo)
 
     def _scrub(self, page: Page, address: int, size_bytes: int, undo: Undo) -> bool:
         """Zero ``size_bytes`` of a page if an earlier owner wrote to it; from here on its new owner may."""

@@ -72,20 +72,18 @@ class PhysicalPagePool:
         undo.push(self._untake, reused, created)
         while self.free and len(reused) < count:
             reused.append(self.free.pop())
-        while len(reused) + len(created) < count:
-            created.append(self._create(count))
-        return reused + created
-
-    def _create(self, count: int) -> Page:
         try:
-            page = Page(self.driver.create(self.page_bytes))
+            while len(reused) + len(created) < count:
+                page = Page(self.driver.create(self.page_bytes))
+                created.append(page)
+                self.pages.add(page)
         except DriverError as error:
             if error.out_of_memory:
                 raise self._out_of_pages(count, f"which the device does not have ({error})") from error
             raise
-        self.pages.add(page)
-        self.peak_pages = max(self.peak_pages, len(self.pages))
-        return page
+        finally:
+            self.peak_pages = max(self.peak_pages, len(self.pages))
+        return reused + created
 
     def _untake(self, reused: list[Page], created: list[Page]) -> None:
         # A page that is still mapped stays where it is: undoing its mapping failed.

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from dataclasses import asdict, dataclass
+from time import monotonic_ns
 
 __all__ = ["CacheStats", "CallCounts", "Event", "EventLog"]
 
@@ -100,11 +100,12 @@ class EventLog:
 
     def __init__(self, max_events: int = 4096) -> None:
         self._entries: deque[tuple[int, str, int | None, int | None, int | None]] = deque(maxlen=max_events)
+        self._append = self._entries.append
 
     def add(
         self, name: str, address: int | None = None, size_bytes: int | None = None, handle: int | None = None
     ) -> None:
-        self._entries.append((time.monotonic_ns(), name, address, size_bytes, handle))
+        self._append((monotonic_ns(), name, address, size_bytes, handle))
 
     def snapshot(self) -> tuple[Event, ...]:
         """The logged events, oldest first."""
