@@ -19,6 +19,7 @@ TILE = 16
 class TiledAttention:
     name = "tiled"
     over_read_tokens = TILE - 1  # a tile holds at least one row of the sequence
+    features = frozenset()  # no left padding, soft-capping or sinks
     masks_over_read = False  # a probability of zero times a NaN in V would be a NaN
 
     def supports(self, device, dtype, head_dim):

@@ -162,7 +162,7 @@ def test_batch_index_tensors() -> None:
 def test_batch_by_query_len() -> None:
     batch = AttentionBatch.build([7, 2, 5, 4], [2, 1, 2, 3], [4, 3, 9, 3], "cpu")
     groups = [
-        (g.query_len, g.tokens.tolist(), g.slots.tolist(), g.seq_lens.tolist()) for g in batch.groups_by_query_len
+        (g.query_len, g.tokens.tolist(), g.slots.tolist(), g.ends.tolist()) for g in batch.groups_by_query_len
     ]
     assert groups == [(1, [2], [2], [3]), (2, [0, 1, 3, 4], [7, 5], [4, 9]), (3, [5, 6, 7], [4], [3])]
 
@@ -208,6 +208,7 @@ class Stub:
     over_read_tokens: int = 0
     masks_over_read: bool = True
     reason: str | None = None
+    features: frozenset[str] = frozenset()
 
     def supports(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
         return self.reason

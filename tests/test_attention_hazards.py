@@ -32,6 +32,7 @@ class WholeTiles:
     """Reads whole tiles and hides only their scores, as FlashAttention-3 does: it needs the cache's help."""
 
     name = "whole-tiles"
+    features: frozenset[str] = frozenset()
     over_read_tokens = 127
     masks_over_read = False
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..errors import ConfigError
-from .base import AttentionBackend, AttentionBatch
+from .base import LEFT_PADDING, SINKS, SOFTCAP, AttentionBackend, AttentionBatch
 from .fit import require_fit
 from .flash_attn2 import FlashAttention2
 from .flash_attn3 import FlashAttention3
@@ -14,7 +14,18 @@ from .reference import ReferenceAttention
 from .sdpa import SdpaAttention
 from .torch_varlen import TorchVarlenAttention
 
-__all__ = ["AttentionBackend", "AttentionBatch", "PhasedAttention", "backends", "choose", "get", "require_fit"]
+__all__ = [
+    "LEFT_PADDING",
+    "SINKS",
+    "SOFTCAP",
+    "AttentionBackend",
+    "AttentionBatch",
+    "PhasedAttention",
+    "backends",
+    "choose",
+    "get",
+    "require_fit",
+]
 
 _BACKENDS: tuple[AttentionBackend, ...] = (
     FlashAttention3(),
@@ -53,13 +64,19 @@ def get(name: str) -> AttentionBackend:
 
 
 def choose(
-    device: torch.device | str, dtype: torch.dtype, head_dim: int, *, max_over_read: int | None = None
+    device: torch.device | str,
+    dtype: torch.dtype,
+    head_dim: int,
+    *,
+    max_over_read: int | None = None,
+    features: frozenset[str] = frozenset(),
 ) -> AttentionBackend:
     """The preferred backend that can run there: one for both phases, or a ``PhasedAttention`` of two.
 
     Args:
         max_over_read: rows past the end of a sequence that may be read (``KVCache.over_read_tokens``); None for any,
             where the cache is opened with the margin of what is chosen.
+        features: what else it has to support, of LEFT_PADDING, SOFTCAP and SINKS.
 
     Raises:
         ConfigError: none can; gives each one's reason.
@@ -71,6 +88,8 @@ def choose(
         reason = backend.supports(device, dtype, head_dim)
         if reason is None and max_over_read is not None and backend.over_read_tokens > max_over_read:
             reason = f"reads {backend.over_read_tokens} rows past the end, {max_over_read} are allowed"
+        if reason is None and not features <= backend.features:
+            reason = f"has no {' or '.join(sorted(features - backend.features))}"
         if reason is None:
             usable.append(backend.name)
         else:

@@ -12,7 +12,21 @@ import torch
 
 from ..errors import ConfigError
 
-__all__ = ["AttentionBackend", "AttentionBatch", "QueryGroup", "require_equal_head_dims"]
+__all__ = [
+    "LEFT_PADDING",
+    "SINKS",
+    "SOFTCAP",
+    "AttentionBackend",
+    "AttentionBatch",
+    "QueryGroup",
+    "apply_sinks",
+    "require_equal_head_dims",
+]
+
+# What a backend may support beyond causal attention and sliding windows, in its ``features``.
+LEFT_PADDING = "left padding"  # a batch with ``starts``
+SOFTCAP = "soft-capping"
+SINKS = "sinks"
 
 INT32_MAX = 2**31 - 1
 
@@ -25,13 +39,15 @@ class QueryGroup:
         query_len: new tokens of each.
         tokens: ``[num_sequences * query_len]`` int64, where their new tokens lie on the packed token axis.
         slots: ``[num_sequences]`` int32.
-        seq_lens: ``[num_sequences]`` int32.
+        ends: ``[num_sequences]`` int32, one past each sequence's last row in its slot.
+        starts: ``[num_sequences]`` int32, or None where every sequence starts in row 0.
     """
 
     query_len: int
     tokens: torch.Tensor
     slots: torch.Tensor
-    seq_lens: torch.Tensor
+    ends: torch.Tensor
+    starts: torch.Tensor | None
 
 
 @dataclass(frozen=True)
@@ -46,6 +62,8 @@ class AttentionBatch:
         query_lens: new tokens of each sequence in this pass, at least 1.
         seq_lens: K and V rows of each sequence *including* its new tokens, which are its last ``query_lens[i]`` rows.
         device: where the index tensors live.
+        starts: the row of its slot that each sequence starts in, where padding lies before it; rows and lengths count
+            from there. None: all in row 0.
 
     Raises:
         ConfigError: lengths that disagree, or a slot listed twice.
@@ -55,6 +73,7 @@ class AttentionBatch:
     query_lens: tuple[int, ...]
     seq_lens: tuple[int, ...]
     device: torch.device
+    starts: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if not len(self.slots) == len(self.query_lens) == len(self.seq_lens) or not self.slots:
@@ -62,6 +81,8 @@ class AttentionBatch:
                 f"expected one query length and one sequence length per slot and at least one slot, got "
                 f"{len(self.slots)} slots, {len(self.query_lens)} query lengths, {len(self.seq_lens)} sequence lengths"
             )
+        if self.starts is not None and (len(self.starts) != len(self.slots) or min(self.starts) < 0):
+            raise ConfigError(f"expected one start of at least 0 per slot, got {self.starts} for {self.slots}")
         if len(set(self.slots)) != len(self.slots):
             raise ConfigError(f"expected every slot once, got {self.slots}")
         for slot, query_len, seq_len in zip(self.slots, self.query_lens, self.seq_lens, strict=True):
@@ -92,6 +113,18 @@ class AttentionBatch:
     def max_seq_len(self) -> int:
         return max(self.seq_lens)
 
+    @property
+    def rows(self) -> tuple[slice, ...]:
+        """The rows of its slot that each sequence has."""
+        return tuple(slice(end - n, end) for end, n in zip(self.ends, self.seq_lens, strict=True))
+
+    @cached_property
+    def ends(self) -> tuple[int, ...]:
+        """One past each sequence's last row in its slot: ``seq_lens``, plus ``starts`` where there are any."""
+        if self.starts is None:
+            return self.seq_lens
+        return tuple(start + seq_len for start, seq_len in zip(self.starts, self.seq_lens, strict=True))
+
     @cached_property
     def query_starts(self) -> tuple[int, ...]:
         """``batch_size + 1`` offsets into the packed token axis; sequence ``i`` owns ``[starts[i], starts[i + 1])``."""
@@ -116,6 +149,16 @@ class AttentionBatch:
     def seq_lens_int32(self) -> torch.Tensor:
         """``[batch]`` int32."""
         return self._upload(self.seq_lens, torch.int32)
+
+    @cached_property
+    def ends_int32(self) -> torch.Tensor:
+        """``[batch]`` int32."""
+        return self.seq_lens_int32 if self.starts is None else self._upload(self.ends, torch.int32)
+
+    @cached_property
+    def starts_int32(self) -> torch.Tensor | None:
+        """``[batch]`` int32, or None where every sequence starts in row 0."""
+        return None if self.starts is None else self._upload(self.starts, torch.int32)
 
     @cached_property
     def token_slots(self) -> torch.Tensor:
@@ -145,7 +188,8 @@ class AttentionBatch:
                 query_len,
                 self._upload([self.query_starts[i] + j for i in group for j in range(query_len)], torch.int64),
                 self._upload([self.slots[i] for i in group], torch.int32),
-                self._upload([self.seq_lens[i] for i in group], torch.int32),
+                self._upload([self.ends[i] for i in group], torch.int32),
+                None if self.starts is None else self._upload([self.starts[i] for i in group], torch.int32),
             )
             for query_len, group in sorted(members.items())
         )
@@ -159,7 +203,7 @@ class AttentionBatch:
             ConfigError: a row beyond 32 bits.
         """
         if rows_per_slot not in self._row_starts:
-            starts = [slot * rows_per_slot for slot in self.slots]
+            starts = [slot * rows_per_slot + rows.start for slot, rows in zip(self.slots, self.rows, strict=True)]
             end = max(start + seq_len for start, seq_len in zip(starts, self.seq_lens, strict=True))
             if end > INT32_MAX:
                 raise ConfigError(f"row {end} of the cache is beyond 32 bits ({rows_per_slot} rows to a slot)")
@@ -184,6 +228,21 @@ def require_equal_head_dims(backend: str, k: torch.Tensor, v: torch.Tensor) -> N
         raise ConfigError(f"{backend} needs K and V heads of one size, got {k.shape[-1]} and {v.shape[-1]}")
 
 
+def apply_sinks(out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
+    """Add a sink to attention that was computed without one.
+
+    A sink is one more score in the softmax, with no value behind it: the sum of exponentials grows from ``exp(lse)`` to
+    ``exp(lse) + exp(sink)``, so the output shrinks by ``sigmoid(lse - sink)`` (Xiao et al., arXiv 2309.17453; learned
+    ones as in gpt-oss).
+
+    Args:
+        out: ``[num_tokens, num_heads, head_dim]``.
+        lse: ``[num_tokens, num_heads]`` float32, the natural logarithm of the sum of exponentials of the scores.
+        sinks: ``[num_heads]``.
+    """
+    return (out * torch.sigmoid(lse - sinks.to(lse.dtype))[..., None]).to(out.dtype)
+
+
 @runtime_checkable
 class AttentionBackend(Protocol):
     """Causal attention over the cache's own views.
@@ -195,6 +254,8 @@ class AttentionBackend(Protocol):
         name: the key in the registry.
         over_read_tokens: rows past ``seq_len`` that the kernel may load.
         masks_over_read: whether values lying in those rows (a NaN, say) can never reach an output.
+        features: those of LEFT_PADDING, SOFTCAP and SINKS that it supports. A batch with ``starts``, ``softcap`` and
+            ``sinks`` come only to backends that do.
     """
 
     @property
@@ -205,6 +266,9 @@ class AttentionBackend(Protocol):
 
     @property
     def masks_over_read(self) -> bool: ...
+
+    @property
+    def features(self) -> frozenset[str]: ...
 
     def supports(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
         """None when this backend can run there, else the reason why not, as a phrase."""
@@ -219,6 +283,8 @@ class AttentionBackend(Protocol):
         *,
         scale: float,
         window: int | None = None,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attention of the new tokens over their sequences.
 
@@ -230,6 +296,8 @@ class AttentionBackend(Protocol):
             batch: slots and lengths.
             scale: multiplies the scores, usually ``head_dim ** -0.5``.
             window: sliding window in tokens, the query's own row included; None for all rows before it.
+            softcap: scores become ``softcap * tanh(score / softcap)``; None for no cap.
+            sinks: ``[num_heads]``, a further score per head that takes its share of the softmax (``apply_sinks``).
 
         Returns:
             ``[num_tokens, num_heads, v_head_dim]`` in q's dtype. The mask is causal with the queries right-aligned: the

@@ -7,7 +7,7 @@ from functools import cache
 
 import torch
 
-from .base import AttentionBatch, require_equal_head_dims
+from .base import LEFT_PADDING, SINKS, SOFTCAP, AttentionBatch, apply_sinks, require_equal_head_dims
 
 __all__ = ["FlashAttention2"]
 
@@ -22,6 +22,7 @@ class FlashAttention2:
     name = "flash-attn-2"
     over_read_tokens = 0
     masks_over_read = True
+    features = frozenset({LEFT_PADDING, SOFTCAP, SINKS})
 
     def supports(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
         if device.type != "cuda":
@@ -46,33 +47,46 @@ class FlashAttention2:
         *,
         scale: float,
         window: int | None = None,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See :class:`vattn.attention.AttentionBackend`."""
         from flash_attn import flash_attn_with_kvcache
 
         require_equal_head_dims(self.name, k, v)
         # The heuristic for the number of splits looks at the view's length, not at the sequences'.
-        k, v = k[:, : batch.max_seq_len], v[:, : batch.max_seq_len]
+        longest = max(batch.ends)
+        k, v = k[:, :longest], v[:, :longest]
         window_size = (-1, -1) if window is None else (window - 1, 0)
 
-        def attend(queries: torch.Tensor, slots: torch.Tensor, seq_lens: torch.Tensor) -> torch.Tensor:
-            return flash_attn_with_kvcache(
+        def attend(
+            queries: torch.Tensor, slots: torch.Tensor, ends: torch.Tensor, starts: torch.Tensor | None
+        ) -> torch.Tensor:
+            out = flash_attn_with_kvcache(
                 queries,
                 k,
                 v,
-                cache_seqlens=seq_lens,
+                cache_seqlens=ends,  # counted from row 0, also where a sequence starts later
                 cache_batch_idx=slots,
+                cache_leftpad=starts,
                 softmax_scale=scale,
                 causal=True,
                 window_size=window_size,
+                softcap=softcap or 0.0,
+                return_softmax_lse=sinks is not None,
             )
+            if sinks is None:
+                return out.flatten(0, 1)
+            out, lse = out  # [sequences, heads, queries]
+            return apply_sinks(out.flatten(0, 1), lse.transpose(1, 2).flatten(0, 1), sinks)
 
         if len(set(batch.query_lens)) == 1:
-            return attend(q.unflatten(0, (batch.batch_size, -1)), batch.slots_int32, batch.seq_lens_int32).flatten(0, 1)
+            queries = q.unflatten(0, (batch.batch_size, -1))
+            return attend(queries, batch.slots_int32, batch.ends_int32, batch.starts_int32)
         out = torch.empty_like(q)
         for group in batch.groups_by_query_len:
             queries = q[group.tokens].unflatten(0, (-1, group.query_len))
-            out[group.tokens] = attend(queries, group.slots, group.seq_lens).flatten(0, 1)
+            out[group.tokens] = attend(queries, group.slots, group.ends, group.starts)
         return out
 
 

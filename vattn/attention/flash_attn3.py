@@ -8,7 +8,7 @@ from functools import cache
 
 import torch
 
-from .base import AttentionBatch, require_equal_head_dims
+from .base import LEFT_PADDING, SINKS, SOFTCAP, AttentionBatch, apply_sinks, require_equal_head_dims
 
 __all__ = ["FlashAttention3"]
 
@@ -40,6 +40,12 @@ class FlashAttention3:
     over_read_tokens = 191
     masks_over_read = False
 
+    @property
+    def features(self) -> frozenset[str]:
+        """Soft-capping only where the build has it."""
+        capped = not _build_flags().get("FLASHATTENTION_DISABLE_SOFTCAP", False)
+        return frozenset({LEFT_PADDING, SINKS, SOFTCAP} if capped else {LEFT_PADDING, SINKS})
+
     def supports(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
         if device.type != "cuda":
             return f"needs an NVIDIA GPU, got device {device}"
@@ -61,26 +67,37 @@ class FlashAttention3:
         *,
         scale: float,
         window: int | None = None,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See :class:`vattn.attention.AttentionBackend`."""
         from flash_attn_interface import flash_attn_with_kvcache
 
         require_equal_head_dims(self.name, k, v)
         is_decode = batch.max_query_len == 1
+        longest = max(batch.ends)
         out = flash_attn_with_kvcache(
             q[:, None] if is_decode else q,
             # The heuristic for the number of splits looks at the view's length, not at the sequences'.
-            k[:, : batch.max_seq_len],
-            v[:, : batch.max_seq_len],
-            cache_seqlens=batch.seq_lens_int32,
+            k[:, :longest],
+            v[:, :longest],
+            cache_seqlens=batch.ends_int32,  # counted from row 0, also where a sequence starts later
             cache_batch_idx=batch.slots_int32,
+            cache_leftpad=batch.starts_int32,
             cu_seqlens_q=None if is_decode else batch.cu_seqlens_q,
             max_seqlen_q=None if is_decode else batch.max_query_len,
             softmax_scale=scale,
             causal=True,
             window_size=(-1, -1) if window is None else (window - 1, 0),
+            softcap=softcap or 0.0,
+            return_softmax_lse=sinks is not None,
         )
-        return out[:, 0] if is_decode else out
+        if sinks is None:
+            return out[:, 0] if is_decode else out
+        out, lse, *_ = out  # lse: [sequences, heads, 1] of a decode step, [heads, tokens] otherwise
+        if is_decode:
+            return apply_sinks(out[:, 0], lse[..., 0], sinks)
+        return apply_sinks(out, lse.transpose(0, 1), sinks)
 
 
 @cache

@@ -38,6 +38,11 @@ class PhasedAttention:
         """Whether each of them masks what it reads there."""
         return self.prefill.masks_over_read and self.decode.masks_over_read
 
+    @property
+    def features(self) -> frozenset[str]:
+        """What both support."""
+        return self.prefill.features & self.decode.features
+
     def supports(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
         """The first reason against either, None when both can run."""
         for backend in (self.prefill, self.decode):
@@ -54,7 +59,9 @@ class PhasedAttention:
         *,
         scale: float,
         window: int | None = None,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See :class:`vattn.attention.AttentionBackend`."""
         backend = self.decode if batch.max_query_len == 1 else self.prefill
-        return backend(q, k, v, batch, scale=scale, window=window)
+        return backend(q, k, v, batch, scale=scale, window=window, softcap=softcap, sinks=sinks)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .base import AttentionBatch
+from .base import LEFT_PADDING, SINKS, SOFTCAP, AttentionBatch
 
 __all__ = ["ReferenceAttention"]
 
@@ -18,6 +18,7 @@ class ReferenceAttention:
     name = "reference"
     over_read_tokens = 0
     masks_over_read = True
+    features = frozenset({LEFT_PADDING, SOFTCAP, SINKS})
 
     def supports(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
         return None if dtype.is_floating_point else f"expected a floating-point dtype, got {dtype}"
@@ -31,6 +32,8 @@ class ReferenceAttention:
         *,
         scale: float,
         window: int | None = None,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See :class:`vattn.attention.AttentionBackend`."""
         compute_dtype = torch.promote_types(q.dtype, torch.float32)
@@ -39,15 +42,21 @@ class ReferenceAttention:
             tokens = slice(batch.query_starts[i], batch.query_starts[i + 1])
             group = q.shape[1] // k.shape[2]
             queries = q[tokens].to(compute_dtype)
-            keys = k[slot, :seq_len].to(compute_dtype).repeat_interleave(group, dim=1)
-            values = v[slot, :seq_len].to(compute_dtype).repeat_interleave(group, dim=1)
+            keys = k[slot, batch.rows[i]].to(compute_dtype).repeat_interleave(group, dim=1)
+            values = v[slot, batch.rows[i]].to(compute_dtype).repeat_interleave(group, dim=1)
 
             scores = torch.einsum("qhd,khd->hqk", queries, keys) * scale
+            if softcap is not None:
+                scores = softcap * torch.tanh(scores / softcap)
             query_rows = torch.arange(seq_len - query_len, seq_len, device=q.device)[:, None]
             key_rows = torch.arange(seq_len, device=q.device)[None, :]
             hidden = key_rows > query_rows
             if window is not None:
                 hidden |= key_rows <= query_rows - window
-            probabilities = scores.masked_fill(hidden, float("-inf")).softmax(dim=-1)
+            scores = scores.masked_fill(hidden, float("-inf"))
+            if sinks is not None:
+                sink = sinks.to(compute_dtype)[:, None, None].expand(-1, query_len, 1)
+                scores = torch.cat([scores, sink], dim=-1)
+            probabilities = scores.softmax(dim=-1)[..., :seq_len]
             out[tokens] = torch.einsum("hqk,khd->qhd", probabilities, values).to(q.dtype)
         return out

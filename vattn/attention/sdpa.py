@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .base import AttentionBatch
+from .base import LEFT_PADDING, AttentionBatch
 
 __all__ = ["SdpaAttention"]
 
@@ -24,6 +24,7 @@ class SdpaAttention:
     name = "sdpa"
     over_read_tokens = 0
     masks_over_read = True
+    features = frozenset({LEFT_PADDING})
 
     def supports(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
         return None if dtype.is_floating_point else f"expected a floating-point dtype, got {dtype}"
@@ -37,21 +38,27 @@ class SdpaAttention:
         *,
         scale: float,
         window: int | None = None,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See :class:`vattn.attention.AttentionBackend`."""
+        assert softcap is None, "declared in features"
+        assert sinks is None, "declared in features"
         out = q.new_empty(q.shape[0], q.shape[1], v.shape[-1])
         for i, (slot, query_len, seq_len) in enumerate(zip(batch.slots, batch.query_lens, batch.seq_lens, strict=True)):
             start = batch.query_starts[i]
             # is_causal is aligned to the top left, so it is right only for a whole prefill.
             if 1 < query_len == seq_len and (window is None or seq_len <= window):
                 tokens = slice(start, start + query_len)
-                out[tokens] = _whole(q[tokens], k[slot, :seq_len], v[slot, :seq_len], scale)
+                out[tokens] = _whole(q[tokens], k[slot, batch.rows[i]], v[slot, batch.rows[i]], scale)
                 continue
+            first_row = batch.rows[i].start
             past = seq_len - query_len
             for first in range(0, query_len, MASKED_QUERY_BLOCK):
                 last = min(first + MASKED_QUERY_BLOCK, query_len)
                 tokens = slice(start + first, start + last)
-                rows = slice(max(0, past + first - window + 1) if window is not None else 0, past + last)
+                oldest = max(0, past + first - window + 1) if window is not None else 0
+                rows = slice(first_row + oldest, first_row + past + last)
                 out[tokens] = _right_aligned(q[tokens], k[slot, rows], v[slot, rows], scale, window)
         return out
 

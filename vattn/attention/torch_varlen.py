@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..errors import ConfigError
-from .base import INT32_MAX, AttentionBatch, require_equal_head_dims
+from .base import INT32_MAX, LEFT_PADDING, SINKS, AttentionBatch, apply_sinks, require_equal_head_dims
 
 __all__ = ["TorchVarlenAttention"]
 
@@ -24,6 +24,7 @@ class TorchVarlenAttention:
     name = "torch-varlen"
     over_read_tokens = 0
     masks_over_read = True
+    features = frozenset({LEFT_PADDING, SINKS})
 
     def supports(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
         if device.type != "cuda":
@@ -47,19 +48,22 @@ class TorchVarlenAttention:
         *,
         scale: float,
         window: int | None = None,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See :class:`vattn.attention.AttentionBackend`.
 
         Raises:
             ConfigError: more rows, over all slots, than the kernel's 32-bit indices reach; K and V heads that differ.
         """
+        assert softcap is None, "declared in features"
         require_equal_head_dims(self.name, k, v)
         k_tokens, rows_per_slot = flatten(k)
         v_tokens, v_rows_per_slot = flatten(v)
         if rows_per_slot != v_rows_per_slot:
             raise ConfigError(f"{self.name}: K and V must have equal slot strides in rows")
         # Only keywords that torch 2.11 knows: 2.13 added block_table and num_splits.
-        out, *_ = torch.ops.aten._flash_attention_forward(
+        out, lse, *_ = torch.ops.aten._flash_attention_forward(
             q,
             k_tokens,
             v_tokens,
@@ -75,7 +79,7 @@ class TorchVarlenAttention:
             window_size_right=-1 if window is None else 0,
             seqused_k=batch.seq_lens_int32,
         )
-        return out
+        return out if sinks is None else apply_sinks(out, lse.transpose(0, 1), sinks)
 
 
 def flatten(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
