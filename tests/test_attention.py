@@ -161,9 +161,7 @@ def test_batch_index_tensors() -> None:
 
 def test_batch_by_query_len() -> None:
     batch = AttentionBatch.build([7, 2, 5, 4], [2, 1, 2, 3], [4, 3, 9, 3], "cpu")
-    groups = [
-        (g.query_len, g.tokens.tolist(), g.slots.tolist(), g.ends.tolist()) for g in batch.groups_by_query_len
-    ]
+    groups = [(g.query_len, g.tokens.tolist(), g.slots.tolist(), g.ends.tolist()) for g in batch.groups_by_query_len]
     assert groups == [(1, [2], [2], [3]), (2, [0, 1, 3, 4], [7, 5], [4, 9]), (3, [5, 6, 7], [4], [3])]
 
 

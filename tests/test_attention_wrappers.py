@@ -27,9 +27,10 @@ def attend(
     window_size: tuple[int, int],
     softcap: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One sequence, causal and right-aligned: q ``[n, heads, d]``, k and v ``[m, kv_heads, d]`` -> as q, ``[heads, n]``.
+    """One sequence, causal and right-aligned: q ``[n, heads, d]``, k and v ``[m, kv_heads, d]`` -> as q, ``[heads, n]``
 
-    The logarithm of the sum of exponentials is read off a constant V under a sink of zero, whose share is 1 / (1 + sum).
+    The logarithm of the sum of exponentials is read off a constant V under a sink of zero: the sink's share of the
+    softmax is 1 / (1 + sum).
     """
     left, right = window_size
     assert right == (-1 if left == -1 else 0)

@@ -120,3 +120,30 @@ def test_token_for_token_what_transformers_generates(
     assert max(live) == len(requests)
     assert [list(completion.tokens) for completion in completions] == expected
     assert "Paris" in tokenizer.decode(completions[1].tokens)
+
+
+def test_a_virtual_cache_generates_the_same(hf_model: Any, prompts: list[list[int]], expected: list[list[int]]) -> None:
+    """The drop-in with real weights: two prompts alone, and six of them left-padded in one batch."""
+    from vattn.hf import VirtualCache
+
+    pairs = [(prompt, wanted[:40]) for prompt, wanted in zip(prompts, expected, strict=True)][:6]
+    longest = max(len(prompt) for prompt, _ in pairs)
+    with VirtualCache(hf_model.config, max_length=longest + 40) as past:
+        for batch in ([pairs[0]], [pairs[3]], pairs):
+            width = max(len(prompt) for prompt, _ in batch)
+            rows = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt, _ in batch])
+            mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt, _ in batch])
+            out = hf_model.generate(
+                rows,
+                attention_mask=mask,
+                past_key_values=past,
+                max_new_tokens=40,
+                do_sample=False,
+                eos_token_id=None,
+                pad_token_id=0,
+            )
+            for row, (_, wanted) in zip(out[:, width:].tolist(), batch, strict=True):
+                assert row[: len(wanted)] == wanted
+            assert past.kv_cache is not None
+            past.kv_cache.check_integrity()
+            past.reset()

@@ -1,0 +1,217 @@
+"""Small models of many architectures with random weights, and the ways to generate that a cache has to get right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+VOCABULARY, NEW_TOKENS, MAX_LENGTH = 97, 40, 160
+PROMPT_LENGTH = 11
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.25,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+    "tie_word_embeddings": False,  # tied random ones repeat the last token for ever
+}
+_GQA = {**_COMMON, "num_key_value_heads": 2}
+_MIXED = ["sliding_attention", "full_attention"] * 2
+_MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+
+# Name -> (config class, arguments). Windows are shorter than the text.
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "Llama": ("LlamaConfig", _GQA),
+    "Mistral, window 16": ("MistralConfig", {**_GQA, "sliding_window": 16}),
+    "Qwen2": ("Qwen2Config", _GQA),
+    "Qwen2, windows": (
+        "Qwen2Config",
+        {**_GQA, "use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2},
+    ),
+    "Qwen3": ("Qwen3Config", {**_GQA, "head_dim": 24}),
+    "Qwen3-MoE": ("Qwen3MoeConfig", {**_GQA, **_MOE}),
+    "Gemma 2": (
+        "Gemma2Config",
+        {**_GQA, "head_dim": 16, "sliding_window": 16, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 5.0},
+    ),
+    "Gemma 3": (
+        "Gemma3TextConfig",
+        {**_GQA, "head_dim": 16, "sliding_window": 16, "query_pre_attn_scalar": 16, "layer_types": _MIXED},
+    ),
+    "Phi-3": ("Phi3Config", _GQA),
+    "GPT-OSS": (
+        "GptOssConfig",
+        {
+            **_GQA,
+            "head_dim": 16,
+            "sliding_window": 16,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "layer_types": _MIXED,
+        },
+    ),
+    "OLMo-2": ("Olmo2Config", _GQA),
+    "Granite": ("GraniteConfig", {**_GQA, "attention_multiplier": 0.2, "logits_scaling": 2.0}),
+    "StableLM": ("StableLmConfig", _GQA),
+    "Falcon": (
+        "FalconConfig",
+        {key: value for key, value in _COMMON.items() if key != "intermediate_size"},
+    ),
+    "Falcon, ALiBi": (
+        "FalconConfig",
+        {**{key: value for key, value in _COMMON.items() if key != "intermediate_size"}, "alibi": True},
+    ),
+    "GPT-NeoX": ("GPTNeoXConfig", _COMMON),
+    "Llama 4, chunks": (
+        "Llama4TextConfig",
+        {
+            **_GQA,
+            "head_dim": 16,
+            "intermediate_size_mlp": 96,
+            "num_local_experts": 2,
+            "attention_chunk_size": 16,
+            "moe_layers": [],
+        },
+    ),
+    "DeepSeek-V3": (
+        "DeepseekV3Config",
+        {
+            **_COMMON,
+            "num_key_value_heads": 4,
+            "q_lora_rank": 32,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 16,
+            "v_head_dim": 12,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_group": 1,
+            "topk_group": 1,
+            "moe_intermediate_size": 32,
+            "first_k_dense_replace": 3,
+        },
+    ),
+    "Qwen3-Next": (
+        "Qwen3NextConfig",
+        {
+            **_GQA,
+            **_MOE,
+            "head_dim": 16,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "shared_expert_intermediate_size": 32,
+            "layer_types": ["linear_attention", "full_attention"] * 2,
+        },
+    ),
+}
+
+
+def make_model(name: str, seed: int = 2, **changes: Any) -> PreTrainedModel:
+    """Random weights, float32, evaluation mode; never ends a text early."""
+    kind, arguments = MODELS[name]
+    torch.manual_seed(seed)
+    config = getattr(transformers, kind)(**{**arguments, **changes})
+    for key in ("bos_token_id", "eos_token_id"):  # some configs insist on their own
+        setattr(config, key, None)
+    auto = transformers.AutoModelForCausalLM
+    # Older versions run Gemma 2 on sdpa without its soft-capping, which vattn honours.
+    model = auto.from_config(config, attn_implementation="eager" if name == "Gemma 2" else None).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():  # what an architecture initialises to a constant
+            if parameter.ndim > 1 and parameter.std() < 0.05:
+                parameter.add_(torch.randn_like(parameter) * 0.25)
+            elif name.endswith("norm.weight"):
+                parameter.mul_(1 + torch.randn_like(parameter)).add_(torch.randn_like(parameter))
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+def prompt(rows: int, seed: int = 1, length: int = PROMPT_LENGTH) -> torch.Tensor:
+    return torch.randint(1, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+Generate = Callable[..., torch.Tensor]
+
+
+def _dense(generate: Generate) -> torch.Tensor:
+    return generate(prompt(3), do_sample=False)
+
+
+def _left_padded(generate: Generate) -> torch.Tensor:
+    mask = torch.ones(3, PROMPT_LENGTH, dtype=torch.long)
+    mask[0, :7], mask[2, :2] = 0, 0
+    return generate(prompt(3) * mask, attention_mask=mask, do_sample=False)
+
+
+def _beams(generate: Generate) -> torch.Tensor:
+    return generate(prompt(2), do_sample=False, num_beams=3)
+
+
+def _sampling(generate: Generate) -> torch.Tensor:
+    torch.manual_seed(5)
+    return generate(prompt(3), do_sample=True, temperature=1.2, top_k=20)
+
+
+def _prompt_lookup(generate: Generate) -> torch.Tensor:
+    return generate(prompt(1, length=6).repeat(1, 4), do_sample=False, prompt_lookup_num_tokens=4)
+
+
+def _multi_turn(generate: Generate) -> torch.Tensor:
+    said = generate(prompt(2), do_sample=False, max_new_tokens=NEW_TOKENS // 2)
+    return generate(torch.cat([said, prompt(2, seed=9)], dim=1), do_sample=False, max_new_tokens=NEW_TOKENS // 2)
+
+
+MODES: dict[str, Callable[[Generate], torch.Tensor]] = {
+    "dense": _dense,
+    "left-padded": _left_padded,
+    "beam 3": _beams,
+    "sampling": _sampling,
+    "prompt lookup": _prompt_lookup,
+    "multi-turn": _multi_turn,
+}
+
+
+def run(model: PreTrainedModel, mode: str, cache: Any) -> torch.Tensor:
+    """The mode's tokens, prompt included; every call of ``generate`` goes on with the same cache."""
+
+    def generate(tokens: torch.Tensor, max_new_tokens: int = NEW_TOKENS, **options: Any) -> torch.Tensor:
+        return model.generate(tokens, max_new_tokens=max_new_tokens, past_key_values=cache, **options)
+
+    return MODES[mode](generate)
+
+
+# -- what holds and what is refused -----------------------------------------------------------------------------------
+# (model, mode) -> why; the default cache refuses these too.
+REFUSED = {("Qwen3-Next", "prompt lookup"): "transformers does not assist models with recurrent layers"}
+# Models that do not take their attention from transformers' registry: they compute their own over views.
+OWN_ATTENTION = {"StableLM", "Falcon", "Falcon, ALiBi", "Qwen3-Next"}
+
+
+def table() -> str:
+    """The table in the docs, one row a model."""
+    notes = {reason: number for number, reason in enumerate(dict.fromkeys(REFUSED.values()), 1)}
+    lines = [
+        "| model | attention | " + " | ".join(MODES) + " |",
+        "| --- | --- |" + " --- |" * len(MODES),
+    ]
+    for model in MODELS:
+        cells = [f"refused [{notes[REFUSED[model, mode]]}]" if (model, mode) in REFUSED else "same" for mode in MODES]
+        lines.append(f"| {model} | {'its own' if model in OWN_ATTENTION else 'vattn'} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", *(f"[{number}] {reason}." for reason, number in notes.items())])
+
+
+if __name__ == "__main__":
+    print(table())

@@ -1,0 +1,445 @@
+"""``VirtualCache`` as a ``transformers.Cache``: what the documentation says of caches, and what must be refused."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import random
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+from hf_models import MAX_LENGTH, make_model, prompt  # noqa: E402
+from transformers import DynamicCache  # noqa: E402
+
+from vattn import CacheStats, ConfigError, OutOfPages  # noqa: E402
+from vattn.hf import VirtualCache  # noqa: E402
+from vattn.hf import attention as hf_attention  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model("Llama")
+
+
+@pytest.fixture(scope="module")
+def windowed():
+    return make_model("Mistral, window 16")
+
+
+@pytest.fixture
+def past(model):
+    with VirtualCache(model.config, max_length=MAX_LENGTH, page_bytes=4096) as past:
+        yield past
+        if past.kv_cache:
+            past.kv_cache.check_integrity()
+
+
+def logits(model, tokens, past=None, **options):
+    with torch.no_grad():
+        return model(tokens, past_key_values=past, **options).logits
+
+
+def close(one, other):
+    torch.testing.assert_close(one, other, rtol=2e-4, atol=2e-4)
+
+
+# -- what a cache does -----------------------------------------------------------------------------------------------
+def test_before_and_after_the_first_use(model, past):
+    assert isinstance(past, transformers.Cache)
+    assert (len(past), past.get_seq_length(), past.batch_size, past.is_initialized) == (4, 0, -1, False)
+    assert past.kv_cache is None
+    assert past.stats() == CacheStats(**dict.fromkeys(past.stats().as_dict(), 0))
+    assert past.layers[0].keys is None
+    logits(model, prompt(3), past)
+    assert (past.get_seq_length(), past.batch_size, past.is_initialized) == (11, 3, True)
+    assert past.get_max_length() == MAX_LENGTH
+    assert past.layers[2].keys.shape == past.layers[2].values.shape == (3, 2, 11, 16)
+    assert past.kv_cache.max_slots == 3
+    assert [past.kv_cache.seq_len(slot) for slot in range(3)] == [11, 11, 11]
+    assert past.stats().row_bytes == 3 * 11 * past.kv_cache.layout.bytes_per_token
+    assert "tokens=11" in repr(past)
+
+
+def test_addresses_never_change_and_nothing_is_copied(model, past):
+    logits(model, prompt(2), past)
+    addresses = [(layer.keys.data_ptr(), layer.values.data_ptr()) for layer in past.layers]
+    for token in range(20):
+        logits(model, prompt(2, seed=token, length=1), past)
+    assert [(layer.keys.data_ptr(), layer.values.data_ptr()) for layer in past.layers] == addresses
+    assert past.layers[1].keys.data_ptr() == past.kv_cache.k(1).data_ptr()
+    assert past.stats().num_copy == 0
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("name", ["Llama", "Mistral, window 16", "Gemma 2", "GPT-OSS"])
+def test_no_mask_and_no_repeated_heads_are_made(monkeypatch, name, padded):
+    """Neither the mask nor the attention that vattn stands in front of is ever asked."""
+    model = make_model(name)
+    wanted = model.generate(prompt(2), attention_mask=_mask(padded), max_new_tokens=8, do_sample=False)
+
+    def never(*args, **kwargs):
+        raise AssertionError("passed on")
+
+    with VirtualCache(model.config, max_length=MAX_LENGTH) as past:
+        monkeypatch.setattr(hf_attention, "_function", never)
+        for name in ("sdpa", "eager"):
+            monkeypatch.setitem(hf_attention.ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, name, never)
+        got = model.generate(
+            prompt(2), attention_mask=_mask(padded), max_new_tokens=8, do_sample=False, past_key_values=past
+        )
+    assert torch.equal(got, wanted)
+
+
+def _mask(padded):
+    mask = torch.ones(2, 11, dtype=torch.long)
+    if padded:
+        mask[1, :6] = 0
+    return mask
+
+
+@pytest.mark.parametrize("name", ["Llama", "Mistral, window 16", "GPT-OSS", "Llama 4, chunks"])
+def test_chunked_prefill(name):
+    model = make_model(name)
+    mask = torch.ones(2, 40, dtype=torch.long)
+    mask[0, :9] = 0  # its first chunk is nothing but padding
+    whole = logits(model, prompt(2, length=40), DynamicCache(config=model.config), attention_mask=mask)
+    with VirtualCache(model.config, max_length=MAX_LENGTH, page_bytes=4096) as past:
+        parts = []
+        for start, end in ((0, 7), (7, 8), (8, 31), (31, 40)):
+            parts.append(
+                logits(
+                    model,
+                    prompt(2, length=40)[:, start:end],
+                    past,
+                    attention_mask=mask[:, :end],
+                    position_ids=torch.arange(start, end)[None],
+                )
+            )
+    expected = logits(model, prompt(2, length=40), None, attention_mask=mask, position_ids=torch.arange(40)[None])
+    close(torch.cat(parts, dim=1)[1], expected[1])
+    close(torch.cat(parts, dim=1)[0, 9:], expected[0, 9:])
+    assert whole.shape == expected.shape
+
+
+def test_generate_with_prefill_in_chunks(model, past):
+    wanted = model.generate(prompt(2, length=30), max_new_tokens=12, do_sample=False)
+    options = {"max_new_tokens": 12, "do_sample": False, "prefill_chunk_size": 7}
+    assert torch.equal(model.generate(prompt(2, length=30), past_key_values=past, **options), wanted)
+
+
+def test_masks_that_are_not_left_padding_are_honoured(model, past):
+    """Right padding, holes and masks of one's own take the model's own attention over the same memory."""
+    right = torch.ones(2, 11, dtype=torch.long)
+    right[0, 8:] = 0
+    holes = torch.ones(2, 11, dtype=torch.long)
+    holes[1, [2, 5]] = 0
+    square = torch.ones(2, 1, 11, 11, dtype=torch.bool).tril()
+    square[:, :, :, 3] = False
+    square[:, :, 3, 3] = True
+    for mask in (right, holes, square):
+        wanted = logits(model, prompt(2), DynamicCache(config=model.config), attention_mask=mask)
+        past.reset()
+        close(logits(model, prompt(2), past, attention_mask=mask), wanted)
+
+
+def test_other_caches_work_while_the_attention_is_switched(model, windowed):
+    for each in (model, windowed):
+        wanted = each.generate(prompt(2), max_new_tokens=20, do_sample=False)
+        scores = logits(each, prompt(2))
+        with VirtualCache(each.config, max_length=MAX_LENGTH):
+            assert each.config._attn_implementation == "vattn_sdpa"
+            assert torch.equal(each.generate(prompt(2), max_new_tokens=20, do_sample=False), wanted)
+            assert torch.equal(logits(each, prompt(2)), scores)
+            static = each.generate(prompt(2), max_new_tokens=20, do_sample=False, cache_implementation="static")
+            assert torch.equal(static, wanted)
+
+
+def test_the_attention_is_given_back_by_the_last_user(model):
+    config = model.config
+    one, two = VirtualCache(config, max_length=8), VirtualCache(config, max_length=8)
+    one.close()
+    one.close()
+    assert config._attn_implementation == "vattn_sdpa"
+    copied = copy.deepcopy(two)
+    two.close()
+    assert config._attn_implementation == "vattn_sdpa"
+    del copied
+    gc.collect()
+    assert config._attn_implementation == "sdpa"
+    three = VirtualCache(config, max_length=8)
+    config._attn_implementation = "eager"  # the user's word is the last
+    three.close()
+    assert config._attn_implementation == "eager"
+    config._attn_implementation = "sdpa"
+
+
+@pytest.mark.parametrize("kind", ["model", "windowed"])
+def test_crop(kind, request):
+    model = request.getfixturevalue(kind)
+    tokens = prompt(2, length=40)
+    with VirtualCache(model.config, max_length=MAX_LENGTH, page_bytes=4096) as past:
+        logits(model, tokens, past)
+        past.crop(-10)
+        assert past.get_seq_length() == past.kv_cache.seq_len(1) == 30
+        past.crop(0)
+        past.crop(25)  # a length, in the older convention
+        past.crop(90)
+        assert past.get_seq_length() == 25
+        close(logits(model, tokens[:, 25:], past), logits(model, tokens)[:, 25:])
+        past.crop(-40)
+        assert past.get_seq_length() == 0
+        assert past.stats().in_use_bytes == 0
+        close(logits(model, tokens, past), logits(model, tokens))
+
+
+def test_reset_allows_another_batch_size(model, past):
+    for rows in (2, 3, 1):
+        close(logits(model, prompt(rows), past), logits(model, prompt(rows)))
+        past.reset()
+        assert past.get_seq_length() == past.stats().row_bytes == 0
+
+
+def test_rows_of_the_batch_can_be_repeated_selected_and_reordered(model, past):
+    default = DynamicCache(config=model.config)
+    for cache in (past, default):
+        logits(model, prompt(3), cache)
+        cache.batch_repeat_interleave(2)
+        logits(model, prompt(6, length=2), cache)
+        cache.reorder_cache(torch.tensor([5, 0, 0, 3, 2, 1]))
+        cache.batch_select_indices(torch.tensor([4, 1, 1]))
+    assert past.batch_size == 3
+    for layer, other in zip(past.layers, default.layers, strict=True):
+        close(layer.keys, other.keys)
+        close(layer.values, other.values)
+    close(logits(model, prompt(3, seed=4), past), logits(model, prompt(3, seed=4), default))
+
+
+def test_a_prompt_is_copied_and_continued_in_several_ways(model, past):
+    """As transformers' guide does with a system prompt: prefill once, ``copy.deepcopy`` for each request."""
+    logits(model, prompt(1), past)
+    for seed in (3, 4):
+        said = torch.cat([prompt(1), prompt(1, seed=seed, length=5)], dim=1)
+        wanted = model.generate(said, max_new_tokens=15, do_sample=False)
+        with copy.deepcopy(past) as mine:
+            assert mine.layers[0].keys.data_ptr() != past.layers[0].keys.data_ptr()
+            assert torch.equal(model.generate(said, past_key_values=mine, max_new_tokens=15, do_sample=False), wanted)
+    assert past.get_seq_length() == 11
+
+
+def test_assisted_by_another_model(model, past):
+    helper = make_model("Llama", seed=7, num_hidden_layers=1)
+    options = {"max_new_tokens": 30, "do_sample": False}
+    wanted = model.generate(prompt(1), **options)
+    assert torch.equal(model.generate(prompt(1), assistant_model=helper, past_key_values=past, **options), wanted)
+
+
+def test_generate_returns_the_cache(model, past):
+    out = model.generate(
+        prompt(2), past_key_values=past, max_new_tokens=5, do_sample=False, return_dict_in_generate=True
+    )
+    assert out.past_key_values is past
+    assert past.get_seq_length() == 15  # the last token was never fed back
+
+
+def test_attentions_with_the_models_own(model):
+    model.config._attn_implementation = "eager"
+    try:
+        with VirtualCache(model.config, max_length=32, attention=None) as past, torch.no_grad():
+            out = model(prompt(2), past_key_values=past, output_attentions=True)
+    finally:
+        model.config._attn_implementation = "sdpa"
+    assert out.attentions[0].shape == (2, 4, 11, 11)
+
+
+def test_layers_of_different_head_sizes():
+    """The shapes are found layer by layer, whatever a config says."""
+    config = transformers.LlamaConfig(num_hidden_layers=5, hidden_size=64, num_attention_heads=4)
+    shapes = [(4, 16, 16), (2, 16, 16), (4, 16, 24), (1, 8, 8), (2, 16, 16)]
+    draw = torch.Generator().manual_seed(0)
+    default = DynamicCache(config=config)
+    with VirtualCache(config, max_length=64, page_bytes=4096) as past:
+        for new in (7, 1, 1, 20):
+            for layer, (heads, k_dim, v_dim) in enumerate(shapes):
+                k = torch.randn(2, heads, new, k_dim, generator=draw)
+                v = torch.randn(2, heads, new, v_dim, generator=draw)
+                for got, wanted in zip(past.update(k, v, layer), default.update(k, v, layer), strict=True):
+                    assert torch.equal(got, wanted)
+        past.kv_cache.check_integrity()
+        for layer, other in zip(past.layers, default.layers, strict=True):
+            assert torch.equal(layer.keys, other.keys)
+            assert torch.equal(layer.values, other.values)
+
+
+# -- what is refused -------------------------------------------------------------------------------------------------
+def test_a_cache_shorter_than_the_request(model):
+    with VirtualCache(model.config, max_length=14) as past:
+        with pytest.raises(ConfigError, match=r"needs 15 tokens of cache, max_length is 14: make"):
+            model.generate(prompt(2), past_key_values=past, max_new_tokens=10, do_sample=False)
+        past.reset()
+        with pytest.raises(ConfigError, match="needs 20 tokens"):
+            logits(model, prompt(1, length=20), past)
+
+
+def test_memory_shorter_than_the_request(model):
+    with VirtualCache(model.config, max_length=MAX_LENGTH, page_bytes=4096, memory_limit=8 * 4096) as past:
+        with pytest.raises(OutOfPages, match="memory_limit"):
+            logits(model, prompt(2, length=100), past)
+        past.reset()
+        close(logits(model, prompt(2), past), logits(model, prompt(2)))
+
+
+def test_another_batch_size(model, past):
+    logits(model, prompt(2), past)
+    with pytest.raises(ConfigError, match=r"holds a batch of 2, got a batch of 3: call reset\(\)"):
+        logits(model, prompt(3), past)
+    close(logits(model, prompt(2, seed=2), past), logits(model, torch.cat([prompt(2), prompt(2, seed=2)], 1))[:, 11:])
+
+
+def test_another_model(model, past):
+    logits(model, prompt(2), past)
+    wider = make_model("Llama", head_dim=24)
+    with pytest.raises(ConfigError, match=r"layer 0 has .*head_dim=16.*got .*head_dim=24.*another model"):
+        logits(wider, prompt(2), past)
+    deeper = make_model("Llama", num_hidden_layers=6)
+    past.reset()
+    with pytest.raises(ConfigError, match="a model of 4 layers, got layer 4"):
+        logits(deeper, prompt(2), past)
+    past.reset()
+    shallow = make_model("Llama", num_hidden_layers=2)
+    logits(shallow, prompt(2), past)
+    with pytest.raises(ConfigError, match=r"layers \[2, 3\] hold another number of tokens"):
+        logits(model, prompt(2), past)
+
+
+def test_another_dtype_or_device(model):
+    half = make_model("Llama").to(torch.bfloat16)
+    with VirtualCache(model.config, max_length=32, dtype=torch.bfloat16) as past:
+        with pytest.raises(ConfigError, match=r"in torch.float32, this cache was made for dtype=torch.bfloat16"):
+            logits(model, prompt(1), past)
+        logits(half, prompt(1), past)
+    with VirtualCache(model.config, max_length=32) as past:
+        logits(model, prompt(1), past)
+        with pytest.raises(ConfigError, match=r"holds torch.float32, got torch.bfloat16"):
+            logits(half, prompt(1), past)
+    with (
+        VirtualCache(model.config, max_length=32, device="cuda") as past,
+        pytest.raises(ConfigError, match="the model is on cpu, this cache was made for device=cuda"),
+    ):
+        logits(model, prompt(1), past)
+
+
+def test_gradients(model, past):
+    with pytest.raises(ConfigError, match=r"torch.no_grad\(\), or train with use_cache=False"):
+        model(prompt(1), past_key_values=past)
+    model.train()
+    try:
+        with pytest.raises(ConfigError, match="record gradients"):
+            model(prompt(1), past_key_values=past, labels=prompt(1))
+    finally:
+        model.eval()
+    assert past.get_seq_length() == 0
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (((torch.zeros(1), torch.zeros(1)),), "tuples of K and V are not supported"),
+        (None, "config must be a model's config, as model.config; got NoneType"),
+        (transformers.T5Config(), "T5Config is an encoder-decoder"),
+        (transformers.MambaConfig(), "no attention layers|not known"),
+    ],
+)
+def test_what_is_no_config_of_a_decoder(config, message):
+    with pytest.raises(ConfigError, match=message):
+        VirtualCache(config, max_length=8)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_length": 0}, "max_length must be at least 1, got 0"),
+        ({"max_length": 2.5}, "max_length must be"),
+        ({"attention": "flash"}, "unknown attention backend 'flash'"),
+        ({"attention": "flash-attn-3"}, "reads past the end"),
+    ],
+)
+def test_wrong_arguments(model, options, message):
+    with pytest.raises(ConfigError, match=message):
+        VirtualCache(model.config, **options)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_an_attention_that_cannot_do_it(monkeypatch):
+    model = make_model("GPT-OSS")
+    with (
+        VirtualCache(model.config, max_length=32, attention="sdpa") as past,
+        pytest.raises(ConfigError, match="attention 'sdpa' has no sinks"),
+    ):
+        logits(model, prompt(1), past)
+
+
+def test_after_close(model):
+    past = VirtualCache(model.config, max_length=32)
+    logits(model, prompt(1), past)
+    past.close()
+    past.close()
+    for use in (lambda: logits(model, prompt(1), past), past.stats, past.reset, lambda: past.crop(-1)):
+        with pytest.raises(ConfigError, match="this VirtualCache is closed"):
+            use()
+
+
+def test_a_mask_that_lost_what_it_stands_for(model, past):
+    """As by a hook that copies every tensor on its way."""
+    hook = model.model.layers[1].self_attn.register_forward_pre_hook(
+        lambda module, args, kwargs: (args, {**kwargs, "attention_mask": kwargs["attention_mask"].clone()}),
+        with_kwargs=True,
+    )
+    try:
+        with pytest.raises(ConfigError, match="make the VirtualCache with attention=None"):
+            logits(model, prompt(1), past)
+    finally:
+        hook.remove()
+
+
+# -- what is left ----------------------------------------------------------------------------------------------------
+def _num_mappings():
+    with open("/proc/self/maps") as maps:
+        return sum(1 for line in maps if "memfd" in line)
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_a_hundred_calls_leave_nothing(model, closed):
+    """Random batches, prompts and output lengths; closed, or simply dropped."""
+    draw = random.Random(0)
+    before = _num_mappings()
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(100):
+            past = VirtualCache(model.config, max_length=MAX_LENGTH, page_bytes=4096)
+            rows, length, new = draw.randint(1, 5), draw.randint(1, 60), draw.randint(1, 4)
+            model.generate(prompt(rows, length=length), past_key_values=past, max_new_tokens=new, do_sample=False)
+            assert past.get_seq_length() == length + new - 1
+            if closed:
+                past.close()
+        del past
+    finally:
+        gc.enable()
+    if not closed:
+        gc.collect()
+    assert _num_mappings() <= before
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_one_cache_for_a_hundred_calls(model, past):
+    draw = random.Random(1)
+    for _ in range(100):
+        past.reset()
+        rows, length, new = draw.randint(1, 3), draw.randint(1, 60), draw.randint(1, 4)
+        model.generate(prompt(rows, length=length), past_key_values=past, max_new_tokens=new, do_sample=False)
+        past.kv_cache.check_integrity()
+    past.reset()
+    assert past.stats().in_use_bytes == 0
+    assert past.stats().physical_bytes <= 3 * 16 * 4096

@@ -1,0 +1,90 @@
+"""``VirtualCache`` on a GPU: bfloat16 against float32, by teacher forcing and by generation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+from hf_models import MODELS, make_model, prompt  # noqa: E402
+from transformers import DynamicCache  # noqa: E402
+
+from vattn import ConfigError  # noqa: E402
+from vattn.attention import backends  # noqa: E402
+from vattn.hf import VirtualCache  # noqa: E402
+
+pytestmark = pytest.mark.gpu
+CASES = ["Llama", "Mistral, window 16", "Qwen3", "Gemma 2", "Gemma 3", "GPT-OSS", "StableLM", "DeepSeek-V3", "GPT-NeoX"]
+LENGTH = 90
+
+
+@torch.no_grad()
+def forced(model, past, mask):
+    """Logits of a fixed text: a prompt, a second chunk, then a token at a time."""
+    tokens = prompt(3, length=LENGTH).to(model.device)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    parts = []
+    for start, end in ((0, 33), (33, 50), *((i, i + 1) for i in range(50, LENGTH))):
+        out = model(
+            tokens[:, start:end],
+            attention_mask=mask[:, :end],
+            position_ids=positions[:, start:end],
+            past_key_values=past,
+        )
+        parts.append(out.logits.float())
+    return torch.cat(parts, dim=1)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("attention", ["auto", None, "torch-varlen", "flash-attn-2"])
+@pytest.mark.parametrize("name", CASES)
+def test_bfloat16_is_as_good_as_eager(name, attention, padded, device):
+    """Teacher-forced logits within twice the error of the default cache's, both against float32."""
+    if attention == "flash-attn-2":
+        backend = next(each for each in backends() if each.name == attention)
+        if reason := backend.supports(torch.device(device), torch.bfloat16, 64):
+            pytest.skip(reason)
+    mask = torch.ones(3, LENGTH, dtype=torch.long, device=device)
+    if padded:
+        mask[0, :40], mask[2, :5] = 0, 0
+    seen = mask.bool()[:, :, None]
+    model = make_model(name).to(device)
+    exact = forced(model, DynamicCache(config=model.config), mask) * seen
+    model = model.to(torch.bfloat16)
+    eager = forced(model, DynamicCache(config=model.config), mask) * seen
+    options = {"attention": attention}
+    with VirtualCache(model.config, max_length=LENGTH, **options) as past:
+        try:
+            got = forced(model, past, mask) * seen
+        except ConfigError as error:
+            if attention in ("auto", None):
+                raise
+            pytest.skip(str(error))
+        past.kv_cache.check_integrity()
+    assert got.isfinite().all()
+    error, allowed = (got - exact).abs(), (eager - exact).abs()
+    assert error.max() <= 2 * allowed.max()
+    assert error.mean() <= 1.5 * allowed.mean()
+    top = exact.topk(2).values
+    clear = (top[..., 0] - top[..., 1] > 2 * allowed.max()) & mask.bool()
+    assert torch.equal(got.argmax(-1)[clear], exact.argmax(-1)[clear])
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "Qwen3-Next"])
+def test_float32_generates_the_same(name, device):
+    model = make_model(name).to(device)
+    wanted = model.generate(prompt(3).to(device), max_new_tokens=20, do_sample=False)
+    with VirtualCache(model.config, max_length=64) as past:
+        got = model.generate(prompt(3).to(device), max_new_tokens=20, do_sample=False, past_key_values=past)
+        past.kv_cache.check_integrity()
+        assert past.stats().row_bytes > 0
+    assert torch.equal(got, wanted)
+
+
+def test_beams_and_prompt_lookup_in_bfloat16(device):
+    model = make_model("Llama").to(device, torch.bfloat16)
+    for tokens, options in ((prompt(2), {"num_beams": 3}), (prompt(1), {"prompt_lookup_num_tokens": 4})):
+        with VirtualCache(model.config, max_length=128) as past:
+            out = model.generate(tokens.to(device), max_new_tokens=30, do_sample=False, past_key_values=past, **options)
+            past.kv_cache.check_integrity()
+        assert out.shape[1] == tokens.shape[1] + 30

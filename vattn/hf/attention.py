@@ -1,0 +1,253 @@
+"""vattn's attention and mask functions for transformers, and how a model's config is switched to them and back.
+
+transformers looks the attention of a model up by name, ``config._attn_implementation``, in two registries: one for
+attention, one for masks. vattn's names say what they stand in front of: ``vattn_sdpa`` passes on to ``sdpa`` whatever
+it does not handle itself, another cache's tensors above all.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..attention import LEFT_PADDING, SINKS, SOFTCAP
+from ..errors import ConfigError
+from .layer import MaskLength, VirtualLayer
+
+__all__ = ["restore_attention", "switch_attention"]
+
+_PREFIX = "vattn_"
+# FlashAttention's own functions read config._attn_implementation, so what vattn passes on goes to the others.
+_STANDS_FOR = {"sdpa": "sdpa", "eager": "eager", "flash_attention_2": "sdpa", "flash_attention_3": "sdpa"}
+
+
+@dataclass(frozen=True)
+class _Mask:
+    """What stands for a mask of a ``VirtualCache``, as an attribute of the tensor that models pass along.
+
+    Attributes:
+        starts: left padding of each sequence, or None where there is none.
+        dense: makes the mask that the attention passed on to would have had.
+    """
+
+    starts: tuple[int, ...] | None
+    dense: Callable[[], torch.Tensor | None]
+
+
+def mask_for(
+    passes_on_to: str,
+    *,
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    attention_mask: torch.Tensor | None = None,
+    allow_is_causal_skip: bool = True,
+    local_size: int | None = None,
+    **others: Any,
+) -> torch.Tensor | None:
+    """transformers' mask interface: a tensor that carries a ``_Mask`` where that says it all, else the mask itself."""
+    dense = partial(
+        ALL_MASK_ATTENTION_FUNCTIONS[passes_on_to],
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=int(kv_length),
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        local_size=local_size,
+        **others,
+    )
+    layer = kv_length.layer if isinstance(kv_length, MaskLength) else None
+    # Masks of a model's own making (images, prefixes) may not be skipped.
+    if layer is None or layer.chunked or layer.window != local_size or not allow_is_causal_skip:
+        return dense(allow_is_causal_skip=allow_is_causal_skip)
+    starts = None
+    if attention_mask is not None:
+        padding = _left_padding(attention_mask, layer.length + q_length)
+        if padding is None:
+            return dense(allow_is_causal_skip=False)
+        starts = padding if any(padding) else None
+    tensor = torch.empty(0, dtype=torch.bool)
+    mask = _Mask(starts, partial(dense, allow_is_causal_skip=False))
+    tensor._vattn_mask = mask  # type: ignore[attr-defined]
+    return tensor
+
+
+def _left_padding(attention_mask: torch.Tensor, num_tokens: int) -> tuple[int, ...] | None:
+    """Zeros before the first one of each row of a ``[batch, tokens]`` mask; None if there are others."""
+    if attention_mask.ndim != 2 or attention_mask.shape[1] != num_tokens:
+        return None
+    ones = attention_mask.to(torch.bool)
+    found = torch.stack([ones.to(torch.int8).argmax(-1), ones.sum(-1)]).tolist()  # the one time that the host waits
+    starts, counts = found
+    if any(start + count != num_tokens for start, count in zip(starts, counts, strict=True)):
+        return None
+    return tuple(starts)
+
+
+def attend(
+    passes_on_to: str,
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **options: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """transformers' attention interface: q ``[batch, heads, new, head_dim]`` -> ``[batch, new, heads, v_head_dim]``.
+
+    K and V that a ``VirtualCache`` returned are read where they lie; everything else is passed on.
+    """
+    layer: VirtualLayer | None = getattr(key, "_vattn_layer", None)
+    mask: _Mask | None = getattr(attention_mask, "_vattn_mask", None)
+    if layer is not None and mask is not None and _is_plain(layer, module, query, key, dropout, options):
+        out = _attend(layer, mask, query, scaling, options)
+        if out is not None:
+            return out, None
+    if mask is not None:
+        attention_mask = mask.dense()
+    elif layer is not None and attention_mask is not None and attention_mask.numel() == 0:
+        raise ConfigError(
+            "the attention mask was copied on its way through the model (to another device?) and lost what it stands "
+            "for; make the VirtualCache with attention=None"
+        )
+    function = _function(passes_on_to, module)
+    return function(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **options)
+
+
+def _is_plain(
+    layer: VirtualLayer,
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    dropout: float,
+    options: dict[str, Any],
+) -> bool:
+    """Whether vattn's backends compute what was asked for."""
+    return (
+        query.shape[2] == layer.num_new
+        and query.dtype == key.dtype
+        and not (dropout and module.training)
+        and options.get("sliding_window") in (None, layer.window)
+        and options.get("is_causal") is not False
+        and getattr(module, "is_causal", True)
+        and options.get("position_bias") is None
+        and not options.get("output_attentions")
+    )
+
+
+def _attend(
+    layer: VirtualLayer, mask: _Mask, query: torch.Tensor, scaling: float | None, options: dict[str, Any]
+) -> torch.Tensor | None:
+    """``[batch, new, heads, v_head_dim]``, or None where the model's own attention is as good."""
+    softcap, sinks = options.get("softcap"), options.get("s_aux")
+    features = {
+        name for name, given in ((SOFTCAP, softcap), (SINKS, sinks), (LEFT_PADDING, mask.starts)) if given is not None
+    }
+    storage, shape, cache = layer.storage, layer.shape, layer.storage.kv_cache
+    assert shape is not None
+    assert cache is not None
+    backend = storage.backend(shape, frozenset(features))
+    if backend.name == "reference" and query.is_cuda:
+        return None
+    size, num_heads, new, head_dim = query.shape
+    batch, tokens = storage.batch(new, layer.length, mask.starts)
+    packed = query.transpose(1, 2).reshape(size * new, num_heads, head_dim)
+    if tokens is not None:
+        packed = packed[tokens]
+    extras = {"softcap": softcap, "sinks": sinks} if features & {SOFTCAP, SINKS} else {}
+    scale = head_dim**-0.5 if scaling is None else scaling
+    k, v = cache.k(layer.index), cache.v(layer.index)
+    out = backend(packed, k, v, batch, scale=scale, window=layer.window, **extras)
+    if tokens is not None:
+        # What padding computes is seen by nothing: its K and V are masked wherever it could be.
+        out = out.new_zeros(size * new, *out.shape[1:]).index_copy_(0, tokens, out)
+    return out.view(size, new, num_heads, -1)
+
+
+def _function(name: str, module: torch.nn.Module) -> Callable[..., Any]:
+    """transformers' attention of that name; eager attention is a function of each model's own."""
+    if name in ALL_ATTENTION_FUNCTIONS:
+        return ALL_ATTENTION_FUNCTIONS[name]
+    for kind in type(module).__mro__:
+        function = getattr(sys.modules.get(kind.__module__), "eager_attention_forward", None)
+        if function is not None:
+            return function
+    raise ConfigError(f"{type(module).__name__} has no eager attention; load the model with attn_implementation='sdpa'")
+
+
+# -- switching -------------------------------------------------------------------------------------------------------
+for _name in sorted(set(_STANDS_FOR.values())):
+    AttentionInterface.register(_PREFIX + _name, partial(attend, _name))
+    AttentionMaskInterface.register(_PREFIX + _name, partial(mask_for, _name))
+
+
+@dataclass
+class _Switched:
+    config: weakref.ref[PreTrainedConfig]
+    previous: str
+    num_users: int
+
+
+_LOCK = threading.Lock()
+_SWITCHED: dict[int, _Switched] = {}
+
+
+def switch_attention(config: PreTrainedConfig) -> str | None:
+    """Set vattn's attention in a decoder's config; each call is undone by one ``restore_attention``.
+
+    Returns:
+        The name that was set before; None, and nothing changed, where the model does not look its attention up.
+    """
+    with _LOCK:
+        entry = _SWITCHED.get(id(config))
+        if entry is not None and entry.config() is config and config._attn_implementation.startswith(_PREFIX):
+            entry.num_users += 1
+            return entry.previous
+        previous = config._attn_implementation
+        if previous not in _STANDS_FOR or not _looks_attention_up(config):
+            return None
+        _SWITCHED[id(config)] = _Switched(weakref.ref(config), previous, 1)
+        config._attn_implementation = _PREFIX + _STANDS_FOR[previous]
+        return previous
+
+
+def restore_attention(config: PreTrainedConfig) -> None:
+    """Set what was there before the first ``switch_attention``, when the last user is gone."""
+    with _LOCK:
+        entry = _SWITCHED.get(id(config))
+        if entry is None or entry.config() is not config:
+            return
+        entry.num_users -= 1
+        if not entry.num_users:
+            del _SWITCHED[id(config)]
+            if config._attn_implementation == _PREFIX + _STANDS_FOR[entry.previous]:
+                config._attn_implementation = entry.previous
+
+
+def _looks_attention_up(config: PreTrainedConfig) -> bool:
+    """Whether the model of this config takes its attention from transformers' registry."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        found = auto._model_mapping.get(type(config), None)
+        if found is not None:
+            kinds = found if isinstance(found, (tuple, list)) else (found,)
+            return all(getattr(kind, "_supports_attention_backend", False) for kind in kinds)
+    return False

@@ -1,0 +1,262 @@
+"""``VirtualCache``: a transformers ``Cache`` whose tensors are contiguous, never move and never are copied."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import fields
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PreTrainedConfig
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
+
+from .. import attention as backends
+from ..arguments import require_int
+from ..errors import ConfigError
+from ..kv_cache import KVCache
+from ..stats import CacheStats
+from .attention import restore_attention, switch_attention
+from .layer import VirtualLayer
+from .storage import ConfiguredLayer, Options, Storage
+
+__all__ = ["VirtualCache"]
+
+
+class VirtualCache(Cache):
+    """The KV cache of one batch, for ``model.generate(..., past_key_values=past)`` and ``model(...)``.
+
+    Each sequence has addresses for ``max_length`` tokens, and memory for those that it has. New K and V are written in
+    place; attention reads them where they are. Batch size, dtype and device are the model's, found at first use.
+
+    While a cache of its config exists, the model's attention (``config._attn_implementation``) is vattn's, which needs
+    no mask and no repeated K and V. It passes everything that it does not know, other caches included, on to the
+    attention that was set before; ``close`` sets that again.
+
+    Args:
+        config: of the model, ``model.config``.
+        max_length: tokens that a sequence can ever have, padding and new ones included; None: what the config gives as
+            ``max_position_embeddings``. Costs addresses, not memory.
+        device, dtype: of the model; None: found at first use. Given, a model that differs is refused.
+        memory_limit: bytes; None: 90 % of what is free at first use.
+        page_bytes: as for ``KVCache``.
+        attention: ``"auto"``, the name of one of vattn's attention backends, or None to leave the model's own attention
+            in place, which then reads the same memory through views.
+
+    Raises:
+        ConfigError: the config is not one of a decoder, or has layers that this cache cannot hold.
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        max_length: int | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        memory_limit: int | None = None,
+        page_bytes: int | None = None,
+        attention: str | None = "auto",
+    ) -> None:
+        text_config = _decoder_config(config)
+        if max_length is None:
+            max_length = getattr(text_config, "max_position_embeddings", None)
+            if max_length is None:
+                raise ConfigError("this config has no max_position_embeddings: give max_length")
+        if attention not in ("auto", None):
+            name = backends.get(attention)
+            if name.over_read_tokens:
+                raise ConfigError(f"attention {attention!r} reads past the end of a sequence; choose another")
+        options = Options(
+            require_int("max_length", max_length, 1),
+            None if device is None else torch.device(device),
+            dtype,
+            memory_limit,
+            page_bytes,
+            attention,
+        )
+        layers, configured = _layers(text_config)
+        self._config = text_config
+        previous = switch_attention(text_config) if attention is not None else None
+        self._restore = weakref.finalize(self, restore_attention, text_config) if previous is not None else None
+        self._assemble(layers, Storage(configured, options, switched=previous is not None))
+
+    def _assemble(self, templates: list[Any], storage: Storage) -> None:
+        """Layers over the storage: templates of attention layers are replaced, others kept."""
+        virtual: dict[int, VirtualLayer] = {}
+        layers: list[Any] = []
+        for index, template in enumerate(templates):
+            if index in storage.configured:
+                template = VirtualLayer(storage, virtual, index)
+                virtual[index] = template
+            layers.append(template)
+        super().__init__(layers=layers)
+        self._storage, self._virtual = storage, virtual
+
+    # -- transformers' interface ---------------------------------------------------------------------------------
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append K and V of one layer, ``[batch, num_kv_heads, new, head_dim]``; returns views of what queries see.
+
+        Raises:
+            ConfigError, OutOfPages: as ``VirtualLayer.update``.
+        """
+        self._open()
+        if not 0 <= layer_idx < len(self.layers):
+            raise ConfigError(f"this cache was made for a model of {len(self.layers)} layers, got layer {layer_idx}")
+        layer: Any = self.layers[layer_idx]
+        return layer.update(key_states, value_states, *args, **kwargs)
+
+    def crop(self, tokens_to_remove: int = 0, max_length: int | None = None) -> None:
+        """Remove the newest tokens of every sequence.
+
+        Args:
+            tokens_to_remove: minus the number of tokens to remove; a positive number is the length to keep.
+            max_length: what older versions of transformers call the same.
+        """
+        self._open()
+        number = int(tokens_to_remove if max_length is None else max_length)  # some versions give a tensor
+        for layer in self._virtual.values():
+            layer.length = min(layer.length, number) if number > 0 else max(0, layer.length + number)
+        self._storage.truncate(max((layer.length for layer in self._virtual.values()), default=0))
+        self._others("crop", number)
+
+    def reset(self) -> None:
+        """Forget every token. Afterwards the batch may be of another size."""
+        self._open()
+        for layer in self._virtual.values():
+            layer.length = 0
+        self._storage.truncate(0)
+        self._others("reset")
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Make every sequence ``repeats`` sequences, neighbours in the batch."""
+        self._regroup(torch.arange(max(self.batch_size, 0)).repeat_interleave(repeats))
+        self._others("batch_repeat_interleave", repeats)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep these sequences, in this order."""
+        if indices.dtype == torch.bool:
+            indices = indices.nonzero()[:, 0]
+        self._regroup(indices)
+        self._others("batch_select_indices", indices)
+
+    def _regroup(self, indices: torch.Tensor) -> None:
+        self._open()
+        lengths = {index: layer.length for index, layer in self._virtual.items()}
+        self._storage.regroup(indices.tolist(), lengths)
+
+    def _others(self, method: str, *arguments: Any) -> None:
+        """Do the same with layers that are not virtual."""
+        for index, layer in enumerate(self.layers):
+            if index not in self._virtual:
+                getattr(layer, method)(*arguments)
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences in the batch, -1 before the first use."""
+        return self._storage.batch_size
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> VirtualCache:
+        """The same tokens in memory of their own, as for continuing one prompt in several ways."""
+        self._open()
+        if len(self._virtual) != len(self.layers):
+            raise ConfigError("a cache with layers that are not attention cannot be copied")
+        other = VirtualCache.__new__(VirtualCache)
+        lengths = {index: layer.length for index, layer in self._virtual.items()}
+        other._restore = None
+        if self._restore is not None:
+            switch_attention(self._config)
+            other._restore = weakref.finalize(other, restore_attention, self._config)
+        other._config = self._config
+        other._assemble(list(self.layers), self._storage.copy(lengths))
+        for index, layer in self._virtual.items():
+            other._virtual[index].length, other._virtual[index].shape = layer.length, layer.shape
+        return other
+
+    # -- vattn's own ---------------------------------------------------------------------------------------------
+    @property
+    def kv_cache(self) -> KVCache | None:
+        """The ``KVCache`` underneath, slot ``i`` for row ``i`` of the batch; None before the first use."""
+        return self._storage.kv_cache
+
+    def stats(self) -> CacheStats:
+        """What the cache has reserved, mapped and used; zeros before the first use.
+
+        Raises:
+            ConfigError: the cache is closed.
+        """
+        self._open()
+        if self.kv_cache is None:
+            return CacheStats(**{field.name: 0 for field in fields(CacheStats)})
+        return self.kv_cache.stats()
+
+    def close(self) -> None:
+        """Free the memory and give the model its own attention back. Idempotent; later use raises ConfigError."""
+        self._storage.close()
+        for layer in self._virtual.values():
+            layer.forget()
+        if self._restore is not None:
+            self._restore()
+
+    def __enter__(self) -> VirtualCache:
+        self._open()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _open(self) -> None:
+        if self._storage.closed:
+            raise ConfigError("this VirtualCache is closed; make a new one")
+
+    def __repr__(self) -> str:
+        options = self._storage.options
+        return (
+            f"VirtualCache(layers={len(self.layers)}, max_length={options.max_length}, batch_size={self.batch_size}, "
+            f"tokens={max((layer.length for layer in self._virtual.values()), default=0)})"
+        )
+
+
+def _decoder_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    if isinstance(config, (tuple, list)):
+        raise ConfigError("tuples of K and V are not supported: give VirtualCache the model's config")
+    if not isinstance(config, PreTrainedConfig):
+        raise ConfigError(f"config must be a model's config, as model.config; got {type(config).__name__}")
+    if getattr(config, "is_encoder_decoder", False):
+        raise ConfigError(f"{type(config).__name__} is an encoder-decoder; VirtualCache holds decoder-only models")
+    return config.get_text_config(decoder=True)
+
+
+def _layers(config: PreTrainedConfig) -> tuple[list[Any], dict[int, ConfiguredLayer]]:
+    """What transformers would make for this config, and its attention layers."""
+    try:
+        templates = DynamicCache(config=config).layers
+    except (KeyError, AttributeError) as error:
+        raise ConfigError(
+            f"the layers of {type(config).__name__} are not known to transformers' caches: {error}"
+        ) from error
+    layer_types = getattr(config, "layer_types", None)
+    all_chunked = layer_types is None and getattr(config, "attention_chunk_size", None) is not None
+    per_layer = getattr(config, "per_layer_config", None)
+    configured: dict[int, ConfiguredLayer] = {}
+    for index, template in enumerate(templates):
+        if type(template) is DynamicLayer or type(template) is DynamicSlidingWindowLayer:
+            configured[index] = ConfiguredLayer(
+                *_head_shape(config if per_layer is None else per_layer[index]),
+                window=getattr(template, "sliding_window", None),
+                chunked=all_chunked or (layer_types is not None and layer_types[index] == "chunked_attention"),
+            )
+        elif type(template) is not LinearAttentionLayer and type(template).__name__ != "DummyLayer":
+            raise ConfigError(f"VirtualCache cannot hold layer {index}, a {type(template).__name__}")
+    if not configured:
+        raise ConfigError(f"{type(config).__name__} has no attention layers to cache")
+    return list(templates), configured
+
+
+def _head_shape(config: PreTrainedConfig) -> tuple[int, int]:
+    """(num_kv_heads, head_dim)."""
+    heads = getattr(config, "num_attention_heads", None) or 1
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or getattr(config, "hidden_size", heads) // heads
+    return int(kv_heads), int(head_dim)

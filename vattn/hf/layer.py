@@ -1,0 +1,166 @@
+"""One attention layer of a ``VirtualCache``, as transformers knows layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.cache_utils import CacheLayerMixin
+
+from ..errors import ConfigError
+from .storage import LayerShape, Storage
+
+__all__ = ["MaskLength", "VirtualLayer"]
+
+
+class MaskLength(int):
+    """A KV length that knows its layer: it tells vattn's mask function that the mask is for this cache."""
+
+    layer: VirtualLayer
+
+    def __new__(cls, value: int, layer: VirtualLayer) -> MaskLength:
+        length = super().__new__(cls, value)
+        length.layer = layer
+        return length
+
+
+class VirtualLayer(CacheLayerMixin):
+    """K and V of one layer, in slots of the shared storage.
+
+    Args:
+        storage: of the whole cache.
+        siblings: every virtual layer of the cache by index, this one included.
+        index: in the model.
+
+    Attributes:
+        window, chunked: as in ``ConfiguredLayer``.
+        length: tokens of each sequence, padding included.
+        num_new: of them, by the newest update.
+        shape: None before the first update.
+    """
+
+    is_compileable = False
+    is_croppable = True
+
+    def __init__(self, storage: Storage, siblings: dict[int, VirtualLayer], index: int) -> None:
+        self.storage = storage
+        self._siblings = siblings
+        self.index = index
+        self.window = storage.configured[index].window
+        self.chunked = storage.configured[index].chunked
+        self.is_sliding = self.window is not None
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop the tokens, and the tensors that keep their addresses reserved."""
+        self.length = self.num_new = 0
+        self.shape: LayerShape | None = None
+        self._k = self._v = torch.empty(0)
+        self._fits: tuple[Any, ...] | None = None  # what the newest update looked like; one like it needs no checks
+        self._version = -1
+
+    # -- transformers' interface ---------------------------------------------------------------------------------
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append K and V, ``[batch, num_kv_heads, new, head_dim]``.
+
+        Returns:
+            Views ``[batch, num_kv_heads, tokens, head_dim]`` of what the new queries see: every token, or with a
+            sliding window its newest ``window - 1`` and the new ones.
+
+        Raises:
+            ConfigError: they do not fit this cache, or record gradients.
+            OutOfPages: no memory for them.
+        """
+        if key_states.requires_grad and torch.is_grad_enabled():
+            raise ConfigError(
+                "K and V of this forward pass record gradients, which a cache in place cannot keep: run it under "
+                "torch.no_grad(), or train with use_cache=False"
+            )
+        storage, start = self.storage, self.length
+        batch, heads, num_new, head_dim = key_states.shape
+        looks = (batch, heads, head_dim, value_states.shape[-1], key_states.dtype, key_states.device)
+        if looks != self._fits or self._version != storage.version:
+            self.lazy_initialization(key_states, value_states)
+            self._fits = looks
+        if start:
+            self._check_siblings(start)
+        self.num_new = num_new
+        end = start + self.num_new
+        if end > storage.rows:
+            storage.ensure(end)
+        self._k.narrow(2, start, self.num_new).copy_(key_states)
+        self._v.narrow(2, start, self.num_new).copy_(value_states)
+        self.length = end
+        first = self._first_visible(start)
+        keys = self._k.narrow(2, first, end - first)
+        keys._vattn_layer = self  # type: ignore[attr-defined]  # for vattn's attention function
+        return keys, self._v.narrow(2, first, end - first)
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Make room for tensors like these, ``[batch, num_kv_heads, any, head_dim]``."""
+        self.storage.admit(self.index, key_states, value_states, self._lengths())
+        self.shape = LayerShape.of(key_states, value_states)
+        self._k, self._v = self.storage.views(self.index)
+        self._version = self.storage.version
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(tokens that ``update`` will return, index of the first of them)."""
+        first, end = self._first_visible(self.length), self.length + query_length
+        length = end - first
+        return (MaskLength(length, self) if self.storage.switched else length), first
+
+    def get_seq_length(self) -> int:
+        """Tokens of each sequence, padding included."""
+        return self.length
+
+    def get_max_length(self) -> int:
+        """``max_length`` of the cache."""
+        return self.storage.options.max_length
+
+    # -- what the cache does with all its layers -------------------------------------------------------------------
+    @property
+    def is_initialized(self) -> bool:  # type: ignore[override]
+        """Whether it has seen a forward pass."""
+        return self.shape is not None
+
+    @property
+    def keys(self) -> torch.Tensor | None:  # type: ignore[override]
+        """``[batch, num_kv_heads, length, head_dim]``; None before the first use."""
+        return self._whole()[0]
+
+    @property
+    def values(self) -> torch.Tensor | None:  # type: ignore[override]
+        """``[batch, num_kv_heads, length, v_head_dim]``; None before the first use."""
+        return self._whole()[1]
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Make batch row ``i`` a copy of row ``beam_idx[i]``."""
+        for tensor in self._whole():
+            if tensor is not None and self.length:
+                tensor.copy_(tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def _whole(self) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
+        if self.shape is None or self.storage.kv_cache is None:
+            return None, None
+        if self._version != self.storage.version:
+            self._k, self._v = self.storage.views(self.index)
+            self._version = self.storage.version
+        return self._k[:, :, : self.length], self._v[:, :, : self.length]
+
+    def _first_visible(self, start: int) -> int:
+        return 0 if self.window is None else max(0, start - self.window + 1)
+
+    def _lengths(self) -> dict[int, int]:
+        return {index: layer.length for index, layer in self._siblings.items()}
+
+    def _check_siblings(self, start: int) -> None:
+        """The first layer of a pass finds all layers at one length, unless a smaller model ran last."""
+        if self is next(iter(self._siblings.values())):
+            behind = [i for i, layer in self._siblings.items() if layer.length != start and layer.shape is not None]
+            if behind:
+                raise ConfigError(
+                    f"layers {behind} hold another number of tokens than layer {self.index}: the forward pass before "
+                    "this one did not fill them. Use one cache for one model, and reset() it after an interrupted pass"
+                )

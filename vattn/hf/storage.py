@@ -1,0 +1,342 @@
+"""The ``KVCache`` behind a ``VirtualCache``: opened when the first layer shows its shape, one slot per batch row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+
+from ..attention import AttentionBackend, AttentionBatch, choose, get
+from ..errors import ConfigError
+from ..kv_cache import KVCache
+from ..layout import KVLayout, LayerGroup
+
+__all__ = ["ConfiguredLayer", "LayerShape", "Options", "Storage"]
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """K and V of one layer and token: ``[num_kv_heads, head_dim]`` and ``[num_kv_heads, v_head_dim]``."""
+
+    num_kv_heads: int
+    head_dim: int
+    v_head_dim: int
+
+    @classmethod
+    def of(cls, k: torch.Tensor, v: torch.Tensor) -> LayerShape:
+        """Of tensors ``[batch, num_kv_heads, tokens, head_dim]``."""
+        return cls(k.shape[1], k.shape[3], v.shape[3])
+
+
+@dataclass(frozen=True)
+class ConfiguredLayer:
+    """What a config says of an attention layer.
+
+    Attributes:
+        num_kv_heads, head_dim: only their ratios between layers matter.
+        window: of sliding or chunked attention, else None: how many tokens a query sees, its own included.
+        chunked: whether the window is a chunk.
+    """
+
+    num_kv_heads: int
+    head_dim: int
+    window: int | None = None
+    chunked: bool = False
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asked for; ``None`` where the model decides.
+
+    Attributes:
+        attention: ``"auto"``, the name of a backend, or None to leave the model's own attention in place.
+    """
+
+    max_length: int
+    device: torch.device | None = None
+    dtype: torch.dtype | None = None
+    memory_limit: int | None = None
+    page_bytes: int | None = None
+    attention: str | None = "auto"
+
+
+class Storage:
+    """Slot ``i`` holds row ``i`` of the batch; all rows are of one length, as transformers has them.
+
+    The shapes of layers not seen yet are predicted from those seen and from the config, which knows them but for what
+    tensor parallelism and a model's own habits make of them; a layer that turns out otherwise moves the cache to
+    another layout, before it holds more than the beginning of a first forward pass.
+
+    Args:
+        configured: the attention layers by index.
+        options: the user's.
+        switched: whether the model's attention is vattn's.
+
+    Attributes:
+        kv_cache: None before the first use.
+        rows: tokens that every slot is backed for.
+        version: changes whenever the tensors do.
+    """
+
+    def __init__(
+        self,
+        configured: dict[int, ConfiguredLayer],
+        options: Options,
+        switched: bool = False,
+    ) -> None:
+        self.configured = configured
+        self.options = options
+        self.switched = switched
+        self.kv_cache: KVCache | None = None
+        self.shapes: dict[int, LayerShape] = {}  # of the layers seen
+        self.rows = 0
+        self.version = 0
+        self.closed = False
+        self._batch: tuple[tuple[object, ...], AttentionBatch, torch.Tensor | None] | None = None
+        self._backends: dict[tuple[int, int, frozenset[str]], AttentionBackend] = {}
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences that it holds, -1 before the first use."""
+        return -1 if self.kv_cache is None else self.kv_cache.max_slots
+
+    # -- shapes --------------------------------------------------------------------------------------------------
+    def admit(self, layer: int, k: torch.Tensor, v: torch.Tensor, lengths: dict[int, int]) -> None:
+        """Make room for a layer's K and V, ``[batch, num_kv_heads, tokens, head_dim]``.
+
+        Args:
+            lengths: tokens that each layer holds.
+
+        Raises:
+            ConfigError: they do not fit what the cache was opened for.
+        """
+        self._check(layer, k, v, any(lengths.values()))
+        shape = LayerShape.of(k, v)
+        holds_rows = any(lengths.values())
+        cache = self.kv_cache
+        if cache is None or (not holds_rows and (cache.max_slots != k.shape[0] or cache.layout.dtype != k.dtype)):
+            if cache is not None:
+                self._drop(cache)
+            self.shapes = {layer: shape}
+            self._open(k.shape[0], self._layout(k.dtype), k.device)
+        elif layer not in self.shapes:
+            predicted = self._predict(layer)
+            self.shapes[layer] = shape
+            if predicted != shape:
+                self._move(self._layout(k.dtype), range(cache.max_slots), lengths)
+
+    def _check(self, layer: int, k: torch.Tensor, v: torch.Tensor, holds_rows: bool) -> None:
+        options, cache, shape = self.options, self.kv_cache, LayerShape.of(k, v)
+        if k.dtype != v.dtype or k.device != v.device or k.shape[:3] != v.shape[:3]:
+            raise ConfigError(f"K and V must agree, got {k.dtype} {tuple(k.shape)} and {v.dtype} {tuple(v.shape)}")
+        if options.dtype is not None and k.dtype != options.dtype:
+            raise ConfigError(f"the model computes K and V in {k.dtype}, this cache was made for dtype={options.dtype}")
+        if options.device is not None and not _same_device(k.device, options.device):
+            raise ConfigError(f"the model is on {k.device}, this cache was made for device={options.device}")
+        if cache is None:
+            return
+        known = self.shapes.get(layer)
+        if known is not None and known != shape:
+            raise ConfigError(
+                f"layer {layer} has {known} in this cache, got {shape}: make a new cache for another model"
+            )
+        if not _same_device(k.device, cache.device):
+            raise ConfigError(
+                f"layer {layer} is on {k.device}, this cache on {cache.device}: a cache lives on one device, and a "
+                "model spread over several (device_map) needs transformers' own"
+            )
+        if holds_rows and k.shape[0] != cache.max_slots:
+            raise ConfigError(
+                f"this cache holds a batch of {cache.max_slots}, got a batch of {k.shape[0]}: call reset() first, or "
+                "make a new cache"
+            )
+        if holds_rows and k.dtype != cache.layout.dtype:
+            raise ConfigError(f"this cache holds {cache.layout.dtype}, got {k.dtype}: make a new cache")
+
+    def _predict(self, layer: int) -> LayerShape:
+        """As the nearest layer seen whose config is the same, or scaled from the nearest by what the configs say."""
+        mine = self.configured[layer]
+
+        def distance(other: int) -> tuple[bool, int]:
+            known = self.configured[other]
+            return (known.num_kv_heads, known.head_dim) != (mine.num_kv_heads, mine.head_dim), abs(other - layer)
+
+        nearest = min(self.shapes, key=distance)
+        shape, known = self.shapes[nearest], self.configured[nearest]
+        return LayerShape(
+            max(1, shape.num_kv_heads * mine.num_kv_heads // known.num_kv_heads),
+            max(1, shape.head_dim * mine.head_dim // known.head_dim),
+            max(1, shape.v_head_dim * mine.head_dim // known.head_dim),
+        )
+
+    def _layout(self, dtype: torch.dtype) -> KVLayout:
+        groups: dict[tuple[LayerShape, int | None], list[int]] = {}
+        for layer in self.configured:
+            shape = self.shapes.get(layer) or self._predict(layer)
+            groups.setdefault((shape, self.configured[layer].window), []).append(layer)
+        return KVLayout(
+            groups=[
+                LayerGroup(layers, shape.num_kv_heads, shape.head_dim, shape.v_head_dim, window)
+                for (shape, window), layers in groups.items()
+            ],
+            max_seq_len=self.options.max_length,
+            dtype=dtype,
+        )
+
+    # -- opening and moving --------------------------------------------------------------------------------------
+    def _open(self, batch_size: int, layout: KVLayout, device: torch.device) -> KVCache:
+        if self.closed:
+            raise ConfigError("this VirtualCache is closed; make a new one")
+        cache = KVCache(
+            layout,
+            batch_size,
+            device,
+            memory_limit=self.options.memory_limit,
+            page_bytes=self.options.page_bytes,
+        )
+        for _ in range(batch_size):
+            cache.acquire()
+        self.kv_cache, self.rows, self._batch = cache, 0, None
+        self._slots = np.arange(batch_size)
+        self.version += 1
+        return cache
+
+    def _drop(self, cache: KVCache) -> None:
+        self.kv_cache, self._batch, self.rows = None, None, 0
+        self.version += 1
+        cache.close()
+
+    def _move(self, layout: KVLayout, sources: Iterable[int], lengths: dict[int, int]) -> None:
+        """Copy what the layers hold to a new cache, batch row ``i`` from row ``sources[i]`` of the old one."""
+        old, rows, index = self.kv_cache, self.rows, list(sources)
+        assert old is not None
+        new = self._open(len(index), layout, old.device)
+        self.ensure(rows)
+        picked = torch.tensor(index, device=old.device)
+        for layer, length in lengths.items():
+            if length:
+                for source, target in ((old.k(layer), new.k(layer)), (old.v(layer), new.v(layer))):
+                    target[: len(index), :length] = source[:, :length].index_select(0, picked)
+        old.close()
+
+    def regroup(self, sources: Iterable[int], lengths: dict[int, int]) -> None:
+        """Make batch row ``i`` the old row ``sources[i]``; the batch may grow or shrink."""
+        if self.kv_cache is not None:
+            self._move(self.kv_cache.layout, sources, lengths)
+
+    def copy(self, lengths: dict[int, int]) -> Storage:
+        """The same content in memory of its own."""
+        other = Storage(self.configured, self.options, self.switched)
+        other.shapes = dict(self.shapes)
+        if (old := self.kv_cache) is not None:
+            new = other._open(old.max_slots, old.layout, old.device)
+            other.ensure(max(lengths.values(), default=0))
+            for layer, length in lengths.items():
+                new.k(layer)[:, :length] = old.k(layer)[:, :length]
+                new.v(layer)[:, :length] = old.v(layer)[:, :length]
+        return other
+
+    def views(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V, ``[batch, num_kv_heads, max_length, head_dim]``, backed as far as ``rows``."""
+        assert self.kv_cache is not None
+        return self.kv_cache.k(layer).transpose(1, 2), self.kv_cache.v(layer).transpose(1, 2)
+
+    # -- rows ----------------------------------------------------------------------------------------------------
+    def ensure(self, rows: int) -> None:
+        """Back ``rows`` tokens of every sequence.
+
+        Raises:
+            ConfigError: more than ``max_length``.
+            OutOfPages: they do not fit in the memory limit.
+        """
+        if rows > self.options.max_length:
+            raise ConfigError(
+                f"this forward pass needs {rows} tokens of cache, max_length is {self.options.max_length}: make the "
+                "VirtualCache with a max_length of at least the prompt and all new tokens"
+            )
+        if rows > self.rows:
+            assert self.kv_cache is not None
+            self.kv_cache.ensure_batch(self._slots, np.full(len(self._slots), rows))
+            self.rows = rows
+
+    def truncate(self, rows: int) -> None:
+        """Give back whole pages past ``rows`` tokens."""
+        if self.kv_cache is not None and rows < self.rows:
+            for slot in range(self.kv_cache.max_slots):
+                self.kv_cache.truncate(slot, rows)
+            self.rows = rows
+
+    def close(self) -> None:
+        """Free everything. Idempotent."""
+        self.closed = True
+        if self.kv_cache is not None:
+            self._drop(self.kv_cache)
+
+    # -- attention -----------------------------------------------------------------------------------------------
+    def backend(self, shape: LayerShape, features: frozenset[str]) -> AttentionBackend:
+        """The backend for a layer, one that reads nothing past the end of a sequence."""
+        key = (shape.head_dim, shape.v_head_dim, features)
+        if key not in self._backends:
+            self._backends[key] = self._choose(shape, features)
+        return self._backends[key]
+
+    def _choose(self, shape: LayerShape, features: frozenset[str]) -> AttentionBackend:
+        assert self.kv_cache is not None
+        name, cache = self.options.attention, self.kv_cache
+        if name not in ("auto", None):
+            backend = get(name)
+            missing = sorted(features - backend.features)
+            if missing:
+                raise ConfigError(f'attention {name!r} has no {" or ".join(missing)}; use attention="auto"')
+            if reason := backend.supports(cache.device, cache.layout.dtype, shape.head_dim):
+                raise ConfigError(f'attention {name!r} cannot be used: {reason}; use attention="auto"')
+            return backend
+        if shape.head_dim != shape.v_head_dim:  # the FlashAttention kernels want them equal
+            return get("sdpa") if features <= get("sdpa").features else get("reference")
+        return choose(cache.device, cache.layout.dtype, shape.head_dim, max_over_read=0, features=features)
+
+    def batch(self, new: int, end: int, starts: Sequence[int] | None) -> tuple[AttentionBatch, torch.Tensor | None]:
+        """The batch of one forward pass, made once for all its layers.
+
+        Args:
+            new: tokens that the pass computes, of each sequence.
+            end: tokens that each sequence then has, padding included.
+            starts: left padding of each sequence, or None.
+
+        Returns:
+            The batch without the padding, and where its packed tokens lie among the ``batch * new`` of the pass (None:
+            they are all of them).
+        """
+        key = (new, end, None if starts is None else tuple(starts), self.version)
+        if self._batch is None or self._batch[0] != key:
+            self._batch = (key, *self._make_batch(new, end, starts))
+        return self._batch[1:]
+
+    def _make_batch(
+        self, new: int, end: int, starts: Sequence[int] | None
+    ) -> tuple[AttentionBatch, torch.Tensor | None]:
+        assert self.kv_cache is not None
+        size, device = self.kv_cache.max_slots, self.kv_cache.device
+        if starts is None:
+            return AttentionBatch.build(range(size), [new] * size, [end] * size, device), None
+        live = [i for i in range(size) if starts[i] < end]  # a chunk of a prompt may be nothing but padding
+        query_lens = [min(new, end - starts[i]) for i in live]
+        batch = AttentionBatch(
+            tuple(live),
+            tuple(query_lens),
+            tuple(end - starts[i] for i in live),
+            device,
+            tuple(starts[i] for i in live),
+        )
+        if batch.num_tokens == size * new:
+            return batch, None
+        tokens = [i * new + j for i, n in zip(live, query_lens, strict=True) for j in range(new - n, new)]
+        assert all(first < second for first, second in pairwise(tokens))
+        return batch, torch.tensor(tokens, device=device)
+
+
+def _same_device(one: torch.device, other: torch.device) -> bool:
+    return one.type == other.type and (one.index == other.index or None in (one.index, other.index))
