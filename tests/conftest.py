@@ -21,6 +21,10 @@ from vattn.errors import DriverError
 
 MIB = 1 << 20
 
+# Without a GPU, Triton's kernels run in its interpreter; it asks when a kernel is made.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 
 # -- what a test must not leave behind -------------------------------------------------------------------------------
 _failed = pytest.StashKey[bool]()

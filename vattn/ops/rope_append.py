@@ -1,0 +1,194 @@
+"""QK-norm, rotary embedding and the append of K and V straight into the cache's views."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+
+from .triton_support import next_power_of_2, require_triton
+
+__all__ = ["rope_append", "rope_append_reference", "rope_table"]
+
+
+def rope_table(frequencies: torch.Tensor, max_positions: int) -> torch.Tensor:
+    """Cosines and sines of every position's angles, ``[max_positions, 2, head_dim / 2]`` float32.
+
+    Args:
+        frequencies: ``[head_dim / 2]`` float32, radians a position (Su et al. 2021, scaled or not).
+    """
+    positions = torch.arange(max_positions, device=frequencies.device, dtype=torch.float32)
+    angles = positions[:, None] * frequencies.float()
+    return torch.stack((angles.cos(), angles.sin()), dim=1)
+
+
+def rope_append_reference(
+    qkv: torch.Tensor,
+    table: torch.Tensor,
+    slots: torch.Tensor,
+    rows: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    q_norm: torch.Tensor | None = None,
+    k_norm: torch.Tensor | None = None,
+    eps: float = 1e-6,
+) -> torch.Tensor:
+    """Normalise Q and K heads where asked, turn them by their position, write K and V to the cache.
+
+    All in float32 or wider, rounded once. Heads are split in halves, as Hugging Face checkpoints have them: the pair
+    ``(x[i], x[i + head_dim / 2])`` turns by the angle ``i``.
+
+    Args:
+        qkv: ``[tokens, (num_heads + 2 * num_kv_heads) * head_dim]``, Q's heads first, then K's, then V's.
+        table: ``rope_table``.
+        slots: ``[tokens]`` int, the slot of each token.
+        rows: ``[tokens]`` int, its row there, which is its position too.
+        k_cache, v_cache: ``[max_slots, max_seq_len, num_kv_heads, head_dim]``, any strides but the last.
+        q_norm, k_norm: ``[head_dim]``, weights of the norm over each head; None for none.
+        eps: of that norm.
+
+    Returns:
+        Q, ``[tokens, num_heads, head_dim]`` in qkv's dtype.
+    """
+    head_dim, num_kv_heads = k_cache.shape[3], k_cache.shape[2]
+    wide = qkv.to(torch.promote_types(qkv.dtype, torch.float32)).unflatten(-1, (-1, head_dim))
+    num_heads = wide.shape[1] - 2 * num_kv_heads
+    q, k, v = wide.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
+    cos, sin = table[rows.long()].to(wide.dtype)[:, :, None].unbind(1)
+
+    def turned(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+        if weight is not None:
+            x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.to(x.dtype)
+        first, second = x.chunk(2, dim=-1)
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+    where = (slots.long(), rows.long())
+    k_cache.index_put_(where, turned(k, k_norm).to(k_cache.dtype))
+    v_cache.index_put_(where, v.to(v_cache.dtype))
+    return turned(q, q_norm).to(qkv.dtype)
+
+
+def rope_append(
+    qkv: torch.Tensor,
+    table: torch.Tensor,
+    slots: torch.Tensor,
+    rows: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    q_norm: torch.Tensor | None = None,
+    k_norm: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``rope_append_reference`` as one kernel, a program a token and head; offsets in 64 bits.
+
+    Raises:
+        ConfigError: the tensors are not on a GPU.
+    """
+    require_triton(qkv, k_cache, v_cache)
+    num_kv_heads, head_dim = k_cache.shape[2:]
+    tokens, num_heads = qkv.shape[0], qkv.shape[1] // head_dim - 2 * num_kv_heads
+    out = qkv.new_empty(tokens, num_heads, head_dim) if out is None else out
+    _kernel()[(tokens, num_heads + 2 * num_kv_heads)](
+        qkv,
+        table,
+        slots,
+        rows,
+        k_cache,
+        v_cache,
+        qkv if q_norm is None else q_norm,
+        qkv if k_norm is None else k_norm,
+        out,
+        qkv.stride(0),
+        out.stride(0),
+        *k_cache.stride()[:3],
+        *v_cache.stride()[:3],
+        num_heads,
+        num_kv_heads,
+        head_dim,
+        eps,
+        Q_NORM=q_norm is not None,
+        K_NORM=k_norm is not None,
+        HALF=next_power_of_2(head_dim // 2),
+        num_warps=1,
+    )
+    return out
+
+
+@cache
+def _kernel() -> Any:
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def rope_append_kernel(  # type: ignore[no-untyped-def]
+        qkv_ptr,
+        table_ptr,
+        slots_ptr,
+        rows_ptr,
+        k_ptr,
+        v_ptr,
+        q_norm_ptr,
+        k_norm_ptr,
+        out_ptr,
+        qkv_stride,
+        out_stride,
+        k_slot_stride,
+        k_row_stride,
+        k_head_stride,
+        v_slot_stride,
+        v_row_stride,
+        v_head_stride,
+        num_heads,
+        num_kv_heads,
+        head_dim,
+        eps,
+        Q_NORM: tl.constexpr,
+        K_NORM: tl.constexpr,
+        HALF: tl.constexpr,
+    ):
+        token = tl.program_id(0).to(tl.int64)
+        head = tl.program_id(1)
+        half = head_dim // 2
+        columns = tl.arange(0, HALF)
+        inside = columns < half
+        source = qkv_ptr + token * qkv_stride + head * head_dim
+        first = tl.load(source + columns, mask=inside, other=0.0).to(tl.float32)
+        second = tl.load(source + half + columns, mask=inside, other=0.0).to(tl.float32)
+        slot = tl.load(slots_ptr + token).to(tl.int64)
+        row = tl.load(rows_ptr + token).to(tl.int64)
+
+        is_q = head < num_heads
+        is_k = (head >= num_heads) & (head < num_heads + num_kv_heads)
+        if is_q | is_k:
+            if Q_NORM and is_q:
+                scale = tl.rsqrt((tl.sum(first * first, 0) + tl.sum(second * second, 0)) / head_dim + eps)
+                first *= scale * tl.load(q_norm_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+                second *= scale * tl.load(q_norm_ptr + half + columns, mask=inside, other=0.0).to(tl.float32)
+            if K_NORM and is_k:
+                scale = tl.rsqrt((tl.sum(first * first, 0) + tl.sum(second * second, 0)) / head_dim + eps)
+                first *= scale * tl.load(k_norm_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+                second *= scale * tl.load(k_norm_ptr + half + columns, mask=inside, other=0.0).to(tl.float32)
+            angles = table_ptr + row * head_dim
+            cos = tl.load(angles + columns, mask=inside, other=0.0)
+            sin = tl.load(angles + half + columns, mask=inside, other=0.0)
+            turned = first * cos - second * sin
+            second = second * cos + first * sin
+            first = turned
+
+        if is_q:
+            target = out_ptr + token * out_stride + head * head_dim
+            tl.store(target + columns, first.to(out_ptr.dtype.element_ty), mask=inside)
+            tl.store(target + half + columns, second.to(out_ptr.dtype.element_ty), mask=inside)
+        elif is_k:
+            target = k_ptr + slot * k_slot_stride + row * k_row_stride + (head - num_heads) * k_head_stride
+            tl.store(target + columns, first.to(k_ptr.dtype.element_ty), mask=inside)
+            tl.store(target + half + columns, second.to(k_ptr.dtype.element_ty), mask=inside)
+        else:
+            kv_head = head - num_heads - num_kv_heads
+            target = v_ptr + slot * v_slot_stride + row * v_row_stride + kv_head * v_head_stride
+            tl.store(target + columns, first.to(v_ptr.dtype.element_ty), mask=inside)
+            tl.store(target + half + columns, second.to(v_ptr.dtype.element_ty), mask=inside)
+
+    return rope_append_kernel

@@ -1,0 +1,61 @@
+"""SwiGLU's elementwise half, over the merged gate and up projections."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+
+from .triton_support import require_triton
+
+__all__ = ["swiglu", "swiglu_reference"]
+
+_BLOCK = 1024
+
+
+def swiglu_reference(gate_up: torch.Tensor) -> torch.Tensor:
+    """``silu(gate) * up`` (Shazeer 2020), in float32 or wider, rounded once.
+
+    Args:
+        gate_up: ``[tokens, 2 * size]``, the gate's columns first.
+
+    Returns:
+        ``[tokens, size]``.
+    """
+    gate, up = gate_up.to(torch.promote_types(gate_up.dtype, torch.float32)).chunk(2, dim=-1)
+    return (torch.nn.functional.silu(gate) * up).to(gate_up.dtype)
+
+
+def swiglu(gate_up: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """``swiglu_reference`` as one kernel.
+
+    Raises:
+        ConfigError: the tensor is not on a GPU.
+    """
+    require_triton(gate_up)
+    tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
+    out = gate_up.new_empty(tokens, size) if out is None else out
+    _kernel()[(tokens, -(-size // _BLOCK))](gate_up, out, gate_up.stride(0), out.stride(0), size, BLOCK=_BLOCK)
+    return out
+
+
+@cache
+def _kernel() -> Any:
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def swiglu_kernel(  # type: ignore[no-untyped-def]
+        gate_up_ptr, out_ptr, in_stride, out_stride, size, BLOCK: tl.constexpr
+    ):
+        token = tl.program_id(0).to(tl.int64)
+        columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        inside = columns < size
+        row = gate_up_ptr + token * in_stride
+        gate = tl.load(row + columns, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(row + size + columns, mask=inside, other=0.0).to(tl.float32)
+        value = gate / (1.0 + tl.exp(-gate)) * up
+        tl.store(out_ptr + token * out_stride + columns, value.to(out_ptr.dtype.element_ty), mask=inside)
+
+    return swiglu_kernel
