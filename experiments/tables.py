@@ -97,8 +97,36 @@ def ensure_batch(records: list[Record]) -> str:
     return markdown([*header, "all crossing, µs", "… per page", "release, µs per page"], rows)
 
 
+def hf_memory(records: list[Record]) -> str:
+    """Memory beyond the weights: MiB, and times what K and V alone take."""
+    return _hf(records, "peak_memory", lambda value, limit: f"{value:,.0f} ({value / limit:.2f}×)")
+
+
+def hf_steps(records: list[Record]) -> str:
+    """Eager decode steps: ms, and the limit's share of them."""
+    return _hf(records, "decode_step", lambda value, limit: f"{value:.1f} ({limit / value:.0%})")
+
+
+def _hf(records: list[Record], metric: str, cell: Callable[[float, float], str]) -> str:
+    found = {(record["case"], record["system"]): record["value"] for record in records if record["metric"] == metric}
+    systems = ("transformers-dynamic", "transformers-static", "vattn")
+    rows = []
+    for case in dict.fromkeys(case for case, _ in found):
+        words = fields(case)
+        limit = found[f"8B B={words['B']} L={words['L']}", "limit"]
+        values = [found.get((case, system)) for system in systems]
+        rows.append(
+            [words["B"], f"{int(words['L']):,}", f"{int(words.get('max', words['L'])):,}", f"{limit:,.0f}"]
+            if metric == "peak_memory"
+            else [words["B"], f"{int(words['L']):,}", f"{int(words.get('max', words['L'])):,}", f"{limit:.1f}"]
+        )
+        rows[-1] += ["–" if value is None else cell(value, limit) for value in values]
+    unit = "MiB" if metric == "peak_memory" else "ms"
+    return markdown(["batch", "tokens", "maximum", f"limit, {unit}", *(f"{name}, {unit}" for name in systems)], rows)
+
+
 TABLES: dict[str, Callable[[list[Record]], str]] = {
-    function.__name__: function for function in (cards, driver_calls, ensure_batch)
+    function.__name__: function for function in (cards, driver_calls, ensure_batch, hf_memory, hf_steps)
 }
 
 

@@ -60,6 +60,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "layer_types": _MIXED,
         },
     ),
+    "DiffLlama": ("DiffLlamaConfig", _GQA),
     "OLMo-2": ("Olmo2Config", _GQA),
     "Granite": ("GraniteConfig", {**_GQA, "attention_multiplier": 0.2, "logits_scaling": 2.0}),
     "StableLM": ("StableLmConfig", _GQA),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import pickle
 import random
 
 import pytest
@@ -103,7 +104,7 @@ def _mask(padded):
 def test_chunked_prefill(name):
     model = make_model(name)
     mask = torch.ones(2, 40, dtype=torch.long)
-    mask[0, :9] = 0  # its first chunk is nothing but padding
+    mask[0, :9] = 0  # its first two chunks are nothing but padding
     whole = logits(model, prompt(2, length=40), DynamicCache(config=model.config), attention_mask=mask)
     with VirtualCache(model.config, max_length=MAX_LENGTH, page_bytes=4096) as past:
         parts = []
@@ -311,6 +312,11 @@ def test_another_model(model, past):
     logits(shallow, prompt(2), past)
     with pytest.raises(ConfigError, match=r"layers \[2, 3\] hold another number of tokens"):
         logits(model, prompt(2), past)
+    with (
+        VirtualCache(model.config, max_length=64) as fresh,
+        pytest.raises(ConfigError, match=r"layers \[2, 3\] hold another number"),
+    ):
+        shallow.generate(prompt(2), past_key_values=fresh, max_new_tokens=3)
 
 
 def test_another_dtype_or_device(model):
@@ -328,6 +334,12 @@ def test_another_dtype_or_device(model):
         pytest.raises(ConfigError, match="the model is on cpu, this cache was made for device=cuda"),
     ):
         logits(model, prompt(1), past)
+
+
+def test_gradients_of_v_alone(past, model):
+    draw = torch.randn(2, 2, 3, 16)
+    with pytest.raises(ConfigError, match="record gradients"):
+        past.update(draw, draw.clone().requires_grad_(), 0)
 
 
 def test_gradients(model, past):
@@ -401,6 +413,129 @@ def test_a_mask_that_lost_what_it_stands_for(model, past):
             logits(model, prompt(1), past)
     finally:
         hook.remove()
+
+
+class Interrupted(Exception):
+    pass
+
+
+def interrupt(module):
+    """Let the module's next call fail."""
+
+    def hook(*args):
+        handle.remove()
+        raise Interrupted
+
+    handle = module.register_forward_pre_hook(hook)
+
+
+@pytest.mark.parametrize("tokens_before", [0, 11])
+def test_an_interrupted_pass(model, past, tokens_before):
+    """The next pass is refused before it computes a token; after reset() all is well."""
+    if tokens_before:
+        logits(model, prompt(2), past)
+    interrupt(model.model.layers[1])
+    with pytest.raises(Interrupted):
+        logits(model, prompt(2), past)
+    with pytest.raises(ConfigError, match=r"layers \[1, 2, 3\] hold another number of tokens.*interrupted"):
+        logits(model, prompt(2), past)
+    past.reset()
+    close(logits(model, prompt(2), past), logits(model, prompt(2)))
+
+
+def test_hybrids_fail_whole():
+    model = make_model("Qwen3-Next")
+    with VirtualCache(model.config, max_length=64, page_bytes=4096) as past:
+        with pytest.raises(ConfigError, match="needs 70 tokens"):
+            logits(model, prompt(1, length=70), past)
+        with pytest.raises(ConfigError, match=r"recurrent layers ran ahead: call reset\(\)"):
+            logits(model, prompt(1), past)
+        past.reset()
+        close(logits(model, prompt(2), past), logits(model, prompt(2)))
+        for refused in (
+            lambda: past.crop(-3),
+            lambda: past.batch_select_indices(torch.tensor([0])),
+            lambda: past.batch_repeat_interleave(2),
+            lambda: copy.deepcopy(past),
+        ):
+            with pytest.raises((ConfigError, RuntimeError)):
+                refused()
+        both = torch.cat([prompt(2), prompt(2, seed=3, length=2)], dim=1)
+        close(logits(model, prompt(2, seed=3, length=2), past), logits(model, both)[:, 11:])
+        past.reset()
+        close(logits(model, prompt(3), past), logits(model, prompt(3)))
+
+
+def test_regrouping_fails_whole(model):
+    with VirtualCache(model.config, max_length=MAX_LENGTH, page_bytes=4096, memory_limit=40 * 4096) as past:
+        logits(model, prompt(3), past)
+        with pytest.raises(OutOfPages):
+            past.batch_repeat_interleave(30)
+        for wrong, message in (
+            (torch.tensor([3]), "sequences of a batch of 3"),
+            (torch.tensor([-4]), "sequences of a batch of 3"),
+            (torch.tensor([], dtype=torch.long), "sequences of a batch of 3"),
+            (torch.tensor([True, False]), "must have 3 elements"),
+        ):
+            with pytest.raises(ConfigError, match=message):
+                past.batch_select_indices(wrong)
+        for wrong in (torch.tensor([1]), torch.tensor([1, 0])):
+            with pytest.raises(ConfigError, match="a row for each of the 3 sequences"):
+                past.reorder_cache(wrong)
+        past.batch_select_indices([-1, 0])
+        wanted = logits(model, torch.cat([prompt(3)[[2, 0]], prompt(2, seed=2)], dim=1))[:, 11:]
+        close(logits(model, prompt(2, seed=2), past), wanted)
+
+
+def test_a_config_copied_while_switched(model):
+    with VirtualCache(model.config, max_length=8):
+        other = copy.deepcopy(model)
+    assert other.config._attn_implementation == "vattn_sdpa"
+    with VirtualCache(other.config, max_length=64) as past:
+        close(logits(other, prompt(2), past), logits(model, prompt(2)))
+    assert other.config._attn_implementation == "sdpa"
+
+
+def test_a_collection_while_switching():
+    """Caches that die in a reference cycle come back to the lock that switching holds."""
+
+    class Holder:
+        pass
+
+    def drop():
+        holder = Holder()
+        holder.me, holder.past = holder, VirtualCache(transformers.LlamaConfig(attn_implementation="sdpa"), 8)
+
+    threshold = gc.get_threshold()
+    gc.set_threshold(1)
+    try:
+        for _ in range(3):
+            drop()
+            VirtualCache(transformers.Qwen2Config(attn_implementation="sdpa"), 8).close()
+    finally:
+        gc.set_threshold(*threshold)
+
+
+def test_an_attention_named_for_a_model_that_has_its_own():
+    model = make_model("Falcon")
+    with pytest.raises(ConfigError, match="'sdpa' cannot be used: a FalconConfig model computes its own"):
+        VirtualCache(model.config, attention="sdpa")
+
+
+def test_autocast(model, past):
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = logits(model, prompt(2), DynamicCache(config=model.config))
+        got = logits(model, prompt(2), past)
+    assert past.kv_cache.layout.dtype == torch.bfloat16
+    assert (got - wanted).abs().mean() < 0.05 * wanted.abs().mean()
+
+
+def test_pickling_and_copying(model, past):
+    with pytest.raises(ConfigError, match=r"cannot be pickled; copy.deepcopy"):
+        pickle.dumps(past)
+    logits(model, prompt(1), past)
+    with copy.copy(past) as other:
+        assert other.layers[0].keys.data_ptr() != past.layers[0].keys.data_ptr()
 
 
 # -- what is left ----------------------------------------------------------------------------------------------------

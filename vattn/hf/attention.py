@@ -12,7 +12,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -31,17 +31,31 @@ _PREFIX = "vattn_"
 _STANDS_FOR = {"sdpa": "sdpa", "eager": "eager", "flash_attention_2": "sdpa", "flash_attention_3": "sdpa"}
 
 
-@dataclass(frozen=True)
+# What attention is called with besides Q, K and V that vattn's backends know, or may overlook. With anything else the
+# call is passed on.
+_KNOWN = {"sliding_window", "softcap", "s_aux", "is_causal"}
+_OVERLOOKED = {
+    *("position_ids", "cache_position", "position_embeddings", "past_key_values", "use_cache", "layer_idx"),
+    *("output_hidden_states", "output_router_logits", "return_dict", "logits_to_keep"),
+}
+
+
+@dataclass
 class _Mask:
     """What stands for a mask of a ``VirtualCache``, as an attribute of the tensor that models pass along.
 
     Attributes:
         starts: left padding of each sequence, or None where there is none.
-        dense: makes the mask that the attention passed on to would have had.
+        make_dense: makes the mask that the attention passed on to would have had.
     """
 
     starts: tuple[int, ...] | None
-    dense: Callable[[], torch.Tensor | None]
+    make_dense: Callable[[], torch.Tensor | None]
+
+    @cached_property
+    def dense(self) -> torch.Tensor | None:
+        """That mask, made once for all layers that pass on."""
+        return self.make_dense()
 
 
 def mask_for(
@@ -72,31 +86,34 @@ def mask_for(
         **others,
     )
     layer = kv_length.layer if isinstance(kv_length, MaskLength) else None
-    # Masks of a model's own making (images, prefixes) may not be skipped.
-    if layer is None or layer.chunked or layer.window != local_size or not allow_is_causal_skip:
+    # Masks of a model's own making (images, prefixes) may not be skipped; layers that share K and V cut their masks.
+    shares = getattr(others.get("config"), "num_kv_shared_layers", None)
+    if layer is None or layer.chunked or layer.window != local_size or not allow_is_causal_skip or shares:
         return dense(allow_is_causal_skip=allow_is_causal_skip)
     starts = None
     if attention_mask is not None:
-        padding = _left_padding(attention_mask, layer.length + q_length)
+        padding = _left_padding(attention_mask, batch_size, layer.length + q_length)
         if padding is None:
             return dense(allow_is_causal_skip=False)
         starts = padding if any(padding) else None
-    tensor = torch.empty(0, dtype=torch.bool)
+    # Of four dimensions, for models that look whether a mask is one already.
+    tensor = torch.empty((batch_size, 1, q_length, 0), dtype=torch.bool)
     mask = _Mask(starts, partial(dense, allow_is_causal_skip=False))
     tensor._vattn_mask = mask  # type: ignore[attr-defined]
     return tensor
 
 
-def _left_padding(attention_mask: torch.Tensor, num_tokens: int) -> tuple[int, ...] | None:
-    """Zeros before the first one of each row of a ``[batch, tokens]`` mask; None if there are others."""
-    if attention_mask.ndim != 2 or attention_mask.shape[1] != num_tokens:
+def _left_padding(attention_mask: torch.Tensor, batch_size: int, num_tokens: int) -> tuple[int, ...] | None:
+    """Zeros before the first one of each row of a ``[batch, tokens]`` mask; None if there are others, or no ones."""
+    if attention_mask.shape != (batch_size, num_tokens):
         return None
     ones = attention_mask.to(torch.bool)
-    found = torch.stack([ones.to(torch.int8).argmax(-1), ones.sum(-1)]).tolist()  # the one time that the host waits
-    starts, counts = found
+    # The one time that the host waits for the device.
+    firsts, counts = torch.stack([ones.to(torch.int8).argmax(-1), ones.sum(-1)]).tolist()
+    starts = tuple(first if count else num_tokens for first, count in zip(firsts, counts, strict=True))
     if any(start + count != num_tokens for start, count in zip(starts, counts, strict=True)):
         return None
-    return tuple(starts)
+    return starts if min(starts) < num_tokens else None
 
 
 def attend(
@@ -116,12 +133,12 @@ def attend(
     """
     layer: VirtualLayer | None = getattr(key, "_vattn_layer", None)
     mask: _Mask | None = getattr(attention_mask, "_vattn_mask", None)
-    if layer is not None and mask is not None and _is_plain(layer, module, query, key, dropout, options):
+    if layer is not None and mask is not None and _is_plain(layer, module, query, key, value, dropout, options):
         out = _attend(layer, mask, query, scaling, options)
         if out is not None:
             return out, None
     if mask is not None:
-        attention_mask = mask.dense()
+        attention_mask = mask.dense
     elif layer is not None and attention_mask is not None and attention_mask.numel() == 0:
         raise ConfigError(
             "the attention mask was copied on its way through the model (to another device?) and lost what it stands "
@@ -136,19 +153,22 @@ def _is_plain(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
+    value: torch.Tensor,
     dropout: float,
     options: dict[str, Any],
 ) -> bool:
-    """Whether vattn's backends compute what was asked for."""
+    """Whether vattn's backends compute what was asked for: of K and V as they were returned, with options they know."""
     return (
-        query.shape[2] == layer.num_new
+        getattr(value, "_vattn_layer", None) is layer
+        and query.shape[2] == layer.num_new
         and query.dtype == key.dtype
         and not (dropout and module.training)
         and options.get("sliding_window") in (None, layer.window)
         and options.get("is_causal") is not False
         and getattr(module, "is_causal", True)
-        and options.get("position_bias") is None
-        and not options.get("output_attentions")
+        and all(
+            given is None or given is False or name in _KNOWN or name in _OVERLOOKED for name, given in options.items()
+        )
     )
 
 
@@ -205,7 +225,7 @@ class _Switched:
     num_users: int
 
 
-_LOCK = threading.Lock()
+_LOCK = threading.RLock()  # a collection that starts in here may end caches, and come back
 _SWITCHED: dict[int, _Switched] = {}
 
 
@@ -215,13 +235,15 @@ def switch_attention(config: PreTrainedConfig) -> str | None:
     Returns:
         The name that was set before; None, and nothing changed, where the model does not look its attention up.
     """
+    looks_it_up = _looks_attention_up(config)  # imports the model's module: not while holding the lock
     with _LOCK:
+        current = config._attn_implementation or ""
         entry = _SWITCHED.get(id(config))
-        if entry is not None and entry.config() is config and config._attn_implementation.startswith(_PREFIX):
+        if entry is not None and entry.config() is config and current.startswith(_PREFIX):
             entry.num_users += 1
             return entry.previous
-        previous = config._attn_implementation
-        if previous not in _STANDS_FOR or not _looks_attention_up(config):
+        previous = current.removeprefix(_PREFIX)  # of a config copied while it was switched
+        if previous not in _STANDS_FOR or not looks_it_up:
             return None
         _SWITCHED[id(config)] = _Switched(weakref.ref(config), previous, 1)
         config._attn_implementation = _PREFIX + _STANDS_FOR[previous]

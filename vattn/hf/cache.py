@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from dataclasses import fields
 from typing import Any
@@ -62,10 +63,8 @@ class VirtualCache(Cache):
             max_length = getattr(text_config, "max_position_embeddings", None)
             if max_length is None:
                 raise ConfigError("this config has no max_position_embeddings: give max_length")
-        if attention not in ("auto", None):
-            name = backends.get(attention)
-            if name.over_read_tokens:
-                raise ConfigError(f"attention {attention!r} reads past the end of a sequence; choose another")
+        if attention not in ("auto", None) and backends.get(attention).over_read_tokens:
+            raise ConfigError(f"attention {attention!r} reads past the end of a sequence; choose another")
         options = Options(
             require_int("max_length", max_length, 1),
             None if device is None else torch.device(device),
@@ -77,6 +76,11 @@ class VirtualCache(Cache):
         layers, configured = _layers(text_config)
         self._config = text_config
         previous = switch_attention(text_config) if attention is not None else None
+        if previous is None and attention not in ("auto", None):
+            raise ConfigError(
+                f"attention {attention!r} cannot be used: a {type(text_config).__name__} model computes its own, or is "
+                'set to one that vattn does not stand in for; use attention="auto"'
+            )
         self._restore = weakref.finalize(self, restore_attention, text_config) if previous is not None else None
         self._assemble(layers, Storage(configured, options, switched=previous is not None))
 
@@ -91,6 +95,7 @@ class VirtualCache(Cache):
             layers.append(template)
         super().__init__(layers=layers)
         self._storage, self._virtual = storage, virtual
+        self._torn = False  # whether a failed forward pass left recurrent layers ahead of the others
 
     # -- transformers' interface ---------------------------------------------------------------------------------
     def update(
@@ -105,7 +110,13 @@ class VirtualCache(Cache):
         if not 0 <= layer_idx < len(self.layers):
             raise ConfigError(f"this cache was made for a model of {len(self.layers)} layers, got layer {layer_idx}")
         layer: Any = self.layers[layer_idx]
-        return layer.update(key_states, value_states, *args, **kwargs)
+        if self._torn:
+            raise ConfigError("a forward pass of this cache failed, and its recurrent layers ran ahead: call reset()")
+        try:
+            return layer.update(key_states, value_states, *args, **kwargs)
+        except BaseException:
+            self._torn = len(self._virtual) != len(self.layers)
+            raise
 
     def crop(self, tokens_to_remove: int = 0, max_length: int | None = None) -> None:
         """Remove the newest tokens of every sequence.
@@ -116,10 +127,10 @@ class VirtualCache(Cache):
         """
         self._open()
         number = int(tokens_to_remove if max_length is None else max_length)  # some versions give a tensor
+        self._others("crop", number)  # first, because recurrent layers cannot
         for layer in self._virtual.values():
             layer.length = min(layer.length, number) if number > 0 else max(0, layer.length + number)
         self._storage.truncate(max((layer.length for layer in self._virtual.values()), default=0))
-        self._others("crop", number)
 
     def reset(self) -> None:
         """Forget every token. Afterwards the batch may be of another size."""
@@ -127,22 +138,42 @@ class VirtualCache(Cache):
         for layer in self._virtual.values():
             layer.length = 0
         self._storage.truncate(0)
-        self._others("reset")
+        if len(self._virtual) != len(self.layers):
+            fresh, _ = _layers(self._config)
+            self.layers = [self._virtual.get(index, layer) for index, layer in enumerate(fresh)]
+        self._torn = False
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Make every sequence ``repeats`` sequences, neighbours in the batch."""
-        self._regroup(torch.arange(max(self.batch_size, 0)).repeat_interleave(repeats))
-        self._others("batch_repeat_interleave", repeats)
+        """Make every sequence ``repeats`` sequences, neighbours in the batch.
+
+        Raises:
+            ConfigError: a layer is recurrent and cannot.
+            OutOfPages: no memory for them; as with ``batch_select_indices``, the old batch and the new one exist for a
+                moment, each within ``memory_limit``.
+        """
+        repeats = require_int("repeats", repeats, 1)
+        self._regroup("batch_repeat_interleave", torch.arange(max(self.batch_size, 0)).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep these sequences, in this order."""
-        if indices.dtype == torch.bool:
-            indices = indices.nonzero()[:, 0]
-        self._regroup(indices)
-        self._others("batch_select_indices", indices)
+        """Keep these sequences, in this order: indices, negative ones from the end, or a mask over the batch.
 
-    def _regroup(self, indices: torch.Tensor) -> None:
+        Raises:
+            ConfigError, OutOfPages: as ``batch_repeat_interleave``; ConfigError too where there is no such sequence.
+        """
+        size = max(self.batch_size, 0)
+        indices = torch.as_tensor(indices)
+        if indices.dtype == torch.bool:
+            if indices.shape != (size,):
+                raise ConfigError(f"a mask over the batch must have {size} elements, got {tuple(indices.shape)}")
+            indices = indices.nonzero()[:, 0]
+        if indices.ndim != 1 or not len(indices) or indices.min() < -size or indices.max() >= size:
+            raise ConfigError(f"indices must name sequences of a batch of {size}, got {indices.tolist()}")
+        self._regroup("batch_select_indices", indices.long() % size)
+
+    def _regroup(self, method: str, indices: torch.Tensor) -> None:
         self._open()
+        if len(self._virtual) != len(self.layers):
+            raise ConfigError(f"{method}: this model has layers that are not attention, which cannot")
         lengths = {index: layer.length for index, layer in self._virtual.items()}
         self._storage.regroup(indices.tolist(), lengths)
 
@@ -173,6 +204,12 @@ class VirtualCache(Cache):
         for index, layer in self._virtual.items():
             other._virtual[index].length, other._virtual[index].shape = layer.length, layer.shape
         return other
+
+    def __copy__(self) -> VirtualCache:
+        return copy.deepcopy(self)
+
+    def __reduce__(self) -> Any:
+        raise ConfigError("a VirtualCache cannot be pickled; copy.deepcopy copies it within the process")
 
     # -- vattn's own ---------------------------------------------------------------------------------------------
     @property

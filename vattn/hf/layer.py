@@ -67,24 +67,28 @@ class VirtualLayer(CacheLayerMixin):
 
         Returns:
             Views ``[batch, num_kv_heads, tokens, head_dim]`` of what the new queries see: every token, or with a
-            sliding window its newest ``window - 1`` and the new ones.
+            sliding window its newest ``window - 1`` and the new ones. Not to be read after ``crop``, ``reset`` or
+            ``close``: there is no memory behind them then.
 
         Raises:
             ConfigError: they do not fit this cache, or record gradients.
             OutOfPages: no memory for them.
         """
-        if key_states.requires_grad and torch.is_grad_enabled():
+        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
             raise ConfigError(
                 "K and V of this forward pass record gradients, which a cache in place cannot keep: run it under "
                 "torch.no_grad(), or train with use_cache=False"
             )
+        if key_states.dtype != value_states.dtype and torch.is_autocast_enabled(key_states.device.type):
+            dtype = torch.get_autocast_dtype(key_states.device.type)  # some rotary embeddings leave K in float32
+            key_states, value_states = key_states.to(dtype), value_states.to(dtype)
         storage, start = self.storage, self.length
         batch, heads, num_new, head_dim = key_states.shape
         looks = (batch, heads, head_dim, value_states.shape[-1], key_states.dtype, key_states.device)
         if looks != self._fits or self._version != storage.version:
             self.lazy_initialization(key_states, value_states)
             self._fits = looks
-        if start:
+        if self is self._first:
             self._check_siblings(start)
         self.num_new = num_new
         end = start + self.num_new
@@ -94,9 +98,9 @@ class VirtualLayer(CacheLayerMixin):
         self._v.narrow(2, start, self.num_new).copy_(value_states)
         self.length = end
         first = self._first_visible(start)
-        keys = self._k.narrow(2, first, end - first)
-        keys._vattn_layer = self  # type: ignore[attr-defined]  # for vattn's attention function
-        return keys, self._v.narrow(2, first, end - first)
+        keys, values = self._k.narrow(2, first, end - first), self._v.narrow(2, first, end - first)
+        keys._vattn_layer = values._vattn_layer = self  # type: ignore[attr-defined]  # for vattn's attention function
+        return keys, values
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Make room for tensors like these, ``[batch, num_kv_heads, any, head_dim]``."""
@@ -127,16 +131,21 @@ class VirtualLayer(CacheLayerMixin):
 
     @property
     def keys(self) -> torch.Tensor | None:  # type: ignore[override]
-        """``[batch, num_kv_heads, length, head_dim]``; None before the first use."""
+        """``[batch, num_kv_heads, length, head_dim]``; None before the first use. A view, as ``update`` returns."""
         return self._whole()[0]
 
     @property
     def values(self) -> torch.Tensor | None:  # type: ignore[override]
-        """``[batch, num_kv_heads, length, v_head_dim]``; None before the first use."""
+        """``[batch, num_kv_heads, length, v_head_dim]``; None before the first use. A view, as ``update`` returns."""
         return self._whole()[1]
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Make batch row ``i`` a copy of row ``beam_idx[i]``."""
+        """Make batch row ``i`` a copy of row ``beam_idx[i]``, for every row of the batch."""
+        if beam_idx.shape != (max(self.storage.batch_size, 0),):
+            raise ConfigError(
+                f"beam_idx must name a row for each of the {self.storage.batch_size} sequences, got a shape of "
+                f"{tuple(beam_idx.shape)}; batch_select_indices changes the batch's size"
+            )
         for tensor in self._whole():
             if tensor is not None and self.length:
                 tensor.copy_(tensor.index_select(0, beam_idx.to(tensor.device)))
@@ -155,12 +164,15 @@ class VirtualLayer(CacheLayerMixin):
     def _lengths(self) -> dict[int, int]:
         return {index: layer.length for index, layer in self._siblings.items()}
 
+    @property
+    def _first(self) -> VirtualLayer:
+        return next(iter(self._siblings.values()))
+
     def _check_siblings(self, start: int) -> None:
-        """The first layer of a pass finds all layers at one length, unless a smaller model ran last."""
-        if self is next(iter(self._siblings.values())):
-            behind = [i for i, layer in self._siblings.items() if layer.length != start and layer.shape is not None]
-            if behind:
-                raise ConfigError(
-                    f"layers {behind} hold another number of tokens than layer {self.index}: the forward pass before "
-                    "this one did not fill them. Use one cache for one model, and reset() it after an interrupted pass"
-                )
+        """The first layer of a pass finds all layers at one length, unless the pass before did not fill them all."""
+        behind = [index for index, layer in self._siblings.items() if layer.length != start]
+        if behind:
+            raise ConfigError(
+                f"layers {behind} hold another number of tokens than layer {self.index}: the forward pass before this "
+                "one was interrupted, or another model's. reset() the cache, and use it for one model"
+            )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -113,20 +112,22 @@ class Storage:
         Raises:
             ConfigError: they do not fit what the cache was opened for.
         """
-        self._check(layer, k, v, any(lengths.values()))
-        shape = LayerShape.of(k, v)
         holds_rows = any(lengths.values())
-        cache = self.kv_cache
+        self._check(layer, k, v, holds_rows)
+        shape, cache = LayerShape.of(k, v), self.kv_cache
         if cache is None or (not holds_rows and (cache.max_slots != k.shape[0] or cache.layout.dtype != k.dtype)):
-            if cache is not None:
-                self._drop(cache)
+            self._drop()
             self.shapes = {layer: shape}
-            self._open(k.shape[0], self._layout(k.dtype), k.device)
+            self._install(self._make(k.shape[0], self._layout(k.dtype), k.device, 0), 0)
         elif layer not in self.shapes:
             predicted = self._predict(layer)
             self.shapes[layer] = shape
             if predicted != shape:
-                self._move(self._layout(k.dtype), range(cache.max_slots), lengths)
+                try:
+                    self._move(self._layout(k.dtype), range(cache.max_slots), lengths)
+                except BaseException:
+                    del self.shapes[layer]
+                    raise
 
     def _check(self, layer: int, k: torch.Tensor, v: torch.Tensor, holds_rows: bool) -> None:
         options, cache, shape = self.options, self.kv_cache, LayerShape.of(k, v)
@@ -187,7 +188,8 @@ class Storage:
         )
 
     # -- opening and moving --------------------------------------------------------------------------------------
-    def _open(self, batch_size: int, layout: KVLayout, device: torch.device) -> KVCache:
+    def _make(self, batch_size: int, layout: KVLayout, device: torch.device, rows: int) -> KVCache:
+        """A ``KVCache`` with a slot for each sequence, backed for ``rows`` tokens."""
         if self.closed:
             raise ConfigError("this VirtualCache is closed; make a new one")
         cache = KVCache(
@@ -197,29 +199,46 @@ class Storage:
             memory_limit=self.options.memory_limit,
             page_bytes=self.options.page_bytes,
         )
-        for _ in range(batch_size):
-            cache.acquire()
-        self.kv_cache, self.rows, self._batch = cache, 0, None
-        self._slots = np.arange(batch_size)
-        self.version += 1
+        try:
+            slots = [cache.acquire() for _ in range(batch_size)]
+            cache.ensure_batch(slots, [rows] * batch_size)
+        except BaseException:
+            cache.close()
+            raise
         return cache
 
-    def _drop(self, cache: KVCache) -> None:
-        self.kv_cache, self._batch, self.rows = None, None, 0
+    def _install(self, cache: KVCache, rows: int) -> None:
+        self.kv_cache, self.rows, self._batch = cache, rows, None
+        self._slots = np.arange(cache.max_slots)
         self.version += 1
-        cache.close()
+
+    def _drop(self) -> None:
+        cache, self.kv_cache, self._batch, self.rows = self.kv_cache, None, None, 0
+        self.version += 1
+        if cache is not None:
+            cache.close()
+
+    def _copied(self, layout: KVLayout, sources: Iterable[int], lengths: dict[int, int]) -> KVCache:
+        """A new cache whose batch row ``i`` holds what row ``sources[i]`` of this one does, layer by layer."""
+        old, index = self.kv_cache, list(sources)
+        assert old is not None
+        new = self._make(len(index), layout, old.device, self.rows)
+        try:
+            picked = torch.tensor(index, device=old.device)
+            for layer, length in lengths.items():
+                if length:
+                    new.k(layer)[:, :length] = old.k(layer)[:, :length].index_select(0, picked)
+                    new.v(layer)[:, :length] = old.v(layer)[:, :length].index_select(0, picked)
+        except BaseException:
+            new.close()
+            raise
+        return new
 
     def _move(self, layout: KVLayout, sources: Iterable[int], lengths: dict[int, int]) -> None:
-        """Copy what the layers hold to a new cache, batch row ``i`` from row ``sources[i]`` of the old one."""
-        old, rows, index = self.kv_cache, self.rows, list(sources)
+        """Go on in another cache. Both exist for a moment, each within ``memory_limit``."""
+        old, new = self.kv_cache, self._copied(layout, sources, lengths)
         assert old is not None
-        new = self._open(len(index), layout, old.device)
-        self.ensure(rows)
-        picked = torch.tensor(index, device=old.device)
-        for layer, length in lengths.items():
-            if length:
-                for source, target in ((old.k(layer), new.k(layer)), (old.v(layer), new.v(layer))):
-                    target[: len(index), :length] = source[:, :length].index_select(0, picked)
+        self._install(new, self.rows)
         old.close()
 
     def regroup(self, sources: Iterable[int], lengths: dict[int, int]) -> None:
@@ -231,12 +250,8 @@ class Storage:
         """The same content in memory of its own."""
         other = Storage(self.configured, self.options, self.switched)
         other.shapes = dict(self.shapes)
-        if (old := self.kv_cache) is not None:
-            new = other._open(old.max_slots, old.layout, old.device)
-            other.ensure(max(lengths.values(), default=0))
-            for layer, length in lengths.items():
-                new.k(layer)[:, :length] = old.k(layer)[:, :length]
-                new.v(layer)[:, :length] = old.v(layer)[:, :length]
+        if (cache := self.kv_cache) is not None:
+            other._install(self._copied(cache.layout, range(cache.max_slots), lengths), self.rows)
         return other
 
     def views(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -272,8 +287,7 @@ class Storage:
     def close(self) -> None:
         """Free everything. Idempotent."""
         self.closed = True
-        if self.kv_cache is not None:
-            self._drop(self.kv_cache)
+        self._drop()
 
     # -- attention -----------------------------------------------------------------------------------------------
     def backend(self, shape: LayerShape, features: frozenset[str]) -> AttentionBackend:
@@ -334,7 +348,6 @@ class Storage:
         if batch.num_tokens == size * new:
             return batch, None
         tokens = [i * new + j for i, n in zip(live, query_lens, strict=True) for j in range(new - n, new)]
-        assert all(first < second for first, second in pairwise(tokens))
         return batch, torch.tensor(tokens, device=device)
 
 
