@@ -105,11 +105,11 @@ class AttentionBatch:
         """New tokens of all sequences: the length of the packed token axis."""
         return self.query_starts[-1]
 
-    @property
+    @cached_property
     def max_query_len(self) -> int:
         return max(self.query_lens)
 
-    @property
+    @cached_property
     def max_seq_len(self) -> int:
         return max(self.seq_lens)
 
@@ -149,6 +149,16 @@ class AttentionBatch:
     def seq_lens_int32(self) -> torch.Tensor:
         """``[batch]`` int32."""
         return self._upload(self.seq_lens, torch.int32)
+
+    @cached_property
+    def max_end(self) -> int:
+        """One past the highest row of any sequence."""
+        return max(self.ends)
+
+    @cached_property
+    def is_uniform(self) -> bool:
+        """Whether all sequences have equally many new tokens."""
+        return len(set(self.query_lens)) == 1
 
     @cached_property
     def ends_int32(self) -> torch.Tensor:

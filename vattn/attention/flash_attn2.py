@@ -55,8 +55,7 @@ class FlashAttention2:
 
         require_equal_head_dims(self.name, k, v)
         # The heuristic for the number of splits looks at the view's length, not at the sequences'.
-        longest = max(batch.ends)
-        k, v = k[:, :longest], v[:, :longest]
+        k, v = k[:, : batch.max_end], v[:, : batch.max_end]
         window_size = (-1, -1) if window is None else (window - 1, 0)
 
         def attend(
@@ -76,12 +75,12 @@ class FlashAttention2:
                 return_softmax_lse=sinks is not None,
             )
             if sinks is None:
-                return out.flatten(0, 1)
+                return out.squeeze(1) if out.shape[1] == 1 else out.flatten(0, 1)
             out, lse = out  # [sequences, heads, queries]
             return apply_sinks(out.flatten(0, 1), lse.transpose(1, 2).flatten(0, 1), sinks)
 
-        if len(set(batch.query_lens)) == 1:
-            queries = q.unflatten(0, (batch.batch_size, -1))
+        if batch.is_uniform:
+            queries = q.unsqueeze(1) if batch.max_query_len == 1 else q.unflatten(0, (batch.batch_size, -1))
             return attend(queries, batch.slots_int32, batch.ends_int32, batch.starts_int32)
         out = torch.empty_like(q)
         for group in batch.groups_by_query_len:

@@ -75,12 +75,11 @@ class FlashAttention3:
 
         require_equal_head_dims(self.name, k, v)
         is_decode = batch.max_query_len == 1
-        longest = max(batch.ends)
         out = flash_attn_with_kvcache(
             q[:, None] if is_decode else q,
             # The heuristic for the number of splits looks at the view's length, not at the sequences'.
-            k[:, :longest],
-            v[:, :longest],
+            k[:, : batch.max_end],
+            v[:, : batch.max_end],
             cache_seqlens=batch.ends_int32,  # counted from row 0, also where a sequence starts later
             cache_batch_idx=batch.slots_int32,
             cache_leftpad=batch.starts_int32,

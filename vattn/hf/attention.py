@@ -20,7 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..attention import LEFT_PADDING, SINKS, SOFTCAP
+from ..attention import LEFT_PADDING, SINKS, SOFTCAP, AttentionBatch
 from ..errors import ConfigError
 from .layer import MaskLength, VirtualLayer
 
@@ -47,10 +47,12 @@ class _Mask:
     Attributes:
         starts: left padding of each sequence, or None where there is none.
         make_dense: makes the mask that the attention passed on to would have had.
+        batch: of the pass, with its (storage's version, new, tokens): made by the first layer, for all of them.
     """
 
     starts: tuple[int, ...] | None
     make_dense: Callable[[], torch.Tensor | None]
+    batch: tuple[tuple[int, int, int], AttentionBatch, torch.Tensor | None] | None = None
 
     @cached_property
     def dense(self) -> torch.Tensor | None:
@@ -158,6 +160,9 @@ def _is_plain(
     options: dict[str, Any],
 ) -> bool:
     """Whether vattn's backends compute what was asked for: of K and V as they were returned, with options they know."""
+    for name, given in options.items():
+        if given is not None and given is not False and name not in _KNOWN and name not in _OVERLOOKED:
+            return False
     return (
         getattr(value, "_vattn_layer", None) is layer
         and query.shape[2] == layer.num_new
@@ -166,9 +171,6 @@ def _is_plain(
         and options.get("sliding_window") in (None, layer.window)
         and options.get("is_causal") is not False
         and getattr(module, "is_causal", True)
-        and all(
-            given is None or given is False or name in _KNOWN or name in _OVERLOOKED for name, given in options.items()
-        )
     )
 
 
@@ -176,29 +178,32 @@ def _attend(
     layer: VirtualLayer, mask: _Mask, query: torch.Tensor, scaling: float | None, options: dict[str, Any]
 ) -> torch.Tensor | None:
     """``[batch, new, heads, v_head_dim]``, or None where the model's own attention is as good."""
-    softcap, sinks = options.get("softcap"), options.get("s_aux")
-    features = {
-        name for name, given in ((SOFTCAP, softcap), (SINKS, sinks), (LEFT_PADDING, mask.starts)) if given is not None
-    }
-    storage, shape, cache = layer.storage, layer.shape, layer.storage.kv_cache
-    assert shape is not None
-    assert cache is not None
-    backend = storage.backend(shape, frozenset(features))
+    softcap, sinks, starts = options.get("softcap"), options.get("s_aux"), mask.starts
+    wanted = (softcap is not None, sinks is not None, starts is not None)
+    backend = layer.backends.get(wanted)
+    if backend is None:
+        assert layer.shape is not None
+        features = frozenset(
+            name for name, needed in zip((SOFTCAP, SINKS, LEFT_PADDING), wanted, strict=True) if needed
+        )
+        backend = layer.backends[wanted] = layer.storage.choose(layer.shape, features)
     if backend.name == "reference" and query.is_cuda:
         return None
     size, num_heads, new, head_dim = query.shape
-    batch, tokens = storage.batch(new, layer.length, mask.starts)
-    packed = query.transpose(1, 2).reshape(size * new, num_heads, head_dim)
+    stamp = (layer.storage.version, new, layer.length)
+    if mask.batch is None or mask.batch[0] != stamp:
+        mask.batch = (stamp, *layer.storage.batch(new, layer.length, starts))
+    _, batch, tokens = mask.batch
+    packed = query.squeeze(2) if new == 1 else query.transpose(1, 2).reshape(size * new, num_heads, head_dim)
     if tokens is not None:
         packed = packed[tokens]
-    extras = {"softcap": softcap, "sinks": sinks} if features & {SOFTCAP, SINKS} else {}
+    extras = {"softcap": softcap, "sinks": sinks} if wanted[0] or wanted[1] else {}
     scale = head_dim**-0.5 if scaling is None else scaling
-    k, v = cache.k(layer.index), cache.v(layer.index)
-    out = backend(packed, k, v, batch, scale=scale, window=layer.window, **extras)
+    out = backend(packed, layer.full_k, layer.full_v, batch, scale=scale, window=layer.window, **extras)
     if tokens is not None:
         # What padding computes is seen by nothing: its K and V are masked wherever it could be.
         out = out.new_zeros(size * new, *out.shape[1:]).index_copy_(0, tokens, out)
-    return out.view(size, new, num_heads, -1)
+    return out.unsqueeze(1) if new == 1 else out.view(size, new, num_heads, -1)
 
 
 def _function(name: str, module: torch.nn.Module) -> Callable[..., Any]:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
+from ..attention import AttentionBackend
 from ..errors import ConfigError
 from .storage import LayerShape, Storage
 
@@ -37,6 +38,8 @@ class VirtualLayer(CacheLayerMixin):
         length: tokens of each sequence, padding included.
         num_new: of them, by the newest update.
         shape: None before the first update.
+        full_k, full_v: ``[batch, max_length, num_kv_heads, head_dim]``, backed as far as the storage's rows.
+        backends: vattn's attention for this layer, by what it has to support.
     """
 
     is_compileable = False
@@ -49,13 +52,15 @@ class VirtualLayer(CacheLayerMixin):
         self.window = storage.configured[index].window
         self.chunked = storage.configured[index].chunked
         self.is_sliding = self.window is not None
+        self.is_first = index == min(storage.configured)
         self.forget()
 
     def forget(self) -> None:
         """Drop the tokens, and the tensors that keep their addresses reserved."""
         self.length = self.num_new = 0
         self.shape: LayerShape | None = None
-        self._k = self._v = torch.empty(0)
+        self.full_k = self.full_v = self._k = self._v = torch.empty(0)
+        self.backends: dict[tuple[bool, ...], AttentionBackend] = {}
         self._fits: tuple[Any, ...] | None = None  # what the newest update looked like; one like it needs no checks
         self._version = -1
 
@@ -88,16 +93,16 @@ class VirtualLayer(CacheLayerMixin):
         if looks != self._fits or self._version != storage.version:
             self.lazy_initialization(key_states, value_states)
             self._fits = looks
-        if self is self._first:
+        if self.is_first:
             self._check_siblings(start)
         self.num_new = num_new
         end = start + self.num_new
         if end > storage.rows:
             storage.ensure(end)
-        self._k.narrow(2, start, self.num_new).copy_(key_states)
-        self._v.narrow(2, start, self.num_new).copy_(value_states)
+        self._k.narrow(2, start, num_new).copy_(key_states)
+        self._v.narrow(2, start, num_new).copy_(value_states)
         self.length = end
-        first = self._first_visible(start)
+        first = 0 if self.window is None else self._first_visible(start)
         keys, values = self._k.narrow(2, first, end - first), self._v.narrow(2, first, end - first)
         keys._vattn_layer = values._vattn_layer = self  # type: ignore[attr-defined]  # for vattn's attention function
         return keys, values
@@ -106,8 +111,7 @@ class VirtualLayer(CacheLayerMixin):
         """Make room for tensors like these, ``[batch, num_kv_heads, any, head_dim]``."""
         self.storage.admit(self.index, key_states, value_states, self._lengths())
         self.shape = LayerShape.of(key_states, value_states)
-        self._k, self._v = self.storage.views(self.index)
-        self._version = self.storage.version
+        self._look_again()
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(tokens that ``update`` will return, index of the first of them)."""
@@ -154,19 +158,21 @@ class VirtualLayer(CacheLayerMixin):
         if self.shape is None or self.storage.kv_cache is None:
             return None, None
         if self._version != self.storage.version:
-            self._k, self._v = self.storage.views(self.index)
-            self._version = self.storage.version
+            self._look_again()
         return self._k[:, :, : self.length], self._v[:, :, : self.length]
+
+    def _look_again(self) -> None:
+        """Take the storage's tensors, which are others than before."""
+        self.full_k, self.full_v = self.storage.views(self.index)
+        self._k, self._v = self.full_k.transpose(1, 2), self.full_v.transpose(1, 2)
+        self.backends.clear()
+        self._version = self.storage.version
 
     def _first_visible(self, start: int) -> int:
         return 0 if self.window is None else max(0, start - self.window + 1)
 
     def _lengths(self) -> dict[int, int]:
         return {index: layer.length for index, layer in self._siblings.items()}
-
-    @property
-    def _first(self) -> VirtualLayer:
-        return next(iter(self._siblings.values()))
 
     def _check_siblings(self, start: int) -> None:
         """The first layer of a pass finds all layers at one length, unless the pass before did not fill them all."""

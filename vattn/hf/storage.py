@@ -94,8 +94,6 @@ class Storage:
         self.rows = 0
         self.version = 0
         self.closed = False
-        self._batch: tuple[tuple[object, ...], AttentionBatch, torch.Tensor | None] | None = None
-        self._backends: dict[tuple[int, int, frozenset[str]], AttentionBackend] = {}
 
     @property
     def batch_size(self) -> int:
@@ -208,12 +206,12 @@ class Storage:
         return cache
 
     def _install(self, cache: KVCache, rows: int) -> None:
-        self.kv_cache, self.rows, self._batch = cache, rows, None
+        self.kv_cache, self.rows = cache, rows
         self._slots = np.arange(cache.max_slots)
         self.version += 1
 
     def _drop(self) -> None:
-        cache, self.kv_cache, self._batch, self.rows = self.kv_cache, None, None, 0
+        cache, self.kv_cache, self.rows = self.kv_cache, None, 0
         self.version += 1
         if cache is not None:
             cache.close()
@@ -255,9 +253,9 @@ class Storage:
         return other
 
     def views(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V, ``[batch, num_kv_heads, max_length, head_dim]``, backed as far as ``rows``."""
+        """K and V, ``[batch, max_length, num_kv_heads, head_dim]``, backed as far as ``rows``."""
         assert self.kv_cache is not None
-        return self.kv_cache.k(layer).transpose(1, 2), self.kv_cache.v(layer).transpose(1, 2)
+        return self.kv_cache.k(layer), self.kv_cache.v(layer)
 
     # -- rows ----------------------------------------------------------------------------------------------------
     def ensure(self, rows: int) -> None:
@@ -290,14 +288,8 @@ class Storage:
         self._drop()
 
     # -- attention -----------------------------------------------------------------------------------------------
-    def backend(self, shape: LayerShape, features: frozenset[str]) -> AttentionBackend:
+    def choose(self, shape: LayerShape, features: frozenset[str]) -> AttentionBackend:
         """The backend for a layer, one that reads nothing past the end of a sequence."""
-        key = (shape.head_dim, shape.v_head_dim, features)
-        if key not in self._backends:
-            self._backends[key] = self._choose(shape, features)
-        return self._backends[key]
-
-    def _choose(self, shape: LayerShape, features: frozenset[str]) -> AttentionBackend:
         assert self.kv_cache is not None
         name, cache = self.options.attention, self.kv_cache
         if name not in ("auto", None):
@@ -313,7 +305,7 @@ class Storage:
         return choose(cache.device, cache.layout.dtype, shape.head_dim, max_over_read=0, features=features)
 
     def batch(self, new: int, end: int, starts: Sequence[int] | None) -> tuple[AttentionBatch, torch.Tensor | None]:
-        """The batch of one forward pass, made once for all its layers.
+        """The batch of a forward pass.
 
         Args:
             new: tokens that the pass computes, of each sequence.
@@ -324,14 +316,6 @@ class Storage:
             The batch without the padding, and where its packed tokens lie among the ``batch * new`` of the pass (None:
             they are all of them).
         """
-        key = (new, end, None if starts is None else tuple(starts), self.version)
-        if self._batch is None or self._batch[0] != key:
-            self._batch = (key, *self._make_batch(new, end, starts))
-        return self._batch[1:]
-
-    def _make_batch(
-        self, new: int, end: int, starts: Sequence[int] | None
-    ) -> tuple[AttentionBatch, torch.Tensor | None]:
         assert self.kv_cache is not None
         size, device = self.kv_cache.max_slots, self.kv_cache.device
         if starts is None:
