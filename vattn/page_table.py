@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from .driver import Driver
 from .layout import Lane
 from .pages import Page, PhysicalPagePool
@@ -83,7 +85,7 @@ class PageTable:
         private_rows = end if self.over_read.masked or end < keep_rows else readable_rows
         for (reservation, lane), ends in zip(self.lanes, self._ends, strict=True):
             row_bytes, pages = lane.row_bytes, reservation.pages
-            origin = lane.slot_offset(slot)
+            origin = lane.offset_bytes + slot * lane.slot_stride_bytes
             base = origin // page_bytes
             num_pages = -(-readable_rows * row_bytes // page_bytes)
             growth.ends.append((ends, slot, num_pages))
@@ -224,6 +226,16 @@ class PageTable:
             ends[slot] = min(ends[slot], self._num_pages(lane, rows))
 
     # -- looking -------------------------------------------------------------------------------------------------
+    def rows_of_whole_pages(self, rows: np.ndarray) -> np.ndarray:
+        """For each count of rows, how many there are to the end of the pages that they need."""
+        page_bytes = self.page_bytes
+        return np.minimum.reduce(
+            [
+                -(-rows * lane.row_bytes // page_bytes) * page_bytes // lane.row_bytes
+                for lane in {lane.row_bytes: lane for _, lane in self.lanes}.values()
+            ]
+        )
+
     def private_rows(self, slot: int, rows: int) -> int:
         """Up to which row the slot could grow from ``rows`` without a driver call; at least ``rows``."""
         reach = None

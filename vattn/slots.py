@@ -83,8 +83,12 @@ class Slots:
         old = self.seq_len[slots].tolist()
         targets = [(slot, start, end, start) for (slot, end), start in zip(requests, old, strict=True)]
         self._with_reclaim(self._try_grow, targets)
-        self.seq_len[slots] = [end for _, end in requests]
-        self.reach[slots] = [self._reach_of(slot, end) for slot, end in requests]
+        ends = np.fromiter((end for _, end in requests), np.int64, len(requests))
+        self.seq_len[slots] = ends
+        if self._stale_to or self.table.over_read.tokens:
+            self.reach[slots] = [self._reach_of(slot, end) for slot, end in requests]
+        else:  # every page under these rows is private now, to its end
+            self.reach[slots] = np.minimum(self.table.rows_of_whole_pages(ends), self.max_seq_len)
 
     def make_writable(self, slot: int, start: int, end: int) -> None:
         """Copy the shared pages under rows ``[start, end)``, whole as far as the sequence goes."""

@@ -49,7 +49,8 @@ class RuleBook:
     mappings: dict[int, Mapping] = field(default_factory=dict)
     # As long as every mapping is a tile of one size on one grid, as in a cache, ``mappings`` alone says what is where;
     # the first that is not moves the look-up to buckets.
-    _tile: tuple[int, int] | None = None
+    _tile_bytes: int = 0
+    _tile_phase: int = 0
     _buckets: dict[int, list[Mapping]] | None = None
 
     def _refuse(self, call: str, why: str) -> DriverError:
@@ -102,8 +103,8 @@ class RuleBook:
     def map(self, address: int, size_bytes: int, handle: int) -> None:
         mapping = Mapping(address, size_bytes, handle)
         if not self.mappings and self._buckets is None:
-            self._tile = size_bytes, address % size_bytes
-        elif self._buckets is None and self._tile != (size_bytes, address % size_bytes):
+            self._tile_bytes, self._tile_phase = size_bytes, address % size_bytes
+        elif self._buckets is None and not self._is_tile(address, size_bytes):
             self._buckets = {}
             for earlier in self.mappings.values():
                 self._add_to_buckets(self._buckets, earlier)
@@ -111,6 +112,9 @@ class RuleBook:
         if self._buckets is not None:
             self._add_to_buckets(self._buckets, mapping)
         self.handles[handle].num_maps += 1
+
+    def _is_tile(self, address: int, size_bytes: int) -> bool:
+        return size_bytes == self._tile_bytes and address % size_bytes == self._tile_phase
 
     def _add_to_buckets(self, buckets: dict[int, list[Mapping]], mapping: Mapping) -> None:
         for bucket in self._bucket_range(mapping.address, mapping.size_bytes):
@@ -163,14 +167,14 @@ class RuleBook:
     def _at(self, address: int) -> Mapping | None:
         """The mapping that ``address`` lies in."""
         if self._buckets is None:
-            size, phase = self._tile or (1, 0)
+            size, phase = self._tile_bytes or 1, self._tile_phase
             return self.mappings.get((address - phase) // size * size + phase)
         found = self._buckets.get(address >> _BUCKET_SHIFT, ())
         return next((mapping for mapping in found if mapping.address <= address < mapping.end), None)
 
     def _touching(self, address: int, size_bytes: int) -> bool:
         """Whether anything is mapped in ``[address, address + size_bytes)``."""
-        if self._buckets is None and self._tile == (size_bytes, address % size_bytes):
+        if self._buckets is None and self._is_tile(address, size_bytes):
             return address in self.mappings
         end = address + size_bytes
         if self._buckets is None or size_bytes >> _BUCKET_SHIFT > len(self._buckets):  # a wide range over few mappings
