@@ -90,11 +90,13 @@ class VirtualCache(Cache):
         layers: list[Any] = []
         for index, template in enumerate(templates):
             if index in storage.configured:
-                template = VirtualLayer(storage, virtual, index)
+                template = VirtualLayer(storage, index)
                 virtual[index] = template
             layers.append(template)
         super().__init__(layers=layers)
         self._storage, self._virtual = storage, virtual
+        # Layers that share another's K and V are dummies.
+        self._is_hybrid = any(isinstance(layer, LinearAttentionLayer) for layer in layers)
         self._torn = False  # whether a failed forward pass left recurrent layers ahead of the others
 
     # -- transformers' interface ---------------------------------------------------------------------------------
@@ -115,7 +117,7 @@ class VirtualCache(Cache):
         try:
             return layer.update(key_states, value_states, *args, **kwargs)
         except BaseException:
-            self._torn = len(self._virtual) != len(self.layers)
+            self._torn = self._is_hybrid
             raise
 
     def crop(self, tokens_to_remove: int = 0, max_length: int | None = None) -> None:
@@ -128,17 +130,14 @@ class VirtualCache(Cache):
         self._open()
         number = int(tokens_to_remove if max_length is None else max_length)  # some versions give a tensor
         self._others("crop", number)  # first, because recurrent layers cannot
-        for layer in self._virtual.values():
-            layer.length = min(layer.length, number) if number > 0 else max(0, layer.length + number)
-        self._storage.truncate(max((layer.length for layer in self._virtual.values()), default=0))
+        lengths = self._storage.lengths.items()
+        self._storage.truncate({i: min(n, number) if number > 0 else max(0, n + number) for i, n in lengths})
 
     def reset(self) -> None:
         """Forget every token. Afterwards the batch may be of another size."""
         self._open()
-        for layer in self._virtual.values():
-            layer.length = 0
-        self._storage.truncate(0)
-        if len(self._virtual) != len(self.layers):
+        self._storage.truncate(dict.fromkeys(self._virtual, 0))
+        if self._is_hybrid:
             fresh, _ = _layers(self._config)
             self.layers = [self._virtual.get(index, layer) for index, layer in enumerate(fresh)]
         self._torn = False
@@ -172,10 +171,9 @@ class VirtualCache(Cache):
 
     def _regroup(self, method: str, indices: torch.Tensor) -> None:
         self._open()
-        if len(self._virtual) != len(self.layers):
+        if self._is_hybrid:
             raise ConfigError(f"{method}: this model has layers that are not attention, which cannot")
-        lengths = {index: layer.length for index, layer in self._virtual.items()}
-        self._storage.regroup(indices.tolist(), lengths)
+        self._storage.regroup(indices.tolist())
 
     def _others(self, method: str, *arguments: Any) -> None:
         """Do the same with layers that are not virtual."""
@@ -191,18 +189,17 @@ class VirtualCache(Cache):
     def __deepcopy__(self, memo: dict[int, Any]) -> VirtualCache:
         """The same tokens in memory of their own, as for continuing one prompt in several ways."""
         self._open()
-        if len(self._virtual) != len(self.layers):
+        if self._is_hybrid:
             raise ConfigError("a cache with layers that are not attention cannot be copied")
         other = VirtualCache.__new__(VirtualCache)
-        lengths = {index: layer.length for index, layer in self._virtual.items()}
         other._restore = None
         if self._restore is not None:
             switch_attention(self._config)
             other._restore = weakref.finalize(other, restore_attention, self._config)
         other._config = self._config
-        other._assemble(list(self.layers), self._storage.copy(lengths))
+        other._assemble(list(self.layers), self._storage.copy())
         for index, layer in self._virtual.items():
-            other._virtual[index].length, other._virtual[index].shape = layer.length, layer.shape
+            other._virtual[index].shape = layer.shape
         return other
 
     def __copy__(self) -> VirtualCache:
@@ -251,7 +248,7 @@ class VirtualCache(Cache):
         options = self._storage.options
         return (
             f"VirtualCache(layers={len(self.layers)}, max_length={options.max_length}, batch_size={self.batch_size}, "
-            f"tokens={max((layer.length for layer in self._virtual.values()), default=0)})"
+            f"tokens={max(self._storage.lengths.values())})"
         )
 
 

@@ -30,13 +30,11 @@ class VirtualLayer(CacheLayerMixin):
 
     Args:
         storage: of the whole cache.
-        siblings: every virtual layer of the cache by index, this one included.
         index: in the model.
 
     Attributes:
         window, chunked: as in ``ConfiguredLayer``.
-        length: tokens of each sequence, padding included.
-        num_new: of them, by the newest update.
+        num_new: tokens of each sequence in the newest update.
         shape: None before the first update.
         full_k, full_v: ``[batch, max_length, num_kv_heads, head_dim]``, backed as far as the storage's rows.
         backends: vattn's attention for this layer, by what it has to support.
@@ -45,9 +43,8 @@ class VirtualLayer(CacheLayerMixin):
     is_compileable = False
     is_croppable = True
 
-    def __init__(self, storage: Storage, siblings: dict[int, VirtualLayer], index: int) -> None:
+    def __init__(self, storage: Storage, index: int) -> None:
         self.storage = storage
-        self._siblings = siblings
         self.index = index
         self.window = storage.configured[index].window
         self.chunked = storage.configured[index].chunked
@@ -56,13 +53,18 @@ class VirtualLayer(CacheLayerMixin):
         self.forget()
 
     def forget(self) -> None:
-        """Drop the tokens, and the tensors that keep their addresses reserved."""
-        self.length = self.num_new = 0
+        """Drop the tensors, which keep their addresses reserved."""
+        self.num_new = 0
         self.shape: LayerShape | None = None
         self.full_k = self.full_v = self._k = self._v = torch.empty(0)
         self.backends: dict[tuple[bool, ...], AttentionBackend] = {}
         self._fits: tuple[Any, ...] | None = None  # what the newest update looked like; one like it needs no checks
         self._version = -1
+
+    @property
+    def length(self) -> int:
+        """Tokens of each sequence, padding included."""
+        return self.storage.lengths[self.index]
 
     # -- transformers' interface ---------------------------------------------------------------------------------
     def update(
@@ -94,14 +96,14 @@ class VirtualLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
             self._fits = looks
         if self.is_first:
-            self._check_siblings(start)
+            storage.check_lengths(self.index)
         self.num_new = num_new
         end = start + self.num_new
         if end > storage.rows:
             storage.ensure(end)
         self._k.narrow(2, start, num_new).copy_(key_states)
         self._v.narrow(2, start, num_new).copy_(value_states)
-        self.length = end
+        storage.lengths[self.index] = end
         first = 0 if self.window is None else self._first_visible(start)
         keys, values = self._k.narrow(2, first, end - first), self._v.narrow(2, first, end - first)
         keys._vattn_layer = values._vattn_layer = self  # type: ignore[attr-defined]  # for vattn's attention function
@@ -109,7 +111,7 @@ class VirtualLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Make room for tensors like these, ``[batch, num_kv_heads, any, head_dim]``."""
-        self.storage.admit(self.index, key_states, value_states, self._lengths())
+        self.storage.admit(self.index, key_states, value_states)
         self.shape = LayerShape.of(key_states, value_states)
         self._look_again()
 
@@ -170,15 +172,3 @@ class VirtualLayer(CacheLayerMixin):
 
     def _first_visible(self, start: int) -> int:
         return 0 if self.window is None else max(0, start - self.window + 1)
-
-    def _lengths(self) -> dict[int, int]:
-        return {index: layer.length for index, layer in self._siblings.items()}
-
-    def _check_siblings(self, start: int) -> None:
-        """The first layer of a pass finds all layers at one length, unless the pass before did not fill them all."""
-        behind = [index for index, layer in self._siblings.items() if layer.length != start]
-        if behind:
-            raise ConfigError(
-                f"layers {behind} hold another number of tokens than layer {self.index}: the forward pass before this "
-                "one was interrupted, or another model's. reset() the cache, and use it for one model"
-            )

@@ -76,6 +76,7 @@ class Storage:
 
     Attributes:
         kv_cache: None before the first use.
+        lengths: tokens that each attention layer holds of each sequence, padding included.
         rows: tokens that every slot is backed for.
         version: changes whenever the tensors do.
     """
@@ -91,6 +92,7 @@ class Storage:
         self.switched = switched
         self.kv_cache: KVCache | None = None
         self.shapes: dict[int, LayerShape] = {}  # of the layers seen
+        self.lengths = dict.fromkeys(configured, 0)
         self.rows = 0
         self.version = 0
         self.closed = False
@@ -101,16 +103,13 @@ class Storage:
         return -1 if self.kv_cache is None else self.kv_cache.max_slots
 
     # -- shapes --------------------------------------------------------------------------------------------------
-    def admit(self, layer: int, k: torch.Tensor, v: torch.Tensor, lengths: dict[int, int]) -> None:
+    def admit(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """Make room for a layer's K and V, ``[batch, num_kv_heads, tokens, head_dim]``.
-
-        Args:
-            lengths: tokens that each layer holds.
 
         Raises:
             ConfigError: they do not fit what the cache was opened for.
         """
-        holds_rows = any(lengths.values())
+        holds_rows = any(self.lengths.values())
         self._check(layer, k, v, holds_rows)
         shape, cache = LayerShape.of(k, v), self.kv_cache
         if cache is None or (not holds_rows and (cache.max_slots != k.shape[0] or cache.layout.dtype != k.dtype)):
@@ -122,7 +121,7 @@ class Storage:
             self.shapes[layer] = shape
             if predicted != shape:
                 try:
-                    self._move(self._layout(k.dtype), range(cache.max_slots), lengths)
+                    self._move(self._layout(k.dtype), range(cache.max_slots))
                 except BaseException:
                     del self.shapes[layer]
                     raise
@@ -216,14 +215,14 @@ class Storage:
         if cache is not None:
             cache.close()
 
-    def _copied(self, layout: KVLayout, sources: Iterable[int], lengths: dict[int, int]) -> KVCache:
+    def _copied(self, layout: KVLayout, sources: Iterable[int]) -> KVCache:
         """A new cache whose batch row ``i`` holds what row ``sources[i]`` of this one does, layer by layer."""
         old, index = self.kv_cache, list(sources)
         assert old is not None
         new = self._make(len(index), layout, old.device, self.rows)
         try:
             picked = torch.tensor(index, device=old.device)
-            for layer, length in lengths.items():
+            for layer, length in self.lengths.items():
                 if length:
                     new.k(layer)[:, :length] = old.k(layer)[:, :length].index_select(0, picked)
                     new.v(layer)[:, :length] = old.v(layer)[:, :length].index_select(0, picked)
@@ -232,24 +231,24 @@ class Storage:
             raise
         return new
 
-    def _move(self, layout: KVLayout, sources: Iterable[int], lengths: dict[int, int]) -> None:
+    def _move(self, layout: KVLayout, sources: Iterable[int]) -> None:
         """Go on in another cache. Both exist for a moment, each within ``memory_limit``."""
-        old, new = self.kv_cache, self._copied(layout, sources, lengths)
+        old, new = self.kv_cache, self._copied(layout, sources)
         assert old is not None
         self._install(new, self.rows)
         old.close()
 
-    def regroup(self, sources: Iterable[int], lengths: dict[int, int]) -> None:
+    def regroup(self, sources: Iterable[int]) -> None:
         """Make batch row ``i`` the old row ``sources[i]``; the batch may grow or shrink."""
         if self.kv_cache is not None:
-            self._move(self.kv_cache.layout, sources, lengths)
+            self._move(self.kv_cache.layout, sources)
 
-    def copy(self, lengths: dict[int, int]) -> Storage:
+    def copy(self) -> Storage:
         """The same content in memory of its own."""
         other = Storage(self.configured, self.options, self.switched)
-        other.shapes = dict(self.shapes)
+        other.shapes, other.lengths = dict(self.shapes), dict(self.lengths)
         if (cache := self.kv_cache) is not None:
-            other._install(self._copied(cache.layout, range(cache.max_slots), lengths), self.rows)
+            other._install(self._copied(cache.layout, range(cache.max_slots)), self.rows)
         return other
 
     def views(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -275,12 +274,27 @@ class Storage:
             self.kv_cache.ensure_batch(self._slots, np.full(len(self._slots), rows))
             self.rows = rows
 
-    def truncate(self, rows: int) -> None:
-        """Give back whole pages past ``rows`` tokens."""
+    def truncate(self, lengths: dict[int, int]) -> None:
+        """Shorten layers, and give back whole pages past the longest."""
+        self.lengths.update(lengths)
+        rows = max(self.lengths.values())
         if self.kv_cache is not None and rows < self.rows:
             for slot in range(self.kv_cache.max_slots):
                 self.kv_cache.truncate(slot, rows)
             self.rows = rows
+
+    def check_lengths(self, layer: int) -> None:
+        """At the start of a pass all layers hold equally many tokens, unless the pass before did not fill them all.
+
+        Raises:
+            ConfigError: they do not.
+        """
+        behind = [other for other, length in self.lengths.items() if length != self.lengths[layer]]
+        if behind:
+            raise ConfigError(
+                f"layers {behind} hold another number of tokens than layer {layer}: the forward pass before this one "
+                "was interrupted, or another model's. reset() the cache, and use it for one model"
+            )
 
     def close(self) -> None:
         """Free everything. Idempotent."""
