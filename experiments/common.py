@@ -76,9 +76,11 @@ def machine_card() -> dict[str, str]:
     """Hardware, software, commit and command of this run."""
     root = Path(__file__).parents[1]
     git = ["git", "-C", str(root)]
-    # A copy without its history says which commit it is through VATTN_COMMIT.
-    commit = os.environ.get("VATTN_COMMIT") or _output([*git, "rev-parse", "--short=12", "HEAD"])
-    changed = not commit or _output([*git, "status", "--porcelain", "--", "vattn", "models", "experiments/*.py"])
+    # A copy without its history, or with another one, says which commit it is through VATTN_COMMIT, and is believed.
+    told = os.environ.get("VATTN_COMMIT")
+    commit = told or _output([*git, "rev-parse", "--short=12", "HEAD"])
+    status = [*git, "status", "--porcelain", "--", "vattn", "models", "experiments/*.py"]
+    changed = not commit or (not told and _output(status))
     has_gpu = torch.cuda.is_available()
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     return {

@@ -48,6 +48,19 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "Gemma3TextConfig",
         {**_GQA, "head_dim": 16, "sliding_window": 16, "query_pre_attn_scalar": 16, "layer_types": _MIXED},
     ),
+    "Gemma 4, shared K and V": (
+        "Gemma4TextConfig",
+        {
+            **_GQA,
+            "head_dim": 16,
+            "global_head_dim": 32,
+            "sliding_window": 16,
+            "layer_types": _MIXED,
+            "num_kv_shared_layers": 2,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": VOCABULARY,
+        },
+    ),
     "Phi-3": ("Phi3Config", _GQA),
     "GPT-OSS": (
         "GptOssConfig",
@@ -73,6 +86,19 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {**{key: value for key, value in _COMMON.items() if key != "intermediate_size"}, "alibi": True},
     ),
     "GPT-NeoX": ("GPTNeoXConfig", _COMMON),
+    "GPT-2": (
+        "GPT2Config",
+        {
+            "vocab_size": VOCABULARY,
+            "n_embd": 64,
+            "n_layer": 4,
+            "n_head": 4,
+            "n_positions": 512,
+            "initializer_range": 0.25,
+            "tie_word_embeddings": False,
+            "pad_token_id": 0,
+        },
+    ),
     "Llama 4, chunks": (
         "Llama4TextConfig",
         {
@@ -197,8 +223,9 @@ def run(model: PreTrainedModel, mode: str, cache: Any) -> torch.Tensor:
 # -- what holds and what is refused -----------------------------------------------------------------------------------
 # (model, mode) -> why; the default cache refuses these too.
 REFUSED = {("Qwen3-Next", "prompt lookup"): "transformers does not assist models with recurrent layers"}
-# Models that do not take their attention from transformers' registry: they compute their own over views.
-OWN_ATTENTION = {"StableLM", "Falcon", "Falcon, ALiBi", "Qwen3-Next"}
+# Models that do not take their attention from transformers' registry, or compare its name: they compute their own over
+# views.
+OWN_ATTENTION = {"StableLM", "Falcon", "Falcon, ALiBi", "Qwen3-Next", "GPT-2", "Gemma 4, shared K and V"}
 
 
 def table() -> str:

@@ -7,12 +7,14 @@ it does not handle itself, another cache's tensors above all.
 
 from __future__ import annotations
 
+import inspect
+import re
 import sys
 import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from typing import Any
 
 import torch
@@ -269,12 +271,25 @@ def restore_attention(config: PreTrainedConfig) -> None:
 
 
 def _looks_attention_up(config: PreTrainedConfig) -> bool:
-    """Whether the model of this config takes its attention from transformers' registry."""
+    """Whether the model of this config takes its attention from transformers' registry, and that is all it asks."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
         found = auto._model_mapping.get(type(config), None)
         if found is not None:
             kinds = found if isinstance(found, (tuple, list)) else (found,)
-            return all(getattr(kind, "_supports_attention_backend", False) for kind in kinds)
+            return all(
+                getattr(kind, "_supports_attention_backend", False) and not _compares_names(kind.__module__)
+                for kind in kinds
+            )
     return False
+
+
+@cache
+def _compares_names(module: str) -> bool:
+    """Whether a model's code does one thing for ``"sdpa"`` and another for every other name, as Gemma 4's does."""
+    try:
+        source = inspect.getsource(sys.modules[module])
+    except (OSError, TypeError):
+        return False
+    return re.search(r"_attn_implementation\s*(==|!=|in\b|not in\b)", source) is not None
