@@ -220,6 +220,15 @@ def run(model: PreTrainedModel, mode: str, cache: Any) -> torch.Tensor:
     return MODES[mode](generate)
 
 
+def logits(model: PreTrainedModel, tokens: torch.Tensor, past: Any = None, **options: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(tokens, past_key_values=past, **options).logits
+
+
+def close(one: torch.Tensor, other: torch.Tensor) -> None:
+    torch.testing.assert_close(one, other, rtol=2e-4, atol=2e-4)
+
+
 # -- what holds and what is refused -----------------------------------------------------------------------------------
 # (model, mode) -> why; the default cache refuses these too.
 REFUSED = {("Qwen3-Next", "prompt lookup"): "transformers does not assist models with recurrent layers"}

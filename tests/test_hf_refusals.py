@@ -1,0 +1,295 @@
+"""What a ``VirtualCache`` refuses, and that it refuses before a wrong token and leaves nothing half done."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+from hf_models import MAX_LENGTH, close, logits, make_model, prompt  # noqa: E402
+from transformers import DynamicCache  # noqa: E402
+
+from vattn import ConfigError, OutOfPages  # noqa: E402
+from vattn.hf import VirtualCache  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model("Llama")
+
+
+@pytest.fixture
+def past(model):
+    with VirtualCache(model.config, max_length=MAX_LENGTH, page_bytes=4096) as past:
+        yield past
+        if past.kv_cache:
+            past.kv_cache.check_integrity()
+
+
+# -- what is refused -------------------------------------------------------------------------------------------------
+def test_a_cache_shorter_than_the_request(model):
+    with VirtualCache(model.config, max_length=14) as past:
+        with pytest.raises(ConfigError, match=r"needs 15 tokens of cache, max_length is 14: make"):
+            model.generate(prompt(2), past_key_values=past, max_new_tokens=10, do_sample=False)
+        past.reset()
+        with pytest.raises(ConfigError, match="needs 20 tokens"):
+            logits(model, prompt(1, length=20), past)
+
+
+def test_memory_shorter_than_the_request(model):
+    with VirtualCache(model.config, max_length=MAX_LENGTH, page_bytes=4096, memory_limit=8 * 4096) as past:
+        with pytest.raises(OutOfPages, match="memory_limit"):
+            logits(model, prompt(2, length=100), past)
+        past.reset()
+        close(logits(model, prompt(2), past), logits(model, prompt(2)))
+
+
+def test_another_batch_size(model, past):
+    logits(model, prompt(2), past)
+    with pytest.raises(ConfigError, match=r"holds a batch of 2, got a batch of 3: call reset\(\)"):
+        logits(model, prompt(3), past)
+    close(logits(model, prompt(2, seed=2), past), logits(model, torch.cat([prompt(2), prompt(2, seed=2)], 1))[:, 11:])
+
+
+def test_another_model(model, past):
+    logits(model, prompt(2), past)
+    wider = make_model("Llama", head_dim=24)
+    with pytest.raises(ConfigError, match=r"layer 0 has .*head_dim=16.*got .*head_dim=24.*another model"):
+        logits(wider, prompt(2), past)
+    deeper = make_model("Llama", num_hidden_layers=6)
+    past.reset()
+    with pytest.raises(ConfigError, match="a model of 4 layers, got layer 4"):
+        logits(deeper, prompt(2), past)
+    past.reset()
+    shallow = make_model("Llama", num_hidden_layers=2)
+    logits(shallow, prompt(2), past)
+    with pytest.raises(ConfigError, match=r"layers \[2, 3\] hold another number of tokens"):
+        logits(model, prompt(2), past)
+    with (
+        VirtualCache(model.config, max_length=64) as fresh,
+        pytest.raises(ConfigError, match=r"layers \[2, 3\] hold another number"),
+    ):
+        shallow.generate(prompt(2), past_key_values=fresh, max_new_tokens=3)
+
+
+def test_another_dtype_or_device(model):
+    half = make_model("Llama").to(torch.bfloat16)
+    with VirtualCache(model.config, max_length=32, dtype=torch.bfloat16) as past:
+        with pytest.raises(ConfigError, match=r"in torch.float32, this cache was made for dtype=torch.bfloat16"):
+            logits(model, prompt(1), past)
+        logits(half, prompt(1), past)
+    with VirtualCache(model.config, max_length=32) as past:
+        logits(model, prompt(1), past)
+        with pytest.raises(ConfigError, match=r"holds torch.float32, got torch.bfloat16"):
+            logits(half, prompt(1), past)
+    with (
+        VirtualCache(model.config, max_length=32, device="cuda") as past,
+        pytest.raises(ConfigError, match="the model is on cpu, this cache was made for device=cuda"),
+    ):
+        logits(model, prompt(1), past)
+
+
+def test_gradients_of_v_alone(past, model):
+    draw = torch.randn(2, 2, 3, 16)
+    with pytest.raises(ConfigError, match="record gradients"):
+        past.update(draw, draw.clone().requires_grad_(), 0)
+
+
+def test_gradients(model, past):
+    with pytest.raises(ConfigError, match=r"torch.no_grad\(\), or train with use_cache=False"):
+        model(prompt(1), past_key_values=past)
+    model.train()
+    try:
+        with pytest.raises(ConfigError, match="record gradients"):
+            model(prompt(1), past_key_values=past, labels=prompt(1))
+    finally:
+        model.eval()
+    assert past.get_seq_length() == 0
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (((torch.zeros(1), torch.zeros(1)),), "tuples of K and V are not supported"),
+        (None, "config must be a model's config, as model.config; got NoneType"),
+        (transformers.T5Config(), "T5Config is an encoder-decoder"),
+        (transformers.MambaConfig(), "no attention layers|not known"),
+    ],
+)
+def test_what_is_no_config_of_a_decoder(config, message):
+    with pytest.raises(ConfigError, match=message):
+        VirtualCache(config, max_length=8)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_length": 0}, "max_length must be at least 1, got 0"),
+        ({"max_length": 2.5}, "max_length must be"),
+        ({"attention": "flash"}, "unknown attention backend 'flash'"),
+        ({"attention": "flash-attn-3"}, "reads past the end"),
+    ],
+)
+def test_wrong_arguments(model, options, message):
+    with pytest.raises(ConfigError, match=message):
+        VirtualCache(model.config, **options)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_an_attention_that_cannot_do_it(monkeypatch):
+    model = make_model("GPT-OSS")
+    with (
+        VirtualCache(model.config, max_length=32, attention="sdpa") as past,
+        pytest.raises(ConfigError, match="attention 'sdpa' has no sinks"),
+    ):
+        logits(model, prompt(1), past)
+
+
+def test_after_close(model):
+    past = VirtualCache(model.config, max_length=32)
+    logits(model, prompt(1), past)
+    past.close()
+    past.close()
+    for use in (lambda: logits(model, prompt(1), past), past.stats, past.reset, lambda: past.crop(-1)):
+        with pytest.raises(ConfigError, match="this VirtualCache is closed"):
+            use()
+
+
+def test_a_mask_that_lost_what_it_stands_for(model, past):
+    """As by a hook that copies every tensor on its way."""
+    hook = model.model.layers[1].self_attn.register_forward_pre_hook(
+        lambda module, args, kwargs: (args, {**kwargs, "attention_mask": kwargs["attention_mask"].clone()}),
+        with_kwargs=True,
+    )
+    try:
+        with pytest.raises(ConfigError, match="make the VirtualCache with attention=None"):
+            logits(model, prompt(1), past)
+    finally:
+        hook.remove()
+
+
+class Interrupted(Exception):
+    pass
+
+
+def interrupt(module):
+    """Let the module's next call fail."""
+
+    def hook(*args):
+        handle.remove()
+        raise Interrupted
+
+    handle = module.register_forward_pre_hook(hook)
+
+
+@pytest.mark.parametrize("tokens_before", [0, 11])
+def test_an_interrupted_pass(model, past, tokens_before):
+    """The next pass is refused before it computes a token; after reset() all is well."""
+    if tokens_before:
+        logits(model, prompt(2), past)
+    interrupt(model.model.layers[1])
+    with pytest.raises(Interrupted):
+        logits(model, prompt(2), past)
+    with pytest.raises(ConfigError, match=r"layers \[1, 2, 3\] hold another number of tokens.*interrupted"):
+        logits(model, prompt(2), past)
+    past.reset()
+    close(logits(model, prompt(2), past), logits(model, prompt(2)))
+
+
+def test_hybrids_fail_whole():
+    model = make_model("Qwen3-Next")
+    with VirtualCache(model.config, max_length=64, page_bytes=4096) as past:
+        with pytest.raises(ConfigError, match="needs 70 tokens"):
+            logits(model, prompt(1, length=70), past)
+        with pytest.raises(ConfigError, match=r"recurrent layers ran ahead: call reset\(\)"):
+            logits(model, prompt(1), past)
+        past.reset()
+        close(logits(model, prompt(2), past), logits(model, prompt(2)))
+        for refused in (
+            lambda: past.crop(-3),
+            lambda: past.batch_select_indices(torch.tensor([0])),
+            lambda: past.batch_repeat_interleave(2),
+            lambda: copy.deepcopy(past),
+        ):
+            with pytest.raises((ConfigError, RuntimeError)):
+                refused()
+        both = torch.cat([prompt(2), prompt(2, seed=3, length=2)], dim=1)
+        close(logits(model, prompt(2, seed=3, length=2), past), logits(model, both)[:, 11:])
+        past.reset()
+        close(logits(model, prompt(3), past), logits(model, prompt(3)))
+
+
+def test_regrouping_fails_whole(model):
+    with VirtualCache(model.config, max_length=MAX_LENGTH, page_bytes=4096, memory_limit=40 * 4096) as past:
+        logits(model, prompt(3), past)
+        with pytest.raises(OutOfPages):
+            past.batch_repeat_interleave(30)
+        for wrong, message in (
+            (torch.tensor([3]), "sequences of a batch of 3"),
+            (torch.tensor([-4]), "sequences of a batch of 3"),
+            (torch.tensor([], dtype=torch.long), "sequences of a batch of 3"),
+            (torch.tensor([True, False]), "must have 3 elements"),
+        ):
+            with pytest.raises(ConfigError, match=message):
+                past.batch_select_indices(wrong)
+        for wrong in (torch.tensor([1]), torch.tensor([1, 0])):
+            with pytest.raises(ConfigError, match="a row for each of the 3 sequences"):
+                past.reorder_cache(wrong)
+        past.batch_select_indices([-1, 0])
+        wanted = logits(model, torch.cat([prompt(3)[[2, 0]], prompt(2, seed=2)], dim=1))[:, 11:]
+        close(logits(model, prompt(2, seed=2), past), wanted)
+
+
+def test_a_config_copied_while_switched(model):
+    with VirtualCache(model.config, max_length=8):
+        other = copy.deepcopy(model)
+    assert other.config._attn_implementation == "vattn_sdpa"
+    with VirtualCache(other.config, max_length=64) as past:
+        close(logits(other, prompt(2), past), logits(model, prompt(2)))
+    assert other.config._attn_implementation == "sdpa"
+
+
+def test_a_collection_while_switching():
+    """Caches that die in a reference cycle come back to the lock that switching holds."""
+
+    class Holder:
+        pass
+
+    def drop():
+        holder = Holder()
+        holder.me, holder.past = holder, VirtualCache(transformers.LlamaConfig(attn_implementation="sdpa"), 8)
+
+    threshold = gc.get_threshold()
+    gc.set_threshold(1)
+    try:
+        for _ in range(3):
+            drop()
+            VirtualCache(transformers.Qwen2Config(attn_implementation="sdpa"), 8).close()
+    finally:
+        gc.set_threshold(*threshold)
+
+
+def test_an_attention_named_for_a_model_that_has_its_own():
+    model = make_model("Falcon")
+    with pytest.raises(ConfigError, match="'sdpa' cannot be used: a FalconConfig model computes its own"):
+        VirtualCache(model.config, attention="sdpa")
+
+
+def test_autocast(model, past):
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = logits(model, prompt(2), DynamicCache(config=model.config))
+        got = logits(model, prompt(2), past)
+    assert past.kv_cache.layout.dtype == torch.bfloat16
+    assert (got - wanted).abs().mean() < 0.05 * wanted.abs().mean()
+
+
+def test_pickling_and_copying(model, past):
+    with pytest.raises(ConfigError, match=r"cannot be pickled; copy.deepcopy"):
+        pickle.dumps(past)
+    logits(model, prompt(1), past)
+    with copy.copy(past) as other:
+        assert other.layers[0].keys.data_ptr() != past.layers[0].keys.data_ptr()
