@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from .config import LlamaConfig
+from .fused_llama import FusedLlama
 from .llama import Llama
 from .loader import load
 from .tokenizer import Tokenizer
 
-__all__ = ["Llama", "LlamaConfig", "Tokenizer", "load"]
+__all__ = ["FusedLlama", "Llama", "LlamaConfig", "Tokenizer", "load"]

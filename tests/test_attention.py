@@ -16,6 +16,7 @@ from vattn.attention import (
     PhasedAttention,
     backends,
     choose,
+    decode_backends,
     flash_attn2,
     flash_attn3,
     get,
@@ -218,7 +219,8 @@ class Stub:
 def test_registry() -> None:
     names = [backend.name for backend in backends()]
     assert names == ["flash-attn-3", "flash-attn-2", "torch-varlen", "sdpa", "reference"]
-    for backend in backends():
+    assert [backend.name for backend in decode_backends()] == [*names, "triton-decode"]
+    for backend in decode_backends():
         assert isinstance(backend, AttentionBackend)
         assert get(backend.name) is backend
         assert backend.over_read_tokens >= 0
@@ -274,21 +276,31 @@ def test_builds_that_leave_things_out(monkeypatch: pytest.MonkeyPatch) -> None:
         ((), 191, "flash-attn-3+flash-attn-2"),
         ((), 190, "flash-attn-2"),
         (("flash-attn-2",), None, "flash-attn-3"),
-        (("flash-attn-2",), 0, "torch-varlen"),
+        (("flash-attn-2",), 0, "torch-varlen+triton-decode"),
+        (("flash-attn-2", "triton-decode"), 0, "torch-varlen"),
         (("flash-attn-3",), None, "flash-attn-2"),
-        (("flash-attn-3", "flash-attn-2"), None, "torch-varlen"),
-        (("flash-attn-3", "flash-attn-2", "torch-varlen"), None, "sdpa"),
+        (("flash-attn-3", "flash-attn-2"), None, "torch-varlen+triton-decode"),
+        (("flash-attn-3", "flash-attn-2", "torch-varlen"), None, "sdpa+triton-decode"),
+        (("flash-attn-3", "flash-attn-2", "torch-varlen", "triton-decode"), None, "sdpa"),
     ],
 )
 def test_choice_by_phase(
     monkeypatch: pytest.MonkeyPatch, absent: tuple[str, ...], max_over_read: int | None, expected: str
 ) -> None:
-    stubs = tuple(
-        Stub(b.name, b.over_read_tokens, b.masks_over_read, "not here" if b.name in absent else None)
-        for b in backends()
-    )
-    monkeypatch.setattr(attention, "_BACKENDS", stubs)
+    for kind in ("_BACKENDS", "_DECODE_ONLY"):
+        stubs = tuple(
+            Stub(b.name, b.over_read_tokens, b.masks_over_read, "not here" if b.name in absent else None)
+            for b in getattr(attention, kind)
+        )
+        monkeypatch.setattr(attention, kind, stubs)
     assert choose("cuda", torch.bfloat16, 128, max_over_read=max_over_read).name == expected
+
+
+def test_prefill_needs_a_backend_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_BACKENDS", (Stub("sdpa", reason="not here"),))
+    monkeypatch.setattr(attention, "_DECODE_ONLY", (Stub("triton-decode"),))
+    with pytest.raises(ConfigError, match="sdpa: not here"):
+        choose("cuda", torch.bfloat16, 128)
 
 
 def test_phases() -> None:

@@ -12,7 +12,7 @@ from vattn.errors import ConfigError
 from vattn.ops.add_rms_norm import add_rms_norm, add_rms_norm_reference
 from vattn.ops.rope_append import rope_append, rope_append_reference, rope_table
 from vattn.ops.swiglu import swiglu, swiglu_reference
-from vattn.ops.triton_support import unavailable
+from vattn.triton_support import unavailable
 
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .triton_support import next_power_of_2, num_warps, require_triton
+from ..triton_support import launch_options, next_power_of_2, num_warps, require_triton
 
 __all__ = ["add_rms_norm", "add_rms_norm_reference"]
 
@@ -21,7 +21,8 @@ def add_rms_norm_reference(
     once.
 
     Args:
-        x: ``[tokens, hidden]``, what a block adds; None to add nothing.
+        x: ``[tokens, hidden]``, what a block adds, or ``[splits, tokens, hidden]`` partial sums of it; None to add
+            nothing.
         residual: ``[tokens, hidden]``, changed in place.
         weight: ``[hidden]``.
         eps: added to the mean square.
@@ -31,7 +32,8 @@ def add_rms_norm_reference(
     """
     wide_dtype = torch.promote_types(residual.dtype, torch.float32)
     if x is not None:
-        residual.copy_(residual.to(wide_dtype) + x.to(wide_dtype))
+        added = x.to(wide_dtype).sum(0) if x.dim() == 3 else x.to(wide_dtype)
+        residual.copy_(residual.to(wide_dtype) + added)
     wide = residual.to(wide_dtype)
     wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return (wide * weight.to(wide_dtype)).to(residual.dtype)
@@ -43,8 +45,12 @@ def add_rms_norm(
     weight: torch.Tensor,
     eps: float,
     out: torch.Tensor | None = None,
+    pdl: bool = False,
 ) -> torch.Tensor:
     """``add_rms_norm_reference`` as one kernel, a program a token; rows may be strided, their elements not.
+
+    Args:
+        pdl: as in ``triton_support.launch_options``.
 
     Raises:
         ConfigError: the tensors are not on a GPU.
@@ -58,14 +64,16 @@ def add_rms_norm(
         residual,
         weight,
         out,
-        0 if x is None else x.stride(0),
+        0 if x is None else x.stride(-2),
+        0 if x is None or x.dim() == 2 else x.stride(0),
         residual.stride(0),
         out.stride(0),
         hidden,
         eps,
-        HAS_X=x is not None,
+        SPLITS=0 if x is None else 1 if x.dim() == 2 else x.shape[0],
         BLOCK=block,
         num_warps=num_warps(block),
+        **launch_options(pdl),
     )
     return out
 
@@ -74,6 +82,7 @@ def add_rms_norm(
 def _kernel() -> Any:
     import triton
     import triton.language as tl
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
     @triton.jit
     def add_rms_norm_kernel(  # type: ignore[no-untyped-def]
@@ -82,21 +91,29 @@ def _kernel() -> Any:
         weight_ptr,
         out_ptr,
         x_stride,
+        split_stride,
         residual_stride,
         out_stride,
         hidden,
         eps,
-        HAS_X: tl.constexpr,
+        SPLITS: tl.constexpr,
         BLOCK: tl.constexpr,
+        PDL: tl.constexpr,
     ):
+        if PDL:
+            gdc_launch_dependents()
+            gdc_wait()
         token = tl.program_id(0).to(tl.int64)
         columns = tl.arange(0, BLOCK)
         inside = columns < hidden
         residual_at = residual_ptr + token * residual_stride + columns
         value = tl.load(residual_at, mask=inside, other=0.0)
-        if HAS_X:
-            added = tl.load(x_ptr + token * x_stride + columns, mask=inside, other=0.0)
-            value = (value.to(tl.float32) + added.to(tl.float32)).to(value.dtype)
+        if SPLITS > 0:
+            x_at = x_ptr + token * x_stride + columns
+            added = tl.load(x_at, mask=inside, other=0.0).to(tl.float32)
+            for split in tl.static_range(1, SPLITS):
+                added += tl.load(x_at + split * split_stride, mask=inside, other=0.0).to(tl.float32)
+            value = (value.to(tl.float32) + added).to(value.dtype)
             tl.store(residual_at, value, mask=inside)
         wide = value.to(tl.float32)
         scale = tl.rsqrt(tl.sum(wide * wide, axis=0) / hidden + eps)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .triton_support import next_power_of_2, require_triton
+from ..triton_support import address_of, launch_options, next_power_of_2, require_triton
 
 __all__ = ["rope_append", "rope_append_reference", "rope_table"]
 
@@ -40,7 +40,8 @@ def rope_append_reference(
     ``(x[i], x[i + head_dim / 2])`` turns by the angle ``i``.
 
     Args:
-        qkv: ``[tokens, (num_heads + 2 * num_kv_heads) * head_dim]``, Q's heads first, then K's, then V's.
+        qkv: ``[tokens, (num_heads + 2 * num_kv_heads) * head_dim]``, Q's heads first, then K's, then V's; or
+            ``[splits, tokens, …]`` partial sums.
         table: ``rope_table``.
         slots: ``[tokens]`` int, the slot of each token.
         rows: ``[tokens]`` int, its row there, which is its position too.
@@ -49,10 +50,11 @@ def rope_append_reference(
         eps: of that norm.
 
     Returns:
-        Q, ``[tokens, num_heads, head_dim]`` in qkv's dtype.
+        Q, ``[tokens, num_heads, head_dim]`` in qkv's dtype; in the cache's, of partial sums.
     """
     head_dim, num_kv_heads = k_cache.shape[3], k_cache.shape[2]
-    wide = qkv.to(torch.promote_types(qkv.dtype, torch.float32)).unflatten(-1, (-1, head_dim))
+    wide = qkv.to(torch.promote_types(qkv.dtype, torch.float32))
+    wide = (wide.sum(0) if wide.dim() == 3 else wide).unflatten(-1, (-1, head_dim))
     num_heads = wide.shape[1] - 2 * num_kv_heads
     q, k, v = wide.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
     cos, sin = table[rows.long()].to(wide.dtype)[:, :, None].unbind(1)
@@ -66,7 +68,7 @@ def rope_append_reference(
     where = (slots.long(), rows.long())
     k_cache.index_put_(where, turned(k, k_norm).to(k_cache.dtype))
     v_cache.index_put_(where, v.to(v_cache.dtype))
-    return turned(q, q_norm).to(qkv.dtype)
+    return turned(q, q_norm).to(qkv.dtype if qkv.dim() == 2 else k_cache.dtype)
 
 
 def rope_append(
@@ -80,27 +82,35 @@ def rope_append(
     k_norm: torch.Tensor | None = None,
     eps: float = 1e-6,
     out: torch.Tensor | None = None,
+    pdl: bool = False,
 ) -> torch.Tensor:
     """``rope_append_reference`` as one kernel, a program a token and head; offsets in 64 bits.
+
+    Args:
+        pdl: as in ``triton_support.launch_options``.
 
     Raises:
         ConfigError: the tensors are not on a GPU.
     """
     require_triton(qkv, k_cache, v_cache)
     num_kv_heads, head_dim = k_cache.shape[2:]
-    tokens, num_heads = qkv.shape[0], qkv.shape[1] // head_dim - 2 * num_kv_heads
-    out = qkv.new_empty(tokens, num_heads, head_dim) if out is None else out
+    tokens, num_heads = qkv.shape[-2], qkv.shape[-1] // head_dim - 2 * num_kv_heads
+    if out is None:
+        out = qkv.new_empty(tokens, num_heads, head_dim, dtype=qkv.dtype if qkv.dim() == 2 else k_cache.dtype)
+    k_address, dtype, k_align = address_of(k_cache)
+    v_address, _, v_align = address_of(v_cache)
     _kernel()[(tokens, num_heads + 2 * num_kv_heads)](
         qkv,
         table,
         slots,
         rows,
-        k_cache,
-        v_cache,
+        k_address,
+        v_address,
         qkv if q_norm is None else q_norm,
         qkv if k_norm is None else k_norm,
         out,
-        qkv.stride(0),
+        qkv.stride(-2),
+        qkv.stride(0) if qkv.dim() == 3 else 0,
         out.stride(0),
         *k_cache.stride()[:3],
         *v_cache.stride()[:3],
@@ -110,8 +120,12 @@ def rope_append(
         eps,
         Q_NORM=q_norm is not None,
         K_NORM=k_norm is not None,
+        DTYPE=dtype,
+        ALIGN=min(k_align, v_align),
+        SPLITS=qkv.shape[0] if qkv.dim() == 3 else 1,
         HALF=next_power_of_2(head_dim // 2),
         num_warps=1,
+        **launch_options(pdl),
     )
     return out
 
@@ -120,6 +134,7 @@ def rope_append(
 def _kernel() -> Any:
     import triton
     import triton.language as tl
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
     @triton.jit
     def rope_append_kernel(  # type: ignore[no-untyped-def]
@@ -127,12 +142,13 @@ def _kernel() -> Any:
         table_ptr,
         slots_ptr,
         rows_ptr,
-        k_ptr,
-        v_ptr,
+        k_address,
+        v_address,
         q_norm_ptr,
         k_norm_ptr,
         out_ptr,
         qkv_stride,
+        split_stride,
         out_stride,
         k_slot_stride,
         k_row_stride,
@@ -146,8 +162,15 @@ def _kernel() -> Any:
         eps,
         Q_NORM: tl.constexpr,
         K_NORM: tl.constexpr,
+        DTYPE: tl.constexpr,
+        ALIGN: tl.constexpr,
+        SPLITS: tl.constexpr,
         HALF: tl.constexpr,
+        PDL: tl.constexpr,
     ):
+        if PDL:
+            gdc_launch_dependents()
+            gdc_wait()
         token = tl.program_id(0).to(tl.int64)
         head = tl.program_id(1)
         half = head_dim // 2
@@ -156,6 +179,10 @@ def _kernel() -> Any:
         source = qkv_ptr + token * qkv_stride + head * head_dim
         first = tl.load(source + columns, mask=inside, other=0.0).to(tl.float32)
         second = tl.load(source + half + columns, mask=inside, other=0.0).to(tl.float32)
+        for split in tl.static_range(1, SPLITS):
+            part = source + split * split_stride
+            first += tl.load(part + columns, mask=inside, other=0.0).to(tl.float32)
+            second += tl.load(part + half + columns, mask=inside, other=0.0).to(tl.float32)
         slot = tl.load(slots_ptr + token).to(tl.int64)
         row = tl.load(rows_ptr + token).to(tl.int64)
 
@@ -182,13 +209,15 @@ def _kernel() -> Any:
             tl.store(target + columns, first.to(out_ptr.dtype.element_ty), mask=inside)
             tl.store(target + half + columns, second.to(out_ptr.dtype.element_ty), mask=inside)
         elif is_k:
+            k_ptr = tl.multiple_of(k_address.to(tl.pointer_type(DTYPE)), ALIGN)
             target = k_ptr + slot * k_slot_stride + row * k_row_stride + (head - num_heads) * k_head_stride
-            tl.store(target + columns, first.to(k_ptr.dtype.element_ty), mask=inside)
-            tl.store(target + half + columns, second.to(k_ptr.dtype.element_ty), mask=inside)
+            tl.store(target + columns, first.to(DTYPE), mask=inside)
+            tl.store(target + half + columns, second.to(DTYPE), mask=inside)
         else:
             kv_head = head - num_heads - num_kv_heads
+            v_ptr = tl.multiple_of(v_address.to(tl.pointer_type(DTYPE)), ALIGN)
             target = v_ptr + slot * v_slot_stride + row * v_row_stride + kv_head * v_head_stride
-            tl.store(target + columns, first.to(v_ptr.dtype.element_ty), mask=inside)
-            tl.store(target + half + columns, second.to(v_ptr.dtype.element_ty), mask=inside)
+            tl.store(target + columns, first.to(DTYPE), mask=inside)
+            tl.store(target + half + columns, second.to(DTYPE), mask=inside)
 
     return rope_append_kernel

@@ -1,0 +1,260 @@
+"""Decode steps of Llama shapes: vattn's loop, its ablations, and what a user would run instead.
+
+See README.md. Needs an NVIDIA GPU with 80 GB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import peers
+from common import Records, percentiles
+
+from vattn import KVCache
+from vattn.attention import AttentionBackend, get
+from vattn.decode import DecodeLoop
+from vattn.models import FusedLlama, Llama, LlamaConfig
+from vattn.ops.bundle import LinearTable, Ops, fused_ops, reference_ops
+from vattn.ops.swiglu import swiglu_reference
+from vattn.tuning import default_decode, default_ops, table_for
+
+READ_BYTES_PER_S = 3.03e12  # read-only, measured on an H100
+STEPS, WARM_UP = 64, 8
+
+ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+SHAPES = {
+    "8B": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "tie_word_embeddings": False,
+    },
+    "1B": {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "tie_word_embeddings": True,
+    },
+}
+CASES = {"8B": [(1, 1024), (8, 1024), (32, 4096), (64, 1024)], "1B": [(1, 1024), (16, 1024)]}
+PEER_CASES = {"8B": [(1, 1024), (8, 1024)], "1B": [(16, 1024)]}
+
+
+def hf_shape(name: str) -> dict[str, object]:
+    """Llama-3.1-8B's or Llama-3.2-1B's config."""
+    return {
+        "model_type": "llama",
+        "vocab_size": 128256,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "rope_scaling": ROPE,
+        **SHAPES[name],
+    }
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How the loop runs: everything as a user gets it, but for what an ablation changes."""
+
+    ops: Ops
+    attention: AttentionBackend | None = None
+    graphs: str = "always"
+    mapping: str = "thread"
+    ahead_tokens: int | None = None
+
+
+@contextmanager
+def decoding(model: Llama, batch: int, length: int, setting: Setting, stagger: int = 0) -> Iterator[DecodeLoop]:
+    """A loop in the middle of decoding ``batch`` sequences that will have ``length`` rows on average."""
+    start = length - (STEPS + WARM_UP) // 2
+    layout = model.kv_layout(length + STEPS + WARM_UP + 64 + batch * stagger)
+    attention = setting.attention or default_decode(layout, model.device, batch, length, model.config.num_heads)
+    fused = FusedLlama(model, layout.max_seq_len, ops=setting.ops)
+    with KVCache(
+        layout,
+        batch + 1,
+        model.device,
+        over_read_tokens=attention.over_read_tokens,
+        over_read_masked=attention.masks_over_read,
+    ) as cache:
+        slots = [cache.acquire() for _ in range(batch)]
+        cache.ensure_batch(slots, [start + i * stagger for i in range(batch)])
+        for slot in slots:
+            for layer in range(model.config.num_layers):
+                for rows in cache.rows(slot, layer):
+                    rows.normal_()
+        torch.cuda.synchronize()
+        with DecodeLoop(
+            fused,
+            cache,
+            attention=attention,
+            buckets=[batch],
+            graphs=setting.graphs,
+            mapping=setting.mapping,
+            ahead_tokens=setting.ahead_tokens,
+        ) as loop:
+            loop.start_batch([(slot, 5 + slot, STEPS + WARM_UP + 1, None, ()) for slot in slots])
+            yield loop
+
+
+def step_ms(loop: DecodeLoop, steps: int = STEPS) -> list[float]:
+    """Milliseconds from the end of each step to the end of the next, on the GPU's clock; tokens are read meanwhile."""
+    for _ in range(WARM_UP):
+        loop.step()
+    loop.drain()
+    events = []
+    for _ in range(steps):
+        loop.step()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(loop.stream)
+        events.append(event)
+    torch.cuda.synchronize()
+    return [one.elapsed_time(other) for one, other in pairwise(events)]
+
+
+def _linear_then_swiglu(ops: Ops) -> Callable[..., torch.Tensor]:
+    def linear_swiglu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return swiglu_reference(ops.linear(x, weight, bias), x.dtype)
+
+    return linear_swiglu
+
+
+def ablations(ops: Ops) -> dict[str, Setting]:
+    """Everything on; then one thing at a time off, or another."""
+    eager = reference_ops()
+    full = Setting(ops)
+    no_pdl = LinearTable(table_for(torch.device("cuda")).linear_table(torch.bfloat16).entries)
+    return {
+        "vattn": full,
+        "vattn-no-graph": replace(full, graphs="never"),
+        "vattn-cublas-only": replace(full, ops=fused_ops(pdl=True)),
+        "vattn-no-pdl": replace(full, ops=fused_ops(no_pdl)),
+        "vattn-eager-norm": replace(full, ops=replace(ops, add_rms_norm=eager.add_rms_norm)),
+        "vattn-eager-rope": replace(full, ops=replace(ops, rope_append=eager.rope_append)),
+        "vattn-eager-swiglu": replace(full, ops=replace(ops, linear_swiglu=_linear_then_swiglu(ops))),
+        "vattn-eager-ops": replace(full, ops=replace(eager, advance=ops.advance, sample_tokens=ops.sample_tokens)),
+        "vattn-inline-mapping": replace(full, mapping="inline"),
+        **{f"vattn-{name}": replace(full, attention=get(name)) for name in ("flash-attn-3", "flash-attn-2")},
+        "vattn-torch-varlen": replace(full, attention=get("torch-varlen")),
+        "vattn-triton-decode": replace(full, attention=get("triton-decode")),
+    }
+
+
+def run_cases(records: Records, name: str, model: Llama, ops: Ops) -> None:
+    kv_bytes = model.kv_layout(1024).bytes_per_token
+    for batch, length in CASES[name]:
+        case = f"{name} B={batch} L={length}"
+        limit = (model.streamed_weight_bytes() + batch * length * kv_bytes) / READ_BYTES_PER_S * 1e3
+        records.add(case, "limit", "decode_step", "ms", [limit])
+        for system, setting in ablations(ops).items():
+            try:
+                with decoding(model, batch, length, setting) as loop:
+                    records.add(case, system, "decode_step", "ms", step_ms(loop))
+                    if system == "vattn":
+                        (report,) = loop.graphs
+                        records.add(case, system, "graph_device_memory", "MiB", [report.device_bytes / (1 << 20)])
+                        records.add(case, system, "graph_capture", "ms", [report.capture_ms])
+            except (RuntimeError, ValueError) as error:  # a backend that this machine lacks
+                print(f"{case} {system}: {error}")
+            gc.collect()
+
+
+def run_mapping(records: Records, model: Llama, ops: Ops, steps: int = 1000) -> None:
+    """Pages mapped as sequences cross into them, about four of 64 a step, against all of them mapped beforehand."""
+    batch, length = 64, 1024
+    systems = {
+        "vattn": Setting(ops),
+        "vattn-inline-mapping": Setting(ops, mapping="inline"),
+        "vattn-premapped": Setting(ops, ahead_tokens=10**6),
+    }
+    for repeat in range(2):
+        for system, setting in systems.items():
+            layout = model.kv_layout(length + steps + 100)
+            fused = FusedLlama(model, layout.max_seq_len, ops=setting.ops)
+            attention = default_decode(layout, model.device, batch, length, model.config.num_heads)
+            with KVCache(
+                layout,
+                batch + 1,
+                model.device,
+                over_read_tokens=attention.over_read_tokens,
+                over_read_masked=attention.masks_over_read,
+            ) as cache:
+                slots = [cache.acquire() for _ in range(batch)]
+                cache.ensure_batch(slots, [length - 64 + i for i in range(batch)])
+                with DecodeLoop(
+                    fused,
+                    cache,
+                    attention=attention,
+                    buckets=[batch],
+                    mapping=setting.mapping,
+                    ahead_tokens=setting.ahead_tokens,
+                ) as loop:
+                    loop.start_batch([(slot, 5, steps + WARM_UP + 1, None, ()) for slot in slots])
+                    samples = step_ms(loop, steps)
+                    crossings = cache.stats().num_map
+            case = f"8B B={batch} L={length} staggered"
+            if repeat:
+                records.add(case, system, "decode_step", "ms", samples)
+                records.add(case, system, "decode_step_p99", "ms", [sorted(samples)[int(0.99 * len(samples))]])
+                print(f"{'':48s} {crossings} mappings in all, {percentiles(samples)}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--peers-seconds", type=float, default=1e9, help="start no further peer after so long")
+    parser.add_argument("--no-peers", action="store_true")
+    options = parser.parse_args()
+    records, begin = Records("04_decode"), time.perf_counter()
+    peer_runs: list[tuple[str, str, Callable[[], list[float]]]] = []
+    models = {}
+    for name in SHAPES:
+        model = models[name] = Llama.random(LlamaConfig.from_hf(hf_shape(name)), device="cuda", dtype=torch.bfloat16)
+        ops = default_ops(model.device, model.dtype)
+        FusedLlama(model, 1, ops=ops)  # merges the weights
+        run_cases(records, name, model, ops)
+        if name == "8B":
+            run_mapping(records, model, ops)
+        records.write()
+    if not options.no_peers:
+        for name, cases in PEER_CASES.items():
+            for batch, length in cases:
+                peer_runs += [
+                    (f"{name} B={batch} L={length}", system, make)
+                    for system, make in peers.runs(models[name], hf_shape(name), batch, length, STEPS, WARM_UP).items()
+                ]
+        peer_runs.sort(key=lambda run: run[1] != "transformers-dynamic")  # the quick ones first
+        for case, system, make in peer_runs:
+            if time.perf_counter() - begin > options.peers_seconds:
+                print(f"{case} {system}: no time left")
+                continue
+            records.add(case, system, "decode_step", "ms", make())
+            gc.collect()
+            torch.cuda.empty_cache()
+        records.write()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""The decode step of a Llama: one token of each sequence through fused operations, with nothing read on the host.
+
+Prefill stays with ``Llama``, whose weights this shares: Q, K and V projections are merged into one matrix, gate and up
+into another, and the model's own parameters become views of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import nn
+
+from vattn.attention import AttentionBackend, DecodeBatch
+from vattn.ops.bundle import Ops
+from vattn.ops.rope_append import rope_table
+from vattn.tuning import default_ops
+
+from .llama import DecoderLayer, Llama
+
+if TYPE_CHECKING:
+    from vattn.kv_cache import KVCache
+
+__all__ = ["FusedLlama"]
+
+
+@dataclass(frozen=True)
+class _Layer:
+    norm: torch.Tensor
+    qkv: torch.Tensor
+    qkv_bias: torch.Tensor | None
+    q_norm: torch.Tensor | None
+    k_norm: torch.Tensor | None
+    o: torch.Tensor
+    o_bias: torch.Tensor | None
+    mlp_norm: torch.Tensor
+    gate_up: torch.Tensor
+    gate_up_bias: torch.Tensor | None
+    down: torch.Tensor
+    down_bias: torch.Tensor | None
+    window: int | None
+
+
+class FusedLlama:
+    """What ``DecodeLoop`` runs.
+
+    Args:
+        model: its projections are merged in place; it goes on working.
+        max_seq_len: positions that rotary embeddings are tabled for; None: the model's context.
+        ops: the operations; None: fused on a GPU, else their references.
+    """
+
+    def __init__(self, model: Llama, max_seq_len: int | None = None, ops: Ops | None = None) -> None:
+        self.model = model
+        self.config = model.config
+        self.ops = default_ops(model.device, model.dtype) if ops is None else ops
+        self.max_seq_len = model.config.max_position_embeddings if max_seq_len is None else max_seq_len
+        self.table = rope_table(model.rope.frequencies.to(model.device), self.max_seq_len)
+        self.layers = [
+            _Layer(
+                norm=layer.input_layernorm.weight,
+                qkv=_merge(layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj),
+                qkv_bias=_merge_bias(layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj),
+                q_norm=None if layer.self_attn.q_norm is None else layer.self_attn.q_norm.weight,
+                k_norm=None if layer.self_attn.k_norm is None else layer.self_attn.k_norm.weight,
+                o=layer.self_attn.o_proj.weight,
+                o_bias=layer.self_attn.o_proj.bias,
+                mlp_norm=layer.post_attention_layernorm.weight,
+                gate_up=_merge(layer.mlp.gate_proj, layer.mlp.up_proj),
+                gate_up_bias=_merge_bias(layer.mlp.gate_proj, layer.mlp.up_proj),
+                down=layer.mlp.down_proj.weight,
+                down_bias=layer.mlp.down_proj.bias,
+                window=layer.self_attn.window,
+            )
+            for layer in (cast(DecoderLayer, each) for each in model.layers)
+        ]
+
+    @property
+    def num_heads(self) -> int:
+        """Query heads."""
+        return self.config.num_heads
+
+    @property
+    def embedding(self) -> torch.Tensor:
+        """``[vocab_size, hidden_size]``, what tokens are looked up in."""
+        return self.model.embed_tokens.weight
+
+    def products(self) -> list[tuple[int, int, str]]:
+        """(outputs, inputs, kind) of every product in a step; the kinds are those of ``tuning.measure_linear``."""
+        layer = self.layers[0]
+        weights = {
+            "plain": (layer.qkv, layer.o, layer.down),
+            "swiglu": (layer.gate_up,),
+            "whole": (self.model.output_weight,),
+        }
+        return list(
+            dict.fromkeys((each.shape[0], each.shape[1], kind) for kind, group in weights.items() for each in group)
+        )
+
+    def decode(
+        self, residual: torch.Tensor, batch: DecodeBatch, cache: KVCache, attention: AttentionBackend
+    ) -> torch.Tensor:
+        """Logits of one new token of each sequence; appends its K and V.
+
+        Args:
+            residual: ``[batch, hidden_size]``, the tokens' embeddings; used up.
+            batch: slots and rows, on the device.
+            cache: has rows ``[0, row]`` of every slot backed and writable.
+            attention: reads them.
+
+        Returns:
+            ``[batch, vocab_size]`` in the weights' dtype.
+        """
+        ops, eps, head_dim = self.ops, self.config.rms_norm_eps, self.config.head_dim
+        x = ops.add_rms_norm(None, residual, self.layers[0].norm, eps)
+        for index, layer in enumerate(self.layers):
+            k, v = cache.k(index), cache.v(index)
+            qkv = ops.linear(x, layer.qkv, layer.qkv_bias)
+            q = ops.rope_append(
+                qkv, self.table, batch.slots_int32, batch.rows_int32, k, v, layer.q_norm, layer.k_norm, eps
+            )
+            out = attention(q, k, v, batch, scale=head_dim**-0.5, window=layer.window)
+            x = ops.linear(out.flatten(-2), layer.o, layer.o_bias)
+            x = ops.add_rms_norm(x, residual, layer.mlp_norm, eps)
+            x = ops.linear_swiglu(x, layer.gate_up, layer.gate_up_bias)
+            x = ops.linear(x, layer.down, layer.down_bias)
+            last = index + 1 == len(self.layers)
+            x = ops.add_rms_norm(x, residual, self.model.norm.weight if last else self.layers[index + 1].norm, eps)
+        return ops.linear(x, self.model.output_weight, whole=True)
+
+
+def _merge(*projections: nn.Linear) -> torch.Tensor:
+    """One matrix of several projections' outputs; their own weights become views of it."""
+    merged = torch.cat([projection.weight for projection in projections])
+    for projection, part in zip(projections, merged.split([p.out_features for p in projections]), strict=True):
+        projection.weight.data = part
+    return merged
+
+
+def _merge_bias(*projections: nn.Linear) -> torch.Tensor | None:
+    if projections[0].bias is None:
+        return None
+    merged = torch.cat([projection.bias for projection in projections])
+    for projection, part in zip(projections, merged.split([p.out_features for p in projections]), strict=True):
+        projection.bias.data = part
+    return merged

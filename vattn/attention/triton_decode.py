@@ -1,0 +1,319 @@
+"""Decode attention as one Triton kernel that splits each context over the GPU and takes all lengths from the device."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, ClassVar
+
+import torch
+
+from ..errors import ConfigError
+from ..triton_support import address_of
+from .base import INT32_MAX, LEFT_PADDING, SINKS, SOFTCAP, AttentionBatch
+from .triton_decode_kernels import kernels
+
+__all__ = ["DecodeWorkspace", "TritonDecodeAttention", "choose_splits"]
+
+LOG2_E = 1.4426950408889634
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+# Programs that a launch should have for each streaming multiprocessor (SM), and the most splits of one context: the
+# combination of that many is no longer small beside a program's own rows.
+PROGRAMS_PER_SM = 2
+MAX_SPLITS = 64
+
+# Where there is no GPU to ask: an H100's.
+DEFAULT_SMS = 132
+DEFAULT_SHARED_BYTES = 227 * 1024
+
+# Float32 elements that the combination of the splits holds at a time: 64 registers a thread with four warps.
+COMBINED_AT_ONCE = 8192
+
+
+def choose_splits(
+    batch_size: int, num_kv_heads: int, max_end: int, num_sms: int = DEFAULT_SMS, block_n: int = 64
+) -> int:
+    """Programs that share the rows of one sequence and KV head.
+
+    As many as keep the launch within about ``PROGRAMS_PER_SM`` programs for each SM, so that all run at once, and no
+    more than there are blocks of rows.
+
+    Args:
+        max_end: no sequence has more rows that its query sees.
+        block_n: rows of a block.
+    """
+    blocks = max(1, -(-max_end // block_n))
+    return max(1, min(PROGRAMS_PER_SM * num_sms // (batch_size * num_kv_heads), MAX_SPLITS, blocks))
+
+
+@dataclass(frozen=True)
+class DecodeWorkspace:
+    """What the splits of a launch leave for their combination; for launches that follow one another on one stream.
+
+    Attributes:
+        partials: float32, one-dimensional; never has to be cleared.
+        counters: int32, one for each sequence and KV head; zeros, to which every launch returns them.
+    """
+
+    partials: torch.Tensor
+    counters: torch.Tensor
+
+
+@dataclass(frozen=True)
+class TritonDecodeAttention:
+    """Split-KV decoding (Dao et al., "Flash-Decoding", 2023) for batches in which every sequence has one new token.
+
+    A program takes the query heads of one KV head and a part of one sequence's rows, with an online softmax (Milakov &
+    Gimelshein, arXiv 1805.02867). The last program of a sequence and KV head to finish combines what all of them found.
+    Rows are divided on the device by each sequence's actual length, and those that a query does not see are not read.
+
+    Lengths, starts and slots come from the batch's device tensors alone; ``max_end`` is an upper bound. A launch can
+    therefore be captured in a CUDA graph and replayed for other lengths.
+
+    Attributes:
+        block_n: rows of K and V that a program takes at a time, a power of two of at least 16.
+        num_warps: of a program.
+        num_stages: blocks of rows in flight; fewer where shared memory does not hold them.
+        splits: programs to a sequence and KV head; None for ``choose_splits``.
+        fused_combine: the last program combines; False for a second kernel that does.
+        pdl: launch programmatically dependent on the kernel before, on Hopper and later.
+    """
+
+    name: ClassVar[str] = "triton-decode"
+    over_read_tokens: ClassVar[int] = 0
+    masks_over_read: ClassVar[bool] = True
+    features: ClassVar[frozenset[str]] = frozenset({LEFT_PADDING, SOFTCAP, SINKS})
+
+    block_n: int = 64
+    num_warps: int = 4
+    num_stages: int = 3
+    splits: int | None = None
+    fused_combine: bool = True
+    pdl: bool = False
+
+    def supports(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+        if device.type != "cuda":
+            return f"needs an NVIDIA GPU, got device {device}"
+        if dtype not in DTYPES:
+            return f"expected float16, bfloat16 or float32, got {dtype}"
+        if not 1 <= head_dim <= 256:
+            return f"expected a head_dim of at most 256, got {head_dim}"
+        if importlib.util.find_spec("triton") is None:
+            return "Triton is not installed: pip install triton (PyTorch's CUDA builds bring it)"
+        if not torch.cuda.is_available():
+            return "PyTorch finds no NVIDIA GPU"
+        if torch.cuda.get_device_capability(device) < (8, 0):
+            return "needs a GPU of compute capability 8.0 (Ampere) or newer"
+        return None
+
+    def workspace(
+        self,
+        max_batch_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        v_head_dim: int,
+        max_end: int,
+        device: torch.device | str,
+    ) -> DecodeWorkspace:
+        """One that is large enough for every launch within these bounds."""
+        device = torch.device(device)
+        programs = 0
+        for batch_size in range(1, max_batch_size + 1):
+            splits = self._num_splits(batch_size, num_kv_heads, max_end, device)
+            programs = max(programs, batch_size * splits if splits > 1 else 0)
+        return DecodeWorkspace(
+            torch.empty(programs * num_heads * (v_head_dim + 2), dtype=torch.float32, device=device),
+            torch.zeros(max_batch_size * num_kv_heads, dtype=torch.int32, device=device),
+        )
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        batch: AttentionBatch,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """See :class:`vattn.attention.AttentionBackend`.
+
+        Raises:
+            ConfigError: a sequence has several new tokens.
+        """
+        return self.decode(q, k, v, batch, scale=scale, window=window, softcap=softcap, sinks=sinks)
+
+    def decode(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        batch: AttentionBatch,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+        workspace: DecodeWorkspace | None = None,
+    ) -> torch.Tensor:
+        """``__call__`` with memory from the caller.
+
+        Args:
+            batch: of it only ``batch_size``, ``max_query_len``, ``max_end`` and the int32 tensors of slots, ends and
+                starts are used; a slot may be listed several times.
+            out: ``[batch_size, num_heads, v_head_dim]``, the last axis contiguous; None to allocate it.
+            workspace: None to allocate one, with a kernel that clears the counters.
+
+        Raises:
+            ConfigError: a sequence has several new tokens, or the workspace is too small.
+        """
+        if batch.max_query_len != 1:
+            raise ConfigError(f"{self.name} computes one new token of each sequence, got up to {batch.max_query_len}")
+        batch_size, num_kv_heads = batch.batch_size, k.shape[2]
+        num_heads, head_dim, v_head_dim = q.shape[1], k.shape[3], v.shape[3]
+        group = num_heads // num_kv_heads
+        out = q.new_empty(batch_size, num_heads, v_head_dim) if out is None else out
+        rows = batch.max_end if window is None else min(batch.max_end, window)
+        splits = self._num_splits(batch_size, num_kv_heads, rows, q.device)
+        if splits > 1:
+            workspace = self._workspace(workspace, batch_size, num_heads, num_kv_heads, v_head_dim, splits, q.device)
+        ends, starts = batch.ends_int32, batch.starts_int32
+        # Matrix multiplications take no less than 16.
+        block_d, block_dv = max(16, _power_of_2(head_dim)), max(16, _power_of_2(v_head_dim))
+        # More rows of float32, which are multiplied without tensor cores, do not fit in the registers.
+        max_block_n = self.block_n if k.element_size() < 4 else 32
+        block_n, num_stages = self._tiles((block_d + block_dv) * k.element_size(), max_block_n, q.device)
+        shared = (  # by the kernel that attends and the one that combines
+            out,
+            q if workspace is None else workspace.partials,
+            ends,
+            ends if starts is None else starts,
+            q if sinks is None else sinks,
+            out.stride(0),
+            out.stride(1),
+            INT32_MAX if window is None else window,
+        )
+        constants = {
+            "G": group,
+            "DV": v_head_dim,
+            "BLOCK_DV": block_dv,
+            "BLOCK_N": block_n,
+            "HAS_STARTS": starts is not None,
+            "HAS_SINKS": sinks is not None,
+            "PDL": self.pdl,
+        }
+        options: dict[str, Any] = {"launch_pdl": True} if self.pdl else {}
+        # Scores are kept in powers of two. tanh(x) = 1 - 2 / (exp(2 x) + 1), which no x overflows.
+        scale *= LOG2_E
+        if softcap is not None:
+            scale *= 2 / softcap
+        kernel, combine_kernel = kernels()
+        k_address, dtype, k_align = address_of(k)
+        v_address, _, v_align = address_of(v)
+        with torch.cuda.device_of(q):
+            kernel[splits, num_kv_heads, batch_size](
+                q,
+                k_address,
+                v_address,
+                batch.slots_int32,
+                ends if workspace is None else workspace.counters,
+                *shared,
+                q.stride(0),
+                q.stride(1),
+                k.stride(0),
+                k.stride(1),
+                v.stride(0),
+                v.stride(1),
+                scale,
+                0.0 if softcap is None else softcap * LOG2_E,
+                K_HEAD_STRIDE=k.stride(2),  # constant, so that the compiler sees the alignment of odd head sizes too
+                V_HEAD_STRIDE=v.stride(2),
+                DTYPE=dtype,
+                ALIGN=min(k_align, v_align),
+                D=head_dim,
+                BLOCK_D=block_d,
+                # Tensor cores take 16 heads at once, whether or not there are so many; float32 does not go there.
+                BLOCK_G=max(16 if k.element_size() < 4 else 1, _power_of_2(group)),
+                BLOCK_C=_power_of_2(group),
+                BLOCK_S=_splits_at_once(_power_of_2(group) * block_dv),
+                HAS_SOFTCAP=softcap is not None,
+                SPLIT=splits > 1,
+                FUSED=self.fused_combine,
+                STAGES=num_stages,
+                WIDEN=not q.is_cuda,  # Triton's interpreter would multiply the bits of bfloat16 as integers
+                num_warps=self.num_warps,
+                **constants,
+                **options,
+            )
+            if splits > 1 and not self.fused_combine:
+                combine_kernel[num_heads, batch_size](
+                    *shared, splits, BLOCK_S=_splits_at_once(block_dv), num_warps=4, **constants, **options
+                )
+        return out
+
+    def _num_splits(self, batch_size: int, num_kv_heads: int, rows: int, device: torch.device) -> int:
+        if self.splits is not None:
+            return self.splits
+        return choose_splits(batch_size, num_kv_heads, rows, _num_sms(device), self.block_n)
+
+    def _workspace(
+        self,
+        given: DecodeWorkspace | None,
+        batch_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        v_head_dim: int,
+        splits: int,
+        device: torch.device,
+    ) -> DecodeWorkspace:
+        num_partials, num_counters = batch_size * splits * num_heads * (v_head_dim + 2), batch_size * num_kv_heads
+        if given is None:
+            return DecodeWorkspace(
+                torch.empty(num_partials, dtype=torch.float32, device=device),
+                torch.zeros(num_counters if self.fused_combine else 0, dtype=torch.int32, device=device),
+            )
+        if given.partials.numel() < num_partials or given.counters.numel() < num_counters:
+            raise ConfigError(
+                f"{self.name} needs a workspace of {num_partials} partial sums and {num_counters} counters for "
+                f"{batch_size} sequences in {splits} splits, got {given.partials.numel()} and {given.counters.numel()}"
+            )
+        return given
+
+    def _tiles(self, row_bytes: int, max_block_n: int, device: torch.device) -> tuple[int, int]:
+        """``block_n`` and ``num_stages``, made smaller until K and V in flight fit; 16 KiB are for all else."""
+        room = _shared_bytes(device) - 16 * 1024
+        block_n, num_stages = min(self.block_n, max_block_n), self.num_stages
+        while num_stages > 2 and num_stages * block_n * row_bytes > room:
+            num_stages -= 1
+        while block_n > 16 and num_stages * block_n * row_bytes > room:
+            block_n //= 2
+        return block_n, num_stages
+
+
+def _power_of_2(n: int) -> int:
+    """The smallest that is at least ``n``."""
+    return 1 << (n - 1).bit_length()
+
+
+def _splits_at_once(elements: int) -> int:
+    """How many splits of so many elements are combined at a time."""
+    return max(1, min(MAX_SPLITS, COMBINED_AT_ONCE // elements))
+
+
+@cache
+def _num_sms(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else DEFAULT_SMS
+
+
+@cache
+def _shared_bytes(device: torch.device) -> int:
+    """Of one program at most."""
+    if device.type != "cuda":
+        return DEFAULT_SHARED_BYTES
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)

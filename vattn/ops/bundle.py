@@ -1,0 +1,126 @@
+"""The operations of a decode step as one exchangeable set: fused, or their eager references."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from .add_rms_norm import add_rms_norm, add_rms_norm_reference
+from .advance import advance, advance_reference
+from .begin_step import begin_step, begin_step_reference
+from .rope_append import rope_append, rope_append_reference
+from .sample_tokens import sample_tokens, sample_tokens_reference
+from .skinny_linear import LinearConfig, skinny_linear
+from .swiglu import swiglu, swiglu_reference
+
+__all__ = ["LinearTable", "Ops", "fused_ops", "reference_ops"]
+
+
+@dataclass(frozen=True)
+class Ops:
+    """What a decode step calls; each field has the signature of the function of its name, without ``pdl``.
+
+    Attributes:
+        linear: ``(x, weight, bias=None, whole=False)`` -> ``[tokens, outputs]``, or partial sums ``[splits, tokens,
+            outputs]`` unless ``whole``.
+        linear_swiglu: ``(x, weight, bias=None)`` -> ``[tokens, outputs / 2]``; the gate's outputs come first.
+        name: for people.
+    """
+
+    begin_step: Callable[..., None]
+    add_rms_norm: Callable[..., torch.Tensor]
+    rope_append: Callable[..., torch.Tensor]
+    linear: Callable[..., torch.Tensor]
+    linear_swiglu: Callable[..., torch.Tensor]
+    sample_tokens: Callable[..., None]
+    advance: Callable[..., None]
+    name: str
+
+
+class LinearTable:
+    """Which kernel computes which product, by measurement; cuBLAS where nothing was measured or nothing beat it.
+
+    Args:
+        entries: (outputs, inputs, whether SwiGLU follows) -> {tokens: config, or None for cuBLAS}; a number of tokens
+            that is not listed takes the entry of the next larger one.
+        pdl: launch with programmatic dependent launch.
+    """
+
+    def __init__(self, entries: dict[tuple[int, int, bool], dict[int, LinearConfig | None]], pdl: bool = False) -> None:
+        self.entries = {shape: dict(sorted(by_tokens.items())) for shape, by_tokens in entries.items()}
+        self.pdl = pdl
+
+    def find(self, outputs: int, inputs: int, tokens: int, swiglu: bool = False) -> LinearConfig | None:
+        """The config for a product, None for cuBLAS."""
+        for limit, config in self.entries.get((outputs, inputs, swiglu), {}).items():
+            if tokens <= limit:
+                return config if config is None or config.dot or tokens == 1 else None
+        return None
+
+    def linear(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, whole: bool = False
+    ) -> torch.Tensor:
+        """See ``Ops.linear``."""
+        config = self.find(weight.shape[0], weight.shape[1], x.shape[0])
+        if config is None or (whole and config.splits > 1):
+            return torch.nn.functional.linear(x, weight, bias)
+        return skinny_linear(x, weight, config, bias, pdl=self.pdl)
+
+    def linear_swiglu(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """See ``Ops.linear_swiglu``."""
+        config = self.find(weight.shape[0], weight.shape[1], x.shape[0], swiglu=True)
+        if config is None:
+            return swiglu(self.linear(x, weight, bias), x.dtype, pdl=self.pdl)
+        return skinny_linear(x, weight, config, bias, swiglu=True, pdl=self.pdl)
+
+
+def _linear_reference(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, whole: bool = False
+) -> torch.Tensor:
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+def _linear_swiglu_reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    return swiglu_reference(torch.nn.functional.linear(x, weight, bias))
+
+
+def reference_ops() -> Ops:
+    """Eager torch for everything; runs anywhere."""
+    return Ops(
+        begin_step=begin_step_reference,
+        add_rms_norm=add_rms_norm_reference,
+        rope_append=rope_append_reference,
+        linear=_linear_reference,
+        linear_swiglu=_linear_swiglu_reference,
+        sample_tokens=sample_tokens_reference,
+        advance=advance_reference,
+        name="reference",
+    )
+
+
+def fused_ops(table: LinearTable | None = None, pdl: bool = False) -> Ops:
+    """Triton kernels, and the products that ``table`` names.
+
+    Args:
+        table: None for cuBLAS everywhere.
+        pdl: launch with programmatic dependent launch (compute capability 9.0 or newer).
+    """
+    table = table or LinearTable({}, pdl)
+
+    def option(function: Callable[..., Any]) -> Callable[..., Any]:
+        return partial(function, pdl=pdl) if pdl else function
+
+    return Ops(
+        begin_step=begin_step,
+        add_rms_norm=option(add_rms_norm),
+        rope_append=option(rope_append),
+        linear=table.linear,
+        linear_swiglu=table.linear_swiglu,
+        sample_tokens=sample_tokens,
+        advance=advance,
+        name="fused",
+    )

@@ -1,0 +1,297 @@
+"""Choosing the next token of every row on the GPU: greedy, or drawn with temperature, top-k and top-p."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+
+from ..triton_support import next_power_of_2, require_triton
+
+__all__ = ["philox_reference", "sample_tokens", "sample_tokens_reference", "scores_reference"]
+
+_BLOCK = 8192
+_MASK = 0xFFFFFFFF
+_MAX_TEMPERATURE = 1.0e30  # an infinite one would make NaN of logits of -inf
+
+
+def philox_reference(seed: torch.Tensor, *counter: torch.Tensor | int) -> tuple[torch.Tensor, ...]:
+    """Philox4x32-10: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011.
+
+    Args:
+        seed: int64, the key: its low 32 bits, then its high ones, as ``triton.language.philox`` splits it.
+        counter: four words of 32 bits, broadcast with the seed; of wider integers the low bits count.
+
+    Returns:
+        Four int64 tensors in ``[0, 2 ** 32)``.
+    """
+    c0, c1, c2, c3 = (torch.as_tensor(word, device=seed.device).long() & _MASK for word in counter)
+    k0, k1 = seed & _MASK, (seed >> 32) & _MASK
+    for _ in range(10):
+        # A product may pass 2^63 and wrap; its 64 bits are right all the same.
+        first, second = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = (
+            ((second >> 32) & _MASK) ^ c1 ^ k0,
+            second & _MASK,
+            ((first >> 32) & _MASK) ^ c3 ^ k1,
+            first & _MASK,
+        )
+        k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
+    return c0, c1, c2, c3
+
+
+def scores_reference(
+    logits: torch.Tensor,
+    slots: torch.Tensor,
+    rows: torch.Tensor,
+    temperature: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    seeds: torch.Tensor,
+) -> torch.Tensor:
+    """What ``sample_tokens_reference`` takes the largest of: ``[batch, vocab]`` float64, NaN for what is not kept."""
+    slot = slots.long()
+    values = logits.float()
+    values, real = values.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf), ~values.isnan()
+    top = values.amax(-1, keepdim=True)
+    heat = temperature[slot].float()[:, None]
+    is_drawn = heat > 0
+    # The largest logit may be infinite, and the temperature may be tiny: no inf - inf, no overflow of exp.
+    scaled = torch.where(values == top, 0.0, (values - top) / heat.clamp(max=_MAX_TEMPERATURE))
+    scaled = torch.where(is_drawn, scaled, 0.0)
+
+    order = values.argsort(dim=-1, descending=True, stable=True)
+    descending = values.gather(-1, order)
+    k = top_k[slot].long()[:, None]
+    k = torch.where(k > 0, k, values.shape[-1]).clamp(max=values.shape[-1])
+    threshold = descending.gather(-1, k - 1)
+
+    mass = (scaled.double().exp() * (real & (values >= threshold))).gather(-1, order).cumsum(-1)
+    p = top_p[slot].double()[:, None]
+    position = (mass < p * mass[:, -1:]).sum(-1, keepdim=True).clamp(max=values.shape[-1] - 1)
+    threshold = torch.where(p < 1, descending.gather(-1, position).maximum(threshold), threshold)
+
+    ids = torch.arange(values.shape[-1], device=logits.device)
+    first = philox_reference(seeds[slot][:, None], ids, rows[:, None], 0, 0)[0]
+    uniform = ((first >> 8).double() + 0.5) * 2.0**-24
+    drawn = scaled.double() - (-uniform.log()).log()
+    drawn = drawn.masked_fill((values < threshold) | (values.isneginf() & ~top.isneginf()), torch.nan)
+    return torch.where(is_drawn, drawn, values.double()).masked_fill(~real, torch.nan)
+
+
+def sample_tokens_reference(
+    logits: torch.Tensor,
+    slots: torch.Tensor,
+    rows: torch.Tensor,
+    temperature: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    seeds: torch.Tensor,
+    out: torch.Tensor,
+) -> None:
+    """The next token of each row, which depends on nothing but the row's logits, parameters, seed and position.
+
+    A row of temperature 0 takes its largest logit, the lowest id among equals. Any other divides its logits by the
+    temperature, in float32. Top-k keeps the tokens whose logit is at least the k-th largest (Fan et al., ACL 2018),
+    then top-p (Holtzman et al., ICLR 2020) the smallest set of largest logits that holds at least that share of the
+    rest's mass. Both keep ties, so that neither depends on an order. From what is kept one token is drawn by the
+    Gumbel-max trick (Gumbel 1954; Maddison et al. 2014): the largest ``scaled - log(-log(u))``, where ``u`` is of 24
+    bits of Philox with the seed as its key and ``(token id, position, 0, 0)`` as its counter.
+
+    A logit of NaN is never chosen unless all are (then token 0 is), one of -inf never drawn unless all are.
+
+    Args:
+        logits: ``[batch, vocab]`` bfloat16, float16 or float32.
+        slots: ``[batch]`` int32, may repeat; the parameters below are by slot.
+        rows: ``[batch]`` int32, the position of the token that each row of logits came from.
+        temperature: ``[max_slots]`` float32; 0 is greedy.
+        top_k: ``[max_slots]`` int32; 0 keeps all.
+        top_p: ``[max_slots]`` float32; 1 keeps all.
+        seeds: ``[max_slots]`` int64.
+        out: ``[batch]`` int32, written.
+    """
+    scores = scores_reference(logits, slots, rows, temperature, top_k, top_p, seeds)
+    ids = torch.arange(scores.shape[-1], device=logits.device)
+    best = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).amax(-1, keepdim=True)
+    chosen = torch.where(scores == best, ids, ids.numel()).amin(-1)
+    out.copy_(torch.where(chosen < ids.numel(), chosen, 0))
+
+
+def sample_tokens(
+    logits: torch.Tensor,
+    slots: torch.Tensor,
+    rows: torch.Tensor,
+    temperature: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    seeds: torch.Tensor,
+    out: torch.Tensor,
+) -> None:
+    """``sample_tokens_reference`` as one kernel, a program a row; rows of logits may be strided, their elements not.
+
+    A row passes once over its logits if greedy, twice if drawn, and for each of top-k and top-p as many times more as
+    its dtype has pairs of bits. Masses are summed in float32: where a sum comes within its rounding of ``top_p``, the
+    last of the kept tokens may differ from the reference's.
+
+    Raises:
+        ConfigError: the tensors are not on a GPU.
+    """
+    require_triton(logits, slots, rows, temperature, top_k, top_p, seeds, out)
+    batch, vocab = logits.shape
+    block = min(_BLOCK, next_power_of_2(vocab))
+    _kernel()[(batch,)](
+        logits,
+        slots,
+        rows,
+        temperature,
+        top_k,
+        top_p,
+        seeds,
+        out,
+        logits.stride(0),
+        vocab,
+        BITS=8 * logits.element_size(),
+        MAX_TEMPERATURE=_MAX_TEMPERATURE,
+        BLOCK=block,
+        num_warps=min(32, max(1, block // 256)),  # one program has a multiprocessor to itself
+    )
+
+
+@cache
+def _kernel() -> Any:
+    # Triton's interpreter finds the functions that a kernel calls among its module's names only.
+    global _best_of, _load, _measure, _scale, _select, _value_of
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def _load(row_ptr, start, vocab, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+        # Beyond the vocabulary as if NaN, which is neither counted nor chosen: it is not >= anything.
+        ids = start + tl.arange(0, BLOCK)
+        return ids, tl.load(row_ptr + ids, mask=ids < vocab, other=float("nan")).to(tl.float32)
+
+    @triton.jit
+    def _scale(x, top, cold):  # type: ignore[no-untyped-def]
+        # By the inverse of the temperature: a division of each logit is slow, and has a slower branch for infinities.
+        return tl.where(x == top, 0.0, (x - top) * cold)
+
+    @triton.jit
+    def _best_of(best, best_id):  # type: ignore[no-untyped-def]
+        top = tl.max(best, 0)
+        return top, tl.min(tl.where(best == top, best_id, 0x7FFFFFFF), 0)
+
+    @triton.jit
+    def _measure(  # type: ignore[no-untyped-def]
+        row_ptr, vocab, top, cold, low, middle, high, MASS: tl.constexpr, BLOCK: tl.constexpr
+    ):
+        """How many of the logits are at or above each of three thresholds, or their mass."""
+        at_low = tl.zeros((BLOCK,), tl.float32)
+        at_middle = tl.zeros((BLOCK,), tl.float32)
+        at_high = tl.zeros((BLOCK,), tl.float32)
+        for start in tl.range(0, vocab, BLOCK, loop_unroll_factor=4):
+            _, x = _load(row_ptr, start, vocab, BLOCK)
+            if MASS:
+                weight = tl.exp(_scale(x, top, cold))
+            else:
+                weight = tl.full((BLOCK,), 1.0, tl.float32)
+            at_low += tl.where(x >= low, weight, 0.0)
+            at_middle += tl.where(x >= middle, weight, 0.0)
+            at_high += tl.where(x >= high, weight, 0.0)
+        return tl.sum(at_low, 0), tl.sum(at_middle, 0), tl.sum(at_high, 0)
+
+    @triton.jit
+    def _value_of(key, dtype: tl.constexpr, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
+        """The float whose place in the order of floats is ``key``: -inf for any lower, NaN for any above inf."""
+        sign: tl.constexpr = 1 << (BITS - 1)
+        bits = tl.where(key >= sign, key - sign, 2 * sign - 1 - key)
+        if BITS == 32:
+            x = bits.to(tl.uint32).to(tl.float32, bitcast=True)
+        else:
+            x = bits.to(tl.uint16).to(dtype, bitcast=True).to(tl.float32)
+        return tl.where((key < sign) & (x != x), float("-inf"), x)
+
+    @triton.jit
+    def _select(  # type: ignore[no-untyped-def]
+        row_ptr, vocab, top, cold, floor, target, MASS: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr
+    ):
+        """The highest threshold from ``floor`` on that at least ``target`` of the logits reach: two bits a round."""
+        key = tl.full((), 0, tl.int64)
+        step = tl.full((), 1 << (BITS - 2), tl.int64)
+        dtype: tl.constexpr = row_ptr.dtype.element_ty
+        for _ in range(BITS // 2):
+            low = _value_of(key + step, dtype, BITS)
+            middle = _value_of(key + 2 * step, dtype, BITS)
+            high = _value_of(key + 3 * step, dtype, BITS)
+            at_low, at_middle, at_high = _measure(row_ptr, vocab, top, cold, low, middle, high, MASS, BLOCK)
+            digit = tl.where(at_high >= target, 3, tl.where(at_middle >= target, 2, tl.where(at_low >= target, 1, 0)))
+            key += digit * step
+            step = step // 4
+        threshold = _value_of(key, dtype, BITS)
+        threshold = tl.where(threshold <= top, threshold, top)  # NaN where the target is nothing
+        return tl.where(threshold >= floor, threshold, floor)
+
+    @triton.jit
+    def sample_tokens_kernel(  # type: ignore[no-untyped-def]
+        logits_ptr,
+        slots_ptr,
+        rows_ptr,
+        temperature_ptr,
+        top_k_ptr,
+        top_p_ptr,
+        seeds_ptr,
+        out_ptr,
+        logits_stride,
+        vocab,
+        BITS: tl.constexpr,
+        MAX_TEMPERATURE: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
+        i = tl.program_id(0).to(tl.int64)
+        row_ptr = logits_ptr + i * logits_stride
+        slot = tl.load(slots_ptr + i).to(tl.int64)
+        heat = tl.load(temperature_ptr + slot)
+        nothing: tl.constexpr = 0x7FFFFFFF
+
+        best = tl.full((BLOCK,), float("-inf"), tl.float32)
+        best_id = tl.full((BLOCK,), nothing, tl.int32)
+        for start in tl.range(0, vocab, BLOCK, loop_unroll_factor=4):
+            ids, x = _load(row_ptr, start, vocab, BLOCK)
+            better = (x > best) | ((x == x) & (best_id == nothing))
+            best = tl.where(better, x, best)
+            best_id = tl.where(better, ids, best_id)
+        top, token = _best_of(best, best_id)
+
+        if (heat > 0) & (token != nothing):
+            cold = 1.0 / tl.minimum(heat, MAX_TEMPERATURE)
+            k = tl.load(top_k_ptr + slot)
+            p = tl.load(top_p_ptr + slot)
+            seed = tl.load(seeds_ptr + slot)
+            position = tl.load(rows_ptr + i)
+            threshold = tl.full((), float("-inf"), tl.float32)
+            if (k > 0) & (k < vocab):
+                threshold = _select(row_ptr, vocab, top, cold, threshold, k.to(tl.float32), False, BITS, BLOCK)
+            if p < 1:
+                mass, _, _ = _measure(row_ptr, vocab, top, cold, threshold, top, top, True, BLOCK)
+                threshold = _select(row_ptr, vocab, top, cold, threshold, p * mass, True, BITS, BLOCK)
+
+            best = tl.full((BLOCK,), float("-inf"), tl.float32)
+            best_id = tl.full((BLOCK,), nothing, tl.int32)
+            for start in range(0, vocab, BLOCK):
+                ids, x = _load(row_ptr, start, vocab, BLOCK)
+                bits, _, _, _ = tl.philox(seed, ids, position, 0, 0)
+                integer = (bits >> 8).to(tl.int32).to(tl.float32)
+                # A float32 has no room for the half above 1/2, and would make 1 of the largest u, infinite a Gumbel.
+                # 1 - u, however, is exact there: -log(u) is corrected by what the rounding added to u.
+                u = (integer + 0.5) * 5.9604644775390625e-08
+                rest = ((16777215.0 - integer) + 0.5) * 5.9604644775390625e-08
+                exponential = (rest - (1.0 - u)) - tl.log(u)
+                score = _scale(x, top, cold) - tl.log(exponential)
+                better = (x >= threshold) & ((score > best) | (best_id == nothing))
+                best = tl.where(better, score, best)
+                best_id = tl.where(better, ids, best_id)
+            _, token = _best_of(best, best_id)
+
+        tl.store(out_ptr + i, tl.where(token == nothing, 0, token))
+
+    return sample_tokens_kernel
