@@ -117,6 +117,7 @@ class StepGraphs:
         start = perf_counter()
         self._run(bucket)  # compiles kernels and makes workspaces, which capture may not do
         torch.cuda.synchronize(self.device)
+        torch.cuda.empty_cache()  # capturing does so too, which would hide what it takes
         free, pooled = torch.cuda.mem_get_info(self.device)[0], torch.cuda.memory_reserved(self.device)
         graph = torch.cuda.CUDAGraph()
         # Other threads may allocate and map meanwhile.

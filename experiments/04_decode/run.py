@@ -22,7 +22,7 @@ import peers
 from common import Records, percentiles
 
 from vattn import KVCache
-from vattn.attention import AttentionBackend, get
+from vattn.attention import AttentionBackend, TritonDecodeAttention, get
 from vattn.decode import DecodeLoop
 from vattn.models import FusedLlama, Llama, LlamaConfig
 from vattn.ops.bundle import LinearTable, Ops, fused_ops, reference_ops
@@ -86,6 +86,7 @@ class Setting:
     graphs: str = "always"
     mapping: str = "thread"
     ahead_tokens: int | None = None
+    pdl: bool = True
 
 
 @contextmanager
@@ -94,6 +95,8 @@ def decoding(model: Llama, batch: int, length: int, setting: Setting, stagger: i
     start = length - (STEPS + WARM_UP) // 2
     layout = model.kv_layout(length + STEPS + WARM_UP + 64 + batch * stagger)
     attention = setting.attention or default_decode(layout, model.device, batch, length, model.config.num_heads)
+    if not setting.pdl and isinstance(attention, TritonDecodeAttention):
+        attention = replace(attention, pdl=False)
     fused = FusedLlama(model, layout.max_seq_len, ops=setting.ops)
     with KVCache(
         layout,
@@ -153,7 +156,7 @@ def ablations(ops: Ops) -> dict[str, Setting]:
         "vattn": full,
         "vattn-no-graph": replace(full, graphs="never"),
         "vattn-cublas-only": replace(full, ops=fused_ops(pdl=True)),
-        "vattn-no-pdl": replace(full, ops=fused_ops(no_pdl)),
+        "vattn-no-pdl": replace(full, ops=fused_ops(no_pdl), pdl=False),
         "vattn-eager-norm": replace(full, ops=replace(ops, add_rms_norm=eager.add_rms_norm)),
         "vattn-eager-rope": replace(full, ops=replace(ops, rope_append=eager.rope_append)),
         "vattn-eager-swiglu": replace(full, ops=replace(ops, linear_swiglu=_linear_then_swiglu(ops))),
