@@ -125,8 +125,71 @@ def _hf(records: list[Record], metric: str, cell: Callable[[float, float], str])
     return markdown(["batch", "tokens", "maximum", f"limit, {unit}", *(f"{name}, {unit}" for name in systems)], rows)
 
 
+def _steps(records: list[Record]) -> dict[str, dict[str, float]]:
+    """Case -> system -> ms of a decode step."""
+    found: dict[str, dict[str, float]] = {}
+    for record in records:
+        if record["metric"] == "decode_step":
+            found.setdefault(record["case"], {})[record["system"]] = record["value"]
+    return found
+
+
+def decode_steps(records: list[Record]) -> str:
+    """Every case against the limit and the peers: ms, and the limit's share of them."""
+    systems = ("vattn", "torch-compile", "transformers-static-compile", "transformers-dynamic")
+    rows = []
+    for case, values in _steps(records).items():
+        if "limit" in values:
+            cells = [f"{values[s]:.2f} ({values['limit'] / values[s]:.0%})" if s in values else "–" for s in systems]
+            rows.append([case, f"{values['limit']:.2f}", *cells])
+    return markdown(["case", "limit, ms", *(f"{system}, ms" for system in systems)], rows)
+
+
+def decode_ablations(records: list[Record]) -> str:
+    """What each change adds to a step: µs and percent."""
+    cases = {case: values for case, values in _steps(records).items() if "vattn-no-graph" in values}
+    systems = list(dict.fromkeys(s for values in cases.values() for s in values if s.startswith("vattn-")))
+    rows = [
+        [system]
+        + [
+            f"{(values[system] - values['vattn']) * 1e3:+.0f} ({values[system] / values['vattn'] - 1:+.1%})"
+            for values in cases.values()
+        ]
+        for system in systems
+    ]
+    return markdown(["instead", *(f"{case}, µs" for case in cases)], rows)
+
+
+def decode_attention(records: list[Record]) -> str:
+    """The whole step with each attention backend: ms."""
+    systems = ["vattn", *(f"vattn-{n}" for n in ("triton-decode", "flash-attn-2", "flash-attn-3", "torch-varlen"))]
+    rows = [
+        [case, *(f"{values[system]:.2f}" if system in values else "–" for system in systems)]
+        for case, values in _steps(records).items()
+        if "limit" in values
+    ]
+    return markdown(["case", "measured choice, ms", *(f"{system[6:]}, ms" for system in systems[1:])], rows)
+
+
+def decode_mapping(records: list[Record]) -> str:
+    """Pages mapped as sequences grow against pages mapped beforehand: p50 and p99, ms and ratio."""
+    found = {(r["system"], r["metric"]): r["value"] for r in records if "staggered" in r["case"]}
+    rows = []
+    for system in ("vattn-premapped", "vattn", "vattn-inline-mapping"):
+        row = [system]
+        for metric in ("decode_step", "decode_step_p99"):
+            value, base = found[system, metric], found["vattn-premapped", metric]
+            row += [f"{value:.3f}", f"{value / base:.4f}"]
+        rows.append(row)
+    return markdown(["system", "p50, ms", "ratio", "p99, ms", "ratio"], rows)
+
+
 TABLES: dict[str, Callable[[list[Record]], str]] = {
-    function.__name__: function for function in (cards, driver_calls, ensure_batch, hf_memory, hf_steps)
+    function.__name__: function
+    for function in (
+        *(cards, driver_calls, ensure_batch, hf_memory, hf_steps),
+        *(decode_steps, decode_ablations, decode_attention, decode_mapping),
+    )
 }
 
 

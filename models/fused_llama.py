@@ -17,12 +17,13 @@ from vattn.ops.bundle import Ops
 from vattn.ops.rope_append import rope_table
 from vattn.tuning import default_ops
 
+from .config import LlamaConfig
 from .llama import DecoderLayer, Llama
 
 if TYPE_CHECKING:
     from vattn.kv_cache import KVCache
 
-__all__ = ["FusedLlama"]
+__all__ = ["FusedLlama", "products"]
 
 
 @dataclass(frozen=True)
@@ -86,18 +87,6 @@ class FusedLlama:
         """``[vocab_size, hidden_size]``, what tokens are looked up in."""
         return self.model.embed_tokens.weight
 
-    def products(self) -> list[tuple[int, int, str]]:
-        """(outputs, inputs, kind) of every product in a step; the kinds are those of ``tuning.measure_linear``."""
-        layer = self.layers[0]
-        weights = {
-            "plain": (layer.qkv, layer.o, layer.down),
-            "swiglu": (layer.gate_up,),
-            "whole": (self.model.output_weight,),
-        }
-        return list(
-            dict.fromkeys((each.shape[0], each.shape[1], kind) for kind, group in weights.items() for each in group)
-        )
-
     def decode(
         self, residual: torch.Tensor, batch: DecodeBatch, cache: KVCache, attention: AttentionBackend
     ) -> torch.Tensor:
@@ -128,6 +117,18 @@ class FusedLlama:
             last = index + 1 == len(self.layers)
             x = ops.add_rms_norm(x, residual, self.model.norm.weight if last else self.layers[index + 1].norm, eps)
         return ops.linear(x, self.model.output_weight, whole=True)
+
+
+def products(config: LlamaConfig) -> list[tuple[int, int, str]]:
+    """(outputs, inputs, kind) of every matrix product in a step; the kinds are those of ``measure_linear``."""
+    hidden, heads = config.hidden_size, config.num_heads * config.head_dim
+    return [
+        (heads + 2 * config.num_kv_heads * config.head_dim, hidden, "plain"),
+        (hidden, heads, "plain"),
+        (2 * config.intermediate_size, hidden, "swiglu"),
+        (hidden, config.intermediate_size, "plain"),
+        (config.vocab_size, hidden, "whole"),
+    ]
 
 
 def _merge(*projections: nn.Linear) -> torch.Tensor:

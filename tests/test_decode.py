@@ -15,6 +15,7 @@ from vattn.attention import get
 from vattn.decode import DecodedToken, DecodeLoop, Sampling
 from vattn.errors import ConfigError, OutOfPages
 from vattn.models import FusedLlama, Llama
+from vattn.models.fused_llama import products
 from vattn.ops.bundle import fused_ops, reference_ops
 
 FAMILY = {
@@ -90,7 +91,9 @@ def test_merged_weights_are_the_model_s_own(device):
     assert layer.qkv.data_ptr() == attention.q_proj.weight.data_ptr()
     assert layer.qkv[-1].data_ptr() == attention.v_proj.weight[-1].data_ptr()
     assert layer.gate_up[-1].data_ptr() == model.layers[1].mlp.up_proj.weight[-1].data_ptr()
-    assert (layer.gate_up.shape[0], layer.gate_up.shape[1], "swiglu") in fused.products()
+    shapes = {(outputs, inputs) for outputs, inputs, _ in products(model.config)}
+    weights = (layer.qkv, layer.o, layer.gate_up, layer.down, model.output_weight)
+    assert {(weight.shape[0], weight.shape[1]) for weight in weights} == shapes
 
 
 def test_sequences_come_and_go(fused, model):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
 
@@ -35,8 +37,25 @@ def forced(model, past, mask):
     return torch.cat(parts, dim=1)
 
 
-@pytest.mark.parametrize("padded", [False, True])
+def padding(padded: bool) -> torch.Tensor:
+    mask = torch.ones(3, LENGTH, dtype=torch.long, device="cuda")
+    if padded:
+        mask[0, :40], mask[2, :5] = 0, 0
+    return mask
+
+
+@cache
+def with_default_cache(name: str, padded: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits in float32 and in bfloat16."""
+    mask = padding(padded)
+    model = make_model(name).to("cuda")
+    exact = forced(model, DynamicCache(config=model.config), mask)
+    model = model.to(torch.bfloat16)
+    return exact, forced(model, DynamicCache(config=model.config), mask)
+
+
 @pytest.mark.parametrize("attention", ["auto", None, "torch-varlen", "flash-attn-2"])
+@pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("name", CASES)
 def test_bfloat16_is_as_good_as_eager(name, attention, padded, device):
     """Teacher-forced logits within twice the error of the default cache's, both against float32."""
@@ -44,14 +63,10 @@ def test_bfloat16_is_as_good_as_eager(name, attention, padded, device):
         backend = next(each for each in backends() if each.name == attention)
         if reason := backend.supports(torch.device(device), torch.bfloat16, 64):
             pytest.skip(reason)
-    mask = torch.ones(3, LENGTH, dtype=torch.long, device=device)
-    if padded:
-        mask[0, :40], mask[2, :5] = 0, 0
+    mask = padding(padded)
     seen = mask.bool()[:, :, None]
-    model = make_model(name).to(device)
-    exact = forced(model, DynamicCache(config=model.config), mask) * seen
-    model = model.to(torch.bfloat16)
-    eager = forced(model, DynamicCache(config=model.config), mask) * seen
+    exact, eager = (logits * seen for logits in with_default_cache(name, padded))
+    model = make_model(name).to(device, torch.bfloat16)
     options = {"attention": attention}
     with VirtualCache(model.config, max_length=LENGTH, **options) as past:
         try:

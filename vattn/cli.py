@@ -1,4 +1,4 @@
-"""The ``vattn`` command: ``generate`` and ``info``.
+"""The ``vattn`` command: ``generate``, ``tune`` and ``info``.
 
 Exit codes: 0, 1 when the machine failed us, 2 when the caller must change something, 130 on Ctrl-C. Errors are one line
 on stderr.
@@ -32,6 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from .cli_generate import generate
 
             generate(args)
+        elif args.command == "tune":
+            from .cli_tune import tune
+
+            tune(args)
         else:
             from .cli_info import info
 
@@ -86,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
 
     parser = _OneLineParser(prog="vattn", description="Language models on a KV cache mapped page by page.")
     parser.add_argument("--version", action="version", version=f"vattn {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="generate | info")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="generate | tune | info")
 
     generate = commands.add_parser("generate", help="continue prompts", description="Continue one or several prompts.")
     add = generate.add_argument
@@ -107,6 +111,17 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-batch", type=int, metavar="N", help="prompts computed together (default: all, at most 64)")
     add("--raw", action="store_true", help="continue the prompts as they stand, without the model's chat template")
     add("--json", action="store_true", help="print one JSON document and nothing else")
+
+    tune = commands.add_parser(
+        "tune",
+        help="time decode kernels on this GPU",
+        description="Time the kernels of decode steps for models' shapes on this GPU; decode loops then use what won.",
+    )
+    add = tune.add_argument
+    add("models", nargs="+", metavar="FOLDER", help="with a model's config.json; weights are not needed")
+    add("--dtype", choices=_DTYPES[1:], default="bfloat16", help="of weights and cache (default: bfloat16)")
+    add("--batches", default="1,2,4,8,16,32,64", metavar="N,N", help="batch sizes (default: 1,2,4,8,16,32,64)")
+    add("--contexts", default="1024,4096,16384", metavar="N,N", help="for attention (default: 1024,4096,16384)")
 
     info = commands.add_parser("info", help="what this machine offers", description="Drivers, devices and backends.")
     info.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
