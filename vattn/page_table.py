@@ -111,8 +111,7 @@ class PageTable:
             reservation.map(index, page, undo)
             if page.dirty:
                 submitted |= self._scrub(page, reservation.address_of(index), self.page_bytes, undo)
-            else:
-                page.dirty = True
+            page.dirty = True
         for reservation, index, keep_bytes in growth.shared:
             leaving = growth.leaving[reservation.pages[index]]
             self._copy_on_write(reservation, index, next(pages), keep_bytes, leaving, undo)

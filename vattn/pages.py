@@ -73,9 +73,8 @@ class PhysicalPagePool:
         while self.free and len(reused) < count:
             reused.append(self.free.pop())
         try:
-            create, page_bytes = self.driver.create, self.page_bytes
-            for _ in range(count - len(reused)):
-                page = Page(create(page_bytes))
+            while len(reused) + len(created) < count:
+                page = Page(self.driver.create(self.page_bytes))
                 created.append(page)
                 self.pages.add(page)
         except DriverError as error:

@@ -34,12 +34,11 @@ class Reservation:
         """Put a page, new or shared, behind index ``index`` and make it accessible."""
         if index in self.strays:
             self.clear_stray(index)
-        page_bytes, driver = self.page_bytes, self.driver
-        address = self.address + index * page_bytes
-        driver.map(address, page_bytes, page.handle)
+        address = self.address_of(index)
+        self.driver.map(address, self.page_bytes, page.handle)
         self.pool.mapped(page, address)
         undo.push(self._undo_map, index, page)
-        driver.set_access(address, page_bytes)
+        self.driver.set_access(address, self.page_bytes)
         self.pages[index] = page
 
     def _undo_map(self, index: int, page: Page) -> None:

@@ -146,10 +146,9 @@ class RuledDriver(ABC):
         self.log.add("release", None, None, handle)
 
     def map(self, address: int, size_bytes: int, handle: int) -> None:
-        book = self.book
-        book.check_map(address, size_bytes, handle)
+        self.book.check_map(address, size_bytes, handle)
         self._map(address, size_bytes, handle)
-        book.map(address, size_bytes, handle)
+        self.book.map(address, size_bytes, handle)
         self.counts.num_map += 1
         self.log.add("map", address, size_bytes, handle)
 
