@@ -6,6 +6,7 @@ into another, and the model's own parameters become views of them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 from vattn.attention import AttentionBackend, DecodeBatch
+from vattn.errors import ConfigError
 from vattn.ops.bundle import Ops
 from vattn.ops.rope_append import rope_table
 from vattn.tuning import default_ops
@@ -82,6 +84,26 @@ class FusedLlama:
         """Query heads."""
         return self.config.num_heads
 
+    def require_fit(self, cache: KVCache) -> None:
+        """Refuse a cache of another shape, and weights that have moved since they were merged.
+
+        Raises:
+            ConfigError: says what differs.
+        """
+        config, layout = self.config, cache.layout
+        groups = {(group.num_kv_heads, group.head_dim, group.v_head_dim or group.head_dim) for group in layout.groups}
+        wanted = (config.num_kv_heads, config.head_dim, config.head_dim)
+        if list(layout.layers) != list(range(config.num_layers)) or groups != {wanted}:
+            raise ConfigError(
+                f"the cache has {len(layout.layers)} layers of (KV heads, K and V head sizes) {sorted(groups)}, the "
+                f"model {config.num_layers} of {wanted}; open the cache with model.kv_layout()"
+            )
+        merged, now = self.layers[0].qkv, self.model.layers[0].self_attn.q_proj.weight  # type: ignore[union-attr]
+        if merged.data_ptr() != now.data_ptr():  # type: ignore[operator]
+            raise ConfigError("the model was moved or converted since FusedLlama merged its weights; make a new one")
+        if merged.device != cache.device:
+            raise ConfigError(f"the model is on {merged.device}, the cache on {cache.device}")
+
     @property
     def embedding(self) -> torch.Tensor:
         """``[vocab_size, hidden_size]``, what tokens are looked up in."""
@@ -133,16 +155,23 @@ def products(config: LlamaConfig) -> list[tuple[int, int, str]]:
 
 def _merge(*projections: nn.Linear) -> torch.Tensor:
     """One matrix of several projections' outputs; their own weights become views of it."""
-    merged = torch.cat([projection.weight for projection in projections])
-    for projection, part in zip(projections, merged.split([p.out_features for p in projections]), strict=True):
-        projection.weight.data = part
-    return merged
+    return _merge_parameters([projection.weight for projection in projections])
 
 
 def _merge_bias(*projections: nn.Linear) -> torch.Tensor | None:
     if projections[0].bias is None:
         return None
-    merged = torch.cat([projection.bias for projection in projections])
-    for projection, part in zip(projections, merged.split([p.out_features for p in projections]), strict=True):
-        projection.bias.data = part
+    return _merge_parameters([projection.bias for projection in projections])
+
+
+def _merge_parameters(parameters: Sequence[torch.Tensor]) -> torch.Tensor:
+    first, sizes = parameters[0], [parameter.shape[0] for parameter in parameters]
+    ends = [parameter.data_ptr() + parameter.nbytes for parameter in parameters]
+    starts = [parameter.data_ptr() for parameter in parameters]
+    with torch.inference_mode(False), torch.no_grad():
+        if starts[1:] == ends[:-1] and len({p.untyped_storage().data_ptr() for p in parameters}) == 1:
+            return first.as_strided((sum(sizes), *first.shape[1:]), first.stride())  # merged before
+        merged = torch.cat([parameter.data for parameter in parameters])
+        for parameter, part in zip(parameters, merged.split(sizes), strict=True):
+            parameter.data = part
     return merged

@@ -9,6 +9,8 @@ sampled into a ring in host memory, which the host reads while the next step run
 from __future__ import annotations
 
 import math
+import os
+import sys
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
@@ -21,8 +23,9 @@ import torch
 from .arguments import is_int, require_int
 from .attention import AttentionBackend, DecodeBatch, bind, require_fit
 from .decode_state import DecodeModel, DecodeState, Sampling
-from .errors import ConfigError
+from .errors import ConfigError, OutOfPages
 from .graphs import GraphReport, StepGraphs, default_buckets
+from .interrupts import Uninterrupted
 from .kv_cache import KVCache
 from .mapper import MapAhead
 from .ops.sampling import validate_sampling
@@ -45,10 +48,11 @@ class DecodedToken:
 
 @dataclass(eq=False)
 class _Live:
-    """A sequence that is decoding: once the launched steps have run, it has ``rows`` rows in the cache."""
+    """A sequence that is decoding: once the launched steps have run, it has ``rows`` rows of at most ``limit``."""
 
     slot: int
     rows: int
+    limit: int
 
 
 @dataclass(frozen=True)
@@ -102,21 +106,30 @@ class DecodeLoop:
         max_stop_tokens: int = 8,
     ) -> None:
         self.model, self.cache = model, cache
+        self._pid = os.getpid()
         self.max_seq_len = min(cache.layout.max_seq_len, model.max_seq_len)
         if cache.max_slots < 2:
             raise ConfigError("the decode loop takes a slot for itself: open the cache with max_slots of at least 2")
-        self.max_batch = require_int("max_batch", max_batch or cache.max_slots - 1, 1, cache.max_slots - 1)
+        if max_batch is None:
+            max_batch = cache.max_slots - 1
+        self.max_batch = require_int("max_batch", max_batch, 1, cache.max_slots - 1)
         if mapping not in ("thread", "inline"):
             raise ConfigError(f"mapping must be 'thread' or 'inline', got {mapping!r}")
         if model.embedding.device != cache.device:
             raise ConfigError(f"the model is on {model.embedding.device}, the cache on {cache.device}")
-        if attention is not None:
-            require_fit(attention, cache)
-            attention = bind(attention)
-        self._attention = attention
-        self._attentions: dict[int, AttentionBackend] = {}  # by batch size
-        self._typical_len = require_int("typical_len", typical_len or max(1, self.max_seq_len // 2), 1)
+        model.require_fit(cache)
         device = cache.device
+        mode = ("always" if device.type == "cuda" else "never") if graphs is None else graphs
+        self._attention = None if attention is None else _checked(attention, cache, mode)
+        self._attentions: dict[int, AttentionBackend] = {}  # by batch size
+        if typical_len is None:
+            typical_len = max(1, self.max_seq_len // 2)
+        self._typical_len = require_int("typical_len", typical_len, 1)
+        if ahead_tokens is None:
+            ahead_tokens = max(16, math.ceil(2 * cache.layout.tokens_per_page(cache.page_bytes)))
+        ahead_tokens = require_int("ahead_tokens", ahead_tokens, 0)
+        if buckets is None:
+            buckets = default_buckets(self.max_batch)
         self.state = DecodeState(cache.max_slots, require_int("max_stop_tokens", max_stop_tokens, 1), device)
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         pinned = device.type == "cuda"
@@ -127,24 +140,23 @@ class DecodeLoop:
         self._live: dict[int, _Live] = {}
         self._order: list[int] = []  # of the batch that ``_slots`` holds
         self._under_way: deque[_Launched] = deque()
+        self._unreported: list[DecodedToken] = []
         hidden = model.embedding.shape[1]
         self._residual = torch.zeros(self.max_batch, hidden, dtype=model.embedding.dtype, device=device)
         self._rows, self._ends, self._sampled = torch.zeros(3, self.max_batch, dtype=torch.int32, device=device)
         self._batches: dict[int, DecodeBatch] = {}
-        if ahead_tokens is None:
-            ahead_tokens = max(16, math.ceil(2 * cache.layout.tokens_per_page(cache.page_bytes)))
         self._closed = False
         self._scratch = cache.acquire()
         try:
             cache.ensure(self._scratch, 1)
             self._slots.fill_(self._scratch)
-            mode = ("always" if device.type == "cuda" else "never") if graphs is None else graphs
-            self._graphs = StepGraphs(self._run, buckets or default_buckets(self.max_batch), device, mode)
-            if self._graphs.buckets[-1] < self.max_batch:
-                raise ConfigError(f"the largest bucket must be max_batch, {self.max_batch}")
+            self._graphs = StepGraphs(self._run, buckets, device, mode)
+            if self._graphs.buckets[-1] != self.max_batch:
+                raise ConfigError(
+                    f"the largest bucket must be max_batch, {self.max_batch}, got {self._graphs.buckets[-1]}"
+                )
             with torch.inference_mode(), torch.cuda.stream(self.stream):
                 if self.stream is not None:
-                    self.stream.wait_stream(torch.cuda.default_stream(device))
                     torch.cuda.synchronize(device)
                 self._graphs.capture()
                 self._counter.zero_()
@@ -164,6 +176,9 @@ class DecodeLoop:
     ) -> None:
         """Decode a sequence from the next step on.
 
+        The first step comes after what was submitted to the current stream, and to any stream inside
+        ``cache.step([slot])``.
+
         Args:
             slot: live in the cache; its ``seq_len`` rows are computed.
             token: the first to feed, not in the cache yet: the prompt's last, or the one sampled after a prefill.
@@ -180,6 +195,7 @@ class DecodeLoop:
     def start_batch(self, sequences: Sequence[tuple[int, int, int, Sampling | None, Sequence[int]]]) -> None:
         """``start`` for several at once, all or nothing, with one upload."""
         self._require_open()
+        sequences = [(*sequence[:4], tuple(sequence[4])) for sequence in sequences]
         rows = [self._check(*sequence) for sequence in sequences]
         slots = [sequence[0] for sequence in sequences]
         if not slots:
@@ -188,13 +204,22 @@ class DecodeLoop:
             raise ConfigError(f"expected every slot once, got {slots}")
         if len(self._live) + len(slots) > self.max_batch:
             raise ConfigError(f"{len(self._live) + len(slots)} sequences exceed max_batch, {self.max_batch}")
-        # What a page shared with another sequence takes to become private, it takes here, before any step is open.
-        self.cache.ensure_batch(slots, [n + 1 for n in rows])
-        with torch.inference_mode(), torch.cuda.stream(self.stream):
-            self.state.start(self._upload, sequences, rows)
-        for slot, n, sequence in zip(slots, rows, sequences, strict=True):
-            self._mapper.track(slot, n + 1, n + sequence[2])
-            self._live[slot] = _Live(slot, n)
+        with Uninterrupted():
+            # What a page shared with another sequence takes to become private, it takes here, before any step is open.
+            self.cache.ensure_batch(slots, [n + 1 for n in rows])
+            try:
+                if self.stream is not None:
+                    self.stream.wait_stream(torch.cuda.current_stream(self.cache.device))
+                with torch.inference_mode(), torch.cuda.stream(self.stream):
+                    self.state.start(self._upload, sequences, rows)
+            except BaseException:
+                for slot, n in zip(slots, rows, strict=True):
+                    self.cache.truncate(slot, n)
+                raise
+            for slot, n, sequence in zip(slots, rows, sequences, strict=True):
+                limit = n + sequence[2]
+                self._mapper.track(slot, n + 1, limit)
+                self._live[slot] = _Live(slot, n, limit)
 
     def cancel(self, slot: int) -> None:
         """Stop decoding a sequence; tokens that were not reported yet are not going to be. Any other slot: no effect.
@@ -202,9 +227,23 @@ class DecodeLoop:
         The slot then holds the rows of the tokens that were reported, the newest one's excepted.
         """
         self._require_open()
-        live = self._live.pop(slot, None)
-        if live is not None:
-            self._hand_back(live)
+        with Uninterrupted():
+            num_dropped = sum(token.slot == slot for token in self._unreported)
+            self._unreported = [token for token in self._unreported if token.slot != slot]
+            live = self._live.get(slot)
+            if live is not None:
+                self._hand_back(live, num_dropped)
+            elif num_dropped:  # it has ended, which its caller was not told yet
+                self._cut(slot, self.cache.seq_len(slot) - num_dropped)
+
+    def release(self, slot: int) -> None:
+        """End a sequence, decoding or not, and give its slot back to the cache without waiting for the GPU.
+
+        ``cache.release`` waits for the step that may still be under way.
+        """
+        self.cancel(slot)
+        with torch.cuda.stream(self.stream), self.cache.step([slot]):
+            self.cache.release(slot)
 
     @property
     def slots(self) -> tuple[int, ...]:
@@ -218,26 +257,41 @@ class DecodeLoop:
         So the first call reports nothing, and a call without sequences reports what is left.
 
         Raises:
-            OutOfPages: no page for the next row of some sequence. Nothing was launched; cancel one, or make room in the
-                cache, and call again.
+            OutOfPages: no page for the next row of some sequence. Nothing was launched, and no token is lost: cancel a
+                sequence, or make room in the cache, and call again.
         """
         self._require_open()
-        if self._live:
-            self._launch()
-            return self._drain(1)
-        return self._drain(0)
+        try:
+            launched = self._launch()
+        except OutOfPages:
+            if not self._under_way:
+                raise
+            self._drain(0)  # sequences that have ended give their pages back
+            launched = self._launch()
+        self._drain(1 if launched else 0)
+        return self._report()
 
     def run(self) -> list[DecodedToken]:
-        """Step until every sequence has ended; all tokens, in the order of their steps."""
-        tokens = []
-        while self._live or self._under_way:
-            tokens += self.step()
+        """Step until every sequence has ended; all tokens, in the order of their steps.
+
+        Raises:
+            OutOfPages: as ``step``; the tokens so far are returned by the next call of ``step``, ``run`` or ``drain``.
+        """
+        self._require_open()
+        tokens: list[DecodedToken] = []
+        try:
+            while self._live or self._under_way or self._unreported:
+                tokens += self.step()
+        except BaseException:
+            self._unreported[:0] = tokens
+            raise
         return tokens
 
     def drain(self) -> list[DecodedToken]:
         """Report the tokens of every step launched so far; waits for them."""
         self._require_open()
-        return self._drain(0)
+        self._drain(0)
+        return self._report()
 
     @property
     def graphs(self) -> tuple[GraphReport, ...]:
@@ -248,18 +302,22 @@ class DecodeLoop:
         """End the loop: graphs and the loop's own slot are freed, sequences stay as they are. Idempotent."""
         if self._closed:
             return
-        with suppress(ConfigError):  # the cache is closed already
-            for slot in self.slots:
-                self.cancel(slot)
-        self._closed = True
+        for slot in self.slots:
+            self.cancel(slot)
         self._mapper.close()
         if self.stream is not None:
             self.stream.synchronize()
-        self._live.clear()
         self._under_way.clear()
         self._graphs.release()
-        with suppress(ConfigError):
-            self.cache.release(self._scratch)
+        with Uninterrupted():
+            with suppress(ConfigError):  # the cache is closed already
+                self.cache.release(self._scratch)
+            self._closed = True
+
+    def __del__(self) -> None:
+        # Nobody closed it: work may be under way, and the mapper's thread would live on.
+        if not sys.is_finalizing() and getattr(self, "_mapper", None) is not None and os.getpid() == self._pid:
+            self.close()
 
     def __enter__(self) -> DecodeLoop:
         return self
@@ -300,15 +358,20 @@ class DecodeLoop:
             self._attentions[bucket] = bind(chosen)
         return self._attentions[bucket]
 
-    def _launch(self) -> None:
-        sequences = tuple(self._live.values())
-        slots = list(self._live)
+    def _launch(self) -> bool:
+        """Launch a step for every sequence that has rows to come; False if none has."""
+        sequences = tuple(each for each in self._live.values() if each.rows < each.limit)
+        if not sequences:
+            return False
+        slots = [sequence.slot for sequence in sequences]
         index = np.array(slots, np.int64)
         rows = np.array([sequence.rows for sequence in sequences], np.int64) + 1
         self._mapper.require(index, rows)
         bucket = self._graphs.bucket_for(len(slots))
-        with torch.inference_mode(), torch.cuda.stream(self.stream), self.cache.step(index):
+        # Ctrl-C comes before the launch or after its entry in the books, also out of the end of ``cache.step``.
+        with Uninterrupted(), torch.inference_mode(), torch.cuda.stream(self.stream), self.cache.step(index):
             if slots != self._order:
+                self._order = []
                 padded = np.full(self.max_batch, self._scratch, np.int32)
                 padded[: len(slots)] = slots
                 self._slots.copy_(self._upload(padded))
@@ -318,36 +381,45 @@ class DecodeLoop:
             if self.stream is not None:
                 event = torch.cuda.Event()
                 event.record()
-        self._under_way.append(_Launched(sequences, self._num_launched % _RING, event))
-        self._num_launched += 1
-        for sequence in sequences:
-            sequence.rows += 1
+            self._under_way.append(_Launched(sequences, self._num_launched % _RING, event))
+            self._num_launched += 1
+            for sequence in sequences:
+                sequence.rows += 1
         self._mapper.look_ahead(index, rows)
+        return True
 
-    def _drain(self, keep: int) -> list[DecodedToken]:
+    def _drain(self, keep: int) -> None:
         """Read the ring up to the newest ``keep`` steps."""
-        tokens: list[DecodedToken] = []
         while len(self._under_way) > keep:
-            launched = self._under_way.popleft()
+            launched = self._under_way[0]
             if launched.event is not None:
                 launched.event.synchronize()
             sampled = self._ring[launched.place, : len(launched.sequences)].tolist()
-            for sequence, (token, reason) in zip(launched.sequences, sampled, strict=True):
-                slot = sequence.slot
-                if self._live.get(slot) is not sequence:  # ended, or cancelled
-                    continue
-                tokens.append(DecodedToken(slot, token, _REASONS[reason]))
-                if reason:
-                    del self._live[slot]
-                    self._hand_back(sequence)
+            with Uninterrupted():
+                self._under_way.popleft()
+                for sequence, (token, reason) in zip(launched.sequences, sampled, strict=True):
+                    if self._live.get(sequence.slot) is not sequence:  # ended, or cancelled
+                        continue
+                    self._unreported.append(DecodedToken(sequence.slot, token, _REASONS[reason]))
+                    if reason:
+                        self._hand_back(sequence)
+
+    def _report(self) -> list[DecodedToken]:
+        tokens, self._unreported = self._unreported, []
         return tokens
 
-    def _hand_back(self, sequence: _Live) -> None:
-        """A sequence has ended: cut it to its rows. What was mapped ahead goes when the GPU is past it."""
+    def _hand_back(self, sequence: _Live, num_dropped: int = 0) -> None:
+        """A sequence has ended: leave its slot with its rows, but for those of tokens that are dropped."""
+        del self._live[sequence.slot]
         self._mapper.forget(sequence.slot)
         num_under_way = sum(sequence in launched.sequences for launched in self._under_way)
-        with torch.cuda.stream(self.stream), self.cache.step([sequence.slot]):
-            self.cache.truncate(sequence.slot, sequence.rows - num_under_way)
+        self._cut(sequence.slot, sequence.rows - num_under_way - num_dropped)
+
+    def _cut(self, slot: int, rows: int) -> None:
+        """What was mapped past these rows goes when the GPU is past it."""
+        # ConfigError: the slot was released, or the cache closed, behind the loop's back.
+        with suppress(ConfigError), torch.cuda.stream(self.stream), self.cache.step([slot]):
+            self.cache.truncate(slot, rows)
 
     def _upload(self, array: np.ndarray) -> torch.Tensor:
         host = torch.from_numpy(np.ascontiguousarray(array))
@@ -376,6 +448,8 @@ class DecodeLoop:
                 f"slot {slot} has {rows} rows; {max_new_tokens} new ones exceed the context of {self.max_seq_len}"
             )
         if sampling is not None:
+            if not isinstance(sampling, Sampling):
+                raise ConfigError(f"sampling must be a vattn.decode.Sampling or None, got {sampling!r}")
             validate_sampling(sampling.temperature, sampling.top_p)
             require_int("top_k", sampling.top_k, 0, 2**31 - 1)
             require_int("seed", sampling.seed, 0, 2**63 - 1)
@@ -384,3 +458,15 @@ class DecodeLoop:
     def _require_open(self) -> None:
         if self._closed:
             raise ConfigError("this DecodeLoop is closed; make a new one")
+
+
+def _checked(attention: AttentionBackend, cache: KVCache, graphs: str) -> AttentionBackend:
+    """The decode half of a backend, ready to be launched; ConfigError where it cannot be over this cache."""
+    attention = bind(attention)
+    require_fit(attention, cache)
+    for group in cache.layout.groups:
+        if reason := attention.supports(cache.device, cache.layout.dtype, group.head_dim):
+            raise ConfigError(f"attention {attention.name!r} {reason}")
+    if graphs != "never" and attention.name in ("sdpa", "reference"):
+        raise ConfigError(f"attention {attention.name!r} reads lengths on the host; pass graphs='never' or another one")
+    return attention

@@ -36,6 +36,10 @@ class DecodeModel(Protocol):
         """Query heads."""
         ...
 
+    def require_fit(self, cache: KVCache) -> None:
+        """ConfigError unless the cache has this model's layers and heads, on its device."""
+        ...
+
     @property
     def embedding(self) -> torch.Tensor:
         """``[vocab_size, hidden_size]``."""

@@ -59,7 +59,8 @@ class StepGraphs:
         buckets: batch sizes, the largest included.
         device: where it runs; graphs need CUDA.
         mode: ``"always"`` captures every bucket; ``"measure"`` too, then drops each graph that is not faster than
-            launching the step, as PyGraph found for a quarter of the graphs it looked at; ``"never"`` captures none.
+            launching the step, as PyGraph found for a quarter of the graphs it looked at, both timed on sequences of
+            one row; ``"never"`` captures none.
 
     Raises:
         ConfigError: no buckets, sizes below 1, an unknown mode, or graphs on a device without them.

@@ -9,7 +9,7 @@ from types import TracebackType
 import numpy as np
 import torch
 
-from .errors import ConfigError, OutOfPages
+from .errors import ConfigError, VattnError
 from .kv_cache import KVCache
 
 __all__ = ["MapAhead"]
@@ -102,7 +102,8 @@ class MapAhead:
         """End the thread. Idempotent."""
         if self._thread is not None:
             self._jobs.put(None)
-            self._thread.join()
+            if threading.current_thread() is not self._thread:  # a collection there may end the loop
+                self._thread.join()
             self._thread = None
 
     def __enter__(self) -> MapAhead:
@@ -119,7 +120,8 @@ class MapAhead:
         if self._thread is not None:
             done = threading.Event()
             self._jobs.put(done)
-            done.wait()
+            while not done.wait(1.0) and self._thread.is_alive():
+                pass
 
     def _work(self) -> None:
         stream = None
@@ -144,8 +146,7 @@ class MapAhead:
                 return
             try:
                 self.cache.ensure_batch(slots, rows)
-            except OutOfPages:
-                # Not needed yet: whoever comes to need it asks by ``require``, and is told.
-                self._asked[slots] = self._backed[slots]
+            except VattnError:
+                # Not needed yet: whoever comes to need it asks by ``require``, between steps, and is told.
                 return
             self._backed[slots] = np.maximum(self._backed[slots], rows)

@@ -154,7 +154,7 @@ def measured_attention(
 ) -> AttentionBackend | None:
     """The fastest backend for captured decode steps of about that batch and context; None where none was measured.
 
-    The measured case that is taken is the nearest in the number of K and V rows read, then in context.
+    The nearest measured case is taken, by the ratios of batch and of context, multiplied.
     """
     group = layout.groups[0]
     shape = (num_heads, group.num_kv_heads, group.head_dim, dtype_name(layout.dtype))
