@@ -16,34 +16,25 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import torch
 
-from .arguments import is_int, require_int
-from .attention import AttentionBackend, DecodeBatch, bind, require_fit
-from .decode_state import DecodeModel, DecodeState, Sampling
+from .arguments import require_int
+from .attention import AttentionBackend, DecodeBatch, bind
+from .decode_state import DecodedToken, DecodeModel, DecodeState, Sampling, bind_for, check_sequence
 from .errors import ConfigError, OutOfPages
 from .graphs import GraphReport, StepGraphs, default_buckets
 from .interrupts import Uninterrupted
 from .kv_cache import KVCache
 from .mapper import MapAhead
-from .ops.sampling import validate_sampling
 from .tuning import decode_attention
 
 __all__ = ["DecodeLoop", "DecodeModel", "DecodedToken", "Sampling"]
 
 _RING = 8  # steps whose tokens the ring holds; two are under way at most
 _REASONS = {0: None, 1: "stop", 2: "length"}
-
-
-@dataclass(frozen=True, slots=True)
-class DecodedToken:
-    """A new token of a slot; ``finish_reason`` is ``"stop"``, ``"length"``, or None while it goes on."""
-
-    slot: int
-    token: int
-    finish_reason: str | None = None
 
 
 @dataclass(eq=False)
@@ -120,7 +111,7 @@ class DecodeLoop:
         model.require_fit(cache)
         device = cache.device
         mode = ("always" if device.type == "cuda" else "never") if graphs is None else graphs
-        self._attention = None if attention is None else _checked(attention, cache, mode)
+        self._attention = None if attention is None else bind_for(cache, attention, mode)
         self._attentions: dict[int, AttentionBackend] = {}  # by batch size
         if typical_len is None:
             typical_len = max(1, self.max_seq_len // 2)
@@ -427,46 +418,25 @@ class DecodeLoop:
             return host
         return host.pin_memory().to(self.cache.device, non_blocking=True)
 
-    def _check(
-        self, slot: int, token: int, max_new_tokens: int, sampling: Sampling | None, stop_tokens: Sequence[int]
-    ) -> int:
+    def _check(self, slot: int, token: int, max_new_tokens: int, sampling: Any, stop_tokens: Sequence[int]) -> int:
         """ConfigError unless a sequence can start so; returns its rows."""
-        vocab_size = self.model.config.vocab_size
         if slot in self._live or slot == self._scratch:
             raise ConfigError(f"slot {slot} is {'decoding already' if slot in self._live else 'the loop’s own'}")
         rows = self.cache.seq_len(slot)
-        require_int("max_new_tokens", max_new_tokens, 1)
-        for each in (token, *stop_tokens):
-            if not is_int(each) or not 0 <= each < vocab_size:
-                raise ConfigError(f"token {each!r} is not in the model's vocabulary of {vocab_size}")
-        if len(stop_tokens) > self.state.stop_tokens.shape[1]:
-            raise ConfigError(
-                f"{len(stop_tokens)} stop tokens exceed {self.state.stop_tokens.shape[1]}; raise max_stop_tokens"
-            )
+        check_sequence(
+            token,
+            max_new_tokens,
+            sampling,
+            stop_tokens,
+            vocab_size=self.model.config.vocab_size,
+            max_stop_tokens=self.state.stop_tokens.shape[1],
+        )
         if rows + max_new_tokens > self.max_seq_len:
             raise ConfigError(
                 f"slot {slot} has {rows} rows; {max_new_tokens} new ones exceed the context of {self.max_seq_len}"
             )
-        if sampling is not None:
-            if not isinstance(sampling, Sampling):
-                raise ConfigError(f"sampling must be a vattn.decode.Sampling or None, got {sampling!r}")
-            validate_sampling(sampling.temperature, sampling.top_p)
-            require_int("top_k", sampling.top_k, 0, 2**31 - 1)
-            require_int("seed", sampling.seed, 0, 2**63 - 1)
         return rows
 
     def _require_open(self) -> None:
         if self._closed:
             raise ConfigError("this DecodeLoop is closed; make a new one")
-
-
-def _checked(attention: AttentionBackend, cache: KVCache, graphs: str) -> AttentionBackend:
-    """The decode half of a backend, ready to be launched; ConfigError where it cannot be over this cache."""
-    attention = bind(attention)
-    require_fit(attention, cache)
-    for group in cache.layout.groups:
-        if reason := attention.supports(cache.device, cache.layout.dtype, group.head_dim):
-            raise ConfigError(f"attention {attention.name!r} {reason}")
-    if graphs != "never" and attention.name in ("sdpa", "reference"):
-        raise ConfigError(f"attention {attention.name!r} reads lengths on the host; pass graphs='never' or another one")
-    return attention

@@ -9,11 +9,14 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from .attention import AttentionBackend, DecodeBatch
+from .arguments import is_int, require_int
+from .attention import AttentionBackend, DecodeBatch, bind, require_fit
+from .errors import ConfigError
 from .kv_cache import KVCache
 from .ops.bundle import Ops
+from .ops.sampling import validate_sampling
 
-__all__ = ["DecodeModel", "DecodeState", "Sampling"]
+__all__ = ["DecodeModel", "DecodeState", "DecodedToken", "Sampling", "bind_for", "check_sequence"]
 
 
 class DecodeModel(Protocol):
@@ -69,6 +72,15 @@ class Sampling:
     seed: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class DecodedToken:
+    """A new token of a slot; ``finish_reason`` is ``"stop"``, ``"length"``, or None while it goes on."""
+
+    slot: int
+    token: int
+    finish_reason: str | None = None
+
+
 class DecodeState:
     """Per slot, on the device. Integers share one tensor, so that starting sequences is one small upload."""
 
@@ -106,3 +118,39 @@ class DecodeState:
         self.floats[:, index] = upload(np.array([[c.temperature, c.top_p] for c in chosen], np.float32)).T
         self.seeds[index] = upload(np.array([c.seed for c in chosen], np.int64))
         self.stop_tokens[index] = upload(stops)
+
+
+def check_sequence(
+    token: int,
+    max_new_tokens: int,
+    sampling: Sampling | None,
+    stop_tokens: Sequence[int],
+    *,
+    vocab_size: int,
+    max_stop_tokens: int,
+) -> None:
+    """ConfigError unless these are what a sequence can start with."""
+    require_int("max_new_tokens", max_new_tokens, 1)
+    for each in (token, *stop_tokens):
+        if not is_int(each) or not 0 <= each < vocab_size:
+            raise ConfigError(f"token {each!r} is not in the model's vocabulary of {vocab_size}")
+    if len(stop_tokens) > max_stop_tokens:
+        raise ConfigError(f"{len(stop_tokens)} stop tokens exceed {max_stop_tokens}; raise max_stop_tokens")
+    if sampling is not None:
+        if not isinstance(sampling, Sampling):
+            raise ConfigError(f"sampling must be a vattn.decode.Sampling or None, got {sampling!r}")
+        validate_sampling(sampling.temperature, sampling.top_p)
+        require_int("top_k", sampling.top_k, 0, 2**31 - 1)
+        require_int("seed", sampling.seed, 0, 2**63 - 1)
+
+
+def bind_for(cache: KVCache, attention: AttentionBackend, graphs: str) -> AttentionBackend:
+    """The decode half of a backend, ready to be launched; ConfigError where it cannot be over this cache."""
+    attention = bind(attention)
+    require_fit(attention, cache)
+    for group in cache.layout.groups:
+        if reason := attention.supports(cache.device, cache.layout.dtype, group.head_dim):
+            raise ConfigError(f"attention {attention.name!r} {reason}")
+    if graphs != "never" and attention.name in ("sdpa", "reference"):
+        raise ConfigError(f"attention {attention.name!r} reads lengths on the host; pass graphs='never' or another one")
+    return attention
