@@ -11,6 +11,7 @@ import torch
 
 from .arguments import require_int
 from .errors import ConfigError
+from .interrupts import Uninterrupted
 
 __all__ = ["GraphReport", "StepGraphs", "default_buckets"]
 
@@ -121,10 +122,11 @@ class StepGraphs:
         torch.cuda.empty_cache()  # capturing does so too, which would hide what it takes
         free, pooled = torch.cuda.mem_get_info(self.device)[0], torch.cuda.memory_reserved(self.device)
         graph = torch.cuda.CUDAGraph()
-        # Other threads may allocate and map meanwhile.
-        with torch.cuda.graph(
+        # Other threads may allocate and map meanwhile; this one runs no finaliser and no signal handler.
+        capturing = torch.cuda.graph(
             graph, pool=self._pool, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"
-        ):
+        )
+        with Uninterrupted(), capturing:
             self._run(bucket)
         graph.replay()  # the first one uploads it
         torch.cuda.synchronize(self.device)
