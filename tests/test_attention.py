@@ -294,6 +294,10 @@ def test_choice_by_phase(
         )
         monkeypatch.setattr(attention, kind, stubs)
     assert choose("cuda", torch.bfloat16, 128, max_over_read=max_over_read).name == expected
+    in_float32 = choose("cuda", torch.float32, 128, max_over_read=max_over_read).name
+    assert in_float32 == {"torch-varlen+triton-decode": "torch-varlen", "sdpa+triton-decode": "sdpa"}.get(
+        expected, expected
+    )
 
 
 def test_prefill_needs_a_backend_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -122,6 +122,8 @@ def choose(
     if prefill is None:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
         raise ConfigError(f"no attention backend for {dtype}, head_dim {head_dim} on {device}: {reasons}")
+    if dtype == torch.float32 and TritonDecodeAttention.name in usable:
+        usable.remove(TritonDecodeAttention.name)  # outside graphs it was measured in half precision only
     decode = next(name for name in _DECODE if name in usable)
     return get(prefill) if prefill == decode else PhasedAttention(get(prefill), get(decode))
 
