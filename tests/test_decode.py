@@ -298,7 +298,7 @@ def test_cancelled_before_it_was_told(fused, model):
             assert tuple(by_slot(told + loop.run())[slot]) == expected[:13]
 
 
-@pytest.mark.parametrize("where", ["launch", "leave", "drain"])
+@pytest.mark.parametrize("where", ["before launch", "after launch", "leave", "drain"])
 def test_ctrl_c(where, fused, model, monkeypatch):
     """Wherever it comes, no token is lost or told twice, and the loop goes on."""
     prompts = [[3, 5, 7], [4, 6, 8, 10]]
@@ -308,7 +308,8 @@ def test_ctrl_c(where, fused, model, monkeypatch):
         loop.start(slots[0], prompts[0][-1], 30)
         found = [each for _ in range(3) for each in loop.step()]
         owner, name = {
-            "launch": (loop._graphs, "launch"),
+            "before launch": (loop._graphs, "launch"),
+            "after launch": (loop._graphs, "launch"),
             "leave": (cache._slots, "finish_deferred"),
             "drain": (loop, "_report"),
         }[where]
@@ -317,9 +318,12 @@ def test_ctrl_c(where, fused, model, monkeypatch):
         def interrupt(*arguments, **options):
             nonlocal num_calls
             num_calls += 1
-            if num_calls == 1:
+            if num_calls == 1 and where != "after launch":
                 signal.raise_signal(signal.SIGINT)
-            return original(*arguments, **options)
+            result = original(*arguments, **options)
+            if num_calls == 1 and where == "after launch":
+                signal.raise_signal(signal.SIGINT)
+            return result
 
         monkeypatch.setattr(owner, name, interrupt)
         interrupted = False
@@ -420,7 +424,7 @@ def test_a_nan_stays_with_its_sequence(fused, model):
 
 
 def test_a_seed_determines_the_tokens(fused, model):
-    """Whatever else is in the batch, and whichever slot it is: float32 logits do not depend on the batch much."""
+    """Whatever else is in the batch, and whichever slot it is; at one bucket, whose kernels are the same."""
     prompt = prompts_for(model, 4)[3]
 
     def sample(seed: int, others: int, options: dict[str, float]) -> tuple[int, ...]:
