@@ -43,7 +43,7 @@ def tables(config: LlamaConfig) -> dict[str, Ops]:
             parts = splits if kind == "plain" else 1
             tile = LinearConfig(32, 64, parts, 4, 3) if dot else LinearConfig(4, 256, parts, 4, 1, dot=False)
             entries[outputs, inputs, kind == "swiglu"] = {8: tile}
-        found[name] = fused_ops(LinearTable(entries, pdl), pdl=pdl)
+        found[name] = fused_ops(LinearTable(entries, pdl))
     return found
 
 

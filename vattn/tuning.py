@@ -145,8 +145,7 @@ def default_ops(device: torch.device, dtype: torch.dtype) -> Ops:
     """Fused operations and the measured products on a GPU that has Triton, else the eager references."""
     if device.type != "cuda" or unavailable() is not None:
         return reference_ops()
-    table = table_for(device)
-    return fused_ops(table.linear_table(dtype), pdl=table.pdl)
+    return fused_ops(table_for(device).linear_table(dtype))
 
 
 def measured_attention(

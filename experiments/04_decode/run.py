@@ -155,7 +155,7 @@ def ablations(ops: Ops) -> dict[str, Setting]:
     return {
         "vattn": full,
         "vattn-no-graph": replace(full, graphs="never"),
-        "vattn-cublas-only": replace(full, ops=fused_ops(pdl=True)),
+        "vattn-cublas-only": replace(full, ops=fused_ops(LinearTable({}, pdl=True))),
         "vattn-no-pdl": replace(full, ops=fused_ops(no_pdl), pdl=False),
         "vattn-eager-norm": replace(full, ops=replace(ops, add_rms_norm=eager.add_rms_norm)),
         "vattn-eager-rope": replace(full, ops=replace(ops, rope_append=eager.rope_append)),

@@ -5,12 +5,12 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
 from ..errors import ConfigError
-from ..triton_support import address_of
+from ..triton_support import address_of, interpreted, launch_options, next_power_of_2
 from .base import INT32_MAX, LEFT_PADDING, SINKS, SOFTCAP, AttentionBatch
 from .triton_decode_kernels import kernels
 
@@ -184,7 +184,7 @@ class TritonDecodeAttention:
             workspace = self._workspace(workspace, batch_size, num_heads, num_kv_heads, v_head_dim, splits, q.device)
         ends, starts = batch.ends_int32, batch.starts_int32
         # Matrix multiplications take no less than 16.
-        block_d, block_dv = max(16, _power_of_2(head_dim)), max(16, _power_of_2(v_head_dim))
+        block_d, block_dv = max(16, next_power_of_2(head_dim)), max(16, next_power_of_2(v_head_dim))
         # More rows of float32, which are multiplied without tensor cores, do not fit in the registers.
         max_block_n = self.block_n if k.element_size() < 4 else 32
         block_n, num_stages = self._tiles((block_d + block_dv) * k.element_size(), max_block_n, q.device)
@@ -205,9 +205,8 @@ class TritonDecodeAttention:
             "BLOCK_N": block_n,
             "HAS_STARTS": starts is not None,
             "HAS_SINKS": sinks is not None,
-            "PDL": self.pdl,
+            **launch_options(self.pdl),
         }
-        options: dict[str, Any] = {"launch_pdl": True} if self.pdl else {}
         # Scores are kept in powers of two. tanh(x) = 1 - 2 / (exp(2 x) + 1), which no x overflows.
         scale *= LOG2_E
         if softcap is not None:
@@ -238,21 +237,20 @@ class TritonDecodeAttention:
                 D=head_dim,
                 BLOCK_D=block_d,
                 # Tensor cores take 16 heads at once, whether or not there are so many; float32 does not go there.
-                BLOCK_G=max(16 if k.element_size() < 4 else 1, _power_of_2(group)),
-                BLOCK_C=_power_of_2(group),
-                BLOCK_S=_splits_at_once(_power_of_2(group) * block_dv),
+                BLOCK_G=max(16 if k.element_size() < 4 else 1, next_power_of_2(group)),
+                BLOCK_C=next_power_of_2(group),
+                BLOCK_S=_splits_at_once(next_power_of_2(group) * block_dv),
                 HAS_SOFTCAP=softcap is not None,
                 SPLIT=splits > 1,
                 FUSED=self.fused_combine,
                 STAGES=num_stages,
-                WIDEN=not q.is_cuda,  # Triton's interpreter would multiply the bits of bfloat16 as integers
+                WIDEN=interpreted(),
                 num_warps=self.num_warps,
                 **constants,
-                **options,
             )
             if splits > 1 and not self.fused_combine:
                 combine_kernel[num_heads, batch_size](
-                    *shared, splits, BLOCK_S=_splits_at_once(block_dv), num_warps=4, **constants, **options
+                    *shared, splits, BLOCK_S=_splits_at_once(block_dv), num_warps=4, **constants
                 )
         return out
 
@@ -293,11 +291,6 @@ class TritonDecodeAttention:
         while block_n > 16 and num_stages * block_n * row_bytes > room:
             block_n //= 2
         return block_n, num_stages
-
-
-def _power_of_2(n: int) -> int:
-    """The smallest that is at least ``n``."""
-    return 1 << (n - 1).bit_length()
 
 
 def _splits_at_once(elements: int) -> int:

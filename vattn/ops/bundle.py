@@ -47,7 +47,7 @@ class LinearTable:
     Args:
         entries: (outputs, inputs, whether SwiGLU follows) -> {tokens: config, or None for cuBLAS}; a number of tokens
             that is not listed takes the entry of the next larger one.
-        pdl: launch with programmatic dependent launch.
+        pdl: launch with programmatic dependent launch (compute capability 9.0 or newer).
     """
 
     def __init__(self, entries: dict[tuple[int, int, bool], dict[int, LinearConfig | None]], pdl: bool = False) -> None:
@@ -102,17 +102,16 @@ def reference_ops() -> Ops:
     )
 
 
-def fused_ops(table: LinearTable | None = None, pdl: bool = False) -> Ops:
+def fused_ops(table: LinearTable | None = None) -> Ops:
     """Triton kernels, and the products that ``table`` names.
 
     Args:
-        table: None for cuBLAS everywhere.
-        pdl: launch with programmatic dependent launch (compute capability 9.0 or newer).
+        table: its ``pdl`` is for all of them; None for cuBLAS everywhere, without.
     """
-    table = table or LinearTable({}, pdl)
+    table = table or LinearTable({})
 
     def option(function: Callable[..., Any]) -> Callable[..., Any]:
-        return partial(function, pdl=pdl) if pdl else function
+        return partial(function, pdl=True) if table.pdl else function
 
     return Ops(
         begin_step=begin_step,
