@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from vattn.driver import Driver
+from vattn.driver.base import RuledDriver
 from vattn.errors import DriverError
 
 CALLS = ("reserve", "free_range", "create", "release", "map", "set_access", "unmap", "zero", "copy")
@@ -21,19 +21,19 @@ class _Failure:
 
 
 class FailingDriver:
-    """Delegates to ``inner``, but for the calls that ``fail`` named.
+    """Delegates to ``inner``, whose calls of the system, one by one or in a batch, fail as ``fail`` says.
 
     Attributes:
         inner: the real driver.
-        calls: how often each kind was called so far, failed calls included.
+        calls: how often the system was called so far, failed calls included, by kind.
     """
 
-    def __init__(self, inner: Driver) -> None:
+    def __init__(self, inner: RuledDriver) -> None:
         self.inner = inner
         self.calls: Counter[str] = Counter()
         self._failures: dict[str, list[_Failure]] = {}
         for call in CALLS:
-            setattr(self, call, self._guarded(call, getattr(inner, call)))
+            setattr(inner, f"_{call}", self._guarded(call, getattr(inner, f"_{call}")))
 
     def fail(self, call: str, at: int = 1, times: int = 1, out_of_memory: bool = False) -> None:
         """Let the ``at``-th call of that kind from now on fail, and the ``times - 1`` after it; it is not performed."""
@@ -45,12 +45,12 @@ class FailingDriver:
         self._failures.clear()
 
     def _guarded(self, call: str, perform: Callable[..., Any]) -> Callable[..., Any]:
-        def guarded(*arguments: Any) -> Any:
+        def guarded(*arguments: Any, **options: Any) -> Any:
             self.calls[call] += 1
             refused = [failure for failure in self._failures.get(call, ()) if self._is_due(failure)]
             if refused:
                 raise DriverError(call, "INJECTED", out_of_memory=any(failure.out_of_memory for failure in refused))
-            return perform(*arguments)
+            return perform(*arguments, **options)
 
         return guarded
 

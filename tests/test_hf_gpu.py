@@ -16,6 +16,7 @@ from vattn.attention import backends  # noqa: E402
 from vattn.hf import VirtualCache  # noqa: E402
 
 pytestmark = pytest.mark.gpu
+DEVICE = "cuda"
 CASES = ["Llama", "Mistral, window 16", "Qwen3", "Gemma 2", "Gemma 3", "GPT-OSS", "StableLM", "DeepSeek-V3", "GPT-NeoX"]
 LENGTH = 90
 
@@ -38,7 +39,7 @@ def forced(model, past, mask):
 
 
 def padding(padded: bool) -> torch.Tensor:
-    mask = torch.ones(3, LENGTH, dtype=torch.long, device="cuda")
+    mask = torch.ones(3, LENGTH, dtype=torch.long, device=DEVICE)
     if padded:
         mask[0, :40], mask[2, :5] = 0, 0
     return mask
@@ -48,7 +49,7 @@ def padding(padded: bool) -> torch.Tensor:
 def with_default_cache(name: str, padded: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits in float32 and in bfloat16."""
     mask = padding(padded)
-    model = make_model(name).to("cuda")
+    model = make_model(name).to(DEVICE)
     exact = forced(model, DynamicCache(config=model.config), mask)
     model = model.to(torch.bfloat16)
     return exact, forced(model, DynamicCache(config=model.config), mask)
@@ -57,25 +58,24 @@ def with_default_cache(name: str, padded: bool) -> tuple[torch.Tensor, torch.Ten
 @pytest.mark.parametrize("attention", ["auto", None, "torch-varlen", "flash-attn-2"])
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("name", CASES)
-def test_bfloat16_is_as_good_as_eager(name, attention, padded, device):
+def test_bfloat16_is_as_good_as_eager(name, attention, padded):
     """Teacher-forced logits within twice the error of the default cache's, both against float32."""
     if attention == "flash-attn-2":
         backend = next(each for each in backends() if each.name == attention)
-        if reason := backend.supports(torch.device(device), torch.bfloat16, 64):
+        if reason := backend.supports(torch.device(DEVICE), torch.bfloat16, 64):
             pytest.skip(reason)
     mask = padding(padded)
     seen = mask.bool()[:, :, None]
     exact, eager = (logits * seen for logits in with_default_cache(name, padded))
-    model = make_model(name).to(device, torch.bfloat16)
-    options = {"attention": attention}
-    with VirtualCache(model.config, max_length=LENGTH, **options) as past:
-        try:
+    model = make_model(name).to(DEVICE, torch.bfloat16)
+    try:
+        with VirtualCache(model.config, max_length=LENGTH, attention=attention) as past:
             got = forced(model, past, mask) * seen
-        except ConfigError as error:
-            if attention in ("auto", None):
-                raise
-            pytest.skip(str(error))
-        past.kv_cache.check_integrity()
+            past.kv_cache.check_integrity()
+    except ConfigError as error:
+        if attention in ("auto", None):
+            raise
+        pytest.skip(str(error))
     assert got.isfinite().all()
     error, allowed = (got - exact).abs(), (eager - exact).abs()
     assert error.max() <= 2 * allowed.max()
@@ -86,20 +86,20 @@ def test_bfloat16_is_as_good_as_eager(name, attention, padded, device):
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "Qwen3-Next"])
-def test_float32_generates_the_same(name, device):
-    model = make_model(name).to(device)
-    wanted = model.generate(prompt(3).to(device), max_new_tokens=20, do_sample=False)
+def test_float32_generates_the_same(name):
+    model = make_model(name).to(DEVICE)
+    wanted = model.generate(prompt(3).to(DEVICE), max_new_tokens=20, do_sample=False)
     with VirtualCache(model.config, max_length=64) as past:
-        got = model.generate(prompt(3).to(device), max_new_tokens=20, do_sample=False, past_key_values=past)
+        got = model.generate(prompt(3).to(DEVICE), max_new_tokens=20, do_sample=False, past_key_values=past)
         past.kv_cache.check_integrity()
         assert past.stats().row_bytes > 0
     assert torch.equal(got, wanted)
 
 
-def test_beams_and_prompt_lookup_in_bfloat16(device):
-    model = make_model("Llama").to(device, torch.bfloat16)
+def test_beams_and_prompt_lookup_in_bfloat16():
+    model = make_model("Llama").to(DEVICE, torch.bfloat16)
     for tokens, options in ((prompt(2), {"num_beams": 3}), (prompt(1), {"prompt_lookup_num_tokens": 4})):
         with VirtualCache(model.config, max_length=128) as past:
-            out = model.generate(tokens.to(device), max_new_tokens=30, do_sample=False, past_key_values=past, **options)
+            out = model.generate(tokens.to(DEVICE), max_new_tokens=30, do_sample=False, past_key_values=past, **options)
             past.kv_cache.check_integrity()
         assert out.shape[1] == tokens.shape[1] + 30

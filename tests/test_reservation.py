@@ -35,7 +35,7 @@ def fill(reservation, indexes):
     """Map new pages, the content of each its own index plus one."""
     with Undo() as undo:
         for index, page in zip(indexes, reservation.pool.take(len(indexes), undo), strict=True):
-            reservation.map(index, page, undo)
+            reservation.map([index], [page], undo)
             data_at(reservation, index).fill_(index + 1)
 
 
@@ -81,7 +81,7 @@ def test_nothing_is_mapped_at_first(reservation, driver):
 def test_an_alias_is_the_same_memory(reservation, pool):
     fill(reservation, [2])
     with Undo() as undo:
-        reservation.map(9, reservation.pages[2], undo)
+        reservation.map([9], [reservation.pages[2]], undo)
     assert values(reservation) == {2: 3, 9: 3}
     data_at(reservation, 9).fill_(77)
     assert values(reservation) == {2: 77, 9: 77}
@@ -133,7 +133,7 @@ def test_a_failing_alias_leaves_the_original(reservation, driver, call):
     fill(reservation, [2])
     driver.fail(call)
     with pytest.raises(DriverError, match=call):
-        undone(lambda undo: reservation.map(9, reservation.pages[2], undo))
+        undone(lambda undo: reservation.map([9], [reservation.pages[2]], undo))
     assert values(reservation) == {2: 3}
     check(reservation)
 
@@ -159,7 +159,7 @@ def make_stray(reservation, index):
     """A page that was mapped and whose undo failed."""
     reservation.driver.fail("unmap")
     with pytest.raises(KeyError) as caught:
-        undone(lambda undo: reservation.map(index, *reservation.pool.take(1, undo), undo))
+        undone(lambda undo: reservation.map([index], reservation.pool.take(1, undo), undo))
     assert any("unmap failed" in note for note in caught.value.__notes__)
     assert list(reservation.strays) == [index]
 

@@ -262,9 +262,9 @@ class InterruptingDriver(StreamDriver):
             self.during = None
             os.kill(os.getpid(), signal.SIGINT)
 
-    def map(self, *arguments):
+    def _map(self, *arguments):
         self._interrupt("map")
-        super().map(*arguments)
+        super()._map(*arguments)
 
     def fence(self):
         self._interrupt("fence")
@@ -327,9 +327,9 @@ def test_ctrl_c_during_ensure_batch_comes_after_all_of_it(interrupted):
 def test_a_finaliser_does_not_run_in_the_middle_of_an_operation(cache, driver):
     slot = new(cache, 64)
     enabled = []
-    driver_map = driver.map
-    driver.map = lambda *arguments: (enabled.append(gc.isenabled()), driver_map(*arguments))
+    driver_map = driver._map
+    driver._map = lambda *arguments: (enabled.append(gc.isenabled()), driver_map(*arguments))
     cache.ensure(slot, 65)
     assert enabled == [False]
     assert gc.isenabled()
-    del driver.map
+    del driver._map

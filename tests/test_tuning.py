@@ -97,11 +97,11 @@ def test_choices_on_a_gpu(make_cache, monkeypatch):
 
 
 @pytest.mark.gpu
-def test_measurements(device):
-    linear = measure_linear(256, 512, [1, 4], torch.bfloat16, torch.device(device))
+def test_measurements():
+    linear = measure_linear(256, 512, [1, 4], torch.bfloat16, torch.device("cuda"))
     assert [each["tokens"] for each in linear] == [1, 4]
     assert all(0 < each["us"] <= each["cublas_us"] * 1.01 for each in linear)
-    (attention,) = measure_attention(8, 2, 64, torch.bfloat16, torch.device(device), [(2, 300)])
+    (attention,) = measure_attention(8, 2, 64, torch.bfloat16, torch.device("cuda"), [(2, 300)])
     assert attention["us"]["triton-decode"] > 0
     assert attention["us"][attention["backend"]] == min(attention["us"].values())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from .undo import Undo
 class Growth:
     """What it takes to make rows backed, private and writable."""
 
-    missing: list[tuple[Reservation, int]] = field(default_factory=list)
+    missing: dict[Reservation, list[int]] = field(default_factory=dict)
     shared: list[tuple[Reservation, int, int]] = field(default_factory=list)  # with the bytes to keep, from the start
     slots_with_shared: set[int] = field(default_factory=set)
     leaving: dict[Page, set[int]] = field(default_factory=dict)  # addresses at which a shared page will be replaced
@@ -26,7 +27,7 @@ class Growth:
 
     @property
     def num_pages(self) -> int:
-        return len(self.missing) + len(self.shared)
+        return sum(map(len, self.missing.values())) + len(self.shared)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +86,7 @@ class PageTable:
         private_rows = end if self.over_read.masked or end < keep_rows else readable_rows
         for (reservation, lane), ends in zip(self.lanes, self._ends, strict=True):
             row_bytes, pages = lane.row_bytes, reservation.pages
+            missing = growth.missing.setdefault(reservation, [])
             origin = lane.offset_bytes + slot * lane.slot_stride_bytes
             base = origin // page_bytes
             num_pages = -(-readable_rows * row_bytes // page_bytes)
@@ -92,8 +94,8 @@ class PageTable:
             for index in range(base + start * row_bytes // page_bytes, base + num_pages):
                 page = pages.get(index)
                 if page is None:
-                    growth.missing.append((reservation, index))
-                elif page.shared and (index - base) * page_bytes < private_rows * row_bytes:
+                    missing.append(index)
+                elif len(page.maps) > 1 and (index - base) * page_bytes < private_rows * row_bytes:
                     leaving = growth.leaving.setdefault(page, set())
                     if len(page.maps) - len(leaving) == 1:
                         continue
@@ -106,12 +108,13 @@ class PageTable:
         """Carry ``growth`` out. Returns whether work was submitted to the current stream."""
         pages = iter(self.pool.take(growth.num_pages, undo))
         submitted = False
-        for reservation, index in growth.missing:
-            page = next(pages)
-            reservation.map(index, page, undo)
-            if page.dirty:
-                submitted |= self._scrub(page, reservation.address_of(index), self.page_bytes, undo)
-            page.dirty = True
+        for reservation, indexes in growth.missing.items():
+            new = list(islice(pages, len(indexes)))
+            reservation.map(indexes, new, undo)
+            for index, page in zip(indexes, new, strict=True):
+                if page.dirty:
+                    submitted |= self._scrub(page, reservation.address_of(index), self.page_bytes, undo)
+                page.dirty = True
         for reservation, index, keep_bytes in growth.shared:
             leaving = growth.leaving[reservation.pages[index]]
             self._copy_on_write(reservation, index, next(pages), keep_bytes, leaving, undo)
@@ -148,7 +151,7 @@ class PageTable:
         The caller has waited for work that may be using this slot's rows.
         """
         (shared,) = reservation.unmap(index, index + 1, undo)
-        reservation.map(index, page, undo)
+        reservation.map([index], [page], undo)
         address = reservation.address_of(index)
         self._scrub(page, address + keep_bytes, self.page_bytes - keep_bytes, undo)
         if keep_bytes:
@@ -172,11 +175,10 @@ class PageTable:
         for reservation, lane, num_whole, rest, num_pages in plan:
             source = lane.slot_offset(parent) // self.page_bytes
             target = lane.slot_offset(child) // self.page_bytes
-            for index in range(num_whole):
-                reservation.map(target + index, reservation.pages[source + index], undo)
-            for index in range(num_whole, num_pages):
-                page = next(pages)
-                reservation.map(target + index, page, undo)
+            shared = [reservation.pages[source + index] for index in range(num_whole)]
+            own = list(islice(pages, num_pages - num_whole))
+            reservation.map(range(target, target + num_pages), shared + own, undo)
+            for index, page in enumerate(own, num_whole):
                 address = reservation.address_of(target + index)
                 kept = rest if index == num_whole else 0
                 self._scrub(page, address + kept, self.page_bytes - kept, undo)

@@ -72,16 +72,17 @@ class PhysicalPagePool:
         undo.push(self._untake, reused, created)
         while self.free and len(reused) < count:
             reused.append(self.free.pop())
+        handles: list[int] = []
         try:
-            while len(reused) + len(created) < count:
-                page = Page(self.driver.create(self.page_bytes))
-                created.append(page)
-                self.pages.add(page)
+            if missing := count - len(reused):
+                self.driver.create_pages(self.page_bytes, missing, handles)
         except DriverError as error:
             if error.out_of_memory:
                 raise self._out_of_pages(count, f"which the device does not have ({error})") from error
             raise
         finally:
+            created += [Page(handle) for handle in handles]
+            self.pages.update(created)
             self.peak_pages = max(self.peak_pages, len(self.pages))
         return reused + created
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from .driver import Driver
 from .errors import DriverError
@@ -30,26 +30,33 @@ class Reservation:
     def address_of(self, index: int) -> int:
         return self.address + index * self.page_bytes
 
-    def map(self, index: int, page: Page, undo: Undo) -> None:
-        """Put a page, new or shared, behind index ``index`` and make it accessible."""
-        if index in self.strays:
+    def map(self, indexes: Sequence[int], pages: Sequence[Page], undo: Undo) -> None:
+        """Put a page, new or shared, behind each index, which has none, and make it accessible."""
+        for index in self.strays.keys() & set(indexes) if self.strays else ():
             self.clear_stray(index)
-        address = self.address_of(index)
-        self.driver.map(address, self.page_bytes, page.handle)
-        self.pool.mapped(page, address)
-        undo.push(self._undo_map, index, page)
-        self.driver.set_access(address, self.page_bytes)
-        self.pages[index] = page
-
-    def _undo_map(self, index: int, page: Page) -> None:
-        self.pages.pop(index, None)
-        address = self.address_of(index)
+        base, page_bytes = self.address, self.page_bytes
+        mapped: list[int] = []
+        undo.push(self._undo_map, indexes, pages, mapped)
         try:
-            self.driver.unmap(address, self.page_bytes)
-        except DriverError:
-            self.strays[index] = page
-            raise
-        self.pool.unmapped(page, address)
+            addresses = [base + index * page_bytes for index in indexes]
+            self.driver.map_pages(page_bytes, addresses, [page.handle for page in pages], mapped)
+        finally:
+            for page, address in zip(pages, mapped, strict=False):
+                self.pool.mapped(page, address)
+        self.pages.update(zip(indexes, pages, strict=True))
+
+    def _undo_map(self, indexes: Sequence[int], pages: Sequence[Page], mapped: list[int]) -> None:
+        failure: DriverError | None = None
+        for index, page, address in reversed(tuple(zip(indexes, pages, mapped, strict=False))):
+            self.pages.pop(index, None)
+            try:
+                self.driver.unmap(address, self.page_bytes)
+                self.pool.unmapped(page, address)
+            except DriverError as error:
+                failure = failure or error
+                self.strays[index] = page
+        if failure:
+            raise failure
 
     def unmap(self, first: int, last: int, undo: Undo) -> list[Page]:
         """Take away the pages with ``first <= index < last`` (holes are passed over); returns them, in order.

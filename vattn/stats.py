@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from time import monotonic_ns
 
@@ -106,6 +107,11 @@ class EventLog:
         self, name: str, address: int | None = None, size_bytes: int | None = None, handle: int | None = None
     ) -> None:
         self._append((monotonic_ns(), name, address, size_bytes, handle))
+
+    def extend(self, entries: Iterable[tuple[str, int | None, int | None, int | None]]) -> None:
+        """Many calls at once: (name, address, size_bytes, handle) each."""
+        now = monotonic_ns()
+        self._entries.extend((now, *entry) for entry in entries)
 
     def snapshot(self) -> tuple[Event, ...]:
         """The logged events, oldest first."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
 
 from ..errors import DriverError
 from ..stats import CallCounts, EventLog
-from .rules import RuleBook
+from .rules import Handle, RuleBook
 
 
 @runtime_checkable
@@ -63,8 +64,18 @@ class Driver(Protocol):
     def release(self, handle: int) -> None:
         """Drop a handle; its memory is freed once it is mapped nowhere."""
 
+    def create_pages(self, size_bytes: int, count: int, done: list[int]) -> None:
+        """``create``, ``count`` times; each handle is appended to ``done`` at once, so a failure leaves them there."""
+
     def map(self, address: int, size_bytes: int, handle: int) -> None:
         """Put a whole handle behind an address. Not accessible until ``set_access``."""
+
+    def map_pages(self, size_bytes: int, addresses: Sequence[int], handles: Sequence[int], done: list[int]) -> None:
+        """``map`` and ``set_access`` for one handle after another, all of one size; stops at the first failure.
+
+        Each address is appended to ``done`` once it is mapped, so that a failure leaves there what has to be unmapped;
+        the last of them may lack access then.
+        """
 
     def set_access(self, address: int, size_bytes: int) -> None:
         """Allow reads and writes on whole mapped handles."""
@@ -129,11 +140,9 @@ class RuledDriver(ABC):
         self.log.add("free_range", address, size_bytes)
 
     def create(self, size_bytes: int) -> int:
-        self.book.check_size("create", size_bytes)
-        if size_bytes >> 63:
-            raise DriverError("create", "OUT_OF_MEMORY", f"no machine has {size_bytes} bytes", out_of_memory=True)
+        self.book.check_create(size_bytes)
         handle = self._create(size_bytes)
-        self.book.add_handle(handle, size_bytes)
+        self.book.handles[handle] = Handle(size_bytes)
         self.counts.num_create += 1
         self.log.add("create", None, size_bytes, handle)
         return handle
@@ -145,12 +154,45 @@ class RuledDriver(ABC):
         self.counts.num_release += 1
         self.log.add("release", None, None, handle)
 
+    def create_pages(self, size_bytes: int, count: int, done: list[int]) -> None:
+        self.book.check_create(size_bytes)
+        create, handles, first = self._create, self.book.handles, len(done)
+        try:
+            for _ in range(count):
+                handle = create(size_bytes)
+                handles[handle] = Handle(size_bytes)
+                done.append(handle)
+        finally:
+            self.counts.num_create += len(done) - first
+            self.log.extend(("create", None, size_bytes, handle) for handle in done[first:])
+
     def map(self, address: int, size_bytes: int, handle: int) -> None:
         self.book.check_map(address, size_bytes, handle)
         self._map(address, size_bytes, handle)
         self.book.map(address, size_bytes, handle)
         self.counts.num_map += 1
         self.log.add("map", address, size_bytes, handle)
+
+    def map_pages(self, size_bytes: int, addresses: Sequence[int], handles: Sequence[int], done: list[int]) -> None:
+        book, map_, set_access = self.book, self._map, self._set_access
+        num_mapped = num_accessible = 0
+        try:
+            for address, handle in zip(addresses, handles, strict=True):
+                book.check_map(address, size_bytes, handle)
+                map_(address, size_bytes, handle)
+                mapping = book.map(address, size_bytes, handle)
+                done.append(address)
+                num_mapped += 1
+                set_access(address, size_bytes)
+                mapping.accessible = True
+                num_accessible += 1
+        finally:
+            self.counts.num_map += num_mapped
+            self.counts.num_set_access += num_accessible
+            for index in range(num_mapped):
+                self.log.add("map", addresses[index], size_bytes, handles[index])
+                if index < num_accessible:
+                    self.log.add("set_access", addresses[index], size_bytes)
 
     def set_access(self, address: int, size_bytes: int) -> None:
         mappings = self.book.whole_mappings("set_access", address, size_bytes)

@@ -68,8 +68,10 @@ class RuleBook:
             raise self._refuse("free_range", f"pages are still mapped in the range at {address:#x}")
 
     # -- handles -------------------------------------------------------------------------------------------------
-    def add_handle(self, handle: int, size_bytes: int) -> None:
-        self.handles[handle] = Handle(size_bytes)
+    def check_create(self, size_bytes: int) -> None:
+        self.check_size("create", size_bytes)
+        if size_bytes >> 63:  # would wrap around on its way into C
+            raise DriverError("create", "OUT_OF_MEMORY", f"no machine has {size_bytes} bytes", out_of_memory=True)
 
     def check_release(self, handle: int) -> Handle:
         entry = self.handles.get(handle)
@@ -97,10 +99,15 @@ class RuleBook:
                 break
         else:
             raise self._refuse("map", f"[{address:#x}, +{size_bytes}) lies in no reserved range")
-        if self._touching(address, size_bytes):
+        # The usual case without a call: every mapping is a tile, and so is this one.
+        if self._buckets is None and size_bytes == self._tile_bytes and address % size_bytes == self._tile_phase:
+            taken = address in self.mappings
+        else:
+            taken = self._touching(address, size_bytes)
+        if taken:
             raise self._refuse("map", f"[{address:#x}, +{size_bytes}) is mapped already")
 
-    def map(self, address: int, size_bytes: int, handle: int) -> None:
+    def map(self, address: int, size_bytes: int, handle: int) -> Mapping:
         mapping = Mapping(address, size_bytes, handle)
         if not self.mappings and self._buckets is None:
             self._tile_bytes, self._tile_phase = size_bytes, address % size_bytes
@@ -112,6 +119,7 @@ class RuleBook:
         if self._buckets is not None:
             self._add_to_buckets(self._buckets, mapping)
         self.handles[handle].num_maps += 1
+        return mapping
 
     def _is_tile(self, address: int, size_bytes: int) -> bool:
         return size_bytes == self._tile_bytes and address % size_bytes == self._tile_phase
