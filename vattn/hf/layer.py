@@ -9,6 +9,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from ..attention import AttentionBackend
 from ..errors import ConfigError
+from .step_views import StepViews
 from .storage import LayerShape, Storage
 
 __all__ = ["MaskLength", "VirtualLayer"]
@@ -56,7 +57,8 @@ class VirtualLayer(CacheLayerMixin):
         """Drop the tensors, which keep their addresses reserved."""
         self.num_new = 0
         self.shape: LayerShape | None = None
-        self.full_k = self.full_v = self._k = self._v = torch.empty(0)
+        self.full_k = self.full_v = torch.empty(0)
+        self._step_views: StepViews | None = None
         self.backends: dict[tuple[bool, ...], AttentionBackend] = {}
         self._fits: tuple[Any, ...] | None = None  # what the newest update looked like; one like it needs no checks
         self._version = -1
@@ -101,11 +103,12 @@ class VirtualLayer(CacheLayerMixin):
         end = start + self.num_new
         if end > storage.rows:
             storage.ensure(end)
-        self._k.narrow(2, start, num_new).copy_(key_states)
-        self._v.narrow(2, start, num_new).copy_(value_states)
-        storage.lengths[self.index] = end
         first = 0 if self.window is None else self._first_visible(start)
-        keys, values = self._k.narrow(2, first, end - first), self._v.narrow(2, first, end - first)
+        assert self._step_views is not None
+        new_keys, new_values, keys, values = self._step_views.cut(self._position, first, start, end)
+        new_keys.copy_(key_states)
+        new_values.copy_(value_states)
+        storage.lengths[self.index] = end
         keys._vattn_layer = values._vattn_layer = self  # type: ignore[attr-defined]  # for vattn's attention function
         return keys, values
 
@@ -161,12 +164,13 @@ class VirtualLayer(CacheLayerMixin):
             return None, None
         if self._version != self.storage.version:
             self._look_again()
-        return self._k[:, :, : self.length], self._v[:, :, : self.length]
+        length = self.length
+        return self.full_k[:, :length].transpose(1, 2), self.full_v[:, :length].transpose(1, 2)
 
     def _look_again(self) -> None:
         """Take the storage's tensors, which are others than before."""
         self.full_k, self.full_v = self.storage.views(self.index)
-        self._k, self._v = self.full_k.transpose(1, 2), self.full_v.transpose(1, 2)
+        self._step_views, self._position = self.storage.step_views(self.index)
         self.backends.clear()
         self._version = self.storage.version
 

@@ -12,6 +12,7 @@ from ..attention import AttentionBackend, AttentionBatch, choose, get
 from ..errors import ConfigError
 from ..kv_cache import KVCache
 from ..layout import KVLayout, LayerGroup
+from .step_views import StepViews
 
 __all__ = ["ConfiguredLayer", "LayerShape", "Options", "Storage"]
 
@@ -94,6 +95,7 @@ class Storage:
         self.shapes: dict[int, LayerShape] = {}  # of the layers seen
         self.lengths = dict.fromkeys(configured, 0)
         self.rows = 0
+        self._step_views: dict[tuple[int, ...], StepViews] = {}
         self.version = 0
         self.closed = False
 
@@ -206,11 +208,13 @@ class Storage:
 
     def _install(self, cache: KVCache, rows: int) -> None:
         self.kv_cache, self.rows = cache, rows
+        self._step_views.clear()
         self._slots = np.arange(cache.max_slots)
         self.version += 1
 
     def _drop(self) -> None:
         cache, self.kv_cache, self.rows = self.kv_cache, None, 0
+        self._step_views.clear()
         self.version += 1
         if cache is not None:
             cache.close()
@@ -255,6 +259,14 @@ class Storage:
         """K and V, ``[batch, max_length, num_kv_heads, head_dim]``, backed as far as ``rows``."""
         assert self.kv_cache is not None
         return self.kv_cache.k(layer), self.kv_cache.v(layer)
+
+    def step_views(self, layer: int) -> tuple[StepViews, int]:
+        """What cuts the views of a pass for the layers of this one's group, and this one's position among them."""
+        assert self.kv_cache is not None
+        layers = next(tuple(group.layers) for group in self.kv_cache.layout.groups if layer in group.layers)
+        if layers not in self._step_views:
+            self._step_views[layers] = StepViews([self.views(each) for each in layers])
+        return self._step_views[layers], layers.index(layer)
 
     # -- rows ----------------------------------------------------------------------------------------------------
     def ensure(self, rows: int) -> None:
