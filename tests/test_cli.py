@@ -15,17 +15,10 @@ import pytest
 import torch
 from llama_helpers import hf_llama, save_folder
 
-from vattn.cli import main, parse_bytes
-from vattn.cli_display import printable
-from vattn.cli_report import format_bytes
-from vattn.cli_threads import num_threads
+from vattn.cli import main
 from vattn.errors import ConfigError
-from vattn.models import LlamaConfig
-from vattn.models.fused_llama import products
-from vattn.tuning import TuningTable
 
 pytest.importorskip("transformers")
-
 COMMAND = [sys.executable, "-m", "vattn"]
 ON_CPU = ["--device", "cpu", "--memory-limit", "256MiB"]
 
@@ -48,46 +41,6 @@ def vattn(*args: str | Path) -> subprocess.CompletedProcess[str]:
 def generate_json(capfd: pytest.CaptureFixture[str], *args: str | Path) -> dict[str, Any]:
     assert main(["generate", "--device", "cpu", *map(str, args), "--json"]) == 0
     return json.loads(capfd.readouterr().out)
-
-
-def test_tune_without_a_gpu_and_wrong_arguments(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    cases = [
-        (["tune", str(folder / "nowhere")], "config.json"),
-        (["tune", str(folder), "--batches", "1,x"], "--batches"),
-        (["tune", str(folder), "--contexts", "0"], "--contexts"),
-        (["tune"], "FOLDER"),
-    ]
-    if not torch.cuda.is_available():
-        cases.append((["tune", str(folder)], "needs an NVIDIA GPU"))
-    for arguments, message in cases:
-        assert main(arguments) == 2
-        output = capfd.readouterr()
-        assert message in output.err
-        assert output.err.count("\n") == 1
-        assert output.out == ""
-
-
-@pytest.mark.gpu
-def test_tune(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert main(["tune", str(folder), "--batches", "1,3", "--contexts", "200"]) == 0
-    (path,) = (tmp_path / "vattn" / "tuned").glob("*.json")
-    table = TuningTable.read(path)
-    assert str(path) in capfd.readouterr().out
-    config = json.loads((folder / "config.json").read_text())
-    for outputs, inputs, kind in products(LlamaConfig.from_hf(config)):
-        found = [
-            r for r in table.linear if (r["outputs"], r["inputs"], r["swiglu"]) == (outputs, inputs, kind == "swiglu")
-        ]
-        assert {record["tokens"] for record in found} == {1, 3}
-        assert all(0 < record["us"] <= record["cublas_us"] for record in found)
-    ours = [record for record in table.attention if record["context"] == 200]
-    assert {record["batch"] for record in ours} == {1, 3}
-    assert all(record["backend"] in record["us"] for record in ours)
-    assert len(table.linear) > 20, "the shipped measurements were lost"
-
-
-# Generate -----------------------------------------------------------------------------------------------------------
 
 
 def test_json_is_one_document(folder: Path) -> None:
@@ -221,9 +174,6 @@ def test_on_the_gpu(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert on_gpu["memory"]["end"]["page_bytes"] == 2 << 20
 
 
-# Errors -------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -323,9 +273,6 @@ def test_a_closed_pipe_ends_quietly(endless: Path) -> None:
         assert (process.returncode, process.stderr.read()) == (1, "")
 
 
-# Info and the small parts -------------------------------------------------------------------------------------------
-
-
 def test_info(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["info", "--json"]) == 0
     document = json.loads(capfd.readouterr().out)
@@ -354,82 +301,3 @@ def test_info(capfd: pytest.CaptureFixture[str]) -> None:
         "torch",
     ):
         assert word in text
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [
-        ("1", 1),
-        ("4096", 4096),
-        ("256MiB", 256 << 20),
-        ("2GiB", 2 << 30),
-        ("1.5 gib", 3 << 29),
-        ("2GB", 2 * 10**9),
-        ("7B", 7),
-    ],
-)
-def test_sizes(text: str, size: int) -> None:
-    assert parse_bytes(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "MiB", "-1", "1e9", "12 parsecs", "0", "0.0001B"])
-def test_sizes_that_are_none(text: str) -> None:
-    with pytest.raises(ConfigError):
-        parse_bytes(text)
-
-
-@pytest.mark.parametrize(
-    ("size", "text"),
-    [(0, "0 B"), (1023, "1023 B"), (3 << 20, "3.0 MiB"), (5 << 40, "5.0 TiB"), (1 << 53, "8192.0 TiB")],
-)
-def test_format_bytes(size: int, text: str) -> None:
-    assert format_bytes(size) == text
-
-
-def test_control_characters_do_not_reach_the_terminal() -> None:
-    """A model may write an escape sequence; it must not clear the screen or set a window title."""
-    assert printable("a\x1b[2Jb\x07c\x9bd\r\x7f") == "a�[2Jb�c�d��"
-    assert printable("line\n\ttab → 🦊") == "line\n\ttab → 🦊"
-
-
-@pytest.mark.parametrize(
-    ("files", "expected"),
-    [
-        ({}, 8),
-        ({"proc/self/cgroup": "0::/box\n", "sys/fs/cgroup/box/cpu.max": "350000 100000\n"}, 3),
-        ({"proc/self/cgroup": "0::/box\n", "sys/fs/cgroup/box/cpu.max": "max 100000\n"}, 8),
-        ({"proc/self/cgroup": "0::/a/b\n", "sys/fs/cgroup/a/cpu.max": "50000 100000\n"}, 1),
-        ({"proc/self/cgroup": "0::/of/the/host\n", "sys/fs/cgroup/cpu.max": "200000 100000\n"}, 2),
-        (
-            {
-                "proc/self/cgroup": "4:memory:/x\n1:cpu,cpuacct:/x\n",
-                "sys/fs/cgroup/cpu/x/cpu.cfs_quota_us": "400000\n",
-                "sys/fs/cgroup/cpu/x/cpu.cfs_period_us": "100000\n",
-            },
-            4,
-        ),
-        (
-            {
-                "proc/self/cgroup": "1:cpu:/\n",
-                "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1\n",
-                "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n",
-            },
-            8,
-        ),
-        (
-            {
-                f"sys/devices/system/cpu/cpu{i}/topology/thread_siblings_list": f"{i % 4},{i % 4 + 4}\n"
-                for i in range(8)
-            },
-            4,
-        ),
-    ],
-)
-def test_threads_within_affinity_and_quota(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], expected: int
-) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
-    assert num_threads(tmp_path) == expected

@@ -42,6 +42,7 @@ ROOMS = [
         "models",
         "graphs",
         "decode_state",
+        "decode_step",
         "decode",
         "requests",
         "engine",

@@ -1,9 +1,8 @@
 """The decode loop: sequences come and go, each step is one replay, and the host never makes the GPU wait.
 
 Everything that a step reads lies in device tensors with an entry per slot: the token that a sequence feeds next, its
-length, how to sample, when to stop. A step gets the slots of its batch as one small tensor and finds the rest through
-it, so any sequences in any order share a graph and nothing is copied when the batch changes. The step writes what it
-sampled into a ring in host memory, which the host reads while the next step runs.
+length, how to sample, when to stop (``decode_state``). What the device does in a step is in ``decode_step``; here is
+who decodes, which rows are mapped for it, and what the host was told.
 """
 
 from __future__ import annotations
@@ -22,19 +21,16 @@ import numpy as np
 import torch
 
 from .arguments import require_int
-from .attention import AttentionBackend, DecodeBatch, bind
+from .attention import AttentionBackend
 from .decode_state import DecodedToken, DecodeModel, DecodeState, Sampling, bind_for, check_sequence
+from .decode_step import DecodeStep, LaunchedStep
 from .errors import ConfigError, OutOfPages
-from .graphs import GraphReport, StepGraphs, default_buckets
+from .graphs import GraphReport, default_buckets
 from .interrupts import Uninterrupted
 from .kv_cache import KVCache
 from .mapper import MapAhead
-from .tuning import decode_attention
 
 __all__ = ["DecodeLoop", "DecodeModel", "DecodedToken", "Sampling"]
-
-_RING = 8  # steps whose tokens the ring holds; two are under way at most
-_REASONS = {0: None, 1: "stop", 2: "length"}
 
 
 @dataclass(eq=False)
@@ -44,15 +40,6 @@ class _Live:
     slot: int
     rows: int
     limit: int
-
-
-@dataclass(frozen=True)
-class _Launched:
-    """A step under way: its sequences, the row of the ring that it writes, and the event behind it."""
-
-    sequences: tuple[_Live, ...]
-    place: int
-    event: torch.cuda.Event | None
 
 
 class DecodeLoop:
@@ -111,46 +98,33 @@ class DecodeLoop:
         model.require_fit(cache)
         device = cache.device
         mode = ("always" if device.type == "cuda" else "never") if graphs is None else graphs
-        self._attention = None if attention is None else bind_for(cache, attention, mode)
-        self._attentions: dict[int, AttentionBackend] = {}  # by batch size
         if typical_len is None:
             typical_len = max(1, self.max_seq_len // 2)
-        self._typical_len = require_int("typical_len", typical_len, 1)
         if ahead_tokens is None:
             ahead_tokens = max(16, math.ceil(2 * cache.layout.tokens_per_page(cache.page_bytes)))
         ahead_tokens = require_int("ahead_tokens", ahead_tokens, 0)
-        if buckets is None:
-            buckets = default_buckets(self.max_batch)
         self.state = DecodeState(cache.max_slots, require_int("max_stop_tokens", max_stop_tokens, 1), device)
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        pinned = device.type == "cuda"
-        self._slots = torch.zeros(self.max_batch, dtype=torch.int32, device=device)
-        self._counter = torch.zeros(1, dtype=torch.int64, device=device)
-        self._ring = torch.zeros(_RING, self.max_batch, 2, dtype=torch.int32, pin_memory=pinned)
-        self._num_launched = 0
         self._live: dict[int, _Live] = {}
-        self._order: list[int] = []  # of the batch that ``_slots`` holds
-        self._under_way: deque[_Launched] = deque()
+        self._under_way: deque[tuple[tuple[_Live, ...], LaunchedStep]] = deque()
         self._unreported: list[DecodedToken] = []
-        hidden = model.embedding.shape[1]
-        self._residual = torch.zeros(self.max_batch, hidden, dtype=model.embedding.dtype, device=device)
-        self._rows, self._ends, self._sampled = torch.zeros(3, self.max_batch, dtype=torch.int32, device=device)
-        self._batches: dict[int, DecodeBatch] = {}
         self._closed = False
         self._scratch = cache.acquire()
         try:
             cache.ensure(self._scratch, 1)
-            self._slots.fill_(self._scratch)
-            self._graphs = StepGraphs(self._run, buckets, device, mode)
-            if self._graphs.buckets[-1] != self.max_batch:
-                raise ConfigError(
-                    f"the largest bucket must be max_batch, {self.max_batch}, got {self._graphs.buckets[-1]}"
-                )
-            with torch.inference_mode(), torch.cuda.stream(self.stream):
-                if self.stream is not None:
-                    torch.cuda.synchronize(device)
-                self._graphs.capture()
-                self._counter.zero_()
+            self._step = DecodeStep(
+                model,
+                cache,
+                self.state,
+                self._scratch,
+                max_batch=self.max_batch,
+                attention=None if attention is None else bind_for(cache, attention, mode),
+                typical_len=require_int("typical_len", typical_len, 1),
+                max_seq_len=self.max_seq_len,
+                buckets=default_buckets(self.max_batch) if buckets is None else buckets,
+                mode=mode,
+                stream=self.stream,
+            )
             self._mapper = MapAhead(cache, ahead_tokens, threaded=mapping == "thread")
         except BaseException:
             cache.release(self._scratch)
@@ -202,7 +176,7 @@ class DecodeLoop:
                 if self.stream is not None:
                     self.stream.wait_stream(torch.cuda.current_stream(self.cache.device))
                 with torch.inference_mode(), torch.cuda.stream(self.stream):
-                    self.state.start(self._upload, sequences, rows)
+                    self.state.start(self._step.upload, sequences, rows)
             except BaseException:
                 for slot, n in zip(slots, rows, strict=True):
                     self.cache.truncate(slot, n)
@@ -287,7 +261,7 @@ class DecodeLoop:
     @property
     def graphs(self) -> tuple[GraphReport, ...]:
         """What was captured, by batch size."""
-        return self._graphs.reports
+        return self._step.reports
 
     def close(self) -> None:
         """End the loop: graphs and the loop's own slot are freed, sequences stay as they are. Idempotent."""
@@ -299,7 +273,7 @@ class DecodeLoop:
         if self.stream is not None:
             self.stream.synchronize()
         self._under_way.clear()
-        self._graphs.release()
+        self._step.release()
         with Uninterrupted():
             with suppress(ConfigError):  # the cache is closed already
                 self.cache.release(self._scratch)
@@ -319,36 +293,6 @@ class DecodeLoop:
         self.close()
 
     # -- inside --------------------------------------------------------------------------------------------------
-    def _run(self, bucket: int) -> None:
-        """The step itself: what is captured."""
-        ops, state = self.model.ops, self.state
-        batch = self._batches.get(bucket)
-        slots, rows, ends, residual = (t[:bucket] for t in (self._slots, self._rows, self._ends, self._residual))
-        if batch is None:
-            batch = self._batches[bucket] = DecodeBatch(slots, rows, ends, self.max_seq_len)
-        ops.begin_step(slots, state.tokens, state.lengths, self.model.embedding, residual, rows, ends)
-        logits = self.model.decode(residual, batch, self.cache, self._attention_for(bucket))
-        sampled = self._sampled[:bucket]
-        ops.sample_tokens(logits, slots, rows, state.temperature, state.top_k, state.top_p, state.seeds, sampled)
-        ops.advance(
-            sampled,
-            slots,
-            state.tokens,
-            state.lengths,
-            state.remaining,
-            state.stop_tokens,
-            self._counter,
-            self._ring,
-        )
-
-    def _attention_for(self, bucket: int) -> AttentionBackend:
-        if self._attention is not None:
-            return self._attention
-        if bucket not in self._attentions:
-            chosen = decode_attention(self.cache, self.model.num_heads, bucket, self._typical_len)
-            self._attentions[bucket] = bind(chosen)
-        return self._attentions[bucket]
-
     def _launch(self) -> bool:
         """Launch a step for every sequence that has rows to come; False if none has."""
         sequences = tuple(each for each in self._live.values() if each.rows < each.limit)
@@ -358,22 +302,9 @@ class DecodeLoop:
         index = np.array(slots, np.int64)
         rows = np.array([sequence.rows for sequence in sequences], np.int64) + 1
         self._mapper.require(index, rows)
-        bucket = self._graphs.bucket_for(len(slots))
         # Ctrl-C comes before the launch or after its entry in the books, also out of the end of ``cache.step``.
         with Uninterrupted(), torch.inference_mode(), torch.cuda.stream(self.stream), self.cache.step(index):
-            if slots != self._order:
-                self._order = []
-                padded = np.full(self.max_batch, self._scratch, np.int32)
-                padded[: len(slots)] = slots
-                self._slots.copy_(self._upload(padded))
-                self._order = slots
-            self._graphs.launch(bucket)
-            event = None
-            if self.stream is not None:
-                event = torch.cuda.Event()
-                event.record()
-            self._under_way.append(_Launched(sequences, self._num_launched % _RING, event))
-            self._num_launched += 1
+            self._under_way.append((sequences, self._step.launch(slots)))
             for sequence in sequences:
                 sequence.rows += 1
         self._mapper.look_ahead(index, rows)
@@ -382,16 +313,14 @@ class DecodeLoop:
     def _drain(self, keep: int) -> None:
         """Read the ring up to the newest ``keep`` steps."""
         while len(self._under_way) > keep:
-            launched = self._under_way[0]
-            if launched.event is not None:
-                launched.event.synchronize()
-            sampled = self._ring[launched.place, : len(launched.sequences)].tolist()
+            sequences, launched = self._under_way[0]
+            sampled = self._step.read(launched)
             with Uninterrupted():
                 self._under_way.popleft()
-                for sequence, (token, reason) in zip(launched.sequences, sampled, strict=True):
+                for sequence, (token, reason) in zip(sequences, sampled, strict=True):
                     if self._live.get(sequence.slot) is not sequence:  # ended, or cancelled
                         continue
-                    self._unreported.append(DecodedToken(sequence.slot, token, _REASONS[reason]))
+                    self._unreported.append(DecodedToken(sequence.slot, token, reason))
                     if reason:
                         self._hand_back(sequence)
 
@@ -403,7 +332,7 @@ class DecodeLoop:
         """A sequence has ended: leave its slot with its rows, but for those of tokens that are dropped."""
         del self._live[sequence.slot]
         self._mapper.forget(sequence.slot)
-        num_under_way = sum(sequence in launched.sequences for launched in self._under_way)
+        num_under_way = sum(sequence in sequences for sequences, _ in self._under_way)
         self._cut(sequence.slot, sequence.rows - num_under_way - num_dropped)
 
     def _cut(self, slot: int, rows: int) -> None:
@@ -411,12 +340,6 @@ class DecodeLoop:
         # ConfigError: the slot was released, or the cache closed, behind the loop's back.
         with suppress(ConfigError), torch.cuda.stream(self.stream), self.cache.step([slot]):
             self.cache.truncate(slot, rows)
-
-    def _upload(self, array: np.ndarray) -> torch.Tensor:
-        host = torch.from_numpy(np.ascontiguousarray(array))
-        if self.stream is None:
-            return host
-        return host.pin_memory().to(self.cache.device, non_blocking=True)
 
     def _check(self, slot: int, token: int, max_new_tokens: int, sampling: Any, stop_tokens: Sequence[int]) -> int:
         """ConfigError unless a sequence can start so; returns its rows."""
