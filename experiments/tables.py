@@ -116,13 +116,40 @@ def _hf(records: list[Record], metric: str, cell: Callable[[float, float], str])
         limit = found[f"8B B={words['B']} L={words['L']}", "limit"]
         values = [found.get((case, system)) for system in systems]
         rows.append(
-            [words["B"], f"{int(words['L']):,}", f"{int(words.get('max', words['L'])):,}", f"{limit:,.0f}"]
-            if metric == "peak_memory"
-            else [words["B"], f"{int(words['L']):,}", f"{int(words.get('max', words['L'])):,}", f"{limit:.1f}"]
+            [
+                words["B"],
+                f"{int(words['L']):,}",
+                f"{int(words.get('max', words['L'])):,}",
+                words.get("allocator", "default"),
+                f"{limit:,.0f}" if metric == "peak_memory" else f"{limit:.1f}",
+                *("–" if value is None else cell(value, limit) for value in values),
+            ]
         )
-        rows[-1] += ["–" if value is None else cell(value, limit) for value in values]
     unit = "MiB" if metric == "peak_memory" else "ms"
-    return markdown(["batch", "tokens", "maximum", f"limit, {unit}", *(f"{name}, {unit}" for name in systems)], rows)
+    return markdown(
+        ["batch", "tokens", "maximum", "allocator", f"limit, {unit}", *(f"{name}, {unit}" for name in systems)], rows
+    )
+
+
+def capacity(records: list[Record]) -> str:
+    """Sequences that fit, medians over the seeds, and how many times a peer's vattn's are."""
+    systems = ("full", "layer-major", "paged-16", "vattn", "vattn-margin")
+    found = {(record["case"], record["system"], record["metric"]): record for record in records}
+    rows = []
+    for case in dict.fromkeys(record["case"] for record in records):
+        words = fields(case)
+        counts = [found[case, system, "sequences"] for system in systems]
+        ratios = [found[case, "vattn", f"over_{peer}"] for peer in ("paged-16", "layer-major")]
+        rows.append(
+            [
+                f"{words['limit'].removesuffix('GiB')} GiB, {words['driver']}",
+                words["shape"],
+                words["trace"],
+                *(f"{count['value']:,.0f} ({count['p20']:,.0f}–{count['p80']:,.0f})" for count in counts),
+                *(f"{ratio['value']:.3f}" for ratio in ratios),
+            ]
+        )
+    return markdown(["memory", "shape", "trace", *systems, "vattn / paged-16", "vattn / layer-major"], rows)
 
 
 def _steps(records: list[Record]) -> dict[str, dict[str, float]]:
@@ -187,7 +214,7 @@ def decode_mapping(records: list[Record]) -> str:
 TABLES: dict[str, Callable[[list[Record]], str]] = {
     function.__name__: function
     for function in (
-        *(cards, driver_calls, ensure_batch, hf_memory, hf_steps),
+        *(cards, driver_calls, ensure_batch, hf_memory, hf_steps, capacity),
         *(decode_steps, decode_ablations, decode_attention, decode_mapping),
     )
 }

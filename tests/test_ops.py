@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
 import os
+import platform
 
 import pytest
 import torch
@@ -143,6 +145,22 @@ def test_offsets_beyond_32_bits():
         slot, row = torch.tensor([1], device=device), torch.tensor([15], device=device)
         rope_append(qkv, table, slot, row, k, v)
         assert torch.equal(v[1, 15].flatten(), qkv[0, 40 * 128 :])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="memory of the interpreter's")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="MAP_32BIT is a flag of x86-64")
+def test_addresses_of_less_than_32_bits():
+    """A kernel gets a small number as a 32-bit one, an address too."""
+    low = mmap.mmap(-1, 1 << 16, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x40)
+    k, v = torch.frombuffer(low, dtype=torch.float32).view(2, 4, 64, 2, 16)
+    assert 0 < k.data_ptr() < 2**31
+    qkv, table = torch.randn(3, 8 * 16), rope_table(torch.ones(8), 64)
+    slots, rows = torch.tensor([1, 0, 3]), torch.tensor([5, 0, 63])
+    rope_append(qkv, table, slots, rows, k, v)
+    expected_k, expected_v = torch.zeros_like(k), torch.zeros_like(v)
+    rope_append_reference(qkv, table, slots, rows, expected_k, expected_v)
+    torch.testing.assert_close(k, expected_k)
+    assert torch.equal(v, expected_v)
 
 
 def test_without_a_gpu_or_the_interpreter(monkeypatch):

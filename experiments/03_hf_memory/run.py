@@ -10,7 +10,7 @@ import gc
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ MIB = 1 << 20
 READ_BYTES_PER_S = 3.03e12  # read-only, measured on an H100
 PREFILL_TOKENS = 4096  # of all sequences together, a pass; what a pass computes is beside the point
 WATCHED_STEPS, TIMED_STEPS = 4, 12
+ROUNDS = 3
 SYSTEMS = {
     "transformers-dynamic": lambda model, batch, length: DynamicCache(config=model.config),
     "transformers-static": lambda model, batch, length: StaticCache(config=model.config, max_cache_len=length),
@@ -121,23 +122,16 @@ def fill_and_step(model: LlamaForCausalLM, cache: Any, batch: int, length: int, 
 
 
 def measure(
-    records: Records | None,
-    model: LlamaForCausalLM,
-    peak: PeakMemory,
-    batch: int,
-    length: int,
-    system: str,
-    maximum: int,
-) -> None:
-    """One cell of the table; without records a rehearsal, in which kernels are loaded and workspaces made."""
-    case = f"8B B={batch} L={length}" + (f" max={maximum}" if maximum != length else "")
+    model: LlamaForCausalLM, peak: PeakMemory, batch: int, length: int, system: str, maximum: int
+) -> tuple[float, list[float]] | None:
+    """(peak MiB, ms of each step) of one system; None where it runs out of memory."""
     torch.cuda.reset_peak_memory_stats()
     peak.begin()
     cache, samples = SYSTEMS[system](model, batch, maximum), []
     try:
         samples = fill_and_step(model, cache, batch, length, peak)
     except torch.OutOfMemoryError as error:
-        print(f"{case:48s} {system}: {error}", flush=True)
+        print(f"{system}: {error}", flush=True)
     by_torch = torch.cuda.max_memory_reserved()
     if isinstance(cache, VirtualCache):
         mapped = cache.stats().peak_physical_bytes
@@ -147,10 +141,33 @@ def measure(
     del cache
     gc.collect()
     torch.cuda.empty_cache()
-    if samples and records is not None:
-        records.add(case, system, "peak_memory", "MiB", [peak.bytes / MIB])
-        records.add(case, system, "decode_step", "ms", samples)
-        print(f"{'':48s} torch reserved {by_torch / MIB:.0f} MiB, weights included; mapped {mapped / MIB:.0f} MiB")
+    print(f"{system}: torch reserved {by_torch / MIB:.0f} MiB, weights included; mapped {mapped / MIB:.0f} MiB")
+    return (peak.bytes / MIB, samples) if samples else None
+
+
+def compare(
+    records: Records,
+    model: LlamaForCausalLM,
+    peak: PeakMemory,
+    batch: int,
+    length: int,
+    systems: Sequence[str],
+    maximum: int,
+    note: str = "",
+) -> None:
+    """A row of the tables: short ones three times over, in turn, because a host's speed comes and goes."""
+    case = f"8B B={batch} L={length}" + (f" max={maximum}" if maximum != length else "") + note
+    memory: dict[str, list[float]] = {system: [] for system in systems}
+    steps: dict[str, list[float]] = {system: [] for system in systems}
+    for _ in range(ROUNDS if length <= 2048 else 1):
+        for system in systems:
+            if (found := measure(model, peak, batch, length, system, maximum)) is not None:
+                memory[system].append(found[0])
+                steps[system] += found[1]
+    for system in systems:
+        if memory[system]:
+            records.add(case, system, "peak_memory", "MiB", memory[system])
+            records.add(case, system, "decode_step", "ms", steps[system])
 
 
 def main() -> None:
@@ -161,17 +178,20 @@ def main() -> None:
     weights = sum(p.numel() * p.element_size() for p in model.parameters()) - model.model.embed_tokens.weight.nbytes
     for system in SYSTEMS:
         for batch, length in ((1, 4200), (8, 512)):
-            measure(None, model, peak, batch, length, system, length)
+            measure(model, peak, batch, length, system, length)
     for length in (512, 2048) if options.quick else (512, 2048, 8192, 32768):
         for batch in (1, 8):
             case = f"8B B={batch} L={length}"
             kv = batch * length * 131072
             records.add(case, "limit", "peak_memory", "MiB", [kv / MIB])
             records.add(case, "limit", "decode_step", "ms", [(weights + kv) / READ_BYTES_PER_S * 1e3])
-            for system in SYSTEMS:
-                measure(records, model, peak, batch, length, system, length)
-    for system in ("transformers-static", "vattn"):
-        measure(records, model, peak, 8, 2048, system, 32768)
+            compare(records, model, peak, batch, length, tuple(SYSTEMS), length)
+    compare(records, model, peak, 8, 2048, ("transformers-static", "vattn"), 32768)
+    # As PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True would have it from the start.
+    torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+    for length in (512, 2048):
+        for batch in (1, 8):
+            compare(records, model, peak, batch, length, tuple(SYSTEMS), length, " allocator=expandable")
     records.write()
 
 

@@ -186,8 +186,8 @@ def kernels() -> tuple[Any, Any]:
         q = tl.load(q_row_ptr + head[:, None] * q_head_stride + column, mask=q_mask, other=0.0)
 
         slot = tl.load(slots_ptr + sequence).to(tl.int64)
-        k_ptr = tl.multiple_of(k_address.to(tl.pointer_type(DTYPE)), ALIGN)
-        v_ptr = tl.multiple_of(v_address.to(tl.pointer_type(DTYPE)), ALIGN)
+        k_ptr = tl.multiple_of(k_address.to(tl.int64).to(tl.pointer_type(DTYPE)), ALIGN)
+        v_ptr = tl.multiple_of(v_address.to(tl.int64).to(tl.pointer_type(DTYPE)), ALIGN)
         long_first, long_row = first.to(tl.int64), row.to(tl.int64)[:, None]
         k_tile = k_ptr + slot * k_slot_stride + long_first * k_row_stride + kv_head * K_HEAD_STRIDE
         v_tile = v_ptr + slot * v_slot_stride + long_first * v_row_stride + kv_head * V_HEAD_STRIDE

@@ -209,13 +209,13 @@ def _kernel() -> Any:
             tl.store(target + columns, first.to(out_ptr.dtype.element_ty), mask=inside)
             tl.store(target + half + columns, second.to(out_ptr.dtype.element_ty), mask=inside)
         elif is_k:
-            k_ptr = tl.multiple_of(k_address.to(tl.pointer_type(DTYPE)), ALIGN)
+            k_ptr = tl.multiple_of(k_address.to(tl.int64).to(tl.pointer_type(DTYPE)), ALIGN)
             target = k_ptr + slot * k_slot_stride + row * k_row_stride + (head - num_heads) * k_head_stride
             tl.store(target + columns, first.to(DTYPE), mask=inside)
             tl.store(target + half + columns, second.to(DTYPE), mask=inside)
         else:
             kv_head = head - num_heads - num_kv_heads
-            v_ptr = tl.multiple_of(v_address.to(tl.pointer_type(DTYPE)), ALIGN)
+            v_ptr = tl.multiple_of(v_address.to(tl.int64).to(tl.pointer_type(DTYPE)), ALIGN)
             target = v_ptr + slot * v_slot_stride + row * v_row_stride + kv_head * v_head_stride
             tl.store(target + columns, first.to(DTYPE), mask=inside)
             tl.store(target + half + columns, second.to(DTYPE), mask=inside)
