@@ -256,9 +256,9 @@ def main() -> None:
                 print(f"{case} {system}: no time left")
                 continue
             records.add(case, system, "decode_step", "ms", make())
+            records.write()
             gc.collect()
             torch.cuda.empty_cache()
-        records.write()
 
 
 if __name__ == "__main__":
