@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import os
 import signal
 import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -164,6 +166,60 @@ def test_ctrl_c(where, fused, model, monkeypatch):
         cache.check_integrity()
 
 
+def test_ctrl_c_at_every_step(fused, model, monkeypatch):
+    """Steps that nobody came to read do not pile up beyond the ring that they answer in."""
+    prompts = [[3, 5, 7], [4, 6, 8, 10]]
+    expected = eager(model, prompts, 40)
+    with open_cache(model, 4) as cache, DecodeLoop(fused, cache) as loop:
+        slots = [prefill(model, cache, prompt) for prompt in prompts]
+        for slot, prompt in zip(slots, prompts, strict=True):
+            loop.start(slot, prompt[-1], 40)
+        launch = loop._step._graphs.launch
+
+        def interrupt(bucket):
+            launch(bucket)
+            signal.raise_signal(signal.SIGINT)
+
+        monkeypatch.setattr(loop._step._graphs, "launch", interrupt)
+        found, num_interrupted = [], 0
+        for _ in range(25):
+            try:
+                found += loop.step()
+            except KeyboardInterrupt:
+                num_interrupted += 1
+        assert num_interrupted == 25
+        monkeypatch.undo()
+        tokens = by_slot(found + loop.run())
+        assert [tuple(tokens[slot]) for slot in slots] == expected
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_forked_child_leaves_the_loop_alone():
+    model = small_model()
+    with open_cache(model, 3) as cache, DecodeLoop(FusedLlama(model), cache) as loop:
+        slot = prefill(model, cache, [3, 5, 7])
+        loop.start(slot, 7, 10)
+        with loop._mapper._changing:  # as while the thread maps
+            child = os.fork()
+            if child == 0:
+                try:
+                    for call in (loop.step, loop.run, loop.drain, lambda: loop.cancel(slot)):
+                        with pytest.raises(ConfigError, match="forked"):
+                            call()
+                    loop.close()
+                    os._exit(0)
+                finally:
+                    os._exit(1)
+        deadline = time.monotonic() + 30
+        while not (ended := os.waitpid(child, os.WNOHANG))[0] and time.monotonic() < deadline:
+            time.sleep(0.01)
+        if not ended[0]:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        assert ended == (child, 0)
+        assert len(loop.run()) == 10
+
+
 def test_a_start_that_fails_leaves_the_slot_as_it_was(fused, model, monkeypatch):
     prompt = [3, 5, 7]
     (expected,) = eager(model, [prompt], 10)
@@ -254,11 +310,19 @@ def test_wrong_arguments_change_nothing(fused, model):
             ((slot, 1, 1, Sampling(seed=-1)), "seed"),
             ((slot, 1, 1, None, (1, 2, 3)), "stop tokens"),
             ((slot, 1, 1, None, (200,)), "vocabulary"),
+            ((slot, 1, 1, None, None), "stop_tokens must be token ids"),
+            (([slot], 1, 1), "slot must be an int"),
+            ((slot, 1, 1, Sampling(temperature=None)), "temperature"),
+            ((slot, 1, 1, Sampling(temperature=1e39)), "temperature"),
         ):
             with pytest.raises(ConfigError, match=message):
                 loop.start(*arguments)
         with pytest.raises(ConfigError, match="once"):
             loop.start_batch([(slot, 1, 1, None, ()), (slot, 1, 1, None, ())])
+        with pytest.raises(ConfigError, match="a sequence is"):
+            loop.start_batch([(slot, 1, 1)])
+        with pytest.raises(ConfigError, match="own"):
+            loop.release(loop._scratch)
         assert cache.stats() == before
         assert loop.slots == ()
         loop.start(slot, 1, 5)
@@ -286,6 +350,7 @@ def test_what_does_not_fit_is_refused(fused, model):
             ({"graphs": "often"}, "graphs"),
             ({"ahead_tokens": -1}, "ahead_tokens"),
             ({"attention": get("flash-attn-3")}, "rows past the end"),
+            ({"attention": "nonsense"}, "nonsense"),
             ({"max_batch": 0}, "max_batch"),
             ({"typical_len": 0}, "typical_len"),
             ({"buckets": []}, "at least one"),

@@ -11,7 +11,7 @@ import torch
 from failing_driver import FailingDriver
 
 import vattn
-from vattn.driver import open_driver
+from vattn.driver import HostDriver, open_driver
 
 CALLS = ("create", "release", "map", "set_access", "unmap", "zero", "copy")
 
@@ -212,3 +212,19 @@ def test_deferred_pages_survive_a_failure_at_the_end_of_a_step(device):
     assert scene.cache.acquire(0) == 0
     scene.cache.check_integrity()
     scene.close()
+
+
+def test_truncate_does_not_promise_pages_that_it_gave_back():
+    """What was left in rows past the end is wiped last; nothing but a driver's error was expected there."""
+    driver = HostDriver()
+    layout = vattn.KVLayout(2, 2, 64, 400, torch.float32)
+    with vattn.KVCache(layout, 2, driver=driver, page_bytes=4096, over_read_tokens=8, over_read_masked=False) as cache:
+        slot = cache.acquire()
+        cache.ensure(slot, 200)
+        driver._zero = lambda address, size_bytes: 1 / 0
+        with pytest.raises(ZeroDivisionError):
+            cache.truncate(slot, 5)
+        del driver._zero
+        cache.check_integrity()
+        cache.ensure(slot, 190)
+        assert not cache.rows(slot, 0)[0][5:].any()

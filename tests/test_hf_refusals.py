@@ -205,7 +205,7 @@ def test_hybrids_fail_whole():
     with VirtualCache(model.config, max_length=64, page_bytes=4096) as past:
         with pytest.raises(ConfigError, match="needs 70 tokens"):
             logits(model, prompt(1, length=70), past)
-        with pytest.raises(ConfigError, match=r"recurrent layers ran ahead: call reset\(\)"):
+        with pytest.raises(ConfigError, match=r"layers are apart: call reset\(\)"):
             logits(model, prompt(1), past)
         past.reset()
         close(logits(model, prompt(2), past), logits(model, prompt(2)))
@@ -293,3 +293,39 @@ def test_pickling_and_copying(model, past):
     logits(model, prompt(1), past)
     with copy.copy(past) as other:
         assert other.layers[0].keys.data_ptr() != past.layers[0].keys.data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((2, 2, 1, 16), None), ((2, 1, 3, 16), None), ((1, 2, 3, 16), None), (None, torch.bfloat16)]
+)
+def test_v_that_does_not_fit_k_at_any_time(model, past, shape, dtype):
+    k = torch.randn(2, 2, 3, 16)
+    past.update(k, torch.randn_like(k), 0)
+    past.reset()
+    with pytest.raises(ConfigError, match="K and V must agree"):
+        past.update(k, torch.zeros(shape or k.shape, dtype=dtype), 0)
+    past.update(k, torch.randn_like(k), 0)
+
+
+def test_reordering_half_of_the_layers(model, past, monkeypatch):
+    logits(model, prompt(2), past)
+    with pytest.raises(ConfigError, match="beam_idx"):
+        past.reorder_cache(torch.tensor([0]))
+    logits(model, prompt(2), past)
+    monkeypatch.setattr(past.layers[1], "reorder_cache", lambda beam_idx: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        past.reorder_cache(torch.tensor([1, 0]))
+    monkeypatch.undo()
+    with pytest.raises(ConfigError, match="half-way"):
+        logits(model, prompt(2), past)
+    past.reset()
+    close(logits(model, prompt(2), past), logits(model, prompt(2)))
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("device", "quantum"), ("memory_limit", "1GiB"), ("page_bytes", "x"), ("dtype", "float32")]
+)
+def test_wrong_options_are_refused_at_once(model, option, value):
+    with pytest.raises(ConfigError, match=option):
+        VirtualCache(model.config, **{option: value})
+    assert model.config._attn_implementation == "sdpa"

@@ -21,9 +21,9 @@ import numpy as np
 import torch
 
 from .arguments import require_int
-from .attention import AttentionBackend
-from .decode_state import DecodedToken, DecodeModel, DecodeState, Sampling, bind_for, check_sequence
-from .decode_step import DecodeStep, LaunchedStep
+from .attention import AttentionBackend, get
+from .decode_state import DecodedToken, DecodeModel, DecodeState, Sampling, as_sequence, bind_for, check_sequence
+from .decode_step import RING, DecodeStep, LaunchedStep
 from .errors import ConfigError, OutOfPages
 from .graphs import GraphReport, default_buckets
 from .interrupts import Uninterrupted
@@ -53,8 +53,8 @@ class DecodeLoop:
         model: computes a step.
         cache: holds the sequences. One slot is taken for rows that only fill up a batch.
         max_batch: sequences of a step; None for all slots of the cache but that one.
-        attention: backend for decode; None for the one measured as fastest for each batch size, of those that the
-            cache has a margin for.
+        attention: backend for decode, or its name; None for the one measured as fastest for each batch size, of those
+            that the cache has a margin for.
         typical_len: rows that sequences are expected to have, for that choice; None for half of what they can have.
         buckets: batch sizes to capture; None for ``default_buckets``.
         graphs: ``"always"``, ``"measure"`` or ``"never"`` (see ``StepGraphs``); None: always on CUDA, never elsewhere.
@@ -75,7 +75,7 @@ class DecodeLoop:
         cache: KVCache,
         *,
         max_batch: int | None = None,
-        attention: AttentionBackend | None = None,
+        attention: AttentionBackend | str | None = None,
         typical_len: int | None = None,
         buckets: Sequence[int] | None = None,
         graphs: str | None = None,
@@ -91,6 +91,8 @@ class DecodeLoop:
         if max_batch is None:
             max_batch = cache.max_slots - 1
         self.max_batch = require_int("max_batch", max_batch, 1, cache.max_slots - 1)
+        if isinstance(attention, str):
+            attention = get(attention)
         if mapping not in ("thread", "inline"):
             raise ConfigError(f"mapping must be 'thread' or 'inline', got {mapping!r}")
         if model.embedding.device != cache.device:
@@ -160,7 +162,7 @@ class DecodeLoop:
     def start_batch(self, sequences: Sequence[tuple[int, int, int, Sampling | None, Sequence[int]]]) -> None:
         """``start`` for several at once, all or nothing, with one upload."""
         self._require_open()
-        sequences = [(*sequence[:4], tuple(sequence[4])) for sequence in sequences]
+        sequences = [as_sequence(sequence) for sequence in sequences]
         rows = [self._check(*sequence) for sequence in sequences]
         slots = [sequence[0] for sequence in sequences]
         if not slots:
@@ -205,7 +207,12 @@ class DecodeLoop:
         """End a sequence, decoding or not, and give its slot back to the cache without waiting for the GPU.
 
         ``cache.release`` waits for the step that may still be under way.
+
+        Raises:
+            ConfigError: it is the loop's own slot, or not live in the cache.
         """
+        if slot == self._scratch:
+            raise ConfigError(f"slot {slot} is the loop’s own: close the loop to have it back")
         self.cancel(slot)
         with torch.cuda.stream(self.stream), self.cache.step([slot]):
             self.cache.release(slot)
@@ -226,6 +233,7 @@ class DecodeLoop:
                 sequence, or make room in the cache, and call again.
         """
         self._require_open()
+        self._drain(RING // 2)  # more than one is left only where something was raised after a launch
         try:
             launched = self._launch()
         except OutOfPages:
@@ -266,6 +274,9 @@ class DecodeLoop:
     def close(self) -> None:
         """End the loop: graphs and the loop's own slot are freed, sequences stay as they are. Idempotent."""
         if self._closed:
+            return
+        if os.getpid() != self._pid:  # a forked child: nothing of this is its
+            self._closed = True
             return
         for slot in self.slots:
             self.cancel(slot)
@@ -343,6 +354,7 @@ class DecodeLoop:
 
     def _check(self, slot: int, token: int, max_new_tokens: int, sampling: Any, stop_tokens: Sequence[int]) -> int:
         """ConfigError unless a sequence can start so; returns its rows."""
+        slot = require_int("slot", slot, 0, self.cache.max_slots - 1)
         if slot in self._live or slot == self._scratch:
             raise ConfigError(f"slot {slot} is {'decoding already' if slot in self._live else 'the loop’s own'}")
         rows = self.cache.seq_len(slot)
@@ -363,3 +375,5 @@ class DecodeLoop:
     def _require_open(self) -> None:
         if self._closed:
             raise ConfigError("this DecodeLoop is closed; make a new one")
+        if os.getpid() != self._pid:
+            raise ConfigError("this DecodeLoop belongs to the process that forked this one; make another here")

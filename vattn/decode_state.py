@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,7 +16,7 @@ from .kv_cache import KVCache
 from .ops.bundle import Ops
 from .ops.sampling import validate_sampling
 
-__all__ = ["DecodeModel", "DecodeState", "DecodedToken", "Sampling", "bind_for", "check_sequence"]
+__all__ = ["DecodeModel", "DecodeState", "DecodedToken", "Sampling", "as_sequence", "bind_for", "check_sequence"]
 
 
 class DecodeModel(Protocol):
@@ -118,6 +118,16 @@ class DecodeState:
         self.floats[:, index] = upload(np.array([[c.temperature, c.top_p] for c in chosen], np.float32)).T
         self.seeds[index] = upload(np.array([c.seed for c in chosen], np.int64))
         self.stop_tokens[index] = upload(stops)
+
+
+def as_sequence(given: Any) -> tuple[Any, Any, Any, Any, tuple[Any, ...]]:
+    """(slot, token, max_new_tokens, sampling, stop_tokens), or ConfigError where it is not that many things."""
+    if not isinstance(given, Sequence) or len(given) != 5:
+        raise ConfigError(f"a sequence is (slot, token, max_new_tokens, sampling, stop_tokens), got {given!r}")
+    stop_tokens = given[4]
+    if not isinstance(stop_tokens, Iterable):
+        raise ConfigError(f"stop_tokens must be token ids, got {stop_tokens!r}")
+    return given[0], given[1], given[2], given[3], tuple(stop_tokens)
 
 
 def check_sequence(

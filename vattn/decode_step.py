@@ -20,7 +20,7 @@ from .graphs import GraphReport, StepGraphs
 from .kv_cache import KVCache
 from .tuning import decode_attention
 
-_RING = 8  # steps whose tokens the ring holds; two are under way at most
+RING = 8  # steps whose tokens the ring holds
 _REASONS = {0: None, 1: "stop", 2: "length"}
 
 
@@ -77,7 +77,7 @@ class DecodeStep:
         self._slots = torch.full((max_batch,), scratch, dtype=torch.int32, device=device)
         self._order: list[int] = []  # of the batch that ``_slots`` holds
         self._counter = torch.zeros(1, dtype=torch.int64, device=device)
-        self._ring = torch.zeros(_RING, max_batch, 2, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._ring = torch.zeros(RING, max_batch, 2, dtype=torch.int32, pin_memory=device.type == "cuda")
         self._residual = torch.zeros(max_batch, embedding.shape[1], dtype=embedding.dtype, device=device)
         self._rows, self._ends, self._sampled = torch.zeros(3, max_batch, dtype=torch.int32, device=device)
         self._batches: dict[int, DecodeBatch] = {}
@@ -109,7 +109,7 @@ class DecodeStep:
         if self.stream is not None:
             event = torch.cuda.Event()
             event.record()
-        launched = LaunchedStep(len(slots), self._num_launched % _RING, event)
+        launched = LaunchedStep(len(slots), self._num_launched % RING, event)
         self._num_launched += 1
         return launched
 

@@ -46,7 +46,8 @@ _pause = _CollectorPause()
 class Uninterrupted:
     """Puts SIGINT and garbage collection off until the block ends.
 
-    Only the main thread runs signal handlers; in others there is no SIGINT to put off.
+    Other signals are not put off: a handler of theirs should note what came, not raise, as it would in the middle of
+    any operation. Only the main thread runs signal handlers; in others there is no SIGINT to put off.
 
     Attributes:
         undo: set inside the block; called when a SIGINT came and the block would hand out something that its caller

@@ -150,7 +150,7 @@ class Slots:
             self._to_shrink.add(slot)
         else:
             self._shrink_now(slot, rows)
-            self.seq_len[slot] = rows
+            self.seq_len[slot] = self.reach[slot] = rows  # measured below, once all is done
             with suppress(DriverError):  # tried again before the next kernel reads there
                 self.wipe_stale([slot])
         self._measure_reach(slot)

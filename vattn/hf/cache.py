@@ -67,12 +67,14 @@ class VirtualCache(Cache):
             raise ConfigError(f"attention {attention!r} reads past the end of a sequence; choose another")
         options = Options(
             require_int("max_length", max_length, 1),
-            None if device is None else torch.device(device),
+            _device(device),
             dtype,
-            memory_limit,
-            page_bytes,
+            None if memory_limit is None else require_int("memory_limit", memory_limit, 1),
+            None if page_bytes is None else require_int("page_bytes", page_bytes, 1),
             attention,
         )
+        if dtype is not None and not isinstance(dtype, torch.dtype):
+            raise ConfigError(f"dtype must be a torch.dtype, got {dtype!r}")
         layers, configured = _layers(text_config)
         self._config = text_config
         previous = switch_attention(text_config) if attention is not None else None
@@ -97,7 +99,7 @@ class VirtualCache(Cache):
         self._storage, self._virtual = storage, virtual
         # Layers that share another's K and V are dummies.
         self._is_hybrid = any(isinstance(layer, LinearAttentionLayer) for layer in layers)
-        self._torn = False  # whether a failed forward pass left recurrent layers ahead of the others
+        self._torn = False  # whether something failed with some layers done: recurrent ones in a pass, or reordered
 
     # -- transformers' interface ---------------------------------------------------------------------------------
     def update(
@@ -113,7 +115,7 @@ class VirtualCache(Cache):
             raise ConfigError(f"this cache was made for a model of {len(self.layers)} layers, got layer {layer_idx}")
         layer: Any = self.layers[layer_idx]
         if self._torn:
-            raise ConfigError("a forward pass of this cache failed, and its recurrent layers ran ahead: call reset()")
+            raise ConfigError("an operation on this cache failed half-way, its layers are apart: call reset()")
         try:
             return layer.update(key_states, value_states, *args, **kwargs)
         except BaseException:
@@ -132,6 +134,17 @@ class VirtualCache(Cache):
         self._others("crop", number)  # first, because recurrent layers cannot
         lengths = self._storage.lengths.items()
         self._storage.truncate({i: min(n, number) if number > 0 else max(0, n + number) for i, n in lengths})
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Make batch row ``i`` a copy of row ``beam_idx[i]`` in every layer."""
+        self._open()
+        torn, self._torn = self._torn, True
+        try:
+            super().reorder_cache(beam_idx)  # type: ignore[arg-type]
+        except ConfigError:  # refused, nothing was touched
+            self._torn = torn
+            raise
+        self._torn = torn
 
     def reset(self) -> None:
         """Forget every token. Afterwards the batch may be of another size."""
@@ -250,6 +263,13 @@ class VirtualCache(Cache):
             f"VirtualCache(layers={len(self.layers)}, max_length={options.max_length}, batch_size={self.batch_size}, "
             f"tokens={max(self._storage.lengths.values())})"
         )
+
+
+def _device(device: torch.device | str | None) -> torch.device | None:
+    try:
+        return None if device is None else torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"device {device!r} is none: {error}") from error
 
 
 def _decoder_config(config: PreTrainedConfig) -> PreTrainedConfig:

@@ -92,14 +92,13 @@ class VirtualLayer(CacheLayerMixin):
             dtype = torch.get_autocast_dtype(key_states.device.type)  # some rotary embeddings leave K in float32
             key_states, value_states = key_states.to(dtype), value_states.to(dtype)
         storage, start = self.storage, self.length
-        batch, heads, num_new, head_dim = key_states.shape
-        looks = (batch, heads, head_dim, value_states.shape[-1], key_states.dtype, key_states.device)
+        looks = (key_states.shape, value_states.shape, key_states.dtype, value_states.dtype, key_states.device)
         if looks != self._fits or self._version != storage.version:
             self.lazy_initialization(key_states, value_states)
             self._fits = looks
         if self.is_first:
             storage.check_lengths(self.index)
-        self.num_new = num_new
+        self.num_new = key_states.shape[2]
         end = start + self.num_new
         if end > storage.rows:
             storage.ensure(end)

@@ -305,7 +305,8 @@ class Storage:
         if behind:
             raise ConfigError(
                 f"layers {behind} hold another number of tokens than layer {layer}: the forward pass before this one "
-                "was interrupted, or another model's. reset() the cache, and use it for one model"
+                "was interrupted, another model's, or did not take its layers in order. reset() the cache, and use it "
+                "for one model"
             )
 
     def close(self) -> None:
