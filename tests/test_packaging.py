@@ -1,4 +1,4 @@
-"""The built wheel, as a user would install it: everything inside, importable away from the sources."""
+"""Source archive and wheel, as ``python -m build`` makes them: everything inside, importable away from the sources."""
 
 from __future__ import annotations
 
@@ -21,18 +21,10 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE", "vattn", "models"):
         subprocess.run(["cp", "-r", ROOT / name, source], check=True)
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--no-deps",
-        "--no-build-isolation",
-        "--wheel-dir",
-        folder,
-    ]
-    subprocess.run([*command, source], check=True)
+    # The source archive first, and the wheel from what that holds.
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, source]
+    subprocess.run(command, check=True, capture_output=True)
+    assert len(list(folder.glob("vattn-*.tar.gz"))) == 1
     (built,) = folder.glob("*.whl")
     return built
 
@@ -42,7 +34,7 @@ def test_the_wheel_holds_every_module_and_the_type_marker(wheel):
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "vattn").rglob("*.py")}
     sources |= {f"vattn/{path.relative_to(ROOT)}" for path in (ROOT / "models").rglob("*.py")}
     assert sources <= names
-    assert "vattn/py.typed" in names
+    assert {"vattn/py.typed", "vattn/tuned/NVIDIA_H100_80GB_HBM3.json"} <= names
     assert not any(name.startswith(("tests", "models/", "experiments")) for name in names)
 
 
