@@ -46,11 +46,15 @@ class Records:
     """Collects an experiment's records, shows each as it comes, and writes them at the end.
 
     Records of the same GPU (or of no GPU) from earlier runs are replaced; those of others stay.
+
+    Args:
+        experiment: its folder.
+        quick: whether this is a quick run, whose records go to ``quick.jsonl``: not to be committed.
     """
 
-    def __init__(self, experiment: str) -> None:
+    def __init__(self, experiment: str, quick: bool = False) -> None:
         self.experiment = experiment
-        self.folder = Path(__file__).parent / experiment
+        self.path = Path(__file__).parent / experiment / ("quick.jsonl" if quick else "results.jsonl")
         self.card = machine_card()
         self.records: list[dict[str, Any]] = []
 
@@ -62,9 +66,8 @@ class Records:
         print(f"{case:48s} {system:10s} {metric:18s} {p50:12.2f} {unit}  ({p20:.2f} to {p80:.2f})", flush=True)
 
     def write(self) -> None:
-        path = self.folder / "results.jsonl"
-        kept = [record for record in read(path) if record["gpu"] != self.card["gpu"]] if path.exists() else []
-        path.write_text("".join(json.dumps(record) + "\n" for record in (*kept, *self.records)))
+        kept = [record for record in read(self.path) if record["gpu"] != self.card["gpu"]] if self.path.exists() else []
+        self.path.write_text("".join(json.dumps(record) + "\n" for record in (*kept, *self.records)))
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -74,7 +77,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def machine_card() -> dict[str, str]:
     """Hardware, software, commit and command of this run."""
-    root = Path(__file__).parents[1]
+    root = Path(__file__).resolve().parents[1]
     git = ["git", "-C", str(root)]
     # A copy without its history, or with another one, says which commit it is through VATTN_COMMIT, and is believed.
     told = os.environ.get("VATTN_COMMIT")
@@ -89,8 +92,14 @@ def machine_card() -> dict[str, str]:
         "torch": torch.__version__,
         "commit": (commit or "unknown") + ("+changes" if changed else ""),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python", _relative(sys.argv[0], root), *sys.argv[1:]]),
     }
+
+
+def _relative(path: str, root: Path) -> str:
+    """As a reader would type it in the repository's root."""
+    full = Path(path).resolve()
+    return str(full.relative_to(root)) if full.is_relative_to(root) else path
 
 
 def _output(command: list[str]) -> str:

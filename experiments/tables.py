@@ -9,6 +9,7 @@ import argparse
 import re
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +221,15 @@ TABLES: dict[str, Callable[[list[Record]], str]] = {
 }
 
 
+def tables(folder: Path, records: list[Record]) -> str:
+    """The tables of an experiment's README, made of these records; what they have no cases for is left out."""
+    made = []
+    for _, name, _ in _MARKED.findall((folder / "README.md").read_text()):
+        with suppress(KeyError, StopIteration):
+            made.append(TABLES[name](records))
+    return "\n".join(made)
+
+
 def render(folder: Path) -> str:
     """The README of an experiment with its tables made anew."""
     records = read(folder / "results.jsonl")
@@ -229,10 +239,14 @@ def render(folder: Path) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--show", metavar="FILE", help="print the tables that these records make, and write nothing")
     parser.add_argument(
         "--check", action="store_true", help="write nothing; fail where a table differs from its records"
     )
     options = parser.parse_args()
+    if options.show:
+        print(tables(Path(options.show).parent, read(Path(options.show))))
+        return 0
     stale = []
     for results in sorted(FOLDER.glob("*/results.jsonl")):
         readme = results.parent / "README.md"

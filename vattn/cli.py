@@ -1,4 +1,4 @@
-"""The ``vattn`` command: ``generate``, ``tune`` and ``info``.
+"""The ``vattn`` command: ``generate``, ``tune``, ``bench`` and ``info``.
 
 Exit codes: 0, 1 when the machine failed us, 2 when the caller must change something, 130 on Ctrl-C. Errors are one line
 on stderr.
@@ -32,6 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from .cli_generate import generate
 
             generate(args)
+        elif args.command == "bench":
+            from .cli_bench import bench
+
+            bench(args)
         elif args.command == "tune":
             from .cli_tune import tune
 
@@ -90,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
 
     parser = _OneLineParser(prog="vattn", description="Language models on a KV cache mapped page by page.")
     parser.add_argument("--version", action="version", version=f"vattn {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="generate | tune | info")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="generate | tune | bench | info")
 
     generate = commands.add_parser("generate", help="continue prompts", description="Continue one or several prompts.")
     add = generate.add_argument
@@ -122,6 +126,16 @@ def _parser() -> argparse.ArgumentParser:
     add("--dtype", choices=_DTYPES[1:], default="bfloat16", help="of weights and cache (default: bfloat16)")
     add("--batches", default="1,2,4,8,16,32,64", metavar="N,N", help="batch sizes (default: 1,2,4,8,16,32,64)")
     add("--contexts", default="1024,4096,16384", metavar="N,N", help="for attention (default: 1024,4096,16384)")
+
+    bench = commands.add_parser(
+        "bench",
+        help="repeat the experiments",
+        description="Run the repository's experiments, and write their tables and plots anew.",
+    )
+    add = bench.add_argument
+    add("names", nargs="*", metavar="NAME", help="as capacity or 05_capacity (default: all that this machine can run)")
+    add("--quick", action="store_true", help="fewer cases and repeats; prints tables and changes no record")
+    add("--folder", metavar="FOLDER", help="of the experiments (default: ./experiments, or that beside the package)")
 
     info = commands.add_parser("info", help="what this machine offers", description="Drivers, devices and backends.")
     info.add_argument("--json", action="store_true", help="print one JSON document and nothing else")

@@ -81,7 +81,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer repeats and sizes")
     options = parser.parse_args()
-    records = Records("02_allocator")
+    records = Records("02_allocator", options.quick)
     repeats = 32 if options.quick else 256
     openers = {"host": HostDriver, "ledger": lambda: LedgerDriver(1 << 50)}
     if reason := unavailable():

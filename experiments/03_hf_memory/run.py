@@ -25,6 +25,7 @@ from common import Records
 from vattn.hf import VirtualCache
 
 MIB = 1 << 20
+NEEDS = ("cuda", "pynvml", "transformers")
 READ_BYTES_PER_S = 3.03e12  # read-only, measured on an H100
 PREFILL_TOKENS = 4096  # of all sequences together, a pass; what a pass computes is beside the point
 WATCHED_STEPS, TIMED_STEPS = 4, 12
@@ -174,7 +175,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="512 and 2,048 tokens only")
     options = parser.parse_args()
-    records, peak, model = Records("03_hf_memory"), PeakMemory(), make_model()
+    records, peak, model = Records("03_hf_memory", options.quick), PeakMemory(), make_model()
     weights = sum(p.numel() * p.element_size() for p in model.parameters()) - model.model.embed_tokens.weight.nbytes
     for system in SYSTEMS:
         for batch, length in ((1, 4200), (8, 512)):

@@ -29,6 +29,7 @@ from vattn.ops.bundle import LinearTable, Ops, fused_ops, reference_ops
 from vattn.ops.swiglu import swiglu_reference
 from vattn.tuning import default_decode, default_ops, table_for
 
+NEEDS = ("cuda", "transformers")
 READ_BYTES_PER_S = 3.03e12  # read-only, measured on an H100
 STEPS, WARM_UP = 64, 8
 
@@ -231,11 +232,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--peers-seconds", type=float, default=1e9, help="start no further peer after so long")
     parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--quick", action="store_true", help="the 1B shape, and no peers")
     options = parser.parse_args()
-    records, begin = Records("04_decode"), time.perf_counter()
+    records, begin = Records("04_decode", options.quick), time.perf_counter()
     peer_runs: list[tuple[str, str, Callable[[], list[float]]]] = []
     models = {}
-    for name in SHAPES:
+    for name in ["1B"] if options.quick else SHAPES:
         model = models[name] = Llama.random(LlamaConfig.from_hf(hf_shape(name)), device="cuda", dtype=torch.bfloat16)
         ops = default_ops(model.device, model.dtype)
         FusedLlama(model, 1, ops=ops)  # merges the weights
@@ -243,7 +245,7 @@ def main() -> None:
         if name == "8B":
             run_mapping(records, model, ops)
         records.write()
-    if not options.no_peers:
+    if not (options.no_peers or options.quick):
         for name, cases in PEER_CASES.items():
             for batch, length in cases:
                 peer_runs += [

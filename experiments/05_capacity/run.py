@@ -140,7 +140,7 @@ def main() -> None:
     places: dict[str, tuple[Callable[[], Driver], int]] = {"ledger": (lambda: LedgerDriver(80 * GIB), 60 * GIB)}
     if not options.quick:
         places["host"] = (HostDriver, 4 * GIB)
-    records = Records("05_capacity")
+    records = Records("05_capacity", options.quick)
     for place, (open_driver, limit) in places.items():
         for name, shape in SHAPES.items():
             layout = KVLayout(*shape, MAX_SEQ_LEN, torch.bfloat16)
