@@ -53,7 +53,9 @@ def bench(args: argparse.Namespace) -> None:
     """
     root = _folder(args.folder)
     chosen = _named([Experiment(path.parent) for path in sorted(root.glob("*/run.py"))], args.names)
-    done, failed, skipped = [], [], []
+    done: list[Experiment] = []
+    failed: list[Experiment] = []
+    skipped: list[str] = []
     for number, experiment in enumerate(chosen, 1):
         print(f"[{number}/{len(chosen)}] {experiment.name}: {experiment.question}", flush=True)
         if reason := experiment.lacks():
