@@ -63,7 +63,7 @@ def test_all(folder, capfd):
 def test_a_quick_run_changes_no_record(folder, capfd, monkeypatch):
     monkeypatch.chdir(folder.parent)
     before = (folder / "01_quick" / "README.md").read_text()
-    assert main(["bench", "--quick", "quick"]) == 0
+    assert main(["bench", "--quick", "quick", "01"]) == 0
     out, _ = capfd.readouterr()
     assert "[1/1] 01_quick" in out
     assert "experiments/01_quick/run.py --quick`" in out  # the table's card, last

@@ -133,7 +133,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Run the repository's experiments, and write their tables and plots anew.",
     )
     add = bench.add_argument
-    add("names", nargs="*", metavar="NAME", help="as capacity or 05_capacity (default: all that this machine can run)")
+    add("names", nargs="*", metavar="NAME", help="as capacity or 05 (default: all that this machine can run)")
     add("--quick", action="store_true", help="fewer cases and repeats; prints tables and changes no record")
     add("--folder", metavar="FOLDER", help="of the experiments (default: ./experiments, or that beside the package)")
 

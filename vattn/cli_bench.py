@@ -28,6 +28,11 @@ class Experiment:
         return self.folder.name
 
     @property
+    def names(self) -> set[str]:
+        """What it answers to: ``05_capacity``, ``05`` and ``capacity``."""
+        return {self.name, *self.name.split("_", 1)}
+
+    @property
     def question(self) -> str:
         """The README's first heading."""
         return (self.folder / "README.md").read_text().partition("\n")[0].removeprefix("#").strip()
@@ -86,9 +91,9 @@ def _folder(given: str | None) -> Path:
 
 def _named(found: list[Experiment], names: list[str]) -> list[Experiment]:
     for name in names:
-        if not any(name in (each.name, each.name.partition("_")[2]) for each in found):
+        if not any(name in each.names for each in found):
             raise ConfigError(f"there is no experiment {name!r}, only {', '.join(each.name for each in found)}")
-    return [each for each in found if not names or {each.name, each.name.partition("_")[2]} & set(names)]
+    return [each for each in found if not names or each.names & set(names)]
 
 
 def _show(root: Path, done: list[Experiment], quick: bool) -> None:

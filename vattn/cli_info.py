@@ -93,7 +93,7 @@ def _print(document: dict[str, Any]) -> None:
     for driver in document["drivers"]:
         if driver["available"]:
             detail = ", ".join(f"{key} {_detail(key, value)}" for key, value in driver["detail"].items())
-            text = f"{driver['device']}, pages of {format_bytes(driver['granularity_bytes'])}; {detail}"
+            text = f"{driver['device']}, pages in multiples of {format_bytes(driver['granularity_bytes'])}; {detail}"
         else:
             text = f"not available: {driver['reason']}"
         table.add_row(f"driver {driver['name']}", text)
