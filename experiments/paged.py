@@ -60,7 +60,7 @@ class PagedKVCache:
         self._users = [0] * num_blocks
         self._blocks: dict[int, list[int]] = {}  # of each live slot
         self._seq_lens = np.zeros(max_slots, np.int64)
-        self._changed: list[tuple[int, int, int]] = []  # slot, index, block: not in block_table yet
+        self._changed: dict[tuple[int, int], int] = {}  # (slot, index) -> block: the newest, not in block_table yet
         self._lock = threading.RLock()
         self.num_uploads = self.num_entries = 0
 
@@ -120,7 +120,7 @@ class PagedKVCache:
 
     def _append(self, slot: int, block: int) -> None:
         blocks = self._blocks[slot]
-        self._changed.append((slot, len(blocks), block))
+        self._changed[slot, len(blocks)] = block
         blocks.append(block)
         self._users[block] += 1
 
@@ -178,9 +178,9 @@ class PagedKVCache:
     def step(self, slots: Sequence[int] | np.ndarray) -> Iterator[None]:
         """Bring ``block_table`` up to date, in the order of the current stream."""
         with self._lock:
-            changed, self._changed = self._changed, []
+            changed, self._changed = self._changed, {}
         if changed:
-            entries = torch.tensor(changed, dtype=torch.int64).T.contiguous()
+            entries = torch.tensor([(*place, block) for place, block in changed.items()]).T.contiguous()
             if self.device.type == "cuda":
                 entries = entries.pin_memory().to(self.device, non_blocking=True)
             self.block_table.index_put_((entries[0], entries[1]), entries[2].int())
