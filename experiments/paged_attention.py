@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -49,7 +50,38 @@ class PagedReference(_Paged):
         return get("reference")(q, dense_k, dense_v, dense, **options)
 
 
-class PagedFlashAttention2(_Paged):
+class _PagedFlashAttention(_Paged):
+    """Both packages' ``flash_attn_with_kvcache``, which call the table by different names."""
+
+    def kernel(self) -> tuple[Callable[..., torch.Tensor], str]:
+        """The function, and its name for the table."""
+        raise NotImplementedError
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        batch: DecodeBatch,
+        *,
+        scale: float,
+        window: int | None = None,
+    ) -> torch.Tensor:
+        function, table = self.kernel()
+        out = function(
+            q[:, None],
+            k,
+            v,
+            cache_seqlens=batch.ends_int32,
+            **{table: self.page_table(batch)},
+            softmax_scale=scale,
+            causal=True,
+            window_size=(-1, -1) if window is None else (window - 1, 0),
+        )
+        return out[:, 0]
+
+
+class PagedFlashAttention2(_PagedFlashAttention):
     """``flash_attn_with_kvcache`` with ``block_table``; blocks of a multiple of 256 tokens."""
 
     name = "paged-flash-attn-2"
@@ -59,32 +91,13 @@ class PagedFlashAttention2(_Paged):
             return f"needs blocks of a multiple of 256 tokens, got {self.cache.block_tokens}"
         return get("flash-attn-2").supports(device, dtype, head_dim)
 
-    def __call__(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        batch: DecodeBatch,
-        *,
-        scale: float,
-        window: int | None = None,
-    ) -> torch.Tensor:
+    def kernel(self) -> tuple[Callable[..., torch.Tensor], str]:
         from flash_attn import flash_attn_with_kvcache
 
-        out = flash_attn_with_kvcache(
-            q[:, None],
-            k,
-            v,
-            cache_seqlens=batch.ends_int32,
-            block_table=self.page_table(batch),
-            softmax_scale=scale,
-            causal=True,
-            window_size=(-1, -1) if window is None else (window - 1, 0),
-        )
-        return out[:, 0]
+        return flash_attn_with_kvcache, "block_table"
 
 
-class PagedFlashAttention3(_Paged):
+class PagedFlashAttention3(_PagedFlashAttention):
     """``flash_attn_with_kvcache`` of FlashAttention-3 with ``page_table``; blocks of any size."""
 
     name = "paged-flash-attn-3"
@@ -92,26 +105,7 @@ class PagedFlashAttention3(_Paged):
     def supports(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
         return get("flash-attn-3").supports(device, dtype, head_dim)
 
-    def __call__(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        batch: DecodeBatch,
-        *,
-        scale: float,
-        window: int | None = None,
-    ) -> torch.Tensor:
+    def kernel(self) -> tuple[Callable[..., torch.Tensor], str]:
         from flash_attn_interface import flash_attn_with_kvcache
 
-        out = flash_attn_with_kvcache(
-            q[:, None],
-            k,
-            v,
-            cache_seqlens=batch.ends_int32,
-            page_table=self.page_table(batch),
-            softmax_scale=scale,
-            causal=True,
-            window_size=(-1, -1) if window is None else (window - 1, 0),
-        )
-        return out[:, 0]
+        return flash_attn_with_kvcache, "page_table"
