@@ -257,6 +257,23 @@ def test_batches_of_mixed_lengths(backend: AttentionBackend, cache: KVCache) -> 
             cache.release(slot)
 
 
+def test_decode_steps_of_equal_lengths(backend: AttentionBackend, cache: KVCache) -> None:
+    """Of neighbouring slots in order, whose rows are a rectangle, and of others; another's NaNs on both sides."""
+    torch.manual_seed(3)
+    for slots, lengths in (((3, 4, 5), LENGTHS[::3]), ((5, 3, 4), LENGTHS[1::9]), ((3, 5, 8), LENGTHS[2::9])):
+        neighbours = [slot for slot in (2, 4, 6) if slot not in slots]
+        for slot in (*slots, *neighbours):
+            cache.acquire(slot)
+        for seq_len in lengths:
+            cache.ensure_batch(neighbours, [min(seq_len + 64, MAX_SEQ_LEN)] * len(neighbours))
+            for slot in neighbours:
+                poison(cache, slot)
+            fill(cache, slots, [seq_len] * 3, backend)
+            compare(backend, cache, slots, [1] * 3, [seq_len] * 3, (0, cache.layout.num_layers - 1))
+        for slot in (*slots, *neighbours):
+            cache.release(slot)
+
+
 def test_decoding_over_page_boundaries(backend: AttentionBackend, cache: KVCache) -> None:
     """Row by row, as in use: what a page brought with it is never seen."""
     torch.manual_seed(2)

@@ -38,7 +38,11 @@ SYSTEMS = {
 
 
 def make_model() -> LlamaForCausalLM:
-    """Llama-3.1-8B's shape, random bfloat16 weights."""
+    """Llama-3.1-8B's shape, random bfloat16 weights, laid out in device memory as ``from_pretrained`` lays them out.
+
+    That asks for one block for all weights first. Blocks of their own would leave gaps, memory that counts as the
+    weights', into which a dynamic cache's small tensors happen to fit.
+    """
     config = LlamaConfig(
         vocab_size=128256,
         hidden_size=4096,
@@ -52,6 +56,9 @@ def make_model() -> LlamaForCausalLM:
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
+        with torch.device("meta"):
+            weights = sum(p.numel() * p.element_size() for p in LlamaForCausalLM(config).parameters())
+        torch.empty(weights, dtype=torch.uint8, device="cuda")  # dropped at once, and kept by torch's allocator
         with torch.device("cuda"):
             return LlamaForCausalLM(config).eval()
     finally:

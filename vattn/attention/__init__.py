@@ -18,6 +18,7 @@ from .reference import ReferenceAttention
 from .sdpa import SdpaAttention
 from .torch_varlen import TorchVarlenAttention
 from .triton_decode import DecodeWorkspace, TritonDecodeAttention
+from .uniform import uniform_decode
 
 if TYPE_CHECKING:
     from ..layout import KVLayout
@@ -39,6 +40,7 @@ __all__ = [
     "decode_backends",
     "get",
     "require_fit",
+    "uniform_decode",
 ]
 
 _BACKENDS: tuple[AttentionBackend, ...] = (

@@ -1,4 +1,4 @@
-"""torch.nn.functional.scaled_dot_product_attention, one sequence at a time: runs wherever torch does."""
+"""torch.nn.functional.scaled_dot_product_attention, mostly one sequence at a time: runs wherever torch does."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from .base import LEFT_PADDING, AttentionBatch
+from .uniform import decode_rectangle, uniform_decode
 
 __all__ = ["SdpaAttention"]
 
@@ -44,6 +45,10 @@ class SdpaAttention:
         """See :class:`vattn.attention.AttentionBackend`."""
         assert softcap is None, "declared in features"
         assert sinks is None, "declared in features"
+        if (rectangle := decode_rectangle(batch, window)) is not None:
+            return uniform_decode(
+                q.unsqueeze(2), k[rectangle].transpose(1, 2), v[rectangle].transpose(1, 2), scale
+            ).squeeze(2)
         out = q.new_empty(q.shape[0], q.shape[1], v.shape[-1])
         for i, (slot, query_len, seq_len) in enumerate(zip(batch.slots, batch.query_lens, batch.seq_lens, strict=True)):
             start = batch.query_starts[i]

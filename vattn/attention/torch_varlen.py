@@ -6,6 +6,7 @@ import torch
 
 from ..errors import ConfigError
 from .base import INT32_MAX, LEFT_PADDING, SINKS, AttentionBatch, apply_sinks, require_equal_head_dims
+from .uniform import decode_rectangle, uniform_decode
 
 __all__ = ["TorchVarlenAttention"]
 
@@ -15,7 +16,7 @@ class TorchVarlenAttention:
 
     ``[slot, row]`` flattens to one token axis because a slot's stride is a whole number of rows. Given ``seqused_k``,
     the kernel takes from ``cum_seq_k`` only where each sequence starts, so the starts may come in any order and with
-    gaps.
+    gaps. A decode step of equally long sequences goes to the same kernel by its shorter way (``uniform``).
 
     Each load is predicated on the sequence's length: measured on an H100 (torch 2.11; lengths 33, 129 and 4,097,
     batches of 1 and 8), unmapped pages right after the last row were not touched and NaNs there reached no output.
@@ -58,6 +59,10 @@ class TorchVarlenAttention:
         """
         assert softcap is None, "declared in features"
         require_equal_head_dims(self.name, k, v)
+        if sinks is None and (rectangle := decode_rectangle(batch, window)) is not None:
+            return uniform_decode(
+                q.unsqueeze(2), k[rectangle].transpose(1, 2), v[rectangle].transpose(1, 2), scale
+            ).squeeze(2)
         k_tokens, rows_per_slot = flatten(k)
         v_tokens, v_rows_per_slot = flatten(v)
         if rows_per_slot != v_rows_per_slot:

@@ -22,7 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..attention import LEFT_PADDING, SINKS, SOFTCAP, AttentionBatch
+from ..attention import LEFT_PADDING, SINKS, SOFTCAP, AttentionBatch, uniform_decode
 from ..errors import ConfigError
 from .layer import MaskLength, VirtualLayer
 
@@ -140,7 +140,7 @@ def attend(
     layer: VirtualLayer | None = getattr(key, "_vattn_layer", None)
     mask: _Mask | None = getattr(attention_mask, "_vattn_mask", None)
     if layer is not None and mask is not None and _is_plain(layer, module, query, key, value, dropout, options):
-        out = _attend(layer, mask, query, scaling, options)
+        out = _attend(layer, mask, query, key, value, scaling, options)
         if out is not None:
             return out, None
     if mask is not None:
@@ -179,11 +179,21 @@ def _is_plain(
 
 
 def _attend(
-    layer: VirtualLayer, mask: _Mask, query: torch.Tensor, scaling: float | None, options: dict[str, Any]
+    layer: VirtualLayer,
+    mask: _Mask,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float | None,
+    options: dict[str, Any],
 ) -> torch.Tensor | None:
     """``[batch, new, heads, v_head_dim]``, or None where the model's own attention is as good."""
     softcap, sinks, starts = options.get("softcap"), options.get("s_aux"), mask.starts
     wanted = (softcap is not None, sinks is not None, starts is not None)
+    size, num_heads, new, head_dim = query.shape
+    if new == 1 and wanted == (False, False, False) and layer.storage.options.attention == "auto":
+        # All sequences are equally long, and the one query of each sees just what update returned, window or not.
+        return uniform_decode(query, key, value, scaling).transpose(1, 2)
     backend = layer.backends.get(wanted)
     if backend is None:
         assert layer.shape is not None
@@ -193,7 +203,6 @@ def _attend(
         backend = layer.backends[wanted] = layer.storage.choose(layer.shape, features)
     if backend.name == "reference" and query.is_cuda:
         return None
-    size, num_heads, new, head_dim = query.shape
     stamp = (layer.storage.version, new, layer.length)
     if mask.batch is None or mask.batch[0] != stamp:
         mask.batch = (stamp, *layer.storage.batch(new, layer.length, starts))
