@@ -10,7 +10,7 @@ import gc
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,8 @@ NEEDS = ("cuda", "pynvml", "transformers")
 READ_BYTES_PER_S = 3.03e12  # read-only, measured on an H100
 PREFILL_TOKENS = 4096  # of all sequences together, a pass; what a pass computes is beside the point
 WATCHED_STEPS, TIMED_STEPS = 4, 12
-ROUNDS = 3
+STEPS_IN_TURN = 60
+TOKENS_IN_TURN = 65536  # of a batch: three caches of so many fit beside the weights
 SYSTEMS = {
     "transformers-dynamic": lambda model, batch, length: DynamicCache(config=model.config),
     "transformers-static": lambda model, batch, length: StaticCache(config=model.config, max_cache_len=length),
@@ -101,56 +102,91 @@ class PeakMemory:
             self.bytes = max(self.bytes, self._used() - self.start)
 
 
-@torch.no_grad()
-def fill_and_step(model: LlamaForCausalLM, cache: Any, batch: int, length: int, peak: PeakMemory) -> list[float]:
-    """A prompt in chunks, then decode steps up to ``length`` tokens; milliseconds of each timed step."""
-    draw = torch.Generator("cuda").manual_seed(length + batch)
-    tokens = torch.randint(0, model.config.vocab_size, (batch, length), generator=draw, device="cuda")
-    mask = torch.ones(batch, length, dtype=torch.long, device="cuda")
-    prompt = length - WATCHED_STEPS - TIMED_STEPS
-    samples = []
+class Run:
+    """Random sequences of one batch on their way through the model, with a cache of their own."""
 
-    def step(end: int) -> None:
-        start_time = time.perf_counter()
-        logits = model(tokens[:, end - 1 : end], attention_mask=mask[:, :end], past_key_values=cache).logits
+    def __init__(self, model: LlamaForCausalLM, cache: Any, batch: int, length: int) -> None:
+        draw = torch.Generator("cuda").manual_seed(length + batch)
+        self.model, self.cache, self.batch = model, cache, batch
+        self.tokens = torch.randint(0, model.config.vocab_size, (batch, length), generator=draw, device="cuda")
+        self.mask = torch.ones(batch, length, dtype=torch.long, device="cuda")
+        self.end = 0
+        self.attention = model.config._attn_implementation  # what the cache, if it is vattn's, has set
+
+    @torch.no_grad()
+    def prefill(self, end: int) -> None:
+        """In chunks."""
+        for start in range(0, end, PREFILL_TOKENS // self.batch):
+            self.end = min(start + PREFILL_TOKENS // self.batch, end)
+            tokens, mask = self.tokens[:, start : self.end], self.mask[:, : self.end]
+            self.model(tokens, attention_mask=mask, past_key_values=self.cache, logits_to_keep=1)
+
+    @torch.no_grad()
+    def step(self) -> float:
+        """Milliseconds of one decode step, to its token on the host."""
+        self.model.config._attn_implementation = self.attention
+        self.end += 1
+        tokens, mask = self.tokens[:, self.end - 1 : self.end], self.mask[:, : self.end]
+        start = time.perf_counter()
+        logits = self.model(tokens, attention_mask=mask, past_key_values=self.cache).logits
         logits.argmax(-1).tolist()  # generate looks at each token too
-        samples.append((time.perf_counter() - start_time) * 1e3)
+        return (time.perf_counter() - start) * 1e3
 
-    with peak.watch():
-        for start in range(0, prompt, PREFILL_TOKENS // batch):
-            end = min(start + PREFILL_TOKENS // batch, prompt)
-            model(tokens[:, start:end], attention_mask=mask[:, :end], past_key_values=cache, logits_to_keep=1)
-        for end in range(prompt + 1, prompt + WATCHED_STEPS + 1):
-            step(end)
-    samples.clear()
-    for end in range(length - TIMED_STEPS + 1, length + 1):
-        step(end)
-    peak.bytes = max(peak.bytes, peak._used() - peak.start)
-    return samples
+
+def free(cache: Any) -> None:
+    if isinstance(cache, VirtualCache):
+        cache.close()
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def measure(
     model: LlamaForCausalLM, peak: PeakMemory, batch: int, length: int, system: str, maximum: int
 ) -> tuple[float, list[float]] | None:
-    """(peak MiB, ms of each step) of one system; None where it runs out of memory."""
+    """(peak MiB, ms of each step) of one system by itself; None where it runs out of memory."""
     torch.cuda.reset_peak_memory_stats()
     peak.begin()
     cache, samples = SYSTEMS[system](model, batch, maximum), []
+    run: Run | None = Run(model, cache, batch, length)
     try:
-        samples = fill_and_step(model, cache, batch, length, peak)
+        with peak.watch():
+            run.prefill(length - WATCHED_STEPS - TIMED_STEPS)
+            for _ in range(WATCHED_STEPS):
+                run.step()
+        samples = [run.step() for _ in range(TIMED_STEPS)]
+        peak.bytes = max(peak.bytes, peak._used() - peak.start)
     except torch.OutOfMemoryError as error:
         print(f"{system}: {error}", flush=True)
     by_torch = torch.cuda.max_memory_reserved()
-    if isinstance(cache, VirtualCache):
-        mapped = cache.stats().peak_physical_bytes
-        cache.close()
-    else:
-        mapped = 0
+    mapped = cache.stats().peak_physical_bytes if isinstance(cache, VirtualCache) else 0
+    run = None
+    free(cache)
     del cache
-    gc.collect()
-    torch.cuda.empty_cache()
+    free(None)
     print(f"{system}: torch reserved {by_torch / MIB:.0f} MiB, weights included; mapped {mapped / MIB:.0f} MiB")
     return (peak.bytes / MIB, samples) if samples else None
+
+
+def step_in_turn(
+    model: LlamaForCausalLM, batch: int, length: int, systems: tuple[str, ...], maximum: int
+) -> dict[str, list[float]]:
+    """Milliseconds of each step, the systems taking turns: a host's speed comes and goes, for all of them alike."""
+    running = {system: Run(model, SYSTEMS[system](model, batch, maximum), batch, length) for system in systems}
+    samples: dict[str, list[float]] = {system: [] for system in systems}
+    for run in running.values():
+        model.config._attn_implementation = run.attention
+        run.prefill(length - WATCHED_STEPS - STEPS_IN_TURN)
+    for index in range(WATCHED_STEPS + STEPS_IN_TURN):
+        order = systems[index % len(systems) :] + systems[: index % len(systems)]
+        for system in order:
+            took = running[system].step()
+            if index >= WATCHED_STEPS:
+                samples[system].append(took)
+    for system in systems:
+        free(running.pop(system).cache)
+    model.config._attn_implementation = "sdpa"
+    free(None)
+    return samples
 
 
 def compare(
@@ -159,23 +195,18 @@ def compare(
     peak: PeakMemory,
     batch: int,
     length: int,
-    systems: Sequence[str],
+    systems: tuple[str, ...],
     maximum: int,
     note: str = "",
 ) -> None:
-    """A row of the tables: short ones three times over, in turn, because a host's speed comes and goes."""
+    """A row of the tables. Steps are timed in turn where all caches fit beside each other."""
     case = f"8B B={batch} L={length}" + (f" max={maximum}" if maximum != length else "") + note
-    memory: dict[str, list[float]] = {system: [] for system in systems}
-    steps: dict[str, list[float]] = {system: [] for system in systems}
-    for _ in range(ROUNDS if length <= 2048 else 1):
-        for system in systems:
-            if (found := measure(model, peak, batch, length, system, maximum)) is not None:
-                memory[system].append(found[0])
-                steps[system] += found[1]
-    for system in systems:
-        if memory[system]:
-            records.add(case, system, "peak_memory", "MiB", memory[system])
-            records.add(case, system, "decode_step", "ms", steps[system])
+    alone = {system: measure(model, peak, batch, length, system, maximum) for system in systems}
+    in_turn = step_in_turn(model, batch, length, systems, maximum) if batch * maximum <= TOKENS_IN_TURN else None
+    for system, found in alone.items():
+        if found is not None:
+            records.add(case, system, "peak_memory", "MiB", [found[0]])
+            records.add(case, system, "decode_step", "ms", found[1] if in_turn is None else in_turn[system])
 
 
 def main() -> None:

@@ -91,15 +91,16 @@ class VirtualLayer(CacheLayerMixin):
         if key_states.dtype != value_states.dtype and torch.is_autocast_enabled(key_states.device.type):
             dtype = torch.get_autocast_dtype(key_states.device.type)  # some rotary embeddings leave K in float32
             key_states, value_states = key_states.to(dtype), value_states.to(dtype)
-        storage, start = self.storage, self.length
-        looks = (key_states.shape, value_states.shape, key_states.dtype, value_states.dtype, key_states.device)
+        storage, index, shape = self.storage, self.index, key_states.shape
+        looks = (shape, value_states.shape, key_states.dtype, value_states.dtype, key_states.device)
         if looks != self._fits or self._version != storage.version:
             self.lazy_initialization(key_states, value_states)
             self._fits = looks
         if self.is_first:
-            storage.check_lengths(self.index)
-        self.num_new = key_states.shape[2]
-        end = start + self.num_new
+            storage.check_lengths(index)
+        start = storage.lengths[index]
+        self.num_new = shape[2]
+        end = start + shape[2]
         if end > storage.rows:
             storage.ensure(end)
         first = 0 if self.window is None else self._first_visible(start)
@@ -107,7 +108,7 @@ class VirtualLayer(CacheLayerMixin):
         new_keys, new_values, keys, values = self._step_views.cut(self._position, first, start, end)
         new_keys.copy_(key_states)
         new_values.copy_(value_states)
-        storage.lengths[self.index] = end
+        storage.lengths[index] = end
         keys._vattn_layer = values._vattn_layer = self  # type: ignore[attr-defined]  # for vattn's attention function
         return keys, values
 
