@@ -9,8 +9,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from vattn import KVCache, KVLayout
-from vattn.attention import AttentionBackend, AttentionBatch, decode_backends, get, uniform_decode
-from vattn.attention.uniform import decode_rectangle
+from vattn.attention import AttentionBackend, AttentionBatch, DecodeBatch, decode_backends, get, uniform_decode
 
 NAN = float("nan")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -19,7 +18,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 def test_rectangle() -> None:
     def of(slots, query_lens, seq_lens, starts=None, window=None):
         batch = AttentionBatch(tuple(slots), tuple(query_lens), tuple(seq_lens), torch.device("cpu"), starts)
-        return decode_rectangle(batch, window)
+        return batch.decode_rectangle(window)
 
     assert of([2, 3, 4], [1, 1, 1], [9, 9, 9]) == (slice(2, 5), slice(0, 9))
     assert of([2], [1], [9], window=4) == (slice(2, 3), slice(5, 9))
@@ -30,6 +29,8 @@ def test_rectangle() -> None:
     assert of([2, 3], [1, 2], [9, 9]) is None
     assert of([2, 3], [2, 2], [9, 9]) is None
     assert of([2, 3], [1, 1], [9, 9], starts=(0, 1)) is None
+    slots, rows, ends = (torch.tensor(numbers, dtype=torch.int32) for numbers in ([2, 3], [8, 8], [9, 9]))
+    assert DecodeBatch(slots, rows, ends, 16).decode_rectangle(None) is None  # the next replay has other lengths
 
 
 @pytest.mark.parametrize(

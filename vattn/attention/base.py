@@ -204,6 +204,20 @@ class AttentionBatch:
             for query_len, group in sorted(members.items())
         )
 
+    def decode_rectangle(self, window: int | None) -> tuple[slice, slice] | None:
+        """The slots and rows that a decode step reads, where they are a rectangle; else None.
+
+        Args:
+            window: sliding window in tokens, or None.
+        """
+        first, length = self.slots[0], self.seq_lens[0]
+        if self.max_query_len != 1 or self.starts is not None or set(self.seq_lens) != {length}:
+            return None
+        end = first + len(self.slots)
+        if self.slots != tuple(range(first, end)):
+            return None
+        return slice(first, end), slice(0 if window is None else max(0, length - window), length)
+
     def row_starts(self, rows_per_slot: int) -> torch.Tensor:
         """``[batch + 1]`` int32: each sequence's first row on a token axis with ``rows_per_slot`` rows to a slot.
 

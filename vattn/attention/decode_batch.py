@@ -57,6 +57,10 @@ class DecodeBatch(AttentionBatch):
         starts = self.slots_int32 * rows_per_slot
         return torch.cat([starts, starts[-1:]])
 
+    def decode_rectangle(self, window: int | None) -> None:
+        """None: a captured step serves sequences of any length."""
+        return
+
     # What backends ask that loop over sequences on the host: outside a graph only, and they wait for the device.
     @property
     def slots(self) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from .base import LEFT_PADDING, AttentionBatch
-from .uniform import decode_rectangle, uniform_decode
+from .uniform import uniform_decode
 
 __all__ = ["SdpaAttention"]
 
@@ -45,7 +45,7 @@ class SdpaAttention:
         """See :class:`vattn.attention.AttentionBackend`."""
         assert softcap is None, "declared in features"
         assert sinks is None, "declared in features"
-        if (rectangle := decode_rectangle(batch, window)) is not None:
+        if (rectangle := batch.decode_rectangle(window)) is not None:
             return uniform_decode(
                 q.unsqueeze(2), k[rectangle].transpose(1, 2), v[rectangle].transpose(1, 2), scale
             ).squeeze(2)

@@ -6,7 +6,7 @@ import torch
 
 from ..errors import ConfigError
 from .base import INT32_MAX, LEFT_PADDING, SINKS, AttentionBatch, apply_sinks, require_equal_head_dims
-from .uniform import decode_rectangle, uniform_decode
+from .uniform import uniform_decode
 
 __all__ = ["TorchVarlenAttention"]
 
@@ -59,7 +59,7 @@ class TorchVarlenAttention:
         """
         assert softcap is None, "declared in features"
         require_equal_head_dims(self.name, k, v)
-        if sinks is None and (rectangle := decode_rectangle(batch, window)) is not None:
+        if sinks is None and (rectangle := batch.decode_rectangle(window)) is not None:
             return uniform_decode(
                 q.unsqueeze(2), k[rectangle].transpose(1, 2), v[rectangle].transpose(1, 2), scale
             ).squeeze(2)

@@ -11,25 +11,7 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
-from .base import AttentionBatch
-
-__all__ = ["decode_rectangle", "uniform_decode"]
-
-
-def decode_rectangle(batch: AttentionBatch, window: int | None) -> tuple[slice, slice] | None:
-    """The slots and rows that a decode step reads, where they are a rectangle; else None.
-
-    Args:
-        window: sliding window in tokens, or None.
-    """
-    first, length = batch.slots[0], batch.seq_lens[0]
-    if batch.max_query_len != 1 or batch.starts is not None or set(batch.seq_lens) != {length}:
-        return None
-    slots = range(first, first + len(batch.slots))
-    if batch.slots != tuple(slots):
-        return None
-    oldest = 0 if window is None else max(0, length - window)
-    return slice(slots.start, slots.stop), slice(oldest, length)
+__all__ = ["uniform_decode"]
 
 
 def uniform_decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None) -> torch.Tensor:
