@@ -104,15 +104,20 @@ def hf_memory(records: list[Record]) -> str:
 
 
 def hf_steps(records: list[Record]) -> str:
-    """Eager decode steps: ms, and the limit's share of them."""
+    """Eager decode steps, each number of tokens for the first time: ms, and the limit's share of them."""
     return _hf(records, "decode_step", lambda value, limit: f"{value:.1f} ({limit / value:.0%})")
+
+
+def hf_steps_again(records: list[Record]) -> str:
+    """The same with numbers of tokens that have occurred before."""
+    return _hf(records, "decode_step_again", lambda value, limit: f"{value:.1f} ({limit / value:.0%})")
 
 
 def _hf(records: list[Record], metric: str, cell: Callable[[float, float], str]) -> str:
     found = {(record["case"], record["system"]): record["value"] for record in records if record["metric"] == metric}
     systems = ("transformers-dynamic", "transformers-static", "vattn")
     rows = []
-    for case in dict.fromkeys(case for case, _ in found):
+    for case in dict.fromkeys(case for case, system in found if system != "limit"):
         words = fields(case)
         limit = found[f"8B B={words['B']} L={words['L']}", "limit"]
         values = [found.get((case, system)) for system in systems]
@@ -215,7 +220,7 @@ def decode_mapping(records: list[Record]) -> str:
 TABLES: dict[str, Callable[[list[Record]], str]] = {
     function.__name__: function
     for function in (
-        *(cards, driver_calls, ensure_batch, hf_memory, hf_steps, capacity),
+        *(cards, driver_calls, ensure_batch, hf_memory, hf_steps, hf_steps_again, capacity),
         *(decode_steps, decode_ablations, decode_attention, decode_mapping),
     )
 }
