@@ -158,6 +158,26 @@ def capacity(records: list[Record]) -> str:
     return markdown(["memory", "shape", "trace", *systems, "vattn / paged-16", "vattn / layer-major"], rows)
 
 
+def page_sizes(records: list[Record]) -> str:
+    """Sequences that fit, and the share of their memory that holds no row."""
+    found = {(record["case"], record["system"], record["metric"]): record["value"] for record in records}
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    for case, system in dict.fromkeys((record["case"], record["system"]) for record in records):
+        words = fields(case)
+        name, tokens = (system, "") if "page" in words else system.rsplit("-", 1)
+        size = f"block of {tokens} tokens"
+        if "page" in words:
+            kib = int(words["page"].removesuffix("KiB"))
+            size = f"page of {kib} KiB" if kib < 1024 else f"page of {kib // 1024} MiB"
+        cell = f"{found[case, system, 'sequences']:,.0f} ({found[case, system, 'waste']:.1%})"
+        rows.setdefault((words["shape"], size), {})[name] = cell
+    systems = ("vattn", "layer-major", "paged")
+    return markdown(
+        ["shape", "size", *systems],
+        [[*row, *(cells.get(system, "–") for system in systems)] for row, cells in rows.items()],
+    )
+
+
 def _steps(records: list[Record]) -> dict[str, dict[str, float]]:
     """Case -> system -> ms of a decode step."""
     found: dict[str, dict[str, float]] = {}
@@ -220,7 +240,7 @@ def decode_mapping(records: list[Record]) -> str:
 TABLES: dict[str, Callable[[list[Record]], str]] = {
     function.__name__: function
     for function in (
-        *(cards, driver_calls, ensure_batch, hf_memory, hf_steps, hf_steps_again, capacity),
+        *(cards, driver_calls, ensure_batch, hf_memory, hf_steps, hf_steps_again, capacity, page_sizes),
         *(decode_steps, decode_ablations, decode_attention, decode_mapping),
     )
 }
