@@ -8,9 +8,6 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 transformers = pytest.importorskip("transformers")
-from transformers import LlamaConfig  # noqa: E402
-
-from vattn import KVCache, OutOfPages  # noqa: E402
 from vattn.hf import VirtualCache  # noqa: E402
 
 KERNELS = {
@@ -79,33 +76,3 @@ def test_the_last_row_of_a_page_is_the_last_that_is_read(kernel, masked, device)
                     exact = attend(None, q.double(), k.double(), v.double(), mask)
                     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
                     torch.testing.assert_close(out.double(), exact, rtol=tolerance, atol=tolerance)
-
-
-def test_room_for_a_page_is_asked_for_only_where_there_is_a_page():
-    """14.2 tokens to a page and seven pages: 99 tokens fit, room for the 112 of eight times 14 does not."""
-    config = LlamaConfig(num_hidden_layers=3, num_attention_heads=1, num_key_value_heads=1, hidden_size=12)
-    new = torch.randn(1, 1, 1, 12)
-    with VirtualCache(config, max_length=200, page_bytes=4096, memory_limit=7 * 4096) as past:
-        for tokens in range(1, 100):
-            for layer in range(3):
-                keys, _ = past.update(new * tokens, new, layer)
-            assert keys.shape[2] == tokens
-            if tokens % 10 == 0:
-                assert past.kv_cache.seq_len(0) == tokens
-                assert past.stats().row_bytes == tokens * 288
-        with pytest.raises(OutOfPages):
-            past.update(new, new, 0)
-        assert torch.equal(past.layers[1].keys, new * torch.arange(1.0, 100)[:, None])
-        past.kv_cache.check_integrity()
-
-
-def test_most_steps_ask_for_nothing(monkeypatch):
-    config = LlamaConfig(num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, hidden_size=16)
-    asked = []
-    ensure = KVCache.ensure_batch
-    monkeypatch.setattr(KVCache, "ensure_batch", lambda *args: asked.append(args) or ensure(*args))
-    with VirtualCache(config, max_length=200, page_bytes=4096) as past:  # 16 tokens to a page
-        for _ in range(48):
-            for layer in range(2):
-                past.update(torch.ones(2, 2, 1, 8), torch.ones(2, 2, 1, 8), layer)
-    assert len(asked) == 1 + 3  # the first when it was opened, for no rows

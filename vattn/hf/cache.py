@@ -225,7 +225,6 @@ class VirtualCache(Cache):
     @property
     def kv_cache(self) -> KVCache | None:
         """The ``KVCache`` underneath, slot ``i`` for row ``i`` of the batch; None before the first use."""
-        self._storage.settle()
         return self._storage.kv_cache
 
     def stats(self) -> CacheStats:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ..attention import AttentionBackend, AttentionBatch, choose, get
-from ..errors import ConfigError, OutOfPages
+from ..errors import ConfigError
 from ..kv_cache import KVCache
 from ..layout import KVLayout, LayerGroup
 from .step_views import StepViews
@@ -78,7 +78,7 @@ class Storage:
     Attributes:
         kv_cache: None before the first use.
         lengths: tokens that each attention layer holds of each sequence, padding included.
-        rows: tokens that every slot is backed for; past those that layers hold, what their last pages have room for.
+        rows: tokens that every slot is backed for.
         version: changes whenever the tensors do.
     """
 
@@ -210,7 +210,6 @@ class Storage:
         self.kv_cache, self.rows = cache, rows
         self._step_views.clear()
         self._slots = np.arange(cache.max_slots)
-        self._rows_per_page = max(1, int(cache.layout.tokens_per_page(cache.page_bytes)))
         self.version += 1
 
     def _drop(self) -> None:
@@ -271,7 +270,7 @@ class Storage:
 
     # -- rows ----------------------------------------------------------------------------------------------------
     def ensure(self, rows: int) -> None:
-        """Back ``rows`` tokens of every sequence, or a few more that cost no page.
+        """Back ``rows`` tokens of every sequence.
 
         Raises:
             ConfigError: more than ``max_length``.
@@ -284,24 +283,15 @@ class Storage:
             )
         if rows > self.rows:
             assert self.kv_cache is not None
-            # Whole pages' worth, so that most decode steps come by without asking; less where memory is short.
-            whole = min(-(-rows // self._rows_per_page) * self._rows_per_page, self.options.max_length)
-            try:
-                self.kv_cache.ensure_batch(self._slots, np.full(len(self._slots), whole))
-            except OutOfPages:
-                if whole == rows:
-                    raise
-                whole = rows
+            if len(self._slots) == 1:
+                self.kv_cache.ensure(0, rows)
+            else:
                 self.kv_cache.ensure_batch(self._slots, np.full(len(self._slots), rows))
-            self.rows = whole
+            self.rows = rows
 
     def truncate(self, lengths: dict[int, int]) -> None:
         """Shorten layers, and give back whole pages past the longest."""
         self.lengths.update(lengths)
-        self.settle()
-
-    def settle(self) -> None:
-        """Have the ``KVCache`` say how many tokens there are, not for how many there is room."""
         rows = max(self.lengths.values())
         if self.kv_cache is not None and rows < self.rows:
             for slot in range(self.kv_cache.max_slots):
