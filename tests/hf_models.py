@@ -235,6 +235,8 @@ REFUSED = {("Qwen3-Next", "prompt lookup"): "transformers does not assist models
 # Models that do not take their attention from transformers' registry, or compare its name: they compute their own over
 # views.
 OWN_ATTENTION = {"StableLM", "Falcon", "Falcon, ALiBi", "Qwen3-Next", "GPT-2", "Gemma 4, shared K and V"}
+# Models that change K or V between cache and attention: what they ask for is passed on.
+PASSED_ON = {"DiffLlama", "DeepSeek-V3"}
 
 
 def table() -> str:
@@ -246,7 +248,8 @@ def table() -> str:
     ]
     for model in MODELS:
         cells = [f"refused [{notes[REFUSED[model, mode]]}]" if (model, mode) in REFUSED else "same" for mode in MODES]
-        lines.append(f"| {model} | {'its own' if model in OWN_ATTENTION else 'vattn'} | " + " | ".join(cells) + " |")
+        computes = "its own" if model in OWN_ATTENTION | PASSED_ON else "vattn"
+        lines.append(f"| {model} | {computes} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", *(f"[{number}] {reason}." for reason, number in notes.items())])
 
 

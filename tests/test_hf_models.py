@@ -10,9 +10,20 @@ import pytest
 import torch
 
 transformers = pytest.importorskip("transformers")
-from hf_models import MAX_LENGTH, MODELS, MODES, NEW_TOKENS, OWN_ATTENTION, REFUSED, make_model, run, table  # noqa: E402
+from hf_models import (  # noqa: E402
+    MAX_LENGTH,
+    MODELS,
+    MODES,
+    NEW_TOKENS,
+    OWN_ATTENTION,
+    PASSED_ON,
+    REFUSED,
+    make_model,
+    run,
+    table,
+)
 
-from vattn.hf import VirtualCache  # noqa: E402
+from vattn.hf import VirtualCache, attention  # noqa: E402
 
 DOCS = Path(__file__).parent.parent / "docs" / "huggingface.md"
 
@@ -36,15 +47,24 @@ CASES = [(name, mode) for name in MODELS for mode in MODES]
 
 
 @pytest.mark.parametrize(("name", "mode"), [case for case in CASES if case not in REFUSED])
-def test_token_for_token(name, mode):
+def test_token_for_token(name, mode, monkeypatch):
     model, wanted = model_of(name), expected(name, mode)
     before = model.config._attn_implementation
+    computed, attend = [], attention._attend
+
+    def counted(*args):
+        out = attend(*args)
+        computed.append(out is not None)
+        return out
+
+    monkeypatch.setattr(attention, "_attend", counted)
     with VirtualCache(model.config, max_length=MAX_LENGTH, device="cpu", page_bytes=4096) as past:
         # Older versions of Gemma 4 do not look at the name of their attention, and have it switched.
         assert past._storage.switched == (name not in OWN_ATTENTION) or name.startswith("Gemma 4")
         assert torch.equal(run(model, mode, past), wanted)
         past.kv_cache.check_integrity()
         assert past.stats().row_bytes > 0
+    assert any(computed) == (name not in OWN_ATTENTION | PASSED_ON) or name.startswith("Gemma 4")
     assert model.config._attn_implementation == before
 
 

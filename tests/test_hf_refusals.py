@@ -13,7 +13,7 @@ transformers = pytest.importorskip("transformers")
 from hf_models import MAX_LENGTH, close, logits, make_model, prompt  # noqa: E402
 from transformers import DynamicCache  # noqa: E402
 
-from vattn import ConfigError, OutOfPages  # noqa: E402
+from vattn import ConfigError, KVCache, OutOfPages  # noqa: E402
 from vattn.hf import VirtualCache  # noqa: E402
 
 
@@ -184,6 +184,26 @@ def interrupt(module):
         raise Interrupted
 
     handle = module.register_forward_pre_hook(hook)
+
+
+def test_an_interrupted_crop_leaves_no_row_without_memory(model, past, monkeypatch):
+    """Some sequences are cut, others not yet: the next pass finds memory under the rows of all of them."""
+    default = DynamicCache(config=model.config)
+    for cache in (past, default):
+        logits(model, prompt(3), cache)
+    truncate = KVCache.truncate
+
+    def interrupted(cache, slot, rows):
+        truncate(cache, slot, rows)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(KVCache, "truncate", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            past.crop(-6)
+    default.crop(-6)
+    more = prompt(3, seed=1, length=6)  # to where the sequences were before
+    close(logits(model, more, past), logits(model, more, default))
 
 
 @pytest.mark.parametrize("tokens_before", [0, 11])

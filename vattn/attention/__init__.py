@@ -18,7 +18,7 @@ from .reference import ReferenceAttention
 from .sdpa import SdpaAttention
 from .torch_varlen import TorchVarlenAttention
 from .triton_decode import DecodeWorkspace, TritonDecodeAttention
-from .uniform import uniform_decode
+from .uniform import UniformDecode, uniform_decode
 
 if TYPE_CHECKING:
     from ..layout import KVLayout
@@ -33,6 +33,7 @@ __all__ = [
     "DecodeWorkspace",
     "PhasedAttention",
     "TritonDecodeAttention",
+    "UniformDecode",
     "backends",
     "bind",
     "choose",

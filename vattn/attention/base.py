@@ -210,13 +210,18 @@ class AttentionBatch:
         Args:
             window: sliding window in tokens, or None.
         """
-        first, length = self.slots[0], self.seq_lens[0]
-        if self.max_query_len != 1 or self.starts is not None or set(self.seq_lens) != {length}:
+        if self._uniform_slots is None:
             return None
-        end = first + len(self.slots)
-        if self.slots != tuple(range(first, end)):
+        end = self.seq_lens[0]
+        return self._uniform_slots, slice(0 if window is None else max(0, end - window), end)
+
+    @cached_property
+    def _uniform_slots(self) -> slice | None:
+        """The slots, where they are neighbours in order with equally many rows each and one new token."""
+        first, end = self.slots[0], self.slots[0] + len(self.slots)
+        if self.max_query_len != 1 or self.starts is not None or len(set(self.seq_lens)) != 1:
             return None
-        return slice(first, end), slice(0 if window is None else max(0, length - window), length)
+        return slice(first, end) if self.slots == tuple(range(first, end)) else None
 
     def row_starts(self, rows_per_slot: int) -> torch.Tensor:
         """``[batch + 1]`` int32: each sequence's first row on a token axis with ``rows_per_slot`` rows to a slot.

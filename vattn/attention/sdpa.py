@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 
 from .base import LEFT_PADDING, AttentionBatch
-from .uniform import uniform_decode
 
 __all__ = ["SdpaAttention"]
 
@@ -45,10 +44,9 @@ class SdpaAttention:
         """See :class:`vattn.attention.AttentionBackend`."""
         assert softcap is None, "declared in features"
         assert sinks is None, "declared in features"
-        if (rectangle := batch.decode_rectangle(window)) is not None:
-            return uniform_decode(
-                q.unsqueeze(2), k[rectangle].transpose(1, 2), v[rectangle].transpose(1, 2), scale
-            ).squeeze(2)
+        # In one call where that copies nothing: the CPU's kernel takes heads of one size, as they lie.
+        if q.device.type == "cpu" and k.shape[3] == v.shape[3] and (part := batch.decode_rectangle(window)) is not None:
+            return folded_decode(q.unsqueeze(2), k[part].transpose(1, 2), v[part].transpose(1, 2), scale).squeeze(2)
         out = q.new_empty(q.shape[0], q.shape[1], v.shape[-1])
         for i, (slot, query_len, seq_len) in enumerate(zip(batch.slots, batch.query_lens, batch.seq_lens, strict=True)):
             start = batch.query_starts[i]
@@ -66,6 +64,13 @@ class SdpaAttention:
                 rows = slice(first_row + oldest, first_row + past + last)
                 out[tokens] = _right_aligned(q[tokens], k[slot, rows], v[slot, rows], scale, window)
         return out
+
+
+def folded_decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None) -> torch.Tensor:
+    """A ``UniformDecode`` in which query heads that share a KV head are further queries."""
+    batch, num_heads, _, head_dim = q.shape
+    folded = q.reshape(batch, k.shape[1], -1, head_dim)
+    return F.scaled_dot_product_attention(folded, k, v, scale=scale).reshape(batch, num_heads, 1, -1)
 
 
 def _whole(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:

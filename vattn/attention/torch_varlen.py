@@ -6,7 +6,6 @@ import torch
 
 from ..errors import ConfigError
 from .base import INT32_MAX, LEFT_PADDING, SINKS, AttentionBatch, apply_sinks, require_equal_head_dims
-from .uniform import uniform_decode
 
 __all__ = ["TorchVarlenAttention"]
 
@@ -16,10 +15,10 @@ class TorchVarlenAttention:
 
     ``[slot, row]`` flattens to one token axis because a slot's stride is a whole number of rows. Given ``seqused_k``,
     the kernel takes from ``cum_seq_k`` only where each sequence starts, so the starts may come in any order and with
-    gaps. A decode step of equally long sequences goes to the same kernel by its shorter way (``uniform``).
+    gaps. A decode step of equally long sequences goes to the forward for plain batches (``flash_decode``).
 
-    Each load is predicated on the sequence's length: measured on an H100 (torch 2.11; lengths 33, 129 and 4,097,
-    batches of 1 and 8), unmapped pages right after the last row were not touched and NaNs there reached no output.
+    Each load is predicated on the sequence's length: measured on an H100 (torch 2.11), by either forward unmapped pages
+    right after the last row were not touched, and NaNs there reached no output.
     """
 
     name = "torch-varlen"
@@ -59,10 +58,8 @@ class TorchVarlenAttention:
         """
         assert softcap is None, "declared in features"
         require_equal_head_dims(self.name, k, v)
-        if sinks is None and (rectangle := batch.decode_rectangle(window)) is not None:
-            return uniform_decode(
-                q.unsqueeze(2), k[rectangle].transpose(1, 2), v[rectangle].transpose(1, 2), scale
-            ).squeeze(2)
+        if sinks is None and (part := batch.decode_rectangle(window)) is not None:
+            return flash_decode(q.unsqueeze(2), k[part].transpose(1, 2), v[part].transpose(1, 2), scale).squeeze(2)
         k_tokens, rows_per_slot = flatten(k)
         v_tokens, v_rows_per_slot = flatten(v)
         if rows_per_slot != v_rows_per_slot:
@@ -85,6 +82,12 @@ class TorchVarlenAttention:
             seqused_k=batch.seq_lens_int32,
         )
         return out if sinks is None else apply_sinks(out, lse.transpose(0, 1), sinks)
+
+
+def flash_decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None) -> torch.Tensor:
+    """A ``UniformDecode`` by name: ``scaled_dot_product_attention`` may take cuDNN's kernel instead, which is prepared
+    anew for each number of rows. The name is private; torch 2.11 to 2.13 have it."""
+    return torch._scaled_dot_product_flash_attention(q, k, v, scale=scale)[0]
 
 
 def flatten(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:

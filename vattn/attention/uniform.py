@@ -1,44 +1,29 @@
-"""A decode step whose sequences are equally long: their rows are one rectangle, which torch's attention reads in place.
-
-The kernels for sequences of any length take tensors of lengths and slots, and with what surrounds them 40 to 80 µs of
-the host a call. This takes no such tensors and half of the time, which an eager decode step feels.
-"""
+"""Decode steps whose sequences are equally long: their rows are one rectangle, which one plain call reads in place."""
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 
-__all__ = ["uniform_decode"]
+from .sdpa import folded_decode
+from .torch_varlen import TorchVarlenAttention, flash_decode
+
+__all__ = ["UniformDecode", "uniform_decode"]
+
+# q [batch, num_heads, 1, head_dim], k and v [batch, num_kv_heads, rows, head_dim] of any strides, scale (None for
+# head_dim ** -0.5) -> [batch, num_heads, 1, head_dim]. Nothing outside k and v is read.
+UniformDecode = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, "float | None"], torch.Tensor]
 
 
-def uniform_decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None) -> torch.Tensor:
-    """Attention of one query a sequence over all rows given.
+def uniform_decode(device: torch.device, dtype: torch.dtype, head_dim: int, v_head_dim: int) -> UniformDecode | None:
+    """What computes such a step in one call that copies neither K nor V; None where nothing does.
 
-    On a GPU, in half precision, it is torch's FlashAttention-2 by its own name: ``scaled_dot_product_attention`` may
-    take cuDNN's kernel, which is prepared anew for each number of rows. Query heads that share a KV head are otherwise
-    taken as further queries, so that K and V are not repeated for them.
-
-    Args:
-        q: ``[batch, num_heads, 1, head_dim]``.
-        k: ``[batch, num_kv_heads, rows, head_dim]``, of any strides; nothing outside it is read.
-        v: ``[batch, num_kv_heads, rows, v_head_dim]``.
-        scale: multiplies the scores; None: ``head_dim ** -0.5``.
-
-    Returns:
-        ``[batch, num_heads, 1, v_head_dim]``.
+    The kernels for sequences of any length take tensors of lengths and slots besides, and more of the host's time,
+    which an eager step is made of.
     """
-    batch, num_heads, _, head_dim = q.shape
-    if head_dim == v.shape[3] and _has_flash(q.device, q.dtype, head_dim):
-        return torch._scaled_dot_product_flash_attention(q, k, v, scale=scale)[0]
-    folded = q.reshape(batch, k.shape[1], -1, head_dim)
-    return F.scaled_dot_product_attention(folded, k, v, scale=scale).reshape(batch, num_heads, 1, -1)
-
-
-@cache
-def _has_flash(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    from .torch_varlen import TorchVarlenAttention  # the same kernels, and the same conditions
-
-    return TorchVarlenAttention().supports(device, dtype, head_dim) is None
+    if head_dim != v_head_dim:  # torch has no kernel for that; the products it takes instead copy strided K and V
+        return None
+    if TorchVarlenAttention().supports(device, dtype, head_dim) is None:
+        return flash_decode
+    return folded_decode if device.type == "cpu" else None

@@ -22,7 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..attention import LEFT_PADDING, SINKS, SOFTCAP, AttentionBatch, uniform_decode
+from ..attention import LEFT_PADDING, SINKS, SOFTCAP, AttentionBatch
 from ..errors import ConfigError
 from .layer import MaskLength, VirtualLayer
 
@@ -191,9 +191,9 @@ def _attend(
     softcap, sinks, starts = options.get("softcap"), options.get("s_aux"), mask.starts
     wanted = (softcap is not None, sinks is not None, starts is not None)
     size, num_heads, new, head_dim = query.shape
-    if new == 1 and wanted == (False, False, False) and layer.storage.options.attention == "auto":
+    if new == 1 and layer.uniform_decode is not None and wanted == (False, False, False):
         # All sequences are equally long, and the one query of each sees just what update returned, window or not.
-        return uniform_decode(query, key, value, scaling).transpose(1, 2)
+        return layer.uniform_decode(query, key, value, scaling).transpose(1, 2)
     backend = layer.backends.get(wanted)
     if backend is None:
         assert layer.shape is not None

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from ..attention import AttentionBackend
+from ..attention import AttentionBackend, UniformDecode, uniform_decode
 from ..errors import ConfigError
 from .step_views import StepViews
 from .storage import LayerShape, Storage
@@ -39,6 +39,7 @@ class VirtualLayer(CacheLayerMixin):
         shape: None before the first update.
         full_k, full_v: ``[batch, max_length, num_kv_heads, head_dim]``, backed as far as the storage's rows.
         backends: vattn's attention for this layer, by what it has to support.
+        uniform_decode: its attention of a step of one token where nothing has to be supported; None for a backend's.
     """
 
     is_compileable = False
@@ -60,6 +61,7 @@ class VirtualLayer(CacheLayerMixin):
         self.full_k = self.full_v = torch.empty(0)
         self._step_views: StepViews | None = None
         self.backends: dict[tuple[bool, ...], AttentionBackend] = {}
+        self.uniform_decode: UniformDecode | None = None
         self._fits: tuple[Any, ...] | None = None  # what the newest update looked like; one like it needs no checks
         self._version = -1
 
@@ -91,16 +93,16 @@ class VirtualLayer(CacheLayerMixin):
         if key_states.dtype != value_states.dtype and torch.is_autocast_enabled(key_states.device.type):
             dtype = torch.get_autocast_dtype(key_states.device.type)  # some rotary embeddings leave K in float32
             key_states, value_states = key_states.to(dtype), value_states.to(dtype)
-        storage, index, shape = self.storage, self.index, key_states.shape
-        looks = (shape, value_states.shape, key_states.dtype, value_states.dtype, key_states.device)
+        storage, index, key_shape = self.storage, self.index, key_states.shape
+        looks = (key_shape, value_states.shape, key_states.dtype, value_states.dtype, key_states.device)
         if looks != self._fits or self._version != storage.version:
             self.lazy_initialization(key_states, value_states)
             self._fits = looks
         if self.is_first:
             storage.check_lengths(index)
         start = storage.lengths[index]
-        self.num_new = shape[2]
-        end = start + shape[2]
+        self.num_new = key_shape[2]
+        end = start + key_shape[2]
         if end > storage.rows:
             storage.ensure(end)
         first = 0 if self.window is None else self._first_visible(start)
@@ -172,6 +174,9 @@ class VirtualLayer(CacheLayerMixin):
         self.full_k, self.full_v = self.storage.views(self.index)
         self._step_views, self._position = self.storage.step_views(self.index)
         self.backends.clear()
+        k, v = self.full_k, self.full_v
+        if self.storage.options.attention == "auto":
+            self.uniform_decode = uniform_decode(k.device, k.dtype, k.shape[3], v.shape[3])
         self._version = self.storage.version
 
     def _first_visible(self, start: int) -> int:

@@ -294,9 +294,9 @@ class Storage:
         self.lengths.update(lengths)
         rows = max(self.lengths.values())
         if self.kv_cache is not None and rows < self.rows:
+            self.rows = rows  # first: an interrupt may leave some slots longer, none may be shorter than this
             for slot in range(self.kv_cache.max_slots):
                 self.kv_cache.truncate(slot, rows)
-            self.rows = rows
 
     def check_lengths(self, layer: int) -> None:
         """At the start of a pass all layers hold equally many tokens, unless the pass before did not fill them all.
