@@ -280,7 +280,7 @@ def test_info(capfd: pytest.CaptureFixture[str]) -> None:
     assert drivers["host"]["available"]
     assert drivers["host"]["granularity_bytes"] > 0
     assert drivers["cuda"]["available"] or drivers["cuda"]["reason"]
-    names = ["flash-attn-3", "flash-attn-2", "torch-varlen", "sdpa", "reference"]
+    names = ["flash-attn-3", "flash-attn-2", "torch-varlen", "sdpa", "reference", "triton-decode"]
     assert [backend["name"] for backend in document["attention"]] == names
     assert "GPU" in document["attention"][0]["devices"]["cpu"]["reason"]
     assert {"name": "reference", "over_read_tokens": 0, "masks_over_read": True} in [

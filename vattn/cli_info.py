@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import __version__
-from .attention import AttentionBackend, backends
+from .attention import AttentionBackend, decode_backends
 from .cli_report import format_bytes
 from .cli_threads import num_threads
 from .driver import probe
@@ -56,7 +56,7 @@ def collect() -> dict[str, Any]:
                     if driver["available"]
                 },
             }
-            for backend in backends()
+            for backend in decode_backends()
         ],
         "models": {"smollm2": _model("smollm2")},
     }
