@@ -284,29 +284,15 @@ def paged_ops(ops: Ops, cache: PagedKVCache) -> tuple[Ops, dict[int, PagedStep]]
             step = steps[slots.shape[0]] = PagedStep(cache, slots.shape[0])
         if k_cache.data_ptr() == first:
             step.look_up(slots, rows)
-        if ops.name == "reference":
-            return _append_by_rows(qkv, table, step.block_slots, rows, k_cache, v_cache, *norms)
-        return ops.rope_append(qkv, table, step.block_slots, rows, k_cache, v_cache, *norms)
+        if ops.name != "reference":
+            return ops.rope_append(qkv, table, step.block_slots, rows, k_cache, v_cache, *norms)
+        # Eagerly K and V are turned in a scratch sequence for each token, then put where they belong.
+        index, length = torch.arange(len(rows), device=rows.device), int(rows.max()) + 1
+        k, v = (pool.new_zeros(len(rows), length, *pool.shape[2:]) for pool in (k_cache, v_cache))
+        q = rope_append_reference(qkv, table, index, rows, k, v, *norms)
+        where = ((step.block_slots + rows // cache.block_tokens).long(), (rows % cache.block_tokens).long())
+        k_cache.index_put_(where, k[index, rows.long()])
+        v_cache.index_put_(where, v[index, rows.long()])
+        return q
 
     return replace(ops, rope_append=rope_append), steps
-
-
-def _append_by_rows(
-    qkv: torch.Tensor,
-    table: torch.Tensor,
-    block_slots: torch.Tensor,
-    rows: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    *norms: Any,
-) -> torch.Tensor:
-    """The eager reference: K and V turned in a scratch sequence for each token, then put where they belong."""
-    block_tokens = k_cache.shape[1]
-    tokens = len(rows)
-    k, v = (cache.new_zeros(tokens, int(rows.max()) + 1, *cache.shape[2:]) for cache in (k_cache, v_cache))
-    index = torch.arange(tokens, device=rows.device)
-    q = rope_append_reference(qkv, table, index, rows, k, v, *norms)
-    where = ((block_slots + rows // block_tokens).long(), (rows % block_tokens).long())
-    k_cache.index_put_(where, k[index, rows.long()])
-    v_cache.index_put_(where, v[index, rows.long()])
-    return q

@@ -116,6 +116,7 @@ class Run:
     @torch.no_grad()
     def prefill(self, end: int) -> None:
         """In chunks."""
+        self.model.config._attn_implementation = self.attention
         for start in range(0, end, PREFILL_TOKENS // self.batch):
             self.end = min(start + PREFILL_TOKENS // self.batch, end)
             tokens, mask = self.tokens[:, start : self.end], self.mask[:, : self.end]
@@ -133,9 +134,8 @@ class Run:
         return (time.perf_counter() - start) * 1e3
 
 
-def free(cache: Any) -> None:
-    if isinstance(cache, VirtualCache):
-        cache.close()
+def give_back() -> None:
+    """What nobody holds any more, to the device."""
     gc.collect()
     torch.cuda.empty_cache()
 
@@ -147,7 +147,7 @@ def measure(
     torch.cuda.reset_peak_memory_stats()
     peak.begin()
     cache, samples = SYSTEMS[system](model, batch, maximum), []
-    run: Run | None = Run(model, cache, batch, length)
+    run = Run(model, cache, batch, length)
     try:
         with peak.watch():
             run.prefill(length - WATCHED_STEPS - TIMED_STEPS)
@@ -158,11 +158,12 @@ def measure(
     except torch.OutOfMemoryError as error:
         print(f"{system}: {error}", flush=True)
     by_torch = torch.cuda.max_memory_reserved()
-    mapped = cache.stats().peak_physical_bytes if isinstance(cache, VirtualCache) else 0
-    run = None
-    free(cache)
-    del cache
-    free(None)
+    mapped = 0
+    if isinstance(cache, VirtualCache):
+        mapped = cache.stats().peak_physical_bytes
+        cache.close()
+    del run, cache
+    give_back()
     print(f"{system}: torch reserved {by_torch / MIB:.0f} MiB, weights included; mapped {mapped / MIB:.0f} MiB")
     return (peak.bytes / MIB, samples) if samples else None
 
@@ -174,7 +175,6 @@ def step_in_turn(
     running = {system: Run(model, SYSTEMS[system](model, batch, maximum), batch, length) for system in systems}
     samples: dict[str, list[float]] = {system: [] for system in systems}
     for run in running.values():
-        model.config._attn_implementation = run.attention
         run.prefill(length - WATCHED_STEPS - STEPS_IN_TURN)
     for index in range(WATCHED_STEPS + STEPS_IN_TURN):
         order = systems[index % len(systems) :] + systems[: index % len(systems)]
@@ -182,10 +182,11 @@ def step_in_turn(
             took = running[system].step()
             if index >= WATCHED_STEPS:
                 samples[system].append(took)
-    for system in systems:
-        free(running.pop(system).cache)
-    model.config._attn_implementation = "sdpa"
-    free(None)
+    for run in running.values():
+        if isinstance(run.cache, VirtualCache):
+            run.cache.close()
+    del run, running
+    give_back()
     return samples
 
 

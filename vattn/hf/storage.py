@@ -283,10 +283,7 @@ class Storage:
             )
         if rows > self.rows:
             assert self.kv_cache is not None
-            if len(self._slots) == 1:
-                self.kv_cache.ensure(0, rows)
-            else:
-                self.kv_cache.ensure_batch(self._slots, np.full(len(self._slots), rows))
+            self.kv_cache.ensure_batch(self._slots, np.full(len(self._slots), rows))
             self.rows = rows
 
     def truncate(self, lengths: dict[int, int]) -> None:
