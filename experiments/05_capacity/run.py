@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import math
-import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import accumulate, takewhile
 from pathlib import Path
 
@@ -16,48 +13,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import Records
+from traces import MAX_SEQ_LEN, SHAPES, TRACES, Trace
 
 from vattn import KVCache, KVLayout
 from vattn.driver import Driver, HostDriver, LedgerDriver
 from vattn.errors import OutOfPages
 
 GIB = 1 << 30
-MAX_SEQ_LEN = 32768
-PROMPT = 4096  # tokens of the shared prompt
 BLOCK = 16  # tokens of a block of the paged layout
 MARGIN = 191  # rows that FlashAttention-3 may read past the end of a sequence
-SHAPES = {  # layers, KV heads, head_dim
-    "8B": (32, 8, 128),
-    "1B": (16, 8, 64),
-    "70B/8": (80, 1, 128),  # one of eight GPUs
-}
-
-
-def log_normal(rng: random.Random) -> int:
-    """Tokens of a sequence: median 1,000, 99th percentile 16,000."""
-    sigma = math.log(16) / 2.3263478740408408
-    return max(1, min(round(1000 * math.exp(sigma * rng.gauss(0, 1))), MAX_SEQ_LEN - PROMPT))
-
-
-@dataclass(frozen=True)
-class Trace:
-    """Arriving sequences: each the shared prompt's tokens, if any, and its own."""
-
-    own_tokens: Callable[[random.Random], int]
-    prompt_tokens: int = 0
-
-    def arrivals(self, seed: int) -> Iterator[int]:
-        """Tokens that each sequence has of its own."""
-        rng = random.Random(seed)
-        while True:
-            yield self.own_tokens(rng)
-
-
-TRACES = {
-    "2048": Trace(lambda rng: 2048),
-    "log-normal": Trace(log_normal),
-    "shared": Trace(log_normal, PROMPT),
-}
 
 
 def admitted_by_rule(trace: Trace, seed: int, capacity: int, prompt_cost: int, cost: Callable[[int], int]) -> int:

@@ -3,39 +3,25 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import Records
+from traces import MAX_SEQ_LEN, SHAPES, TRACES
 
 from vattn import KVCache, KVLayout
 from vattn.driver import LedgerDriver
 from vattn.errors import OutOfPages
 
-ROOT = Path(__file__).parents[1]
 KIB, GIB = 1 << 10, 1 << 30
 LIMIT = 60 * GIB
 PAGE_KIB = (64, 256, 2048, 8192, 32768)
 BLOCK_TOKENS = (16, 64, 128, 256)
-SHAPES = ("8B", "1B", "70B/8")
-
-
-def traces() -> Any:
-    """Shapes and arrivals of the experiment on capacity."""
-    spec = importlib.util.spec_from_file_location("capacity", ROOT / "05_capacity" / "run.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["capacity"] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def in_cache(layout: KVLayout, page_bytes: int, lengths: Iterator[int]) -> tuple[int, float]:
@@ -79,19 +65,18 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one seed, no pages under 2 MiB")
     options = parser.parse_args()
     seeds = range(1 if options.quick else 5)
-    capacity = traces()
     records = Records("09_page_size", options.quick)
-    trace = capacity.TRACES["log-normal"]
-    for name in SHAPES:
+    trace = TRACES["log-normal"]
+    for name, shape in SHAPES.items():
         found: dict[tuple[str, str], list[tuple[int, float]]] = {}
         for seed in seeds:
             for page_kib in PAGE_KIB[2 if options.quick else 0 :]:
                 for system, order in (("vattn", "token"), ("layer-major", "layer")):
-                    layout = KVLayout(*capacity.SHAPES[name], capacity.MAX_SEQ_LEN, torch.bfloat16, order)
+                    layout = KVLayout(*shape, MAX_SEQ_LEN, torch.bfloat16, order)
                     found.setdefault((f"page={page_kib}KiB", system), []).append(
                         in_cache(layout, page_kib * KIB, trace.arrivals(seed))
                     )
-            layout = KVLayout(*capacity.SHAPES[name], capacity.MAX_SEQ_LEN, torch.bfloat16)
+            layout = KVLayout(*shape, MAX_SEQ_LEN, torch.bfloat16)
             for block_tokens in BLOCK_TOKENS:
                 found.setdefault(("", f"paged-{block_tokens}"), []).append(
                     in_blocks(layout, block_tokens, trace.arrivals(seed))
