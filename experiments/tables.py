@@ -100,26 +100,30 @@ def ensure_batch(records: list[Record]) -> str:
 
 def hf_memory(records: list[Record]) -> str:
     """Memory beyond the weights: MiB, and times what K and V alone take."""
-    return _hf(records, "peak_memory", lambda value, limit: f"{value:,.0f} ({value / limit:.2f}×)")
+    return _hf(records, "peak_memory", lambda found, limit: f"{found['value']:,.0f} ({found['value'] / limit:.2f}×)")
 
 
 def hf_steps(records: list[Record]) -> str:
     """Eager decode steps, each number of tokens for the first time: ms, and the limit's share of them."""
-    return _hf(records, "decode_step", lambda value, limit: f"{value:.1f} ({limit / value:.0%})")
+    return _hf(records, "decode_step", lambda found, limit: f"{found['value']:.1f} ({limit / found['value']:.0%})")
 
 
 def hf_steps_again(records: list[Record]) -> str:
-    """The same with numbers of tokens that have occurred before."""
-    return _hf(records, "decode_step_again", lambda value, limit: f"{value:.1f} ({limit / value:.0%})")
+    """The same with numbers of tokens that have occurred before: median, 20th and 80th percentile, ms."""
+    return _hf(
+        records,
+        "decode_step_again",
+        lambda found, limit: f"{found['value']:.1f} ({found['p20']:.1f}–{found['p80']:.1f})",
+    )
 
 
-def _hf(records: list[Record], metric: str, cell: Callable[[float, float], str]) -> str:
-    found = {(record["case"], record["system"]): record["value"] for record in records if record["metric"] == metric}
+def _hf(records: list[Record], metric: str, cell: Callable[[Record, float], str]) -> str:
+    found = {(record["case"], record["system"]): record for record in records if record["metric"] == metric}
     systems = ("transformers-dynamic", "transformers-static", "vattn")
     rows = []
     for case in dict.fromkeys(case for case, system in found if system != "limit"):
         words = fields(case)
-        limit = found[f"8B B={words['B']} L={words['L']}", "limit"]
+        limit = found[f"8B B={words['B']} L={words['L']}", "limit"]["value"]
         values = [found.get((case, system)) for system in systems]
         rows.append(
             [
@@ -128,7 +132,7 @@ def _hf(records: list[Record], metric: str, cell: Callable[[float, float], str])
                 f"{int(words.get('max', words['L'])):,}",
                 words.get("allocator", "default"),
                 f"{limit:,.0f}" if metric == "peak_memory" else f"{limit:.1f}",
-                *("–" if value is None else cell(value, limit) for value in values),
+                *("–" if record is None else cell(record, limit) for record in values),
             ]
         )
     unit = "MiB" if metric == "peak_memory" else "ms"
