@@ -219,6 +219,20 @@ def test_a_prompt_is_copied_and_continued_in_several_ways(model, past):
     assert past.get_seq_length() == 11
 
 
+@pytest.mark.parametrize("attention", ["auto", None])
+def test_a_compiled_model(model, attention):
+    """A view of far more than is mapped: a copy of all of it would end the process."""
+    wanted = model.generate(prompt(2), max_new_tokens=12, do_sample=False)
+    torch._dynamo.reset()
+    compiled = copy.deepcopy(model)
+    compiled.forward = torch.compile(compiled.forward, backend="aot_eager")
+    with VirtualCache(compiled.config, max_length=1 << 16, attention=attention) as past:
+        found = compiled.generate(prompt(2), past_key_values=past, max_new_tokens=12, do_sample=False)
+        assert past.get_seq_length() == found.shape[1] - 1
+    torch._dynamo.reset()
+    assert torch.equal(found, wanted)
+
+
 def test_assisted_by_another_model(model, past):
     helper = make_model("Llama", seed=7, num_hidden_layers=1)
     options = {"max_new_tokens": 30, "do_sample": False}

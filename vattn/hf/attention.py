@@ -62,6 +62,7 @@ class _Mask:
         return self.make_dense()
 
 
+@torch.compiler.disable  # see attend
 def mask_for(
     passes_on_to: str,
     *,
@@ -122,6 +123,7 @@ def _left_padding(attention_mask: torch.Tensor, batch_size: int, num_tokens: int
     return starts if min(starts) < num_tokens else None
 
 
+@torch.compiler.disable  # it finds a tensor's layer and mask by attributes, which traced tensors do not have
 def attend(
     passes_on_to: str,
     module: torch.nn.Module,

@@ -102,6 +102,7 @@ class VirtualCache(Cache):
         self._torn = False  # whether something failed with some layers done: recurrent ones in a pass, or reordered
 
     # -- transformers' interface ---------------------------------------------------------------------------------
+    @torch.compiler.disable  # compiled, a write through a view may become a copy of all addresses behind it
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
