@@ -31,7 +31,8 @@ class PagedKVCache:
     Args:
         layout: layers of one shape.
         max_slots: sequences at a time.
-        num_blocks: of the pool; the memory is taken at once.
+        num_blocks: of the pool; the memory is taken at once. One more is nobody's: entries of the table that nobody has
+            set lead there, as they do while a step is captured.
         block_tokens: tokens of a block.
 
     Attributes:
@@ -51,13 +52,13 @@ class PagedKVCache:
         self.layout, self.max_slots, self.device = layout, max_slots, torch.device(device)
         self.block_tokens, self.num_blocks = block_tokens, num_blocks
         self.page_bytes = block_tokens * layout.bytes_per_token
-        shape = (len(layout.layers), 2, num_blocks, block_tokens, group.num_kv_heads, group.head_dim)
+        shape = (len(layout.layers), 2, 1 + num_blocks, block_tokens, group.num_kv_heads, group.head_dim)
         self._pool = torch.zeros(shape, dtype=layout.dtype, device=self.device)
         self._views = {layer: self._pool[i].unbind() for i, layer in enumerate(layout.layers)}
         self.max_blocks = -(-layout.max_seq_len // block_tokens)
         self.block_table = torch.zeros(max_slots, self.max_blocks, dtype=torch.int32, device=self.device)
-        self._free = list(range(num_blocks - 1, -1, -1))
-        self._users = [0] * num_blocks
+        self._free = list(range(num_blocks, 0, -1))
+        self._users = [0] * (1 + num_blocks)
         self._blocks: dict[int, list[int]] = {}  # of each live slot
         self._seq_lens = np.zeros(max_slots, np.int64)
         self._changed: dict[tuple[int, int], int] = {}  # (slot, index) -> block: the newest, not in block_table yet
@@ -89,6 +90,10 @@ class PagedKVCache:
         if slot not in self._blocks:
             raise ConfigError(f"slot {slot} holds no sequence")
         return int(self._seq_lens[slot])
+
+    def blocks(self, slot: int) -> list[int]:
+        """A live slot's blocks, in the order of its rows."""
+        return self._blocks[slot]
 
     # -- rows ----------------------------------------------------------------------------------------------------
     def ensure(self, slot: int, seq_len: int) -> None:
@@ -153,11 +158,11 @@ class PagedKVCache:
 
     # -- tensors -------------------------------------------------------------------------------------------------
     def k(self, layer: int) -> torch.Tensor:
-        """``[num_blocks, block_tokens, num_kv_heads, head_dim]``."""
+        """``[1 + num_blocks, block_tokens, num_kv_heads, head_dim]``."""
         return self._views[layer][0]
 
     def v(self, layer: int) -> torch.Tensor:
-        """``[num_blocks, block_tokens, num_kv_heads, head_dim]``."""
+        """``[1 + num_blocks, block_tokens, num_kv_heads, head_dim]``."""
         return self._views[layer][1]
 
     def rows(self, slot: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -191,13 +196,14 @@ class PagedKVCache:
     # -- the end -------------------------------------------------------------------------------------------------
     def check_integrity(self) -> None:
         """Every block is free or used, as often as tables name it."""
-        users = [0] * self.num_blocks
+        users = [0] * len(self._users)
         for slot, blocks in self._blocks.items():
             assert len(blocks) >= -(-int(self._seq_lens[slot]) // self.block_tokens)
             for block in blocks:
                 users[block] += 1
         assert users == self._users
-        assert sorted(self._free) == [block for block, count in enumerate(users) if not count]
+        assert not users[0]
+        assert sorted(self._free) == [block for block, count in enumerate(users) if block and not count]
 
     def close(self) -> None:
         """Drop the memory."""

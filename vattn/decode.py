@@ -43,7 +43,7 @@ class _Live:
 
 
 class DecodeLoop:
-    """Decodes sequences whose prompts are in the cache.
+    """Decodes sequences whose prompts are in the cache. For one thread at a time.
 
     While a slot decodes it belongs to the loop: rows are mapped ahead of it, which its ``seq_len`` counts too. When
     its end is reported (or ``cancel`` returns) the slot holds exactly the rows of its tokens again, all but the newest
