@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import read
+from common import markdown, read
+from tables_layouts import LAYOUT_TABLES
 
 FOLDER = Path(__file__).parent
 Record = dict[str, Any]
@@ -24,11 +25,6 @@ _MARKED = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 def fields(case: str) -> dict[str, str]:
     """``"driver=cuda handle=2MiB release"`` -> its words, those without a value under their own name."""
     return dict(word.partition("=")[::2] for word in case.split())
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
 def number(record: Record | None) -> str:
@@ -247,7 +243,7 @@ TABLES: dict[str, Callable[[list[Record]], str]] = {
         *(cards, driver_calls, ensure_batch, hf_memory, hf_steps, hf_steps_again, capacity, page_sizes),
         *(decode_steps, decode_ablations, decode_attention, decode_mapping),
     )
-}
+} | LAYOUT_TABLES
 
 
 def tables(folder: Path, records: list[Record]) -> str:

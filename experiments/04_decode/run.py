@@ -9,10 +9,8 @@ import argparse
 import gc
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,9 +18,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import peers
 from common import Records, percentiles
+from decoding import READ_BYTES_PER_S, SHAPES, STEPS, WARM_UP, Setting, decoding, hf_shape, step_ms
 
 from vattn import KVCache
-from vattn.attention import AttentionBackend, TritonDecodeAttention, get
+from vattn.attention import get
 from vattn.decode import DecodeLoop
 from vattn.models import FusedLlama, Llama, LlamaConfig
 from vattn.ops.bundle import LinearTable, Ops, fused_ops, reference_ops
@@ -30,115 +29,10 @@ from vattn.ops.swiglu import swiglu_reference
 from vattn.tuning import default_decode, default_ops, table_for
 
 NEEDS = ("cuda", "transformers")
-READ_BYTES_PER_S = 3.03e12  # read-only, measured on an H100
-STEPS, WARM_UP = 64, 8
-
-ROPE = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-SHAPES = {
-    "8B": {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "tie_word_embeddings": False,
-    },
-    "1B": {
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 64,
-        "tie_word_embeddings": True,
-    },
-}
 ABLATED = {("8B", 1, 1024), ("8B", 64, 1024)}  # of the others, only the attention is exchanged
 CASES = {"8B": [(1, 1024), (8, 1024), (32, 4096), (64, 1024)], "1B": [(1, 1024), (16, 1024)]}
 ATTENTIONS = {f"vattn-{name}": name for name in ("flash-attn-3", "flash-attn-2", "torch-varlen", "triton-decode")}
 PEER_CASES = {"8B": [(1, 1024), (8, 1024)], "1B": [(16, 1024)]}
-
-
-def hf_shape(name: str) -> dict[str, object]:
-    """Llama-3.1-8B's or Llama-3.2-1B's config."""
-    return {
-        "model_type": "llama",
-        "vocab_size": 128256,
-        "max_position_embeddings": 131072,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 500000.0,
-        "rope_scaling": ROPE,
-        **SHAPES[name],
-    }
-
-
-@dataclass(frozen=True)
-class Setting:
-    """How the loop runs: everything as a user gets it, but for what an ablation changes."""
-
-    ops: Ops
-    attention: AttentionBackend | None = None
-    graphs: str = "always"
-    mapping: str = "thread"
-    ahead_tokens: int | None = None
-    pdl: bool = True
-
-
-@contextmanager
-def decoding(model: Llama, batch: int, length: int, setting: Setting, stagger: int = 0) -> Iterator[DecodeLoop]:
-    """A loop in the middle of decoding ``batch`` sequences that will have ``length`` rows on average."""
-    start = length - (STEPS + WARM_UP) // 2
-    layout = model.kv_layout(length + STEPS + WARM_UP + 64 + batch * stagger)
-    attention = setting.attention or default_decode(layout, model.device, batch, length, model.config.num_heads)
-    if not setting.pdl and isinstance(attention, TritonDecodeAttention):
-        attention = replace(attention, pdl=False)
-    fused = FusedLlama(model, layout.max_seq_len, ops=setting.ops)
-    with KVCache(
-        layout,
-        batch + 1,
-        model.device,
-        over_read_tokens=attention.over_read_tokens,
-        over_read_masked=attention.masks_over_read,
-    ) as cache:
-        slots = [cache.acquire() for _ in range(batch)]
-        cache.ensure_batch(slots, [start + i * stagger for i in range(batch)])
-        for slot in slots:
-            for layer in range(model.config.num_layers):
-                for rows in cache.rows(slot, layer):
-                    rows.normal_()
-        torch.cuda.synchronize()
-        with DecodeLoop(
-            fused,
-            cache,
-            attention=attention,
-            buckets=[batch],
-            graphs=setting.graphs,
-            mapping=setting.mapping,
-            ahead_tokens=setting.ahead_tokens,
-        ) as loop:
-            loop.start_batch([(slot, 5 + slot, STEPS + WARM_UP + 1, None, ()) for slot in slots])
-            yield loop
-
-
-def step_ms(loop: DecodeLoop, steps: int = STEPS) -> list[float]:
-    """Milliseconds from the end of each step to the end of the next, on the GPU's clock; tokens are read meanwhile."""
-    for _ in range(WARM_UP):
-        loop.step()
-    loop.drain()
-    events = []
-    for _ in range(steps):
-        loop.step()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(loop.stream)
-        events.append(event)
-    torch.cuda.synchronize()
-    return [one.elapsed_time(other) for one, other in pairwise(events)]
 
 
 def _linear_then_swiglu(ops: Ops) -> Callable[..., torch.Tensor]:

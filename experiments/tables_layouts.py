@@ -1,0 +1,128 @@
+"""Tables of the experiments that compare layouts: one row a case, one column a system."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from common import markdown
+
+Record = dict[str, Any]
+
+
+def _values(records: list[Record], metric: str) -> dict[str, dict[str, float]]:
+    """Case -> system -> value, both in the order of the records."""
+    found: dict[str, dict[str, float]] = {}
+    for record in records:
+        if record["metric"] == metric:
+            found.setdefault(record["case"], {})[record["system"]] = record["value"]
+    return found
+
+
+def _grid(records: list[Record], metric: str, unit: str, digits: int, ratio: str | None = None) -> str:
+    """Every system that was measured, the limit first; ``ratio``: how much longer the best system so named takes."""
+    found = _values(records, metric)
+    systems = list(dict.fromkeys(system for values in found.values() for system in values if system != "limit"))
+    systems.sort(key=lambda system: (not system.startswith("vattn"), "paged" in system))
+    rows = []
+    for case, values in found.items():
+        cells = [
+            f"{values[s]:,.{digits}f} ({values['limit'] / values[s]:.0%})" if s in values else "–" for s in systems
+        ]
+        row = [case, f"{values['limit']:,.{digits}f}", *cells]
+        if ratio is not None:
+            peers = [value for system, value in values.items() if ratio in system and not system.startswith("vattn")]
+            row.append(f"{min(peers) / values['vattn']:.3f}" if peers and "vattn" in values else "–")
+        rows.append(row)
+    header = ["case", f"limit, {unit}", *(f"{system}, {unit}" for system in systems)]
+    return markdown(header + ([] if ratio is None else [f"best {ratio} / vattn"]), rows)
+
+
+def decode_kernels(records: list[Record]) -> str:
+    """Attention of a decode step, a layer: µs, and the limit's share of them."""
+    return _grid(records, "decode_attention", "µs", 1, "paged")
+
+
+def decode_plans(records: list[Record]) -> str:
+    """What FlashInfer's ``plan`` takes the host, once a step: µs."""
+    found = _values(records, "plan")
+    systems = list(dict.fromkeys(system for values in found.values() for system in values))
+    rows = [[case, *(f"{values[s]:,.0f}" if s in values else "–" for s in systems)] for case, values in found.items()]
+    return markdown(["case", *(f"{system}, µs" for system in systems)], rows)
+
+
+def decode_growth(records: list[Record]) -> str:
+    """Least squares over all cases, relative errors: µs = launch + bytes / bandwidth; and what that says of a case that
+    does not fit in one GPU."""
+    found = _values(records, "decode_attention")
+    systems = list(dict.fromkeys(system for values in found.values() for system in values if system != "limit"))
+    rows = []
+    for system in systems:
+        points = [(_batch_tokens(case) * 4096.0, values[system]) for case, values in found.items() if system in values]
+        if len(points) < 6:
+            continue
+        size, us = np.array(points).T
+        design = np.stack([1 / us, size / us], axis=1)  # each equation divided by what was measured
+        (fixed, slope), *_ = np.linalg.lstsq(design, np.ones(len(us)), rcond=None)
+        worst = float(np.abs((fixed + slope * size) / us - 1).max())
+        far = (fixed + slope * 128 * 65536 * 4096) / 1e3
+        rows.append([system, f"{fixed:.1f}", f"{1e-6 / slope:.2f}", f"{worst:.0%}", f"{far:.1f}"])
+    return markdown(
+        ["system", "launch, µs", "bandwidth, TB/s", "largest error of the fit", "128 × 65,536 extrapolated, ms"], rows
+    )
+
+
+def _batch_tokens(case: str) -> int:
+    words = dict(word.split("=") for word in case.split() if "=" in word)
+    return int(words["B"]) * int(words["L"])
+
+
+def prefill_kernels(records: list[Record]) -> str:
+    """Attention of prefill, a layer: ms, and the limit's share of them."""
+    return _grid(records, "prefill_attention", "ms", 3, "flash-attn-3-paged-16")
+
+
+def prefill_calls(records: list[Record]) -> str:
+    """One call over fresh pages: ms, with the spread."""
+    rows = [
+        [record["case"].split("call=")[1], f"{record['value']:.3f}", f"{record['p20']:.3f} to {record['p80']:.3f}"]
+        for record in records
+        if record["metric"] == "prefill_attention_call"
+    ]
+    return markdown(["call", "ms", "20th to 80th percentile"], rows)
+
+
+def layout_steps(records: list[Record]) -> str:
+    """A decode step end to end: ms, and the limit's share of them."""
+    return _grid(records, "decode_step", "ms", 3, "paged")
+
+
+def layout_host(records: list[Record]) -> str:
+    """The host's time for the pages or blocks of a step: median and mean, µs."""
+    medians, means = _values(records, "host_step"), _values(records, "host_step_mean")
+    systems = list(dict.fromkeys(system for values in medians.values() for system in values))
+    rows = [[case, *(f"{values[s]:.0f} ({means[case][s]:.0f})" for s in systems)] for case, values in medians.items()]
+    return markdown(["case", *(f"{system}, µs" for system in systems)], rows)
+
+
+def layout_prefill(records: list[Record]) -> str:
+    """Prefill end to end: ms, and the limit's share of them."""
+    return _grid(records, "prefill", "ms", 1, "paged-16")
+
+
+def layout_prefill_first(records: list[Record]) -> str:
+    """The first prompt of a cache, whose pages have to be made: ms."""
+    found = _values(records, "prefill_first")
+    systems = list(dict.fromkeys(system for values in found.values() for system in values))
+    rows = [[case, *(f"{values[s]:.1f}" for s in systems)] for case, values in found.items()]
+    return markdown(["case", *(f"{system}, ms" for system in systems)], rows)
+
+
+LAYOUT_TABLES: dict[str, Callable[[list[Record]], str]] = {
+    function.__name__: function
+    for function in (
+        *(decode_kernels, decode_plans, decode_growth, prefill_kernels, prefill_calls),
+        *(layout_steps, layout_host, layout_prefill, layout_prefill_first),
+    )
+}
