@@ -81,8 +81,8 @@ def test_the_same_loop_on_a_gpu(backend, block_tokens):
             found = by_slot(loop.run())
         paged.check_integrity()
         for slot, prompt in zip(slots, prompts, strict=True):
-            # What the loop wrote is what the eager model computes of the loop's own tokens: in the last layer, behind the
-            # attention of those before it.
+            # What the loop wrote is what the eager model computes of the loop's own tokens: the last layer's, which
+            # depends on the attention of those before it.
             text = [*prompt, *found[slot][:-1]]
             with open_cache(model, 1) as cache:
                 last = model.config.num_layers - 1
