@@ -9,7 +9,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
@@ -81,6 +83,7 @@ class Records:
         self.path = Path(__file__).parent / experiment / ("quick.jsonl" if quick else "results.jsonl")
         self.card = machine_card()
         self.records: list[dict[str, Any]] = []
+        self.failures: list[str] = []
 
     def add(self, case: str, system: str, metric: str, unit: str, samples: Sequence[float]) -> None:
         """One record; its value is the median of the samples."""
@@ -88,6 +91,26 @@ class Records:
         values = (self.experiment, case, system, metric, p50, unit, p20, p50, p80)
         self.records.append({**dict(zip(FIELDS, values, strict=False)), **self.card})
         print(f"{case:48s} {system:10s} {metric:18s} {p50:12.2f} {unit}  ({p20:.2f} to {p80:.2f})", flush=True)
+
+    @contextmanager
+    def going_on(self, what: str) -> Iterator[None]:
+        """What fails in here has no record; the rest is still measured, and ``end`` says so."""
+        try:
+            yield
+        except Exception:
+            print(f"FAILED: {what}", flush=True)
+            traceback.print_exc(limit=-4, file=sys.stdout)
+            self.failures.append(what)
+
+    def end(self) -> None:
+        """Write the records.
+
+        Raises:
+            SystemExit: something failed.
+        """
+        self.write()
+        if self.failures:
+            raise SystemExit(f"failed: {', '.join(self.failures)}")
 
     def write(self) -> None:
         kept = [record for record in read(self.path) if record["gpu"] != self.card["gpu"]] if self.path.exists() else []

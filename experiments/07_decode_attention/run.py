@@ -146,13 +146,13 @@ def run_case(records: Records, size: int, length: int) -> None:
             assert error < 2e-2 * expected.abs().max().item() + 1e-3, f"{case} {system}: off by {error}"
             records.add(case, system, "decode_attention", "us", graph_us(launch, num_layers))
 
-        for system, launch in over_vattn(cache, q, batch):
-            record(system, launch)
-        for system, launch in over_tensors(cache, slots, q, length):
-            record(system, launch)
-        for block_tokens in BLOCK_TOKENS:
-            for system, launch in over_blocks(cache, slots, q, length, block_tokens):
-                record(system, launch)
+        sources = [over_vattn(cache, q, batch), over_tensors(cache, slots, q, length)]
+        sources += [over_blocks(cache, slots, q, length, block_tokens) for block_tokens in BLOCK_TOKENS]
+        for number, source in enumerate(sources):
+            with records.going_on(f"{case} source {number}"):
+                for system, launch in source:
+                    with records.going_on(f"{case} {system}"):
+                        record(system, launch)
             gc.collect()
             torch.cuda.empty_cache()
     for system, samples in PLANS.items():
@@ -169,6 +169,7 @@ def main() -> None:
         if length <= 1024 or not options.quick:
             run_case(records, size, length)
             records.write()
+    records.end()
 
 
 if __name__ == "__main__":

@@ -153,10 +153,13 @@ def run_shape(records: Records, new: int, total: int) -> None:
             rows.normal_()
         q = torch.randn(new, NUM_HEADS, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
         expected = reference(q[-16:], *cache.rows(slot, 16))
-        systems = dict(launches(cache, slot, 16, q))
-        for system, launch in systems.items():
-            error = (launch()[-16:].float() - expected).abs().max().item()
-            assert error < 2e-2 * expected.abs().max().item() + 1e-3, f"{case} {system}: off by {error}"
+        systems = {}
+        with records.going_on(case):
+            for system, launch in launches(cache, slot, 16, q):
+                with records.going_on(f"{case} {system}"):
+                    error = (launch()[-16:].float() - expected).abs().max().item()
+                    assert error < 2e-2 * expected.abs().max().item() + 1e-3, f"{case} {system}: off by {error}"
+                    systems[system] = launch
         events: dict[str, list[Any]] = {system: [] for system in systems}
         for _ in range(10 if flops(new, total) < 40e12 else 4):  # in turn: a GPU that is hot is slower for all
             for system, launch in systems.items():
@@ -212,8 +215,9 @@ def main() -> None:
     for new, total in shapes():
         if total <= 16384 or not options.quick:
             run_shape(records, new, total)
+            records.write()
     run_first_calls(records)
-    records.write()
+    records.end()
 
 
 if __name__ == "__main__":

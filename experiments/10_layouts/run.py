@@ -96,11 +96,11 @@ def run_steps(records: Records, cases: list[tuple[int, int]]) -> None:
 
         samples = ours()  # once before the others and once after them
         for system, (kind, block_tokens) in PAGED.items():
-            try:
-                with paged_decoding(model, batch, length, ops, kind, block_tokens) as loop:
-                    records.add(case, system, "decode_step", "ms", step_ms(loop))
-            except ValueError as error:  # a kernel that this machine lacks
-                print(f"{case} {system}: {error}")
+            with (
+                records.going_on(f"{case} {system}"),
+                paged_decoding(model, batch, length, ops, kind, block_tokens) as loop,
+            ):
+                records.add(case, system, "decode_step", "ms", step_ms(loop))
             gc.collect()
             torch.cuda.empty_cache()
         records.add(case, "vattn", "decode_step", "ms", samples + ours())
@@ -176,6 +176,7 @@ def main() -> None:
     records = Records("10_layouts", options.quick)
     run_host(records)
     run_steps(records, [case for case in CASES if case[1] == 1024 or not options.quick])
+    records.end()
 
 
 if __name__ == "__main__":

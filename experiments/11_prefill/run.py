@@ -182,15 +182,17 @@ def main() -> None:
         with torch.inference_mode():
             expected = None
             for system, run in systems.items():
-                samples, logits = run()
-                expected = logits.float() if expected is None else expected
-                error = (logits.float() - expected).abs().max().item()
-                assert error < 2e-2 * expected.abs().max().item(), f"{case} {system}: off by {error}"
-                records.add(case, system, "prefill", "ms", samples[1:])
-                records.add(case, system, "prefill_first", "ms", samples[:1])
+                with records.going_on(f"{case} {system}"):
+                    samples, logits = run()
+                    expected = logits.float() if expected is None else expected
+                    error = (logits.float() - expected).abs().max().item()
+                    assert error < 2e-2 * expected.abs().max().item(), f"{case} {system}: off by {error}"
+                    records.add(case, system, "prefill", "ms", samples[1:])
+                    records.add(case, system, "prefill_first", "ms", samples[:1])
                 gc.collect()
                 torch.cuda.empty_cache()
-    records.write()
+        records.write()
+    records.end()
 
 
 if __name__ == "__main__":
