@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import pytest
 import torch
-from llama_helpers import SHAPES, SMOLLM2_SHAPE, hf_llama, open_cache, random_tokens, run, same_in_vattn, small_model
+from llama_helpers import (
+    SHAPES,
+    SMOLLM2_SHAPE,
+    hf_llama,
+    hf_model_of,
+    open_cache,
+    random_tokens,
+    run,
+    same_in_vattn,
+    small_model,
+)
 
+from vattn.attention import AttentionBatch, get
 from vattn.errors import ConfigError
 from vattn.models.config import LlamaConfig
 from vattn.models.llama import Llama
+from vattn.upload import upload
 
 
 @pytest.fixture(autouse=True)
@@ -149,3 +161,34 @@ def test_smollm2_shape_on_the_gpu(order: str) -> None:
             chunks = prompts if step == 0 else chosen[step - 1][:, None].tolist()
             torch.testing.assert_close(run(on_gpu, cache, slots, chunks), logits, rtol=1e-3, atol=1e-3)
         cache.check_integrity()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["torch-varlen", "flash-attn-2", "flash-attn-3"])
+def test_a_pass_does_not_wait_for_the_gpu(name: str) -> None:
+    """So that the host can map the next pass's pages meanwhile. The GPU is kept busy and must still be at the end."""
+    backend, device = get(name), torch.device("cuda")
+    if reason := backend.supports(device, torch.bfloat16, 64):
+        pytest.skip(reason)
+    model = same_in_vattn(hf_model_of("llama", head_dim=64)).to(device, torch.bfloat16)
+    with open_cache(model, attention=backend) as cache, torch.inference_mode():
+        slots = [cache.acquire(), cache.acquire()]
+
+        def forward(counts: list[int]) -> torch.Tensor:
+            ends = [cache.seq_len(slot) + count for slot, count in zip(slots, counts, strict=True)]
+            cache.ensure_batch(slots, ends)
+            batch = AttentionBatch.build(slots, counts, ends, device)
+            tokens = upload(random_tokens(sum(counts), 100), device, torch.int64)
+            with cache.step(slots):
+                return model(tokens, batch, cache, backend)
+
+        forward([9, 30])  # loads kernels
+        forward([1, 1])
+        torch.cuda.synchronize()
+        for counts in ([20, 5], [1, 1]):
+            busy = torch.cuda.Event()
+            torch.cuda._sleep(2_000_000_000)  # cycles: about a second
+            busy.record()
+            logits = forward(counts)
+            assert not busy.query(), f"the pass of {counts} tokens waited for the GPU"
+            assert logits.isfinite().all()

@@ -66,7 +66,7 @@ def test_the_same_loop_on_either_layout(kind, block_tokens):
 )
 def test_the_same_loop_on_a_gpu(backend, block_tokens):
     """In a graph, in bfloat16, where two near logits may change places: so what is compared is what the cache holds."""
-    device, dtype = torch.device("cuda"), torch.bfloat16
+    device, dtype = torch.device("cuda:0"), torch.bfloat16
     model = same_in_vattn(hf_model_of("llama", head_dim=64)).to(device, dtype)
     prompts = prompts_for(model, 4)
     with PagedKVCache(model.kv_layout(), 6, device, num_blocks=200, block_tokens=block_tokens) as paged:

@@ -19,6 +19,7 @@ from .errors import ConfigError
 from .graphs import GraphReport, StepGraphs
 from .kv_cache import KVCache
 from .tuning import decode_attention
+from .upload import upload
 
 RING = 8  # steps whose tokens the ring holds
 _REASONS = {0: None, 1: "stop", 2: "length"}
@@ -122,10 +123,7 @@ class DecodeStep:
 
     def upload(self, array: np.ndarray) -> torch.Tensor:
         """On the device, in the order of the current stream."""
-        host = torch.from_numpy(np.ascontiguousarray(array))
-        if self.stream is None:
-            return host
-        return host.pin_memory().to(self.cache.device, non_blocking=True)
+        return upload(array, self.cache.device)
 
     def release(self) -> None:
         """Free the graphs. No step may be under way."""

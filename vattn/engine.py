@@ -18,6 +18,7 @@ from .kv_cache import KVCache
 from .layout import KVLayout
 from .ops.sampling import draw_uniforms, request_generator, sample, validate_sampling
 from .requests import Completion, EngineStats, Request, StepToken
+from .upload import upload
 
 __all__ = ["Completion", "Engine", "EngineStats", "LanguageModel", "Request", "StepToken"]
 
@@ -266,7 +267,7 @@ class Engine:
         packed: list[int] = []
         for (sequence, _), end in zip(work, ends, strict=True):
             packed += sequence.tokens[sequence.num_cached : end]
-        tokens = torch.tensor(packed, dtype=torch.int64, device=self.cache.device)
+        tokens = upload(packed, self.cache.device, torch.int64)
         with self.cache.step(slots):
             logits = self.model(tokens, batch, self.cache, self.attention)
         for (sequence, _), end in zip(work, ends, strict=True):

@@ -28,6 +28,8 @@ NEEDS = ("cuda",)
 DENSE_FLOPS = 989e12  # bfloat16, an H100 SXM's data sheet
 TOTALS = (8192, 16384, 32768, 65536)
 CHUNK = 8192
+FIRST_CHUNK = 1024  # where pages are mapped meanwhile: what is computed while the rest of the first 8,192 are mapped
+SUPER_PAGE_BYTES = 16 << 20
 ROUNDS = 4  # the first one makes pages, the others use them again
 
 
@@ -94,24 +96,28 @@ def prefill_ms(launch: Callable[[int, int], None], prepare: Callable[[int], None
     Args:
         launch: computes tokens from a start to an end.
         prepare: backs rows up to an end.
-        ahead: back the rows of a chunk while the one before is computed, else all rows first.
+        ahead: back the rows of a chunk while the one before is computed, and begin with a short one; else all rows
+            first.
     """
+    ends = [*([FIRST_CHUNK] if ahead else []), *range(CHUNK, total, CHUNK), total]
     torch.cuda.synchronize()
     begin = time.perf_counter()
-    prepare(min(CHUNK, total) if ahead else total)
-    for start in range(0, total, CHUNK):
-        end = min(start + CHUNK, total)
+    prepare(ends[0] if ahead else total)
+    for start, end, following in zip([0, *ends], ends, [*ends[1:], None], strict=False):
         launch(start, end)
-        if ahead and end < total:
-            prepare(min(end + CHUNK, total))
+        if ahead and following is not None:
+            prepare(following)
     torch.cuda.synchronize()
     return (time.perf_counter() - begin) * 1e3
 
 
-def run_vattn(model: Llama, tokens: torch.Tensor, kind: str) -> tuple[list[float], torch.Tensor]:
+def run_vattn(
+    model: Llama, tokens: torch.Tensor, kind: str, page_bytes: int | None = None
+) -> tuple[list[float], torch.Tensor]:
     """(milliseconds of each round, logits of the last token)."""
     total, backend = len(tokens), get("flash-attn-3")
-    with KVCache(model.kv_layout(total + 256), 1, model.device, over_read_tokens=backend.over_read_tokens) as cache:
+    layout, margin = model.kv_layout(total + 256), backend.over_read_tokens
+    with KVCache(layout, 1, model.device, page_bytes=page_bytes, over_read_tokens=margin) as cache:
         samples = []
         for _ in range(ROUNDS):
             slot = cache.acquire()
@@ -154,7 +160,7 @@ def run_paged(model: Llama, tokens: torch.Tensor, block_tokens: int) -> tuple[li
                 batch = AttentionBatch.build([slot], [end - start], [end], model.device)
                 logits = model(tokens[start:end], batch, prefill, prefill)  # type: ignore[arg-type]
 
-            samples.append(prefill_ms(launch, prepare, total, True))
+            samples.append(prefill_ms(launch, prepare, total, False))
             cache.release(slot)
     return samples, logits
 
@@ -176,6 +182,7 @@ def main() -> None:
             "vattn-premapped": lambda: run_vattn(model, tokens, "premapped"),  # noqa: B023
             "vattn": lambda: run_vattn(model, tokens, "overlapped"),  # noqa: B023
             "vattn-sync-mapping": lambda: run_vattn(model, tokens, "sync"),  # noqa: B023
+            "vattn-16MiB-pages": lambda: run_vattn(model, tokens, "overlapped", SUPER_PAGE_BYTES),  # noqa: B023
             "paged-16": lambda: run_paged(model, tokens, 16),  # noqa: B023
             "paged-256": lambda: run_paged(model, tokens, 256),  # noqa: B023
         }

@@ -8,9 +8,11 @@ from functools import cached_property
 from itertools import accumulate
 from typing import Protocol, runtime_checkable
 
+import numpy as np
 import torch
 
 from ..errors import ConfigError
+from ..upload import upload
 
 __all__ = [
     "LEFT_PADDING",
@@ -173,14 +175,13 @@ class AttentionBatch:
     @cached_property
     def token_slots(self) -> torch.Tensor:
         """``[num_tokens]`` int64: the slot of each packed token."""
-        host = [slot for slot, n in zip(self.slots, self.query_lens, strict=True) for _ in range(n)]
-        return self._upload(host, torch.int64)
+        return self._upload(np.repeat(self.slots, self.query_lens), torch.int64)
 
     @cached_property
     def token_positions(self) -> torch.Tensor:
         """``[num_tokens]`` int64: the row of each packed token in its sequence."""
-        host = [row for n, total in zip(self.query_lens, self.seq_lens, strict=True) for row in range(total - n, total)]
-        return self._upload(host, torch.int64)
+        rows = [np.arange(total - n, total) for n, total in zip(self.query_lens, self.seq_lens, strict=True)]
+        return self._upload(np.concatenate(rows), torch.int64)
 
     @cached_property
     def last_tokens(self) -> torch.Tensor:
@@ -243,8 +244,8 @@ class AttentionBatch:
     def _row_starts(self) -> dict[int, torch.Tensor]:
         return {}
 
-    def _upload(self, values: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        return torch.tensor(values, dtype=dtype, device=self.device)
+    def _upload(self, values: Sequence[int] | np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+        return upload(values, self.device, dtype)
 
 
 def require_equal_head_dims(backend: str, k: torch.Tensor, v: torch.Tensor) -> None:

@@ -12,6 +12,7 @@ from ..attention import AttentionBackend, AttentionBatch, choose, get
 from ..errors import ConfigError
 from ..kv_cache import KVCache
 from ..layout import KVLayout, LayerGroup
+from ..upload import upload
 from .step_views import StepViews
 
 __all__ = ["ConfiguredLayer", "LayerShape", "Options", "Storage"]
@@ -359,7 +360,7 @@ class Storage:
         if batch.num_tokens == size * new:
             return batch, None
         tokens = [i * new + j for i, n in zip(live, query_lens, strict=True) for j in range(new - n, new)]
-        return batch, torch.tensor(tokens, device=device)
+        return batch, upload(tokens, device, torch.int64)
 
 
 def _same_device(one: torch.device, other: torch.device) -> bool:
