@@ -195,10 +195,12 @@ def test_stats_add_up_through_a_life(device):
         assert stats.mapped_bytes == stats.in_use_bytes == stats.row_bytes + stats.waste_bytes
         cache.release(a)
         stats = cache.stats()
-        assert stats.free_bytes + stats.in_use_bytes == stats.physical_bytes
-        assert cache.trim() == stats.free_bytes
+        assert stats.parked_bytes == -(-3000 * SMALL.bytes_per_token // cache.page_bytes) * cache.page_bytes
+        assert stats.free_bytes + stats.parked_bytes + stats.in_use_bytes == stats.physical_bytes
+        assert stats.waste_bytes == stats.in_use_bytes - stats.row_bytes
+        assert cache.trim() == stats.free_bytes + stats.parked_bytes
         stats = cache.stats()
-        assert stats.free_bytes == 0
+        assert stats.free_bytes == stats.parked_bytes == 0
         assert stats.physical_bytes == stats.in_use_bytes == cache.page_bytes
         assert stats.num_create - stats.num_release == 1
         assert stats.as_dict()["num_live_slots"] == 1

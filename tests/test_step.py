@@ -36,7 +36,10 @@ def test_release_inside_a_step_keeps_pages_and_slot_until_it_ends(cache):
             cache.acquire(slot)
         cache.check_integrity()
     assert cache.acquire(slot) == slot
+    assert cache.stats().parked_bytes == before.in_use_bytes  # no sequence's until it grows over them
+    cache.ensure(slot, 100)
     assert cache.stats().parked_bytes == 0
+    assert not cache.rows(slot, 3)[0].any()
     cache.check_integrity()
 
 
@@ -101,9 +104,13 @@ def test_steps_nest_and_overlap(cache):
     inner.__enter__()
     cache.release(a)
     outer.__exit__(None, None, None)
-    assert cache.stats().parked_bytes > 0  # the inner step is open
+    with pytest.raises(vattn.OutOfSlots):  # the inner step is open
+        cache.acquire(a)
+    assert cache.trim() == 0
+    assert cache.stats().parked_bytes > 0
     inner.__exit__(None, None, None)
-    cache.acquire(a)
+    assert cache.acquire(a) == a
+    assert cache.trim() > 0
     assert cache.stats().parked_bytes == 0
 
 

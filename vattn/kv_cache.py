@@ -12,6 +12,7 @@ from types import TracebackType
 import numpy as np
 import torch
 
+from .accounts import cache_stats, check_integrity
 from .arguments import int_array, is_int, require_int
 from .backing import Backing, choose_memory_limit, choose_page_bytes
 from .driver import Driver, open_driver
@@ -29,8 +30,9 @@ __all__ = ["KVCache"]
 class KVCache:
     """The K and V of up to ``max_slots`` sequences, in tensors that never move.
 
-    A slot owns a fixed address range for ``layout.max_seq_len`` tokens; physical pages come as its sequence grows and
-    go when it is truncated or released. Every method is thread-safe; one that fails leaves everything as it was.
+    A slot owns a fixed address range for ``layout.max_seq_len`` tokens; physical pages come as its sequence grows, go
+    when it is truncated, and after its release stay for the slot's next sequence until they are needed elsewhere. Every
+    method is thread-safe; one that fails leaves everything as it was.
 
     Args:
         layout: shape of the model's K and V.
@@ -99,8 +101,14 @@ class KVCache:
         self._slots_or_none = Slots(backing, driver, self.max_slots, layout.max_seq_len)
 
     # -- sequences -----------------------------------------------------------------------------------------------
-    def acquire(self, slot: int | None = None) -> int:
-        """Take a slot for a new, empty sequence: the lowest free one, or the one named.
+    def acquire(self, slot: int | None = None, *, expect_len: int | None = None) -> int:
+        """Take a slot for a new, empty sequence: the one named, or the free one that fits it best.
+
+        That is the one with the most pages, left mapped by its last sequence, that ``expect_len`` rows can use; then
+        with the fewest more; then the lowest.
+
+        Args:
+            expect_len: rows that the sequence may come to; None: any number. Only the choice depends on it.
 
         Raises:
             OutOfSlots: none is free, or the one named is not.
@@ -108,10 +116,10 @@ class KVCache:
         """
         with self._lock, Uninterrupted() as guard:
             slots = self._slots
+            if expect_len is not None:
+                expect_len = require_int("expect_len", expect_len, 0, self.layout.max_seq_len)
             if slot is None:
-                slot = slots.find_free()
-                if slot is None:
-                    raise OutOfSlots(f"all {self.max_slots} slots belong to sequences; release one, or raise max_slots")
+                slot = self._free_slot(slots.find_free(expect_len))
             else:
                 slot = require_int("slot", slot, 0, self.max_slots - 1)
                 if not slots.is_free(slot):
@@ -172,7 +180,7 @@ class KVCache:
         adds are private.
 
         Args:
-            into: the free slot to use; None: any.
+            into: the free slot to use; None: that with the fewest pages left mapped, which would be in the way.
 
         Raises:
             OutOfSlots, OutOfPages: as ``acquire`` and ``ensure``.
@@ -184,7 +192,7 @@ class KVCache:
             rows = self._rows_of("fork", slot, slots.seq_len[slot] if seq_len is None else seq_len)
             if rows:
                 slots.refuse_capture("fork")  # before there is a child to take back
-            child = self.acquire(into)
+            child = self.acquire(self._free_slot(slots.find_free(to_share=True)) if into is None else into)
             try:
                 if rows:
                     slots.fork(slot, child, rows)
@@ -206,7 +214,11 @@ class KVCache:
             slots.truncate(slot, self._rows_of("truncate", slot, seq_len))
 
     def release(self, slot: int) -> None:
-        """End a sequence. Its slot is free at once; while a step is open on it, when that step's work has ended."""
+        """End a sequence. Its slot is free at once; while a step is open on it, when that step is left.
+
+        Its pages stay mapped for the next sequence of the slot, which finds them zeroed, until they are needed
+        elsewhere. No driver call, and no waiting.
+        """
         with self._lock, Uninterrupted():
             self._slots.end(self._live(slot))
 
@@ -263,7 +275,7 @@ class KVCache:
 
         No page of these slots is unmapped or given away before the work that the block submits to its current stream
         has ended. The current stream first waits for what this cache gave other streams to do on these slots. A slot
-        released in the block can be acquired again when that work has ended.
+        released in the block can be acquired again after it.
 
         Raises:
             ConfigError: a slot is not live or listed twice, or the current stream is being captured.
@@ -291,7 +303,7 @@ class KVCache:
     def stats(self) -> CacheStats:
         """A snapshot of what the cache has reserved, mapped and used."""
         with self._lock:
-            return self._slots.stats(self.layout.bytes_per_token)
+            return cache_stats(self._slots, self.layout.bytes_per_token)
 
     def events(self) -> tuple[Event, ...]:
         """The newest driver calls, oldest first."""
@@ -301,15 +313,20 @@ class KVCache:
     def check_integrity(self) -> None:
         """Raise AssertionError where slots, pages or the system's own count of them do not agree."""
         with self._lock:
-            self._slots.check_integrity()
+            check_integrity(self._slots)
 
     # -- memory and the end --------------------------------------------------------------------------------------
     def trim(self, keep_bytes: int = 0) -> int:
-        """Give free pages back to the driver, but for ``keep_bytes`` of them. Returns the bytes given back."""
+        """Give free and parked pages back to the driver, but for ``keep_bytes`` of them, which are free then.
+
+        Waits for the work of released sequences. Returns the bytes given back.
+        """
         with self._lock, Uninterrupted():
             slots = self._slots
             keep_bytes = require_int("keep_bytes", keep_bytes, 0)
+            slots.refuse_capture("trim")
             slots.finish_deferred(wait=False)
+            slots.unpark(len(slots.backing.pool.pages))
             return slots.backing.pool.trim(keep_bytes)
 
     def close(self) -> None:
@@ -364,6 +381,11 @@ class KVCache:
         if tensor is None:
             raise ConfigError(f"layer must be one of {list(self.layout.layers)}, got {layer!r}")
         return tensor
+
+    def _free_slot(self, slot: int | None) -> int:
+        if slot is None:
+            raise OutOfSlots(f"all {self.max_slots} slots belong to sequences; release one, or raise max_slots")
+        return slot
 
     def _live(self, slot: int) -> int:
         slot = require_int("slot", slot, 0, self.max_slots - 1)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from itertools import islice
 
 import numpy as np
@@ -11,37 +11,10 @@ import numpy as np
 from .driver import Driver
 from .layout import Lane
 from .pages import Page, PhysicalPagePool
+from .parking import Parking
+from .plans import Growth, OverRead, Plan, Sharing
 from .reservation import Reservation
 from .undo import Undo
-
-
-@dataclass(slots=True)
-class Growth:
-    """What it takes to make rows backed, private and writable."""
-
-    missing: dict[Reservation, list[int]] = field(default_factory=dict)
-    shared: list[tuple[Reservation, int, int]] = field(default_factory=list)  # with the bytes to keep, from the start
-    slots_with_shared: set[int] = field(default_factory=set)
-    leaving: dict[Page, set[int]] = field(default_factory=dict)  # addresses at which a shared page will be replaced
-    ends: list[tuple[list[int], int, int]] = field(default_factory=list)  # (ends of a lane, slot, pages it will have)
-
-    @property
-    def num_pages(self) -> int:
-        return sum(map(len, self.missing.values())) + len(self.shared)
-
-
-@dataclass(frozen=True, slots=True)
-class OverRead:
-    """How far kernels read past the end of a sequence; those rows stay mapped.
-
-    Attributes:
-        tokens: rows past the end that may be read.
-        masked: whether what lies there can never reach an output. If it can, it is kept free of an earlier sequence's
-            data, and of rows that this sequence had there before ``truncate``: a NaN among them would spread.
-    """
-
-    tokens: int = 0
-    masked: bool = True
 
 
 class PageTable:
@@ -69,8 +42,13 @@ class PageTable:
         self.page_bytes = pool.page_bytes
         self.lanes = lanes
         self.over_read = over_read
-        # Per lane and slot: one past the highest page mapped and not taken away, counted from the slot's first.
+        # Per lane and slot: one past the highest page that is the sequence's own, counted from the slot's first. What
+        # is mapped from there on is parked.
         self._ends = [[0] * max_slots for _ in lanes]
+        self.parking = Parking(pool, lanes, self._ends, max_slots)
+        self._origins = [reservation.address + lane.offset_bytes for reservation, lane in lanes]
+        self._lane_at = sorted(range(len(lanes)), key=self._origins.__getitem__)
+        self._sorted_origins = sorted(self._origins)
 
     # -- growing -------------------------------------------------------------------------------------------------
     def growth(self, slot: int, start: int, end: int, keep_rows: int, growth: Growth) -> None:
@@ -91,23 +69,44 @@ class PageTable:
             base = origin // page_bytes
             num_pages = -(-readable_rows * row_bytes // page_bytes)
             growth.ends.append((ends, slot, num_pages))
+            own_end = base + ends[slot]
             for index in range(base + start * row_bytes // page_bytes, base + num_pages):
                 page = pages.get(index)
                 if page is None:
                     missing.append(index)
+                elif index >= own_end:
+                    if len(page.maps) == 1:
+                        growth.adopted.append((reservation, index))
+                        growth.slots_adopting.add(slot)
+                    else:
+                        missing.append(index)
+                        growth.unparked.append((reservation, index))
+                        growth.slots_unparked.add(slot)
                 elif len(page.maps) > 1 and (index - base) * page_bytes < private_rows * row_bytes:
                     leaving = growth.leaving.setdefault(page, set())
-                    if len(page.maps) - len(leaving) == 1:
+                    if self._unpark_aliases_of_last(page, leaving, growth):
                         continue
                     leaving.add(reservation.address_of(index))
                     kept = origin + keep_rows * row_bytes - index * page_bytes
                     growth.shared.append((reservation, index, max(0, min(kept, page_bytes))))
                     growth.slots_with_shared.add(slot)
 
+    def _unpark_aliases_of_last(self, page: Page, leaving: set[int], growth: Growth) -> bool:
+        """Whether the page has one owner left, who keeps it; what is parked of it elsewhere is in that one's way."""
+        parked = [self._locate(address) for address in page.maps if not self._is_owned(address)]
+        if len(page.maps) - len(parked) - len(leaving) != 1:
+            return False
+        for number, slot, index in parked:
+            reservation, lane = self.lanes[number]
+            growth.unparked.append((reservation, lane.slot_offset(slot) // self.page_bytes + index))
+            growth.slots_unparked.add(slot)
+        return True
+
     def grow(self, growth: Growth, undo: Undo) -> bool:
         """Carry ``growth`` out. Returns whether work was submitted to the current stream."""
         pages = iter(self.pool.take(growth.num_pages, undo))
-        submitted = False
+        submitted = bool(growth.adopted)
+        self._unpark(growth, undo)
         for reservation, indexes in growth.missing.items():
             new = list(islice(pages, len(indexes)))
             reservation.map(indexes, new, undo)
@@ -119,6 +118,7 @@ class PageTable:
             leaving = growth.leaving[reservation.pages[index]]
             self._copy_on_write(reservation, index, next(pages), keep_bytes, leaving, undo)
             submitted = True
+        self._scrub_adopted(growth, undo)
         return submitted
 
     def note_growth(self, growth: Growth) -> None:
@@ -126,11 +126,34 @@ class PageTable:
         for ends, slot, num_pages in growth.ends:
             if num_pages > ends[slot]:
                 ends[slot] = num_pages
+        self._note_plan(growth)
 
-    def note_end(self, slot: int, rows: int) -> None:
-        """Rows ``[0, rows)`` of the slot have pages now."""
-        for (_, lane), ends in zip(self.lanes, self._ends, strict=True):
-            ends[slot] = max(ends[slot], self._num_pages(lane, rows))
+    def _note_plan(self, plan: Plan) -> None:
+        self.parking.num_adopted += len(plan.adopted)
+        self.parking.num_unparked += len(plan.unparked_pages)
+        for page in plan.unparked_pages:
+            self.pool.put_back(page)
+        for slot in plan.slots_adopting:
+            self.parking.forget_empty(slot)
+
+    def _unpark(self, plan: Plan, undo: Undo) -> None:
+        """Unmap the parked pages that are in the way. The caller has waited for their epochs."""
+        for reservation, index in plan.unparked:
+            plan.unparked_pages += reservation.unmap(index, index + 1, undo)
+
+    def _scrub_adopted(self, plan: Plan, undo: Undo) -> None:
+        """Zero the parked pages that get a new owner, in as few calls as there are stretches of them.
+
+        The caller has put the current stream behind their epochs.
+        """
+        start = 0
+        adopted = plan.adopted
+        for stop in range(1, len(adopted) + 1):
+            reservation, first = adopted[start]
+            if stop == len(adopted) or adopted[stop] != (reservation, first + stop - start):
+                undo.push(self._wait_for_stream)
+                self.driver.zero(reservation.address_of(first), (stop - start) * self.page_bytes)
+                start = stop
 
     def _scrub(self, page: Page, address: int, size_bytes: int, undo: Undo) -> bool:
         """Zero ``size_bytes`` of a page if an earlier owner wrote to it; from here on its new owner may."""
@@ -156,7 +179,7 @@ class PageTable:
         self._scrub(page, address + keep_bytes, self.page_bytes - keep_bytes, undo)
         if keep_bytes:
             undo.push(self._wait_for_stream)
-            source = next(other for other in shared.maps if other not in leaving)
+            source = next(other for other in shared.maps if other not in leaving and self._is_owned(other))
             self.driver.copy(address, source, keep_bytes)
 
     def _wait_for_stream(self) -> None:
@@ -164,27 +187,64 @@ class PageTable:
             fence.wait()
 
     # -- sharing -------------------------------------------------------------------------------------------------
-    def alias(self, parent: int, child: int, rows: int, undo: Undo) -> None:
-        """Back rows ``[0, rows)`` of an empty slot by the parent's pages; the page that straddles the end is copied."""
-        plan = []
+    def sharing(self, parent: int, child: int, rows: int) -> Sharing:
+        """What backs rows ``[0, rows)`` of an empty slot by the parent's pages; that which straddles the end is copied.
+
+        Of what is parked in the child's slot, the parent's own pages stay, and those past the shared rows are used.
+        """
+        plan = Sharing()
         for reservation, lane in self.lanes:
             num_whole, rest = divmod(rows * lane.row_bytes, self.page_bytes)
-            plan.append((reservation, lane, num_whole, rest, self._num_pages(lane, rows)))
-        # All pages before the first mapping, so that running out of them leaves nothing to undo.
-        pages = iter(self.pool.take(sum(num_pages - num_whole for *_, num_whole, _, num_pages in plan), undo))
-        for reservation, lane, num_whole, rest, num_pages in plan:
             source = lane.slot_offset(parent) // self.page_bytes
             target = lane.slot_offset(child) // self.page_bytes
-            shared = [reservation.pages[source + index] for index in range(num_whole)]
-            own = list(islice(pages, num_pages - num_whole))
-            reservation.map(range(target, target + num_pages), shared + own, undo)
-            for index, page in enumerate(own, num_whole):
-                address = reservation.address_of(target + index)
-                kept = rest if index == num_whole else 0
-                self._scrub(page, address + kept, self.page_bytes - kept, undo)
-                if kept:
-                    undo.push(self._wait_for_stream)
-                    self.driver.copy(address, reservation.address_of(source + index), kept)
+            pages = reservation.pages
+            aliased: list[int] = []
+            own: list[int] = []
+            for index in range(target, target + self._num_pages(lane, rows)):
+                parked = pages.get(index)
+                if index < target + num_whole:
+                    if parked is pages[source + index - target]:
+                        continue
+                    aliased.append(index)
+                elif parked is not None and len(parked.maps) == 1:
+                    plan.adopted.append((reservation, index))
+                    plan.slots_adopting.add(child)
+                    continue
+                else:
+                    own.append(index)
+                if parked is not None:
+                    plan.unparked.append((reservation, index))
+                    plan.slots_unparked.add(child)
+            plan.aliases.append((reservation, aliased, [pages[source + index - target] for index in aliased]))
+            plan.own.append((reservation, own))
+            if rest:
+                plan.copies.append((reservation, source + num_whole, target + num_whole, rest))
+        return plan
+
+    def share(self, plan: Sharing, undo: Undo) -> None:
+        """Carry ``plan`` out."""
+        # All pages before the first mapping, so that running out of them leaves nothing to undo.
+        pages = iter(self.pool.take(plan.num_pages, undo))
+        self._unpark(plan, undo)
+        for reservation, indexes, shared in plan.aliases:
+            reservation.map(indexes, shared, undo)
+        kept = {(reservation, target): size for reservation, _, target, size in plan.copies}
+        for reservation, indexes in plan.own:
+            own = list(islice(pages, len(indexes)))
+            reservation.map(indexes, own, undo)
+            for index, page in zip(indexes, own, strict=True):
+                size = kept.get((reservation, index), 0)
+                self._scrub(page, reservation.address_of(index) + size, self.page_bytes - size, undo)
+        self._scrub_adopted(plan, undo)
+        for reservation, source, target, size in plan.copies:
+            undo.push(self._wait_for_stream)
+            self.driver.copy(reservation.address_of(target), reservation.address_of(source), size)
+
+    def note_sharing(self, child: int, rows: int, plan: Sharing) -> None:
+        """It succeeded: rows ``[0, rows)`` of the slot have pages now."""
+        for (_, lane), ends in zip(self.lanes, self._ends, strict=True):
+            ends[child] = max(ends[child], self._num_pages(lane, rows))
+        self._note_plan(plan)
 
     def wipe(self, slot: int, start: int, end: int, undo: Undo) -> bool:
         """Zero what the slot's own pages hold in rows ``[start, end)``; True if that was all of them.
@@ -192,10 +252,11 @@ class PageTable:
         Pages shared with another sequence are passed over: growing makes them private.
         """
         complete = True
-        for reservation, lane in self.lanes:
+        for (reservation, lane), ends in zip(self.lanes, self._ends, strict=True):
             origin = lane.slot_offset(slot)
             low, high = origin + start * lane.row_bytes, origin + end * lane.row_bytes
-            for index in range(low // self.page_bytes, -(-high // self.page_bytes)):
+            own_end = origin // self.page_bytes + ends[slot]
+            for index in range(low // self.page_bytes, min(-(-high // self.page_bytes), own_end)):
                 page = reservation.pages.get(index)
                 if page is not None and page.shared:
                     complete = False
@@ -255,21 +316,36 @@ class PageTable:
     def backed_rows(self, slot: int) -> int:
         """Rows from 0 on that every lane has pages for, found by looking."""
         lowest = None
-        for reservation, lane in self.lanes:
+        for (reservation, lane), ends in zip(self.lanes, self._ends, strict=True):
             base, index = lane.slot_offset(slot) // self.page_bytes, 0
-            while base + index in reservation.pages:
+            while index < ends[slot] and base + index in reservation.pages:
                 index += 1
             lane_rows = index * self.page_bytes // lane.row_bytes
             lowest = lane_rows if lowest is None else min(lowest, lane_rows)
         return lowest or 0
 
     def pages_of(self, slot: int) -> Iterator[tuple[int, Page]]:
-        """(address, page) of every page that a slot has."""
+        """(address, page) of every page that is a sequence's own."""
         for (reservation, lane), ends in zip(self.lanes, self._ends, strict=True):
             base = lane.slot_offset(slot) // self.page_bytes
             for index in range(base, base + ends[slot]):
                 if index in reservation.pages:
                     yield reservation.address_of(index), reservation.pages[index]
+
+    def num_pages(self, rows: int) -> list[int]:
+        """Per lane, the pages that a sequence of so many rows has."""
+        return [self._num_pages(lane, rows) for _, lane in self.lanes]
+
+    def _locate(self, address: int) -> tuple[int, int, int]:
+        """(lane, slot, which of the slot's pages there) of a mapped address."""
+        number = self._lane_at[bisect_right(self._sorted_origins, address) - 1]
+        slot, offset = divmod(address - self._origins[number], self.lanes[number][1].slot_stride_bytes)
+        return number, slot, offset // self.page_bytes
+
+    def _is_owned(self, address: int) -> bool:
+        """Whether the page mapped there is a sequence's, and not parked."""
+        number, slot, index = self._locate(address)
+        return index < self._ends[number][slot]
 
     def _num_pages(self, lane: Lane, rows: int) -> int:
         """Pages that a sequence of so many rows has, those that kernels read past its end included."""

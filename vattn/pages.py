@@ -66,7 +66,7 @@ class PhysicalPagePool:
             DriverError: a driver call failed.
         """
         if count > self.num_available:
-            raise self._out_of_pages(count, "which memory_limit does not allow")
+            raise self.out_of_pages(count, "which memory_limit does not allow")
         reused: list[Page] = []
         created: list[Page] = []
         undo.push(self._untake, reused, created)
@@ -78,7 +78,7 @@ class PhysicalPagePool:
                 self.driver.create_pages(self.page_bytes, missing, handles)
         except DriverError as error:
             if error.out_of_memory:
-                raise self._out_of_pages(count, f"which the device does not have ({error})") from error
+                raise self.out_of_pages(count, f"which the device does not have ({error})") from error
             raise
         finally:
             created += [Page(handle) for handle in handles]
@@ -104,11 +104,12 @@ class PhysicalPagePool:
         self.driver.release(page.handle)
         self.pages.discard(page)
 
-    def _out_of_pages(self, count: int, why: str) -> OutOfPages:
-        asked_bytes, free_bytes = count * self.page_bytes, self.num_available * self.page_bytes
+    def out_of_pages(self, count: int, why: str, num_parked: int = 0) -> OutOfPages:
+        """The error for ``count`` pages that cannot be had, ``num_parked`` mapped ones that are nobody's included."""
+        asked_bytes, free_bytes = count * self.page_bytes, (self.num_available + num_parked) * self.page_bytes
         return OutOfPages(
-            f"asked for {asked_bytes} bytes ({count} pages), {why}: {free_bytes} bytes are free or may still be "
-            f"created, {self.physical_bytes} bytes are taken, memory_limit is {self.limit_bytes} bytes; "
+            f"asked for {asked_bytes} bytes ({count} pages), {why}: {free_bytes} bytes are free, parked or may still "
+            f"be created, {self.physical_bytes} bytes are taken, memory_limit is {self.limit_bytes} bytes; "
             "release or truncate a sequence, or raise memory_limit",
             asked_bytes=asked_bytes,
             free_bytes=free_bytes,

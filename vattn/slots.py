@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import asdict
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 
 from .backing import Backing
 from .driver import Driver
+from .epochs import WorkTracker
 from .errors import ConfigError, DriverError, OutOfPages
-from .ordering import WorkTracker
-from .page_table import Growth
-from .stats import CacheStats
+from .plans import Growth, Plan, Sharing
 from .undo import Undo
 
-FREE, LIVE, RETIRED = 0, 1, 2  # retired: released while a step is open on it, or its pages could not go yet
+FREE, LIVE, RETIRED = 0, 1, 2  # retired: released while a step is open on it
+
+_Plan = TypeVar("_Plan", bound=Plan)
 
 
 class Slots:
@@ -27,11 +28,13 @@ class Slots:
         state: per slot, FREE, LIVE or RETIRED.
         seq_len: per slot, rows backed on request.
         reach: per slot, rows that it can grow to without a driver call: mapped, private, and no one else's data.
+        to_shrink: live slots with pages past their rows, to be taken later.
     """
 
     def __init__(self, backing: Backing, driver: Driver, max_slots: int, max_seq_len: int) -> None:
         self.backing = backing
         self.table = backing.table
+        self.parking = backing.table.parking
         self.driver = driver
         self.work = WorkTracker(driver)
         self.max_seq_len = max_seq_len
@@ -42,22 +45,25 @@ class Slots:
         # sequence may have left its data.
         self._stale_to: dict[int, int] = {}
         self.num_oom = 0
-        self._to_shrink: set[int] = set()  # live slots with pages past their rows, to be taken later
+        self.to_shrink: set[int] = set()
 
     def with_state(self, state: int) -> list[int]:
         return np.flatnonzero(self.state == state).tolist()
 
     # -- taking and ending ---------------------------------------------------------------------------------------
-    def find_free(self) -> int | None:
-        """The lowest free slot; waits for retired ones only if there is no other."""
+    def find_free(self, expect_len: int | None = None, to_share: bool = False) -> int | None:
+        """The free slot that fits best: with the most parked pages that so many rows (None: any number) can use, then
+        with the fewest others, then the lowest; for shared pages, which are mapped anew, that with the fewest."""
+        self._park_retired()
         free = np.flatnonzero(self.state == FREE)
-        if not free.size and self.finish_deferred(wait=True):
-            free = np.flatnonzero(self.state == FREE)
-        return int(free[0]) if free.size else None
+        if not free.size:
+            return None
+        if to_share:
+            return self.parking.emptiest(free)
+        return self.parking.best_fit(free, self.table.num_pages(expect_len or self.max_seq_len))
 
     def is_free(self, slot: int) -> bool:
-        if self.state[slot] == RETIRED:
-            self.finish_deferred(wait=True, slots=[slot])
+        self._park_retired()
         return bool(self.state[slot] == FREE)
 
     def start(self, slot: int) -> None:
@@ -66,15 +72,19 @@ class Slots:
         self._stale_to.pop(slot, None)
 
     def end(self, slot: int) -> None:
+        """End a sequence; its pages stay mapped, for the next one in the slot or until they are needed elsewhere."""
         self.refuse_capture("release")
-        if self.work.is_open(slot):
-            self.work.submitted([slot])
-            self.state[slot] = RETIRED
-            self._to_shrink.discard(slot)
-        else:
-            self._shrink_now(slot, 0)
-            self.state[slot] = FREE
+        self.work.submitted([slot])
+        self.to_shrink.discard(slot)
         self.seq_len[slot] = self.reach[slot] = 0
+        self.state[slot] = RETIRED
+        self._park_retired()
+
+    def _park_retired(self) -> None:
+        for slot in self.with_state(RETIRED):
+            if not self.work.is_open(slot):
+                self.parking.park(slot, self.work.epoch(slot))
+                self.state[slot] = FREE
 
     # -- growing -------------------------------------------------------------------------------------------------
     def grow(self, requests: list[tuple[int, int]]) -> None:
@@ -82,7 +92,7 @@ class Slots:
         slots = [slot for slot, _ in requests]
         old = self.seq_len[slots].tolist()
         targets = [(slot, start, end, start) for (slot, end), start in zip(requests, old, strict=True)]
-        self._with_reclaim(self._try_grow, targets)
+        self._with_room(partial(self._plan_growth, targets), partial(self._grow, targets))
         ends = np.fromiter((end for _, end in requests), np.int64, len(requests))
         self.seq_len[slots] = ends
         if self._stale_to or self.table.over_read.tokens:
@@ -92,15 +102,17 @@ class Slots:
 
     def make_writable(self, slot: int, start: int, end: int) -> None:
         """Copy the shared pages under rows ``[start, end)``, whole as far as the sequence goes."""
-        self._with_reclaim(self._try_grow, [(slot, start, end, int(self.seq_len[slot]))])
+        targets = [(slot, start, end, int(self.seq_len[slot]))]
+        self._with_room(partial(self._plan_growth, targets), partial(self._grow, targets))
 
-    def _try_grow(self, targets: list[tuple[int, int, int, int]]) -> None:
+    def _plan_growth(self, targets: list[tuple[int, int, int, int]]) -> Growth | None:
+        """What backs rows ``[start, end)`` of (slot, start, end, rows to keep); None if that is nothing."""
         growth = Growth()
         for slot, start, end, keep_rows in targets:
             self.table.growth(slot, start, end, keep_rows, growth)
-        stale = [slot for slot, *_ in targets if slot in self._stale_to]
-        if not growth.num_pages and not stale:
-            return
+        stale = any(slot in self._stale_to for slot, *_ in targets)
+        if not (growth.num_pages or growth.adopted or growth.unparked or stale):
+            return None
         self.refuse_capture("mapping a page")
         for slot in growth.slots_with_shared:
             if self.work.is_open(slot):
@@ -108,10 +120,15 @@ class Slots:
                     f"rows of slot {slot} share a page with another sequence and need a private copy, which cannot be "
                     "made while a step is open on the slot: call ensure or make_writable before step"
                 )
+        return growth
+
+    def _grow(self, targets: list[tuple[int, int, int, int]], growth: Growth) -> None:
         if growth.slots_with_shared:
             for slot in growth.slots_with_shared:
                 self.work.wait(slot)
             self.work.wait_for_current_stream()
+        self._await_epochs(growth)
+        stale = [slot for slot, *_ in targets if slot in self._stale_to]
         with self._transaction([slot for slot, *_ in targets]) as undo:
             submitted = self.table.grow(growth, undo)
             if stale:
@@ -127,17 +144,24 @@ class Slots:
     def fork(self, parent: int, child: int, rows: int) -> None:
         """Make an empty live slot share the parent's first rows."""
         self.work.order_current_stream([parent])
-        self._with_reclaim(self._try_alias, parent, child, rows)
+        self._with_room(partial(self.table.sharing, parent, child, rows), partial(self._share, parent, child, rows))
         self.seq_len[child] = rows
         self._measure_reach(child)
 
-    def _try_alias(self, parent: int, child: int, rows: int) -> None:
+    def _share(self, parent: int, child: int, rows: int, plan: Sharing) -> None:
+        self._await_epochs(plan)
         with self._transaction([]) as undo:
-            self.table.alias(parent, child, rows, undo)
-        self.table.note_end(child, rows)
+            self.table.share(plan, undo)
+        self.table.note_sharing(child, rows, plan)
         # Whatever wrote the shared rows lies before this point of the current stream: the child's work on other streams
         # has to come after it, a copy or not.
         self.work.copied([parent, child])
+
+    def _await_epochs(self, plan: Plan) -> None:
+        """Parked pages are unmapped when the work that used them has ended, and scrubbed behind it."""
+        for slot in plan.slots_unparked:
+            self.parking.epochs[slot].wait()
+        self.work.order_behind(self.parking.epochs[slot] for slot in plan.slots_adopting)
 
     # -- giving back ---------------------------------------------------------------------------------------------
     def truncate(self, slot: int, rows: int) -> None:
@@ -147,7 +171,7 @@ class Slots:
         if self.work.is_open(slot):
             self.work.submitted([slot])
             self.seq_len[slot] = self.reach[slot] = rows
-            self._to_shrink.add(slot)
+            self.to_shrink.add(slot)
         else:
             self._shrink_now(slot, rows)
             self.seq_len[slot] = self.reach[slot] = rows  # measured below, once all is done
@@ -172,7 +196,8 @@ class Slots:
         stale = [slot for slot in slots if slot in self._stale_to and not self.work.is_open(slot)]
         if stale:
             rows = self.seq_len[stale].tolist()
-            self._with_reclaim(self._try_grow, [(slot, n, n, n) for slot, n in zip(stale, rows, strict=True) if n])
+            targets = [(slot, n, n, n) for slot, n in zip(stale, rows, strict=True) if n]
+            self._with_room(partial(self._plan_growth, targets), partial(self._grow, targets))
 
     def _wipe(self, stale: list[int], undo: Undo) -> None:
         for slot in stale:
@@ -198,23 +223,24 @@ class Slots:
             with self._transaction([slot]) as undo:
                 taken = self.table.shrink(slot, rows, undo)
             self.table.finish_shrink(slot, rows, taken)
-        self._to_shrink.discard(slot)
+        self.to_shrink.discard(slot)
 
-    def finish_deferred(self, wait: bool, slots: Iterable[int] | None = None) -> bool:
-        """Take the pages of slots that were released or cut short inside a step, where that step's work has ended.
+    def finish_deferred(self, wait: bool) -> bool:
+        """Do what had to be left while steps were open: park slots that were released, and take the pages of sequences
+        that were cut short, where the work on them has ended.
 
         Args:
             wait: block for work that was submitted (never for a step that is still open), and raise what fails; else
                 leave for later whatever cannot be done at once.
-            slots: only these, which are retired or wait to be shrunk.
 
         Returns:
-            Whether anything was taken.
+            Whether pages were taken.
         """
+        self._park_retired()
         found = False
         if not wait and self.driver.is_capturing():
             return found
-        for slot in (*self.with_state(RETIRED), *tuple(self._to_shrink)) if slots is None else slots:
+        for slot in tuple(self.to_shrink):
             if self.work.is_open(slot) or not (wait or self.work.done(slot)):
                 continue
             try:
@@ -223,24 +249,52 @@ class Slots:
                 if wait:
                     raise
                 continue
-            if self.state[slot] == RETIRED:
-                self.state[slot] = FREE
-            else:
-                self._measure_reach(slot)
+            self._measure_reach(slot)
             found = True
         return found
 
+    def unpark(self, count: int, sparing: Iterable[int] = ()) -> bool:
+        """Unmap parked pages until ``count`` more are free or none is left. Returns whether any was unmapped.
+
+        From the end of a slot's pages to its start, and one slot after another: first those where the host need not
+        wait for work to end, then the others, last those of ``sparing``; among equals the one released least recently.
+        """
+        free, sparing = self.backing.pool.free, set(sparing)
+        target = len(free) + count
+        found = False
+        for wait, spared in ((False, False), (True, False), (True, True)):
+            for slot, epoch in tuple(self.parking.epochs.items()):
+                if len(free) >= target:
+                    return found
+                if (slot in sparing) != spared or not (wait or epoch.done()):
+                    continue
+                epoch.wait()
+                while len(free) < target and slot in self.parking.epochs:
+                    with Undo() as undo:
+                        taken, tops = self.parking.unpark(slot, target - len(free), undo)
+                    self.parking.finish_unpark(slot, taken, tops)
+                    found |= bool(taken)
+        return found
+
     # -- all or nothing ------------------------------------------------------------------------------------------
-    def _with_reclaim(self, attempt: Callable[..., None], *arguments: object) -> None:
-        """Run ``attempt``; out of pages, run it once more if pages could be had from released or truncated slots."""
+    def _with_room(self, plan: Callable[[], _Plan | None], carry_out: Callable[[_Plan], None]) -> None:
+        """Carry out what ``plan`` says, which touches nothing; where pages are short, make room and plan again."""
+        pool = self.backing.pool
         try:
             self.backing.clear_strays()
-            try:
-                attempt(*arguments)
-            except OutOfPages:
-                if not self.finish_deferred(wait=True):
-                    raise
-                attempt(*arguments)
+            while (work := plan()) is not None:
+                if work.num_pages > pool.num_available:
+                    self._make_room(work)
+                    continue
+                try:
+                    return carry_out(work)
+                except OutOfPages:  # not the limit: the device has less
+                    missing = work.num_pages - len(pool.free)
+                    if not (self.finish_deferred(wait=True) or self.unpark(missing, work.slots_adopting)):
+                        raise
+                except DriverError as error:  # the tables that the system keeps of mappings, parked ones too
+                    if not error.out_of_memory or not self.unpark(len(pool.pages)):
+                        raise
         except OutOfPages:
             self.num_oom += 1
             raise
@@ -248,13 +302,23 @@ class Slots:
             if not error.out_of_memory:
                 raise
             self.num_oom += 1
-            pool = self.backing.pool
             raise OutOfPages(
                 f"the system ran out of what mapping pages takes: {error}; {pool.physical_bytes} bytes are taken, "
                 f"memory_limit is {pool.limit_bytes} bytes",
                 free_bytes=pool.num_available * pool.page_bytes,
                 limit_bytes=pool.limit_bytes,
             ) from error
+
+    def _make_room(self, work: Plan) -> None:
+        """More pages for ``work`` than the limit allows now. What would not suffice is left as it is: OutOfPages."""
+        pool = self.backing.pool
+        if self.finish_deferred(wait=True):
+            return
+        num_parked = self.parking.num_pages()
+        asked = work.num_pages + len(work.adopted)
+        if asked > pool.num_available + num_parked:
+            raise pool.out_of_pages(asked, "which memory_limit does not allow", num_parked)
+        self.unpark(work.num_pages - pool.num_available, work.slots_adopting)
 
     def _transaction(self, slots: Iterable[int]) -> Undo:
         return Undo(lambda: self._resync(slots))
@@ -268,62 +332,10 @@ class Slots:
             readable = self.table.backed_rows(slot) - over_read.tokens
             self.seq_len[slot] = self.reach[slot] = max(0, min(int(self.seq_len[slot]), readable))
             if self.state[slot] == LIVE:
-                self._to_shrink.add(slot)
+                self.to_shrink.add(slot)
 
     def refuse_capture(self, what: str) -> None:
         if self.driver.is_capturing():
             raise ConfigError(
                 f"{what} cannot be part of a graph: call ensure, fork, truncate and release before capture"
             )
-
-    # -- looking -------------------------------------------------------------------------------------------------
-    def stats(self, bytes_per_token: int) -> CacheStats:
-        """Counts and bytes, as ``CacheStats`` defines them."""
-        backing, pool, counts = self.backing, self.backing.pool, self.driver.counts
-        page_bytes = pool.page_bytes
-        # Mappings that no live sequence stands behind: retired slots', and what failed undos left.
-        ownerless = Counter(page for _, page in backing.stray_pages())
-        for slot in self.with_state(RETIRED):
-            ownerless.update(page for _, page in self.table.pages_of(slot))
-        num_parked = sum(1 for page, maps in ownerless.items() if maps == len(page.maps))
-        num_shared = pool.num_shared - sum(
-            1 for page, maps in ownerless.items() if len(page.maps) - maps < 2 and page.shared
-        )
-        live = self.state == LIVE
-        row_bytes = int(self.seq_len[live].sum()) * bytes_per_token
-        return CacheStats(
-            reserved_bytes=backing.reserved_bytes,
-            physical_bytes=pool.physical_bytes,
-            mapped_bytes=backing.num_mapped * page_bytes,
-            in_use_bytes=(len(pool.pages) - len(pool.free) - num_parked) * page_bytes,
-            parked_bytes=num_parked * page_bytes,
-            free_bytes=len(pool.free) * page_bytes,
-            index_bytes=0,
-            shared_bytes=num_shared * page_bytes,
-            row_bytes=row_bytes,
-            waste_bytes=(backing.num_mapped - ownerless.total()) * page_bytes - row_bytes,
-            peak_physical_bytes=pool.peak_pages * page_bytes,
-            memory_limit_bytes=pool.limit_bytes,
-            page_bytes=page_bytes,
-            num_live_slots=int(live.sum()),
-            **asdict(counts),
-            num_oom=self.num_oom,
-        )
-
-    def check_integrity(self) -> None:
-        """Every slot has the pages that its rows need, and a free one has none."""
-        backing = self.backing
-        backing.check_integrity()
-        assert all(self.state[slot] == LIVE for slot in self._to_shrink), "a slot that is not live waits to be shrunk"
-        for slot, state in enumerate(self.state.tolist()):
-            rows, reach = int(self.seq_len[slot]), int(self.reach[slot])
-            assert 0 <= rows <= reach <= self.max_seq_len, f"slot {slot}: {rows} rows, reach {reach}"
-            if state == LIVE:
-                readable = reach + self.table.over_read.tokens if reach else 0
-                assert self.table.backed_rows(slot) >= readable, f"slot {slot} lacks pages for its rows"
-                assert self.table.private_rows(slot, rows) >= reach, f"slot {slot} would write into a shared page"
-                waits = slot in self._to_shrink
-                assert waits or not self.table.has_pages_past(slot, reach), f"slot {slot} keeps pages past its rows"
-            else:
-                assert rows == 0, f"slot {slot} is not live, yet has rows"
-                assert state == RETIRED or not self.table.has_pages_past(slot, 0), f"free slot {slot} has pages"

@@ -33,19 +33,21 @@ class CacheStats:
         reserved_bytes: address space reserved; costs no memory.
         physical_bytes: memory taken from the driver.
         mapped_bytes: every mapping counted, so a page shared by two slots counts twice.
-        in_use_bytes: handles mapped by a live slot.
-        parked_bytes: handles mapped only by released slots, until the work that reads them has ended.
+        in_use_bytes: handles that live sequences have.
+        parked_bytes: handles that only released sequences had, still mapped where those were, for the next in the slot.
         free_bytes: handles kept for the next request; ``KVCache.trim`` gives them back to the driver.
         index_bytes: handles held by a prefix index.
         shared_bytes: handles mapped by two or more live slots, each once.
         row_bytes: rows backed on request, each row once per slot.
-        waste_bytes: live slots' mapped bytes minus their ``row_bytes``.
+        waste_bytes: live sequences' mapped bytes minus their ``row_bytes``.
         peak_physical_bytes: the largest ``physical_bytes`` so far.
         memory_limit_bytes: what ``physical_bytes`` never exceeds.
         page_bytes: size of one handle.
         num_live_slots: slots that own a sequence.
         num_create, num_release, num_map, num_unmap, num_set_access, num_copy, num_zero: driver calls.
         num_oom: how often ``OutOfPages`` was raised.
+        num_adopted: parked pages that a sequence took over, without a driver call.
+        num_unparked: parked pages that were unmapped, for use elsewhere or by ``KVCache.trim``.
     """
 
     reserved_bytes: int
@@ -70,6 +72,8 @@ class CacheStats:
     num_copy: int
     num_zero: int
     num_oom: int
+    num_adopted: int
+    num_unparked: int
 
     @property
     def num_driver_calls(self) -> int:

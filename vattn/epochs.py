@@ -1,19 +1,44 @@
-"""Which work may still touch a slot's pages: steps that are open, and fences behind what was submitted."""
+"""Submission epochs: which work may still touch a slot's pages, submitted to some stream or only scheduled.
+
+The invariant: a page is unmapped, mapped elsewhere, scrubbed or given another owner only behind its *epoch*, all work
+that anyone could have launched on it by the time its sequence gave it up.
+
+* Work that was *submitted*, by a step, a graph's replay or a plain launch, lies before a fence of its stream: one is
+  set when a step is left, when a sequence ends, and behind the cache's own copies and scrubbing.
+* Work that is *scheduled*, its launch still to come, has no place in a stream yet, so that not even a synchronisation
+  with the whole device would wait for it. It is announced by entering a step: no epoch is taken while one is open.
+* The host waits for an epoch only before unmapping; scrubbing and copying are put behind it on the device.
+
+Work that comes later, or belongs to other slots, is no part of an epoch, and nobody waits for it.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from .driver import Driver, Fence
 
 
-class WorkTracker:
-    """Per slot, the open steps and the newest fence of each stream that worked on it.
+@dataclass(frozen=True, slots=True)
+class Epoch:
+    """The work that may touch some pages, all of it submitted: everything before these fences."""
 
-    A page is unmapped or given another owner only when no step of its slot is open and all of its fences are done: a
-    step covers work that is scheduled but not yet submitted, which no synchronisation with the device would see.
-    """
+    fences: tuple[Fence, ...] = ()
+
+    def done(self) -> bool:
+        """Whether that work has ended; never waits."""
+        return all(fence.done() for fence in self.fences)
+
+    def wait(self) -> None:
+        """Block the host until it has."""
+        for fence in self.fences:
+            fence.wait()
+
+
+class WorkTracker:
+    """Per slot, the open steps and the newest fence of each stream that worked on it."""
 
     def __init__(self, driver: Driver) -> None:
         self._driver = driver
@@ -62,15 +87,23 @@ class WorkTracker:
         for fence in fences.values():
             self._driver.order_after(fence)
 
+    def order_behind(self, epochs: Iterable[Epoch]) -> None:
+        """Make the current stream wait for these epochs."""
+        for fence in {id(fence): fence for epoch in epochs for fence in epoch.fences}.values():
+            self._driver.order_after(fence)
+
+    def epoch(self, slot: int) -> Epoch:
+        """All the work that can touch the slot's pages as they are now. The slot has no open step."""
+        assert not self.is_open(slot), "a step that is still open may launch more work"
+        return Epoch(tuple(self._all(slot)))
+
     def done(self, slot: int) -> bool:
         """Whether no work can touch the slot's pages any more; never waits."""
-        return not self.is_open(slot) and all(fence.done() for fence in self._all(slot))
+        return not self.is_open(slot) and self.epoch(slot).done()
 
     def wait(self, slot: int) -> None:
         """Block the host until the submitted work on the slot has ended. The slot has no open step."""
-        assert not self.is_open(slot), "waiting for a step that is still open would never end"
-        for fence in self._all(slot):
-            fence.wait()
+        self.epoch(slot).wait()
         self._fences.pop(slot, None)
 
     def wait_for_current_stream(self) -> None:
