@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import random
 import time
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,6 +22,7 @@ import vattn
 from vattn.driver import open_driver
 
 _ROW_STEP, _TAG_STEP = 1 << 7, 1 << 21  # a value is tag, row, and which tensor, exact in float64
+_GARBAGE = 3e300
 _MAX_SEQ_LEN = 90
 _DRIVER_CALLS = ("create", "release", "map", "set_access", "unmap", "zero", "copy")
 
@@ -95,7 +97,10 @@ class Fuzz:
         self.tags: dict[int, list[int]] = {}  # per live slot and row, the last write; 0: never written
         self.past: dict[int, list[set[int]]] = {}  # per slot and row, every tag that this sequence had there
         self.next_tag = 1
-        self.counts: dict[str, int] = {}
+        self.counts: Counter[str] = Counter()
+        self._num_unparked = 0
+        self._out_of_memory = False  # an injected failure says so
+        self._faults: list[str] = []  # work that came to run where its pages were gone
 
     # -- patterns ------------------------------------------------------------------------------------------------
     def _tensors(self) -> Iterator[tuple[int, torch.Tensor]]:
@@ -161,12 +166,29 @@ class Fuzz:
     def _length(self, low: int = 0) -> int:
         return min(_MAX_SEQ_LEN, low + int(self.random.expovariate(1 / 25)))
 
+    def _launch_garbage(self, slot: int) -> None:
+        """Work on a sequence about to end, which runs as late as it may; it writes, unless others share the rows."""
+        if self.queued and self.tags[slot]:
+            rows = len(self.tags[slot])
+            value = None if self.model.is_shared(slot, 0, rows) else _GARBAGE
+            for _, tensor in self._tensors():
+                view = tensor[slot, :rows]
+                pages = range(view.data_ptr() // 4096 * 4096, view[-1].data_ptr() + view[-1].nbytes, 4096)
+                self.queued.launch(lambda view=view, pages=pages: self._work(view, pages, value))
+
+    def _work(self, view: torch.Tensor, pages: range, value: float | None) -> None:
+        if not all(address in self.driver.book.mappings for address in pages):
+            self._faults.append(f"work at {pages} found no pages")
+        elif value is not None:
+            view.fill_(value)
+
     def acquire(self) -> None:
         wanted = self.random.choice([None, self.random.randrange(self.max_slots)])
+        expected = self.random.choice([None, self._length()])
         if len(self.tags) == self.max_slots or wanted in self.tags:
             self._refused(vattn.OutOfSlots, lambda: self.cache.acquire(wanted))
             return
-        slot = self.cache.acquire(wanted)
+        slot = self.cache.acquire(wanted, expect_len=expected)
         assert slot not in self.tags
         assert wanted in (None, slot)
         self.tags[slot], self.past[slot], self.model.rows[slot] = [], [], 0
@@ -193,8 +215,17 @@ class Fuzz:
             return
         num_rows = len(self.tags[parent]) if rows is None else rows
         into = self.random.choice([None, *(slot for slot in range(self.max_slots) if slot not in self.tags)])
-        child = min(slot for slot in range(self.max_slots) if slot not in self.tags) if into is None else into
-        if self._fits(lambda: self.model.fork(parent, child, num_rows), lambda: self.cache.fork(parent, rows, into)):
+        before, forked = self.model.save(), []
+        # Whether it fits does not depend on the slot; the page account does.
+        some = min(slot for slot in range(self.max_slots) if slot not in self.tags) if into is None else into
+        if self._fits(
+            lambda: self.model.fork(parent, some, num_rows), lambda: forked.append(self.cache.fork(parent, rows, into))
+        ):
+            (child,) = forked
+            assert child not in self.tags
+            assert into in (None, child)
+            self.model.restore(before)
+            self.model.fork(parent, child, num_rows)
             self.tags[child] = self.tags[parent][:num_rows]
             self.past[child] = [{tag} for tag in self.tags[child]]
             if num_rows and self.over_read:
@@ -207,7 +238,10 @@ class Fuzz:
         del self.tags[slot][rows:]
 
     def release(self, slot: int) -> None:
+        self._launch_garbage(slot)
+        calls = self.cache.stats().num_driver_calls
         self.cache.release(slot)
+        assert self.cache.stats().num_driver_calls == calls
         self.model.release(slot)
         del self.tags[slot], self.past[slot]
 
@@ -260,34 +294,76 @@ class Fuzz:
 
     def trim(self) -> None:
         self.cache.trim(self.random.choice([0, 4096 * self.random.randrange(64)]))
+        stats = self.cache.stats()
+        assert stats.parked_bytes == 0
+        self.model.parked.clear()
+        self._num_unparked = stats.num_unparked
 
     # -- checks --------------------------------------------------------------------------------------------------
     def _fits(self, in_model, in_cache) -> bool:
         """Run an operation on both; they agree on whether the memory limit allows it."""
-        table, rows, stale = dict(self.model.table), dict(self.model.rows), dict(self.model.stale)
+        saved = self.model.save()
         try:
             in_model()
         except DoesNotFit:
+            self.model.restore(saved)
             self._refused(vattn.OutOfPages, in_cache)
             return False
         try:
             in_cache()
         except vattn.DriverError:
-            self.model.table, self.model.rows, self.model.stale = table, rows, stale
+            self.model.restore(saved)
             raise
+        except vattn.OutOfPages:
+            assert self._out_of_memory, "it fits in the limit"
+            self.model.restore(saved)
+            self.counts["device out of memory"] += 1
+            return False
         return True
 
     def _refused(self, error: type[Exception], operation) -> None:
         try:
             operation()
         except error:
-            self.counts[error.__name__] = self.counts.get(error.__name__, 0) + 1
+            self.counts[error.__name__] += 1
         else:
             raise AssertionError(f"{error.__name__} was due")
 
+    def _mappings(self) -> dict[tuple[int, int, int], int]:
+        """(slot, lane, index) -> handle of everything that the driver has mapped."""
+        backing, found, number = self.cache._slots.backing, {}, 0
+        for reservation, plan in zip(backing.reservations, backing.plans, strict=True):
+            for lane in plan.lanes:
+                start = reservation.address + lane.offset_bytes
+                for address, mapping in self.driver.book.mappings.items():
+                    slot, offset = divmod(address - start, lane.slot_stride_bytes)
+                    if 0 <= slot < self.max_slots:
+                        found[slot, number, offset // self.model.page_bytes] = mapping.handle
+                number += 1
+        return found
+
+    def check_pages(self, stats: vattn.CacheStats) -> None:
+        """The driver's mappings are the model's, page by page; parked ones may have been taken for use elsewhere."""
+        mappings, model = self._mappings(), self.model
+        taken = model.parked.keys() - mappings.keys()
+        assert not taken or stats.num_unparked >= self._num_unparked + len(taken), "parked pages went uncounted"
+        self.counts["reclaimed"] += len(taken)
+        self.counts["adopted"] = stats.num_adopted
+        self.counts["parked aliases"] += len(model.parked) - len(set(model.parked.values()) - set(model.table.values()))
+        self._num_unparked = stats.num_unparked
+        model.unparked(taken)
+        assert mappings.keys() == model.table.keys() | model.parked.keys()
+        pages = {**model.table, **model.parked}
+        pairs = {(pages[key], handle) for key, handle in mappings.items()}
+        assert len(pairs) == len({page for page, _ in pairs}) == len({handle for _, handle in pairs}), (
+            "who shares a page with whom is not as the model says"
+        )
+
     def check(self, every_row: bool) -> None:
+        assert not self._faults, self._faults
         self.cache.check_integrity()
         stats = self.cache.stats()
+        self.check_pages(stats)
         for name, value in self.model.expected_stats(self.layout.bytes_per_token).items():
             assert getattr(stats, name) == value, f"{name}: {getattr(stats, name)}, the model says {value}"
         assert stats.physical_bytes == stats.in_use_bytes + stats.parked_bytes + stats.free_bytes + stats.index_bytes
@@ -316,17 +392,20 @@ class Fuzz:
             self.queued.streams.setdefault(self.random.randrange(3), type(self.queued.streams[0])())
             self.queued.current = self.random.choice(sorted(self.queued.streams))
         if self.fail and self.random.random() < 0.2 and name != "step":
-            self.driver.fail(self.random.choice(_DRIVER_CALLS), at=self.random.randint(1, 4))
-        self.counts[name] = self.counts.get(name, 0) + 1
+            self._out_of_memory = self.random.random() < 0.3
+            call, at = self.random.choice(_DRIVER_CALLS), self.random.choice([1, 1, 2, 4])
+            self.driver.fail(call, at=at, out_of_memory=self._out_of_memory)
+        self.counts[name] += 1
         try:
             getattr(self, name)(*arguments)
         except vattn.DriverError as error:
             if error.result != "INJECTED":
                 raise
-            self.counts["DriverError"] = self.counts.get("DriverError", 0) + 1
+            self.counts["DriverError"] += 1
             self.check(every_row=True)
         finally:
             self.driver.heal()
+            self._out_of_memory = False
         if arguments and arguments[0] in self.tags:
             self.check_rows(arguments[0])
 

@@ -11,7 +11,10 @@ class DoesNotFit(Exception):
 
 
 class PageModel:
-    """Which page backs which (slot, lane, index), by the contract's rules alone.
+    """Which page backs which (slot, lane, index), by the contract's rules alone; and which a slot's last sequence left.
+
+    What is parked never decides whether an operation fits. Which parked pages are taken when memory is short is the
+    cache's choice: ``unparked`` is told.
 
     Args:
         lane_row_bytes: bytes per token of every lane.
@@ -30,6 +33,7 @@ class PageModel:
         self.page_bytes = page_bytes
         self.limit_pages = limit_pages
         self.table: dict[tuple[int, int, int], int] = {}
+        self.parked: dict[tuple[int, int, int], int] = {}
         self.rows: dict[int, int] = {}
         self.stale: dict[int, int] = {}  # up to which row an older, longer self left something, if that matters
         self._new_id = count(1).__next__
@@ -37,17 +41,39 @@ class PageModel:
     def _owners(self) -> Counter[int]:
         return Counter(self.table.values())
 
+    def save(self) -> tuple[dict, ...]:
+        return dict(self.table), dict(self.parked), dict(self.rows), dict(self.stale)
+
+    def restore(self, saved: tuple[dict, ...]) -> None:
+        self.table, self.parked, self.rows, self.stale = map(dict, saved)
+
     def _replace(self, keys: list[tuple[int, int, int]]) -> None:
-        """Put a page of its own behind every key, if the limit allows."""
+        """Put a page of its own behind every key, if the limit allows: the one parked there, or a new one."""
         if len(set(self.table.values())) + len(keys) > self.limit_pages:
             raise DoesNotFit
+        maps = Counter([*self.table.values(), *self.parked.values()])
         for key in keys:
-            self.table[key] = self._new_id()
+            page = self.parked.pop(key, 0)
+            self.table[key] = page if maps[page] == 1 else self._new_id()
+
+    def unparked(self, keys: set[tuple[int, int, int]]) -> None:
+        """These parked pages were unmapped to be used elsewhere: the ones furthest from the start of their slots.
+
+        But for pages that a sequence has: those may have been in the way of one that failed to be wiped earlier.
+        """
+        gone = {key: self.parked.pop(key) for key in keys}
+        for (slot, lane, index), page in gone.items():
+            left = [other[2] for other in self.parked if other[:2] == (slot, lane)]
+            in_order = index > max(left, default=-1) or page in self.table.values()
+            assert in_order, f"slot {slot} lost page {index}, but not a later one"
 
     def _to_replace(
-        self, slot: int, start: int, end: int, owners: Counter[int], grows: bool = True
+        self, slot: int, start: int, end: int, owners: Counter[int], sole: set[int], grows: bool = True
     ) -> list[tuple[int, int, int]]:
-        """The pages to put in place of none or of a shared one; ``owners`` is counted down for the latter."""
+        """The pages to put in place of none or of a shared one; ``owners`` is counted down for the latter.
+
+        Those that become private as they are, for want of other owners, are added to ``sole``.
+        """
         keys = []
         for lane, row_bytes in enumerate(self.lane_row_bytes):
             last_private = -(-end * row_bytes // self.page_bytes) - 1
@@ -57,11 +83,18 @@ class PageModel:
                 if page is None or (private and owners[page] > 1):
                     keys.append((slot, lane, index))
                     owners[page] -= 1
+                elif private:
+                    sole.add(page)
         return keys
 
-    def _is_shared(self, slot: int, start: int, end: int) -> bool:
-        """Whether a page under rows ``[start, end)`` has another owner too."""
+    def _make_private(self, pages: set[int]) -> None:
+        """These pages have one owner, and will be written to: nothing parked shows them any more."""
+        self.parked = {key: page for key, page in self.parked.items() if page not in pages}
+
+    def is_shared(self, slot: int, start: int, end: int) -> bool:
+        """Whether a page under rows ``[start, end)`` has another owner too, or had one whose work may be under way."""
         owners = self._owners()
+        owners.update(self.parked.values())
         return any(
             owners[self.table.get((slot, lane, index))] > 1
             for lane, row_bytes in enumerate(self.lane_row_bytes)
@@ -70,31 +103,36 @@ class PageModel:
 
     def _wipe(self, slot: int) -> None:
         """What an older, longer self left is gone from the slot's own pages."""
-        if slot in self.stale and not self._is_shared(slot, self.rows[slot], self.stale[slot]):
+        if slot in self.stale and not self.is_shared(slot, self.rows[slot], self.stale[slot]):
             del self.stale[slot]
 
     def _num_pages(self, lane: int, rows: int) -> int:
         return -(-(rows + self.over_read) * self.lane_row_bytes[lane] // self.page_bytes) if rows else 0
 
     def ensure(self, requests: list[tuple[int, int]]) -> None:
-        owners = self._owners()
+        owners, sole = self._owners(), set[int]()
         longer = [(slot, rows) for slot, rows in requests if rows > self.rows[slot]]
-        keys = [key for slot, rows in longer for key in self._to_replace(slot, self.rows[slot], rows, owners)]
+        keys = [key for slot, rows in longer for key in self._to_replace(slot, self.rows[slot], rows, owners, sole)]
         self._replace(keys)
+        self._make_private(sole)
         for slot, rows in longer:
             self._wipe(slot)
             self.rows[slot] = rows
 
     def make_writable(self, slot: int, start: int, end: int) -> None:
         if start < end:
-            self._replace(self._to_replace(slot, start, end, self._owners(), grows=end >= self.rows[slot]))
+            sole = set[int]()
+            self._replace(self._to_replace(slot, start, end, self._owners(), sole, grows=end >= self.rows[slot]))
+            self._make_private(sole)
             self._wipe(slot)
 
     def step(self, slot: int) -> None:
         """Before a kernel runs that does not mask what it reads past the end, nothing stale may lie there."""
         rows = self.rows[slot]
         if slot in self.stale and rows:
-            self._replace(self._to_replace(slot, rows, rows, self._owners()))
+            sole = set[int]()
+            self._replace(self._to_replace(slot, rows, rows, self._owners(), sole))
+            self._make_private(sole)
             self._wipe(slot)
 
     def fork(self, parent: int, child: int, rows: int) -> None:
@@ -105,6 +143,7 @@ class PageModel:
         self._replace(keys)
         for lane, row_bytes in enumerate(self.lane_row_bytes):
             for index in range(rows * row_bytes // self.page_bytes):
+                self.parked.pop((child, lane, index), None)
                 self.table[child, lane, index] = self.table[parent, lane, index]
         self.rows[child] = rows
 
@@ -119,7 +158,8 @@ class PageModel:
             self._wipe(slot)
 
     def release(self, slot: int) -> None:
-        self.truncate(slot, 0)
+        for key in [key for key in self.table if key[0] == slot]:
+            self.parked[key] = self.table.pop(key)
         del self.rows[slot]
         self.stale.pop(slot, None)
 
@@ -128,7 +168,8 @@ class PageModel:
         row_bytes = sum(self.rows.values()) * bytes_per_token
         return {
             "in_use_bytes": len(owners) * self.page_bytes,
-            "mapped_bytes": len(self.table) * self.page_bytes,
+            "mapped_bytes": (len(self.table) + len(self.parked)) * self.page_bytes,
+            "parked_bytes": len(set(self.parked.values()) - owners.keys()) * self.page_bytes,
             "shared_bytes": sum(1 for maps in owners.values() if maps > 1) * self.page_bytes,
             "row_bytes": row_bytes,
             "waste_bytes": len(self.table) * self.page_bytes - row_bytes,

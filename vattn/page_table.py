@@ -131,7 +131,7 @@ class PageTable:
     def _note_plan(self, plan: Plan) -> None:
         self.parking.num_adopted += len(plan.adopted)
         self.parking.num_unparked += len(plan.unparked_pages)
-        for page in plan.unparked_pages:
+        for page in dict.fromkeys(plan.unparked_pages):  # one may have been parked in two slots
             self.pool.put_back(page)
         for slot in plan.slots_adopting:
             self.parking.forget_empty(slot)
