@@ -1,0 +1,220 @@
+"""A page stays as it is until its epoch is over: all work that could touch it, submitted or scheduled, and no other.
+
+On streams where nothing runs until it must. Work looks whether its pages are there, so that a page taken too early is a
+failed assertion, not a fault.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from stream_driver import StreamDriver
+
+import vattn
+
+PAGE = 4096
+LAYOUT = vattn.KVLayout(1, 1, 8, 400, torch.float32)  # 64 tokens to a page
+
+
+@pytest.fixture
+def driver():
+    return StreamDriver()
+
+
+@pytest.fixture
+def cache(driver):
+    with vattn.KVCache(LAYOUT, 6, memory_limit=4 * PAGE, page_bytes=PAGE, driver=driver) as cache:
+        yield cache
+        driver.synchronize()
+        cache.check_integrity()
+
+
+def new(cache: vattn.KVCache, rows: int, slot: int | None = None) -> int:
+    slot = cache.acquire(slot)
+    cache.ensure(slot, rows)
+    return slot
+
+
+def launch(cache: vattn.KVCache, slot: int, rows: int, value: float | None = None) -> list[bool]:
+    """Work on the current stream that writes the rows, or reads them. Notes when it runs whether their pages are there."""
+    view, found = cache.k(0)[slot, :rows], []
+    pages = range(view.data_ptr() // PAGE * PAGE, view.data_ptr() + rows * LAYOUT.bytes_per_token, PAGE)
+
+    def work() -> None:
+        found.append(all(address in cache.driver.book.mappings for address in pages))
+        if found[0] and value is not None:
+            view.fill_(value)
+
+    cache.driver.launch(work)
+    return found
+
+
+def num_left(driver: StreamDriver, stream: int) -> int:
+    return len(driver.streams[stream].queue) - driver.streams[stream].num_done
+
+
+# -- work that was submitted ------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("end", ["release in the step", "release after the step", "no step"])
+def test_reclaiming_waits_for_the_work_on_its_pages_and_for_no_other(cache, driver, end):
+    """Fails if the wait is left out, and if it is a synchronisation with the whole device."""
+    slot, other = new(cache, 128), cache.acquire()
+    with driver.stream(2):
+        driver.launch(lambda: None)  # a long prefill elsewhere
+    with driver.stream(1):
+        if end == "no step":
+            found = launch(cache, slot, 128, torch.nan)
+            cache.release(slot)
+        else:
+            with cache.step([slot]):
+                found = launch(cache, slot, 128, torch.nan)
+                if end == "release in the step":
+                    cache.release(slot)
+            if end == "release after the step":
+                cache.release(slot)
+    assert driver.num_waits == 0
+    cache.ensure(other, 4 * 64)
+    assert found == [True], "a page was unmapped before the work on it had ended"
+    assert num_left(driver, 2) == 1, "the host waited for work that has nothing to do with the pages"
+    driver.synchronize()
+    assert not cache.rows(other, 0)[0].any()
+
+
+def test_reclaiming_takes_pages_whose_work_has_ended_first(cache, driver):
+    busy, idle, other = new(cache, 128), new(cache, 64), cache.acquire()
+    with driver.stream(1), cache.step([busy]):
+        found = launch(cache, busy, 128)
+        cache.release(busy)  # first, but its work is not done
+    cache.release(idle)
+    driver.run(0)
+    cache.ensure(other, 2 * 64)
+    assert driver.num_waits == 0
+    assert found == []
+    cache.ensure(other, 3 * 64)
+    assert found == [True]
+
+
+def test_what_is_parked_behind_a_sequence_does_not_wait_for_that_ones_work(cache, driver):
+    cache.release(new(cache, 192))
+    slot, other = new(cache, 64), cache.acquire()
+    driver.synchronize()
+    with driver.stream(1), cache.step([slot]):
+        found = launch(cache, slot, 64)
+    cache.ensure(other, 3 * 64)  # takes the two pages behind the first sequence's
+    assert found == []
+    driver.run(1)
+    assert found == [True]
+
+
+def test_scrubbing_for_a_new_owner_comes_behind_the_last_ones_work_without_the_host(cache, driver):
+    slot = new(cache, 128)
+    with driver.stream(1), cache.step([slot]):
+        found = launch(cache, slot, 128, torch.nan)
+        cache.release(slot)
+    with driver.stream(2):
+        assert cache.acquire(slot) == slot
+        cache.ensure(slot, 128)
+    assert driver.num_waits == 0
+    assert found == []
+    driver.run(2)
+    assert found == [True]
+    assert not cache.rows(slot, 0)[0].any()
+
+
+def test_a_new_owner_on_a_third_stream_comes_behind_the_scrubbing(cache, driver):
+    slot = new(cache, 64)
+    with driver.stream(1), cache.step([slot]):
+        launch(cache, slot, 64, torch.nan)
+        cache.release(slot)
+    with driver.stream(2):
+        cache.acquire(slot)
+        cache.ensure(slot, 64)
+    with driver.stream(3), cache.step([slot]):
+        launch(cache, slot, 10, 7.0)
+    driver.run(3)
+    driver.synchronize()
+    assert cache.rows(slot, 0)[0][:, 0, 0].tolist() == [7.0] * 10 + [0.0] * 54
+
+
+def test_a_fork_over_parked_pages_comes_behind_the_work_on_them(cache, driver):
+    parent, slot = new(cache, 100), new(cache, 128)
+    with driver.stream(1), cache.step([slot]):
+        found = launch(cache, slot, 128, torch.nan)
+        cache.release(slot)
+    cache.fork(parent, into=slot)  # unmaps the first of its pages, and copies into the second
+    assert found == [True]
+    cache.ensure(slot, 128)
+    driver.synchronize()
+    assert not cache.rows(slot, 0)[0].any()
+
+
+def test_a_page_that_becomes_private_waits_for_the_released_sharers_work(cache, driver):
+    parent = new(cache, 64)
+    child = cache.fork(parent)
+    with driver.stream(1), cache.step([child]):
+        found = launch(cache, child, 64)
+        cache.release(child)
+    assert found == []
+    cache.make_writable(parent, 0, 64)
+    assert found == [True]
+    assert cache.stats().num_copy == 0
+
+
+def test_a_copy_from_a_page_is_part_of_its_epoch(cache, driver):
+    parent = new(cache, 64)
+    launch(cache, parent, 64, 7.0)
+    children = [cache.fork(parent), cache.fork(parent)]
+    with driver.stream(1):
+        cache.make_writable(children[0], 0, 64)  # the copy, from one of the others' addresses, is queued
+    with driver.stream(2):
+        cache.release(parent)
+        cache.release(children[1])
+        cache.ensure(cache.acquire(5), 3 * 64)  # needs what they left
+    driver.synchronize()
+    assert (cache.rows(children[0], 0)[0] == 7).all()
+
+
+# -- work that is scheduled -------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("outer", [False, True])
+def test_pages_of_a_step_whose_launch_is_still_to_come_are_out_of_reach(cache, driver, outer):
+    """No synchronisation would see this work: it is in no stream yet."""
+    slot, other = new(cache, 192), cache.acquire()
+    with driver.stream(1):
+        scheduled = cache.step([slot])
+        scheduled.__enter__()
+        if outer:  # another step on the slot begins and ends in between
+            with driver.stream(2), cache.step([slot]):
+                pass
+    cache.release(slot)
+    driver.synchronize()
+    with pytest.raises(vattn.OutOfSlots):
+        cache.acquire(slot)
+    with pytest.raises(vattn.OutOfPages):
+        cache.ensure(other, 128)
+    assert cache.trim() == 0
+    with driver.stream(1):
+        found = launch(cache, slot, 192, torch.nan)
+        scheduled.__exit__(None, None, None)
+    assert found == []
+    cache.ensure(other, 256)
+    assert found == [True]
+    driver.synchronize()
+    assert not cache.rows(other, 0)[0].any()
+
+
+def test_a_shared_page_is_copied_while_a_released_sharers_step_is_open(cache, driver):
+    parent = new(cache, 64)
+    launch(cache, parent, 64, 7.0)
+    child = cache.fork(parent)
+    seen = []
+    with driver.stream(1), cache.step([child]):
+        cache.release(child)
+        with driver.stream(0):
+            cache.make_writable(parent, 0, 64)
+            launch(cache, parent, 64, 9.0)
+        view = cache.k(0)[child, :64]
+        driver.launch(lambda: seen.append((view == 7).all().item()))
+    assert cache.stats().num_copy == 1
+    driver.run(0)
+    driver.run(1)
+    assert seen == [True]
+    assert (cache.rows(parent, 0)[0] == 9).all()
