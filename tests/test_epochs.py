@@ -16,9 +16,30 @@ PAGE = 4096
 LAYOUT = vattn.KVLayout(1, 1, 8, 400, torch.float32)  # 64 tokens to a page
 
 
+class WatchfulDriver(StreamDriver):
+    """Its copies and scrubbing do nothing where the pages are gone by the time that they run, but for noting it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.late: list[tuple[int, ...]] = []
+
+    def _zero(self, address: int, size_bytes: int) -> None:
+        self.launch(lambda: self._watch(super(StreamDriver, self)._zero, size_bytes, address))
+
+    def _copy(self, target: int, source: int, size_bytes: int) -> None:
+        self.launch(lambda: self._watch(super(StreamDriver, self)._copy, size_bytes, target, source))
+
+    def _watch(self, perform, size_bytes: int, *addresses: int) -> None:
+        spans = [range(each // PAGE * PAGE, each + size_bytes, PAGE) for each in addresses]
+        if all(page in self.book.mappings for span in spans for page in span):
+            perform(*addresses, size_bytes)
+        else:
+            self.late.append(addresses)
+
+
 @pytest.fixture
 def driver():
-    return StreamDriver()
+    return WatchfulDriver()
 
 
 @pytest.fixture
@@ -26,6 +47,7 @@ def cache(driver):
     with vattn.KVCache(LAYOUT, 6, memory_limit=4 * PAGE, page_bytes=PAGE, driver=driver) as cache:
         yield cache
         driver.synchronize()
+        assert not driver.late, "the cache's own work found its pages gone"
         cache.check_integrity()
 
 
@@ -36,7 +58,7 @@ def new(cache: vattn.KVCache, rows: int, slot: int | None = None) -> int:
 
 
 def launch(cache: vattn.KVCache, slot: int, rows: int, value: float | None = None) -> list[bool]:
-    """Work on the current stream that writes the rows, or reads them. Notes when it runs whether their pages are there."""
+    """Work on the current stream that writes rows, or reads them. Running, it notes whether their pages are there."""
     view, found = cache.k(0)[slot, :rows], []
     pages = range(view.data_ptr() // PAGE * PAGE, view.data_ptr() + rows * LAYOUT.bytes_per_token, PAGE)
 
@@ -140,8 +162,11 @@ def test_a_fork_over_parked_pages_comes_behind_the_work_on_them(cache, driver):
     with driver.stream(1), cache.step([slot]):
         found = launch(cache, slot, 128, torch.nan)
         cache.release(slot)
+    with driver.stream(2):
+        driver.launch(lambda: None)  # a long prefill elsewhere
     cache.fork(parent, into=slot)  # unmaps the first of its pages, and copies into the second
     assert found == [True]
+    assert num_left(driver, 2) == 1
     cache.ensure(slot, 128)
     driver.synchronize()
     assert not cache.rows(slot, 0)[0].any()
@@ -171,6 +196,21 @@ def test_a_copy_from_a_page_is_part_of_its_epoch(cache, driver):
         cache.ensure(cache.acquire(5), 3 * 64)  # needs what they left
     driver.synchronize()
     assert (cache.rows(children[0], 0)[0] == 7).all()
+
+
+def test_a_copy_is_not_made_from_where_a_page_is_parked(cache, driver):
+    parent = new(cache, 64)
+    launch(cache, parent, 64, 7.0)
+    parked, child = cache.fork(parent), cache.fork(parent)
+    cache.release(parked)
+    driver.synchronize()
+    with driver.stream(1):
+        cache.make_writable(parent, 0, 64)
+    cache.trim()  # the parked alias goes, whose work has ended; the copy is still to come
+    assert num_left(driver, 1)
+    driver.synchronize()
+    assert (cache.rows(parent, 0)[0] == 7).all()
+    assert cache.seq_len(child) == 64
 
 
 # -- work that is scheduled -------------------------------------------------------------------------------------------

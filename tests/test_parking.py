@@ -267,21 +267,21 @@ def test_growing_over_a_page_shared_only_with_a_released_sequence_takes_no_page(
         cache.check_integrity()
 
 
-def test_two_parked_aliases_of_one_page_go_to_two_sequences_as_two_pages(cache):
+def test_parked_aliases_of_one_page_go_to_their_sequences_as_different_pages(cache):
     parent = new(cache, 3, value=5)
-    children = [cache.fork(parent) for _ in range(2)]
-    for slot in (parent, *children):
+    family = [parent, cache.fork(parent), cache.fork(parent)]
+    for slot in family:
         cache.release(slot)
     assert pages(cache) == (0, 3, 0)
-    for slot in children:
+    for slot in family:
         cache.acquire(slot)
-    cache.ensure_batch(children, [48, 48])
-    assert pages(cache)[0] == 6
+    cache.ensure_batch(family, [48] * 3)
+    assert pages(cache) == (9, 0, 3)
     cache.check_integrity()
-    for value, slot in enumerate(children):
+    for value, slot in enumerate(family):
         assert is_all(cache, slot, 0)
         fill(cache, slot, value)
-    assert [is_all(cache, slot, value) for value, slot in enumerate(children)] == [True, True]
+    assert [is_all(cache, slot, value) for value, slot in enumerate(family)] == [True] * 3
 
 
 def test_the_last_page_of_the_limit_may_be_parked_twice(device):
