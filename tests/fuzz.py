@@ -10,19 +10,18 @@ import contextlib
 import random
 import time
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from failing_driver import FailingDriver
+from fuzz_rows import PatternedRows
 from page_model import DoesNotFit, PageModel
 from stream_driver import StreamDriver
 
 import vattn
 from vattn.driver import open_driver
+from vattn.pages import Page
 
-_ROW_STEP, _TAG_STEP = 1 << 7, 1 << 21  # a value is tag, row, and which tensor, exact in float64
-_GARBAGE = 3e300
 _MAX_SEQ_LEN = 90
 _DRIVER_CALLS = ("create", "release", "map", "set_access", "unmap", "zero", "copy")
 
@@ -51,7 +50,7 @@ def make_layout(kind: str, page_bytes: int) -> vattn.KVLayout:
     return vattn.KVLayout(2, 2, head_dim, _MAX_SEQ_LEN, torch.float64, order=order)
 
 
-class Fuzz:
+class Fuzz(PatternedRows):
     """One cache, its page model, and what every row must read.
 
     Args:
@@ -94,93 +93,16 @@ class Fuzz:
             driver=self.driver,
         )
         self.model = PageModel(lanes, page_bytes, limit_pages, over_read, masked)
-        self.tags: dict[int, list[int]] = {}  # per live slot and row, the last write; 0: never written
-        self.past: dict[int, list[set[int]]] = {}  # per slot and row, every tag that this sequence had there
+        self.tags, self.past, self.faults = {}, {}, []
         self.next_tag = 1
         self.counts: Counter[str] = Counter()
-        self._num_unparked = 0
+        parking = self.cache._slots.parking
+        self._unparked, parking.finish_unpark = parking.finish_unpark, self._finish_unpark  # type: ignore[method-assign]
         self._out_of_memory = False  # an injected failure says so
-        self._faults: list[str] = []  # work that came to run where its pages were gone
-
-    # -- patterns ------------------------------------------------------------------------------------------------
-    def _tensors(self) -> Iterator[tuple[int, torch.Tensor]]:
-        for position, layer in enumerate(self.layout.layers):
-            yield 2 * position, self.cache.k(layer)
-            yield 2 * position + 1, self.cache.v(layer)
-
-    def write(self, slot: int, start: int, end: int) -> None:
-        self.settle()
-        tag, self.next_tag = self.next_tag, self.next_tag + 1
-        rows = torch.arange(start, end, dtype=torch.float64, device=self.cache.device)
-        for number, tensor in self._tensors():
-            tensor[slot, start:end] = (tag * _TAG_STEP + rows * _ROW_STEP + number)[:, None, None]
-        for row in range(start, end):
-            self.tags[slot][row] = tag
-            self.past[slot][row].add(tag)
-
-    def check_rows(self, slot: int) -> None:
-        self.settle()
-        tags = torch.tensor(self.tags[slot], dtype=torch.float64, device=self.cache.device)
-        assert self.cache.seq_len(slot) == len(tags)
-        rows = torch.arange(len(tags), dtype=torch.float64, device=self.cache.device)
-        wrong = []
-        for position, layer in enumerate(self.layout.layers):
-            for side, tensor in enumerate(self.cache.rows(slot, layer)):
-                expected = torch.where(tags > 0, tags * _TAG_STEP + rows * _ROW_STEP + 2 * position + side, 0.0)
-                wrong.append((tensor != expected[:, None, None]).any())
-        assert not torch.stack(wrong).any(), f"slot {slot}: wrong are {[bool(each) for each in wrong]}"
-
-    def check_over_read(self, slot: int, rows: int) -> None:
-        """What a kernel reads past the end is there; unless kernels mask it, it is zeros."""
-        self.settle()
-        for _, tensor in self._tensors():
-            beyond = tensor.as_strided(
-                (self.over_read, *tensor.shape[2:]),
-                tensor.stride()[1:],
-                tensor[slot].storage_offset() + rows * tensor.stride(1),
-            )
-            assert not beyond.any() or self.masked
-
-    def expose(self, slot: int, end: int) -> None:
-        """Rows beyond the old length: zeros, or what this sequence itself once had in that row; then mostly written."""
-        self.settle()
-        start = len(self.tags[slot])
-        while len(self.past[slot]) < end:
-            self.past[slot].append(set())
-        views = [(number, tensor[slot, start:end]) for number, tensor in self._tensors()]
-        clean = end <= start or not torch.stack([view.any() for _, view in views]).any()
-        if not clean:
-            for number, view in views:
-                for row, value in enumerate(view, start):
-                    for left in set(value.unique().tolist()) - {0.0}:
-                        tag, rest = divmod(int(left), _TAG_STEP)
-                        assert rest == row * _ROW_STEP + number, f"slot {slot} row {row} holds another row's data"
-                        assert tag in self.past[slot][row], f"slot {slot} row {row} holds another sequence's data"
-        self.tags[slot] += [0] * (end - start)
-        if end > start and self.over_read:
-            self.check_over_read(slot, end)
-        if end > start and not (clean and self.random.random() < 0.3):
-            self.write(slot, start, end)
 
     # -- operations ----------------------------------------------------------------------------------------------
     def _length(self, low: int = 0) -> int:
         return min(_MAX_SEQ_LEN, low + int(self.random.expovariate(1 / 25)))
-
-    def _launch_garbage(self, slot: int) -> None:
-        """Work on a sequence about to end, which runs as late as it may; it writes, unless others share the rows."""
-        if self.queued and self.tags[slot]:
-            rows = len(self.tags[slot])
-            value = None if self.model.is_shared(slot, 0, rows) else _GARBAGE
-            for _, tensor in self._tensors():
-                view = tensor[slot, :rows]
-                pages = range(view.data_ptr() // 4096 * 4096, view[-1].data_ptr() + view[-1].nbytes, 4096)
-                self.queued.launch(lambda view=view, pages=pages: self._work(view, pages, value))
-
-    def _work(self, view: torch.Tensor, pages: range, value: float | None) -> None:
-        if not all(address in self.driver.book.mappings for address in pages):
-            self._faults.append(f"work at {pages} found no pages")
-        elif value is not None:
-            view.fill_(value)
 
     def acquire(self) -> None:
         wanted = self.random.choice([None, self.random.randrange(self.max_slots)])
@@ -215,17 +137,15 @@ class Fuzz:
             return
         num_rows = len(self.tags[parent]) if rows is None else rows
         into = self.random.choice([None, *(slot for slot in range(self.max_slots) if slot not in self.tags)])
-        before, forked = self.model.save(), []
         # Whether it fits does not depend on the slot; the page account does.
-        some = min(slot for slot in range(self.max_slots) if slot not in self.tags) if into is None else into
+        children = [min(slot for slot in range(self.max_slots) if slot not in self.tags) if into is None else into]
         if self._fits(
-            lambda: self.model.fork(parent, some, num_rows), lambda: forked.append(self.cache.fork(parent, rows, into))
+            lambda: self.model.fork(parent, children[-1], num_rows),
+            lambda: children.append(self.cache.fork(parent, rows, into)),
         ):
-            (child,) = forked
+            child = children[-1]
             assert child not in self.tags
             assert into in (None, child)
-            self.model.restore(before)
-            self.model.fork(parent, child, num_rows)
             self.tags[child] = self.tags[parent][:num_rows]
             self.past[child] = [{tag} for tag in self.tags[child]]
             if num_rows and self.over_read:
@@ -238,7 +158,7 @@ class Fuzz:
         del self.tags[slot][rows:]
 
     def release(self, slot: int) -> None:
-        self._launch_garbage(slot)
+        self.launch_late_work(slot)
         calls = self.cache.stats().num_driver_calls
         self.cache.release(slot)
         assert self.cache.stats().num_driver_calls == calls
@@ -293,11 +213,11 @@ class Fuzz:
         self._ensure_all(requests)
 
     def trim(self) -> None:
+        reclaimed = self.counts["reclaimed"]
         self.cache.trim(self.random.choice([0, 4096 * self.random.randrange(64)]))
-        stats = self.cache.stats()
-        assert stats.parked_bytes == 0
-        self.model.parked.clear()
-        self._num_unparked = stats.num_unparked
+        assert not self.model.parked
+        self.counts["trimmed"] += self.counts["reclaimed"] - reclaimed
+        self.counts["reclaimed"] = reclaimed
 
     # -- checks --------------------------------------------------------------------------------------------------
     def _fits(self, in_model, in_cache) -> bool:
@@ -309,16 +229,14 @@ class Fuzz:
             self.model.restore(saved)
             self._refused(vattn.OutOfPages, in_cache)
             return False
+        self.model.restore(saved)
         try:
             in_cache()
-        except vattn.DriverError:
-            self.model.restore(saved)
-            raise
         except vattn.OutOfPages:
             assert self._out_of_memory, "it fits in the limit"
-            self.model.restore(saved)
             self.counts["device out of memory"] += 1
             return False
+        in_model()  # after what the cache may have taken from other slots
         return True
 
     def _refused(self, error: type[Exception], operation) -> None:
@@ -342,16 +260,26 @@ class Fuzz:
                 number += 1
         return found
 
+    def _finish_unpark(self, slot: int, taken: list[Page], tops: list[int]) -> None:
+        """Stands in the cache's place: parked pages of a slot were unmapped, and the model is told."""
+        self._unparked(slot, taken, tops)
+        mappings = self._mappings()
+        keys = {key for key in self.model.parked if key[0] == slot and key not in mappings}
+        assert len(keys) == len(taken)
+        self.model.unparked(keys)
+        self.counts["reclaimed"] += len(keys)
+
     def check_pages(self, stats: vattn.CacheStats) -> None:
-        """The driver's mappings are the model's, page by page; parked ones may have been taken for use elsewhere."""
+        """The driver's mappings are the model's, page by page.
+
+        But for an alias in the way of a sequence that could not be wiped of stale rows when it was cut: it goes later.
+        """
         mappings, model = self._mappings(), self.model
-        taken = model.parked.keys() - mappings.keys()
-        assert not taken or stats.num_unparked >= self._num_unparked + len(taken), "parked pages went uncounted"
-        self.counts["reclaimed"] += len(taken)
+        for key in model.parked.keys() - mappings.keys():
+            assert self.fail
+            assert model.parked.pop(key) in model.table.values()
         self.counts["adopted"] = stats.num_adopted
         self.counts["parked aliases"] += len(model.parked) - len(set(model.parked.values()) - set(model.table.values()))
-        self._num_unparked = stats.num_unparked
-        model.unparked(taken)
         assert mappings.keys() == model.table.keys() | model.parked.keys()
         pages = {**model.table, **model.parked}
         pairs = {(pages[key], handle) for key, handle in mappings.items()}
@@ -360,7 +288,7 @@ class Fuzz:
         )
 
     def check(self, every_row: bool) -> None:
-        assert not self._faults, self._faults
+        assert not self.faults, self.faults
         self.cache.check_integrity()
         stats = self.cache.stats()
         self.check_pages(stats)

@@ -51,21 +51,21 @@ class PageModel:
         """Put a page of its own behind every key, if the limit allows: the one parked there, or a new one."""
         if len(set(self.table.values())) + len(keys) > self.limit_pages:
             raise DoesNotFit
-        maps = Counter([*self.table.values(), *self.parked.values()])
+        owned = {0, *self.table.values()}
+        taken = {page: key for key in reversed(keys) if (page := self.parked.get(key, 0)) not in owned}
+        self._make_private(set(taken))
         for key in keys:
-            page = self.parked.pop(key, 0)
-            self.table[key] = page if maps[page] == 1 else self._new_id()
+            self.parked.pop(key, None)
+            self.table[key] = self._new_id()
+        self.table |= {key: page for page, key in taken.items()}
 
     def unparked(self, keys: set[tuple[int, int, int]]) -> None:
-        """These parked pages were unmapped to be used elsewhere: the ones furthest from the start of their slots.
-
-        But for pages that a sequence has: those may have been in the way of one that failed to be wiped earlier.
-        """
-        gone = {key: self.parked.pop(key) for key in keys}
-        for (slot, lane, index), page in gone.items():
+        """These parked pages were unmapped to be used elsewhere: the ones furthest from the start of their slot."""
+        for key in keys:
+            del self.parked[key]
+        for slot, lane, index in keys:
             left = [other[2] for other in self.parked if other[:2] == (slot, lane)]
-            in_order = index > max(left, default=-1) or page in self.table.values()
-            assert in_order, f"slot {slot} lost page {index}, but not a later one"
+            assert index > max(left, default=-1), f"slot {slot} lost page {index}, but not a later one"
 
     def _to_replace(
         self, slot: int, start: int, end: int, owners: Counter[int], sole: set[int], grows: bool = True

@@ -276,12 +276,26 @@ def test_parked_aliases_of_one_page_go_to_their_sequences_as_different_pages(cac
     for slot in family:
         cache.acquire(slot)
     cache.ensure_batch(family, [48] * 3)
-    assert pages(cache) == (9, 0, 3)
+    assert pages(cache) == (9, 0, 0)
     cache.check_integrity()
     for value, slot in enumerate(family):
         assert is_all(cache, slot, 0)
         fill(cache, slot, value)
     assert [is_all(cache, slot, value) for value, slot in enumerate(family)] == [True] * 3
+
+
+def test_growing_over_a_page_that_nobody_has_takes_its_aliases_away_and_nothing_else(cache):
+    parent = new(cache, 3)
+    child = cache.fork(parent)
+    cache.release(child)
+    cache.release(parent)
+    before = cache.stats()
+    cache.ensure(cache.acquire(parent), 48)
+    after = cache.stats()
+    assert is_all(cache, parent, 0)
+    assert (after.num_create, after.num_map) == (before.num_create, before.num_map)
+    assert after.mapped_bytes == 3 * PAGE
+    assert pages(cache) == (3, 0, 0)
 
 
 def test_the_last_page_of_the_limit_may_be_parked_twice(device):

@@ -204,9 +204,10 @@ class DecodeLoop:
                 self._cut(slot, self.cache.seq_len(slot) - num_dropped)
 
     def release(self, slot: int) -> None:
-        """End a sequence, decoding or not, and give its slot back to the cache without waiting for the GPU.
+        """End a sequence, decoding or not, and give its slot back to the cache.
 
-        ``cache.release`` waits for the step that may still be under way.
+        As for ``cache.release``, but that the pages are kept for the step that may still be under way on the loop's
+        stream, too.
 
         Raises:
             ConfigError: it is the loop's own slot, or not live in the cache.

@@ -207,7 +207,9 @@ class Engine:
             if admitted and num_tokens > self.max_prefill_tokens:
                 break
             try:
-                sequence.slot = self.cache.acquire()
+                request = sequence.request
+                longest = len(request.prompt_tokens) + request.max_new_tokens - 1  # the last token has no row
+                sequence.slot = self.cache.acquire(expect_len=longest)
                 self._running.append(sequence)  # from here on `abort` releases it
                 self.cache.ensure(sequence.slot, len(sequence.tokens))
             except (OutOfPages, OutOfSlots):

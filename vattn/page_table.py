@@ -75,13 +75,9 @@ class PageTable:
                 if page is None:
                     missing.append(index)
                 elif index >= own_end:
-                    if len(page.maps) == 1:
-                        growth.adopted.append((reservation, index))
-                        growth.slots_adopting.add(slot)
-                    else:
+                    if not self._adopt(growth, slot, reservation, index, page):
                         missing.append(index)
-                        growth.unparked.append((reservation, index))
-                        growth.slots_unparked.add(slot)
+                        self._unpark_at(growth, [reservation.address_of(index)])
                 elif len(page.maps) > 1 and (index - base) * page_bytes < private_rows * row_bytes:
                     leaving = growth.leaving.setdefault(page, set())
                     if self._unpark_aliases_of_last(page, leaving, growth):
@@ -93,14 +89,30 @@ class PageTable:
 
     def _unpark_aliases_of_last(self, page: Page, leaving: set[int], growth: Growth) -> bool:
         """Whether the page has one owner left, who keeps it; what is parked of it elsewhere is in that one's way."""
-        parked = [self._locate(address) for address in page.maps if not self._is_owned(address)]
+        parked = [address for address in page.maps if not self._is_owned(address)]
         if len(page.maps) - len(parked) - len(leaving) != 1:
             return False
-        for number, slot, index in parked:
-            reservation, lane = self.lanes[number]
-            growth.unparked.append((reservation, lane.slot_offset(slot) // self.page_bytes + index))
-            growth.slots_unparked.add(slot)
+        self._unpark_at(growth, parked)
         return True
+
+    def _adopt(self, plan: Plan, slot: int, reservation: Reservation, index: int, page: Page) -> bool:
+        """Plan for a parked page to become the slot's own, with its aliases out of the way; False if others have it."""
+        if len(page.maps) > 1:
+            if page in plan.adopted_pages or any(map(self._is_owned, page.maps)):
+                return False
+            plan.adopted_pages.add(page)
+            here = reservation.address_of(index)
+            self._unpark_at(plan, [address for address in page.maps if address != here])
+        plan.adopted.append((reservation, index))
+        plan.slots_adopting.add(slot)
+        return True
+
+    def _unpark_at(self, plan: Plan, addresses: list[int]) -> None:
+        for address in addresses:
+            number, slot, index = self._locate(address)
+            reservation, lane = self.lanes[number]
+            plan.unparked.append((reservation, lane.slot_offset(slot) // self.page_bytes + index))
+            plan.slots_unparked.add(slot)
 
     def grow(self, growth: Growth, undo: Undo) -> bool:
         """Carry ``growth`` out. Returns whether work was submitted to the current stream."""
@@ -206,15 +218,12 @@ class PageTable:
                     if parked is pages[source + index - target]:
                         continue
                     aliased.append(index)
-                elif parked is not None and len(parked.maps) == 1:
-                    plan.adopted.append((reservation, index))
-                    plan.slots_adopting.add(child)
+                elif parked is not None and self._adopt(plan, child, reservation, index, parked):
                     continue
                 else:
                     own.append(index)
                 if parked is not None:
-                    plan.unparked.append((reservation, index))
-                    plan.slots_unparked.add(child)
+                    self._unpark_at(plan, [reservation.address_of(index)])
             plan.aliases.append((reservation, aliased, [pages[source + index - target] for index in aliased]))
             plan.own.append((reservation, own))
             if rest:

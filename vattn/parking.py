@@ -17,9 +17,10 @@ from .undo import Undo
 class Parking:
     """The parked pages of every slot: mapped behind the pages that its sequence owns, and nobody's.
 
-    A parked page is always dirty. It becomes a sequence's own where that grows over it, scrubbed in place; a page that
-    is mapped elsewhere too (an alias, from ``fork``) is replaced instead, and does not count as shared for those who
-    still have it. Nothing reads or writes through a parked mapping but the work of the epoch that it was parked with.
+    A parked page is always dirty. It becomes a sequence's own where that grows over it, scrubbed in place. It may be an
+    alias, from ``fork``: one that a sequence still has is replaced instead, and does not count as shared for that one;
+    if nobody has it, its other mappings go. Nothing reads or writes through a parked mapping but the work of the epoch
+    that it was parked with.
 
     Args:
         pool: where pages go from here.

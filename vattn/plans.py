@@ -15,6 +15,7 @@ class Plan:
     adopted: list[tuple[Reservation, int]] = field(default_factory=list)
     unparked: list[tuple[Reservation, int]] = field(default_factory=list)
     unparked_pages: list[Page] = field(default_factory=list)
+    adopted_pages: set[Page] = field(default_factory=set)  # those of them that had aliases
     slots_adopting: set[int] = field(default_factory=set)
     slots_unparked: set[int] = field(default_factory=set)  # whose epochs have to be over first
 
@@ -45,7 +46,7 @@ class Sharing(Plan):
 
     aliases: list[tuple[Reservation, list[int], list[Page]]] = field(default_factory=list)
     own: list[tuple[Reservation, list[int]]] = field(default_factory=list)
-    copies: list[tuple[Reservation, int, int, int, int]] = field(default_factory=list)  # source, target, pages, bytes
+    copies: list[tuple[Reservation, int, int, int]] = field(default_factory=list)  # page from, page to, bytes
 
     @property
     def num_pages(self) -> int:
