@@ -122,6 +122,16 @@ def test_acquire_takes_the_best_fit(cache):
     assert [cache.acquire() for _ in range(7)] == [2, 3, 0, 1, 4, 5, 7]
 
 
+def test_pages_that_truncate_took_count_no_longer(cache):
+    cache.release(new(cache, 9, 0))
+    slot = new(cache, 9, 0)
+    cache.truncate(slot, 1)
+    cache.release(slot)
+    cache.release(new(cache, 3, 1))
+    assert cache.acquire(expect_len=144) == 1
+    assert cache.acquire(expect_len=144) == 0
+
+
 @pytest.mark.parametrize("wrong", [-1, 641, 1.5, "1"])
 def test_acquire_refuses_impossible_lengths(cache, wrong):
     with pytest.raises(vattn.ConfigError):

@@ -324,9 +324,9 @@ class KVCache:
         with self._lock, Uninterrupted():
             slots = self._slots
             keep_bytes = require_int("keep_bytes", keep_bytes, 0)
-            slots.refuse_capture("trim")
-            slots.finish_deferred(wait=False)
-            slots.unpark(len(slots.backing.pool.pages))
+            if not self.driver.is_capturing():
+                slots.finish_deferred(wait=False)
+                slots.unpark(len(slots.backing.pool.pages))
             return slots.backing.pool.trim(keep_bytes)
 
     def close(self) -> None:

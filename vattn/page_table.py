@@ -294,8 +294,10 @@ class PageTable:
         """The unmapping succeeded: free what nobody else has."""
         for page in taken:
             self.pool.put_back(page)
-        for (_, lane), ends in zip(self.lanes, self._ends, strict=True):
-            ends[slot] = min(ends[slot], self._num_pages(lane, rows))
+        for number, ((_, lane), ends) in enumerate(zip(self.lanes, self._ends, strict=True)):
+            end = min(ends[slot], self._num_pages(lane, rows))
+            self.parking.note_cut(number, slot, ends[slot], end)
+            ends[slot] = end
 
     # -- looking -------------------------------------------------------------------------------------------------
     def rows_of_whole_pages(self, rows: np.ndarray) -> np.ndarray:

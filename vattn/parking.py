@@ -56,6 +56,11 @@ class Parking:
         if tops.any():
             self.epochs[slot] = epoch
 
+    def note_cut(self, number: int, slot: int, old_end: int, new_end: int) -> None:
+        """The slot's own pages from ``new_end`` on were unmapped: if nothing is parked past them, nothing is there."""
+        if self._tops[number, slot] <= old_end:
+            self._tops[number, slot] = min(int(self._tops[number, slot]), new_end)
+
     def best_fit(self, slots: np.ndarray, want: list[int]) -> int:
         """Of these free slots that with the most mapped pages among the first ``want`` of each lane, then the fewest
         beyond them, then the lowest."""
