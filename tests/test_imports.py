@@ -30,6 +30,7 @@ ROOMS = [
         "epochs",
         "parking",
         "plans",
+        "planner",
         "page_table",
         "backing",
     ),
