@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 
+import numpy as np
 import pytest
 import torch
 
@@ -70,6 +71,21 @@ def test_pages_held_by_an_open_step_are_out_of_reach_and_then_not(device):
             cache.check_integrity()
         cache.ensure(other, 64)
         cache.check_integrity()
+
+
+def test_the_array_of_slots_may_be_used_again_inside(cache):
+    slots = np.array([cache.acquire(), cache.acquire()])
+    other = cache.acquire()
+    cache.ensure_batch([*slots.tolist(), other], [64, 64, 64])
+    with cache.step(slots):
+        slots[:] = other
+        cache.release(0)
+        with pytest.raises(vattn.OutOfSlots):
+            cache.acquire(0)
+    assert cache.acquire(0) == 0
+    cache.release(other)
+    assert cache.acquire(other) == other
+    cache.check_integrity()
 
 
 def test_all_slots_in_open_steps_is_out_of_slots(cache):

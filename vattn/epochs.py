@@ -14,9 +14,10 @@ Work that comes later, or belongs to other slots, is no part of an epoch, and no
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from .driver import Driver, Fence
 
@@ -37,54 +38,77 @@ class Epoch:
             fence.wait()
 
 
-class WorkTracker:
-    """Per slot, the open steps and the newest fence of each stream that worked on it."""
+class _Stream:
+    """What was submitted to one stream: fences by number, later ones with larger numbers, and each slot's newest."""
 
-    def __init__(self, driver: Driver) -> None:
+    def __init__(self, max_slots: int) -> None:
+        self.newest = np.zeros(max_slots, np.int64)  # 0: none
+        self.copies = 0  # the newest copy between slots, which reads pages of slots that it does not name
+        self._fences: dict[int, Fence] = {}
+        self._last = 0
+
+    def add(self, fence: Fence) -> int:
+        """The fence's number."""
+        if len(self._fences) > 2 * len(self.newest) + 8:  # most of them are nobody's newest any more
+            used = {*self.newest.tolist(), self.copies}
+            self._fences = {number: each for number, each in self._fences.items() if number in used}
+        self._last += 1
+        self._fences[self._last] = fence
+        return self._last
+
+    def behind(self, slots: Sequence[int] | np.ndarray) -> Fence | None:
+        """The fence behind all that was submitted here for these slots and by copies: it implies those before it."""
+        number = max(int(self.newest[slots].max(initial=0)), self.copies)
+        return self._fences[number] if number else None
+
+
+class WorkTracker:
+    """Per slot, the open steps and the newest fence of each stream that worked on it.
+
+    Every step of every slot comes by here, so slots are arrays and a call costs the same for one and for a thousand.
+    """
+
+    def __init__(self, driver: Driver, max_slots: int) -> None:
         self._driver = driver
-        self._open_steps: Counter[int] = Counter()
-        self._fences: dict[int, dict[int, Fence]] = {}
-        self._copies: dict[int, Fence] = {}  # copies between slots, which read pages of slots that they do not name
+        self._max_slots = max_slots
+        self._open_steps = np.zeros(max_slots, np.int64)
+        self._streams: dict[int, _Stream] = {}
 
     @property
     def any_open(self) -> bool:
-        return bool(self._open_steps)
+        return bool(self._open_steps.any())
 
     def is_open(self, slot: int) -> bool:
         """Whether a step of this slot has been entered and not left."""
-        return slot in self._open_steps
+        return bool(self._open_steps[slot])
 
-    def enter(self, slots: Iterable[int]) -> None:
+    def enter(self, slots: np.ndarray) -> None:
         """A step begins: its work goes to the current stream, behind what other streams did to these slots."""
-        slots = tuple(slots)
         self.order_current_stream(slots)
-        self._open_steps.update(slots)
+        self._open_steps[slots] += 1
 
-    def leave(self, slots: Iterable[int]) -> None:
+    def leave(self, slots: np.ndarray) -> None:
         """A step ends: everything it launched lies before this point of the current stream."""
-        slots = tuple(slots)
         try:
             self.submitted(slots)
         finally:
-            self._open_steps -= Counter(slots)
+            self._open_steps[slots] -= 1
 
-    def submitted(self, slots: Iterable[int]) -> None:
+    def submitted(self, slots: Sequence[int] | np.ndarray) -> None:
         """Work on these slots was submitted to the current stream."""
         if fence := self._driver.fence():
-            for slot in slots:
-                self._fences.setdefault(slot, {})[fence.stream] = fence
+            stream = self._stream(fence)
+            stream.newest[slots] = stream.add(fence)
 
-    def copied(self, slots: Iterable[int]) -> None:
+    def copied(self, slots: Sequence[int] | np.ndarray) -> None:
         """Like ``submitted``, for work that also read pages shared with slots not named."""
         if fence := self._driver.fence():
-            self._copies[fence.stream] = fence
-            for slot in slots:
-                self._fences.setdefault(slot, {})[fence.stream] = fence
+            stream = self._stream(fence)
+            stream.copies = stream.newest[slots] = stream.add(fence)
 
-    def order_current_stream(self, slots: Iterable[int]) -> None:
+    def order_current_stream(self, slots: Sequence[int] | np.ndarray) -> None:
         """Make the current stream wait for the work on these slots."""
-        fences = {id(fence): fence for slot in slots for fence in self._all(slot)}
-        for fence in fences.values():
+        for fence in self._behind(slots):
             self._driver.order_after(fence)
 
     def order_behind(self, epochs: Iterable[Epoch]) -> None:
@@ -95,7 +119,7 @@ class WorkTracker:
     def epoch(self, slot: int) -> Epoch:
         """All the work that can touch the slot's pages as they are now. The slot has no open step."""
         assert not self.is_open(slot), "a step that is still open may launch more work"
-        return Epoch(tuple(self._all(slot)))
+        return Epoch(tuple(self._behind([slot])))
 
     def done(self, slot: int) -> bool:
         """Whether no work can touch the slot's pages any more; never waits."""
@@ -104,12 +128,20 @@ class WorkTracker:
     def wait(self, slot: int) -> None:
         """Block the host until the submitted work on the slot has ended. The slot has no open step."""
         self.epoch(slot).wait()
-        self._fences.pop(slot, None)
+        for stream in self._streams.values():
+            stream.newest[slot] = 0
 
     def wait_for_current_stream(self) -> None:
         """Block the host until everything submitted to the current stream has ended."""
         if fence := self._driver.fence():
             fence.wait()
 
-    def _all(self, slot: int) -> list[Fence]:
-        return [*self._fences.get(slot, {}).values(), *self._copies.values()]
+    def _stream(self, fence: Fence) -> _Stream:
+        stream = self._streams.get(fence.stream)
+        if stream is None:
+            stream = self._streams[fence.stream] = _Stream(self._max_slots)
+        return stream
+
+    def _behind(self, slots: Sequence[int] | np.ndarray) -> list[Fence]:
+        fences = (stream.behind(slots) for stream in self._streams.values())
+        return [fence for fence in fences if fence is not None]

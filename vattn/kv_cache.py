@@ -282,19 +282,19 @@ class KVCache:
             OutOfPages: rows past the end that kernels read unmasked lie on a shared page, after ``truncate``, and there
                 is no page to copy it to.
         """
-        entered: list[int] = []
+        entered: np.ndarray | None = None
         state: Slots | None = None
         try:
             with self._lock, Uninterrupted():
                 state = self._slots
                 state.refuse_capture("step() itself")
-                wanted = self._live_batch(slots).tolist()
+                wanted = self._live_batch(slots).copy()  # the caller may change his while the step is open
                 state.clean_over_read(wanted)
                 state.work.enter(wanted)
                 entered = wanted
             yield
         finally:
-            if entered and state is not None:
+            if entered is not None and state is not None:
                 with Uninterrupted(), self._lock:
                     state.work.leave(entered)
                     state.finish_deferred(wait=False)

@@ -36,7 +36,7 @@ class Slots:
         self.table = backing.table
         self.parking = backing.table.parking
         self.driver = driver
-        self.work = WorkTracker(driver)
+        self.work = WorkTracker(driver, max_slots)
         self.max_seq_len = max_seq_len
         self.state = np.zeros(max_slots, np.int8)
         self.seq_len = np.zeros(max_slots, np.int64)
@@ -188,12 +188,14 @@ class Slots:
                 self._wipe(stale, undo)
             self.work.submitted(stale)
 
-    def clean_over_read(self, slots: Iterable[int]) -> None:
+    def clean_over_read(self, slots: np.ndarray) -> None:
         """Before kernels run that do not mask what they read past the end: nothing of a longer self may lie there.
 
         Pages that others share are copied, but for slots on which another step is open already.
         """
-        stale = [slot for slot in slots if slot in self._stale_to and not self.work.is_open(slot)]
+        if not self._stale_to:
+            return
+        stale = [slot for slot in slots.tolist() if slot in self._stale_to and not self.work.is_open(slot)]
         if stale:
             rows = self.seq_len[stale].tolist()
             targets = [(slot, n, n, n) for slot, n in zip(stale, rows, strict=True) if n]
