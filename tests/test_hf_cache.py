@@ -47,7 +47,7 @@ def test_before_and_after_the_first_use(model, past):
     assert (past.get_seq_length(), past.batch_size, past.is_initialized) == (11, 3, True)
     assert past.get_max_length() == MAX_LENGTH
     assert past.layers[2].keys.shape == past.layers[2].values.shape == (3, 2, 11, 16)
-    assert past.kv_cache.max_slots == 3
+    assert past.kv_cache.stats().num_live_slots == 3
     assert [past.kv_cache.seq_len(slot) for slot in range(3)] == [11, 11, 11]
     assert past.stats().row_bytes == 3 * 11 * past.kv_cache.layout.bytes_per_token
     assert "tokens=11" in repr(past)

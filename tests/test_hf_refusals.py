@@ -332,7 +332,13 @@ def test_reordering_half_of_the_layers(model, past, monkeypatch):
     with pytest.raises(ConfigError, match="beam_idx"):
         past.reorder_cache(torch.tensor([0]))
     logits(model, prompt(2), past)
-    monkeypatch.setattr(past.layers[1], "reorder_cache", lambda beam_idx: 1 / 0)
+    with pytest.raises(ConfigError, match="the whole cache"):
+        past.layers[1].reorder_cache(torch.tensor([1, 0]))
+    for wrong in ([0, 2], [-1, 0]):
+        with pytest.raises(ConfigError, match="rows of a batch of 2"):
+            past.reorder_cache(torch.tensor(wrong))
+    logits(model, prompt(2), past)
+    monkeypatch.setattr(past.kv_cache, "fork", lambda *args, **kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         past.reorder_cache(torch.tensor([1, 0]))
     monkeypatch.undo()

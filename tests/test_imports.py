@@ -22,6 +22,7 @@ ROOMS = [
         "undo",
         "interrupts",
         "triton_support",
+        "upload",
         "driver",
         "pages",
         "reservation",

@@ -137,14 +137,26 @@ class VirtualCache(Cache):
         self._storage.truncate({i: min(n, number) if number > 0 else max(0, n + number) for i, n in lengths})
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Make batch row ``i`` a copy of row ``beam_idx[i]`` in every layer."""
+        """Make batch row ``i`` continue row ``beam_idx[i]``, ``[batch]``, in every layer.
+
+        Whole pages are shared, not copied: rows that have a beginning in common keep it once.
+
+        Raises:
+            ConfigError: there are no such rows.
+            OutOfPages: no memory for the pages that cannot be shared; call ``reset`` then.
+        """
         self._open()
+        size, sources = max(self.batch_size, 0), beam_idx.tolist()
+        if beam_idx.shape != (size,):
+            raise ConfigError(
+                f"beam_idx must name a row for each of the {size} sequences, got a shape of {tuple(beam_idx.shape)}; "
+                "batch_select_indices changes the batch's size"
+            )
+        if any(not 0 <= source < size for source in sources):
+            raise ConfigError(f"beam_idx must name rows of a batch of {size}, got {sources}")
         torn, self._torn = self._torn, True
-        try:
-            super().reorder_cache(beam_idx)  # type: ignore[arg-type]
-        except ConfigError:  # refused, nothing was touched
-            self._torn = torn
-            raise
+        self._others("reorder_cache", beam_idx)
+        self._storage.reorder(sources)
         self._torn = torn
 
     def reset(self) -> None:
@@ -225,7 +237,7 @@ class VirtualCache(Cache):
     # -- vattn's own ---------------------------------------------------------------------------------------------
     @property
     def kv_cache(self) -> KVCache | None:
-        """The ``KVCache`` underneath, slot ``i`` for row ``i`` of the batch; None before the first use."""
+        """The ``KVCache`` underneath, a slot for each row of the batch and a free one; None before the first use."""
         return self._storage.kv_cache
 
     def stats(self) -> CacheStats:

@@ -151,15 +151,8 @@ class VirtualLayer(CacheLayerMixin):
         return self._whole()[1]
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Make batch row ``i`` a copy of row ``beam_idx[i]``, for every row of the batch."""
-        if beam_idx.shape != (max(self.storage.batch_size, 0),):
-            raise ConfigError(
-                f"beam_idx must name a row for each of the {self.storage.batch_size} sequences, got a shape of "
-                f"{tuple(beam_idx.shape)}; batch_select_indices changes the batch's size"
-            )
-        for tensor in self._whole():
-            if tensor is not None and self.length:
-                tensor.copy_(tensor.index_select(0, beam_idx.to(tensor.device)))
+        """Refused: rows that continue one another share the memory of all layers."""
+        raise ConfigError("reorder the whole cache, not one of its layers")
 
     def _whole(self) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
         if self.shape is None or self.storage.kv_cache is None:

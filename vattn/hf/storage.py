@@ -9,10 +9,11 @@ import numpy as np
 import torch
 
 from ..attention import AttentionBackend, AttentionBatch, choose, get
-from ..errors import ConfigError
+from ..errors import ConfigError, OutOfPages
 from ..kv_cache import KVCache
 from ..layout import KVLayout, LayerGroup
 from ..upload import upload
+from .beams import Places
 from .step_views import StepViews
 
 __all__ = ["ConfiguredLayer", "LayerShape", "Options", "Storage"]
@@ -65,7 +66,8 @@ class Options:
 
 
 class Storage:
-    """Slot ``i`` holds row ``i`` of the batch; all rows are of one length, as transformers has them.
+    """Slot ``i`` holds row ``i`` of the batch; all rows are of one length, as transformers has them. One more slot is
+    free, for rows that change places.
 
     The shapes of layers not seen yet are predicted from those seen and from the config, which knows them but for what
     tensor parallelism and a model's own habits make of them; a layer that turns out otherwise moves the cache to
@@ -103,7 +105,7 @@ class Storage:
     @property
     def batch_size(self) -> int:
         """Sequences that it holds, -1 before the first use."""
-        return -1 if self.kv_cache is None else self.kv_cache.max_slots
+        return -1 if self.kv_cache is None else self.kv_cache.max_slots - 1
 
     # -- shapes --------------------------------------------------------------------------------------------------
     def admit(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -115,7 +117,7 @@ class Storage:
         holds_rows = any(self.lengths.values())
         self._check(layer, k, v, holds_rows)
         shape, cache = LayerShape.of(k, v), self.kv_cache
-        if cache is None or (not holds_rows and (cache.max_slots != k.shape[0] or cache.layout.dtype != k.dtype)):
+        if cache is None or (not holds_rows and (self.batch_size != k.shape[0] or cache.layout.dtype != k.dtype)):
             self._drop()
             self.shapes = {layer: shape}
             self._install(self._make(k.shape[0], self._layout(k.dtype), k.device, 0), 0)
@@ -124,7 +126,7 @@ class Storage:
             self.shapes[layer] = shape
             if predicted != shape:
                 try:
-                    self._move(self._layout(k.dtype), range(cache.max_slots))
+                    self._move(self._layout(k.dtype), range(self.batch_size))
                 except BaseException:
                     del self.shapes[layer]
                     raise
@@ -149,9 +151,9 @@ class Storage:
                 f"layer {layer} is on {k.device}, this cache on {cache.device}: a cache lives on one device, and a "
                 "model spread over several (device_map) needs transformers' own"
             )
-        if holds_rows and k.shape[0] != cache.max_slots:
+        if holds_rows and k.shape[0] != self.batch_size:
             raise ConfigError(
-                f"this cache holds a batch of {cache.max_slots}, got a batch of {k.shape[0]}: call reset() first, or "
+                f"this cache holds a batch of {self.batch_size}, got a batch of {k.shape[0]}: call reset() first, or "
                 "make a new cache"
             )
         if holds_rows and k.dtype != cache.layout.dtype:
@@ -194,7 +196,7 @@ class Storage:
             raise ConfigError("this VirtualCache is closed; make a new one")
         cache = KVCache(
             layout,
-            batch_size,
+            batch_size + 1,
             device,
             memory_limit=self.options.memory_limit,
             page_bytes=self.options.page_bytes,
@@ -210,7 +212,7 @@ class Storage:
     def _install(self, cache: KVCache, rows: int) -> None:
         self.kv_cache, self.rows = cache, rows
         self._step_views.clear()
-        self._slots = np.arange(cache.max_slots)
+        self._slots = np.arange(cache.max_slots - 1)
         self.version += 1
 
     def _drop(self) -> None:
@@ -226,11 +228,12 @@ class Storage:
         assert old is not None
         new = self._make(len(index), layout, old.device, self.rows)
         try:
-            picked = torch.tensor(index, device=old.device)
             for layer, length in self.lengths.items():
-                if length:
-                    new.k(layer)[:, :length] = old.k(layer)[:, :length].index_select(0, picked)
-                    new.v(layer)[:, :length] = old.v(layer)[:, :length].index_select(0, picked)
+                if not length:
+                    continue  # a layer not seen yet, which may be of another shape
+                for target, source in zip((new.k(layer), new.v(layer)), (old.k(layer), old.v(layer)), strict=True):
+                    for row, picked in enumerate(index):  # one by one: a view of all rows has some with no memory
+                        target[row, :length] = source[picked, :length]
         except BaseException:
             new.close()
             raise
@@ -243,6 +246,27 @@ class Storage:
         self._install(new, self.rows)
         old.close()
 
+    def reorder(self, sources: Sequence[int]) -> None:
+        """Make batch row ``i`` the old row ``sources[i]``, sharing memory with the others that are.
+
+        Raises:
+            OutOfPages: the rows fit neither so nor as a batch of their own. The cache has to be emptied then, as after
+                any other error.
+        """
+        rows, cache = max(self.lengths.values()), self.kv_cache
+        if cache is None or not rows:
+            return
+        places = Places(cache, self.batch_size)
+        try:
+            try:
+                places.change(sources, rows)
+                self.rows = rows
+            except OutOfPages:
+                self._move(cache.layout, places.where(sources))
+        except BaseException:
+            places.restore()
+            raise
+
     def regroup(self, sources: Iterable[int]) -> None:
         """Make batch row ``i`` the old row ``sources[i]``; the batch may grow or shrink."""
         if self.kv_cache is not None:
@@ -253,13 +277,13 @@ class Storage:
         other = Storage(self.configured, self.options, self.switched)
         other.shapes, other.lengths = dict(self.shapes), dict(self.lengths)
         if (cache := self.kv_cache) is not None:
-            other._install(self._copied(cache.layout, range(cache.max_slots)), self.rows)
+            other._install(self._copied(cache.layout, range(self.batch_size)), self.rows)
         return other
 
     def views(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V, ``[batch, max_length, num_kv_heads, head_dim]``, backed as far as ``rows``."""
         assert self.kv_cache is not None
-        return self.kv_cache.k(layer), self.kv_cache.v(layer)
+        return self.kv_cache.k(layer)[: self.batch_size], self.kv_cache.v(layer)[: self.batch_size]
 
     def step_views(self, layer: int) -> tuple[StepViews, int]:
         """What cuts the views of a pass for the layers of this one's group, and this one's position among them."""
@@ -293,7 +317,7 @@ class Storage:
         rows = max(self.lengths.values())
         if self.kv_cache is not None and rows < self.rows:
             self.rows = rows  # first: an interrupt may leave some slots longer, none may be shorter than this
-            for slot in range(self.kv_cache.max_slots):
+            for slot in range(self.batch_size):
                 self.kv_cache.truncate(slot, rows)
 
     def check_lengths(self, layer: int) -> None:
@@ -345,7 +369,7 @@ class Storage:
             they are all of them).
         """
         assert self.kv_cache is not None
-        size, device = self.kv_cache.max_slots, self.kv_cache.device
+        size, device = self.batch_size, self.kv_cache.device
         if starts is None:
             return AttentionBatch.build(range(size), [new] * size, [end] * size, device), None
         live = [i for i in range(size) if starts[i] < end]  # a chunk of a prompt may be nothing but padding
