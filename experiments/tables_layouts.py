@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -20,28 +21,39 @@ def _values(records: list[Record], metric: str) -> dict[str, dict[str, float]]:
     return found
 
 
-def _grid(records: list[Record], metric: str, unit: str, digits: int, ratio: str | None = None) -> str:
-    """Every system that was measured, the limit first; ``ratio``: how much longer the best system so named takes."""
-    found = _values(records, metric)
-    systems = list(dict.fromkeys(system for values in found.values() for system in values if system != "limit"))
-    systems.sort(key=lambda system: (not system.startswith("vattn"), "paged" in system))
+def _grid(records: list[Record], metric: str, unit: str, digits: int, ratio: str, columns: dict[str, str]) -> str:
+    """The limit, then each column's fastest system, with the limit's share; how much longer the best ``ratio`` takes.
+
+    Args:
+        columns: heading -> a regular expression for its systems' names. All that were measured are in the records.
+        ratio: one for the systems that vattn is compared with.
+    """
     rows = []
-    for case, values in found.items():
-        cells = [
-            f"{values[s]:,.{digits}f} ({values['limit'] / values[s]:.0%})" if s in values else "–" for s in systems
-        ]
-        row = [case, f"{values['limit']:,.{digits}f}", *cells]
-        if ratio is not None:
-            peers = [value for system, value in values.items() if ratio in system and not system.startswith("vattn")]
-            row.append(f"{min(peers) / values['vattn']:.3f}" if peers and "vattn" in values else "–")
+    for case, values in _values(records, metric).items():
+        row = [case, f"{values['limit']:,.{digits}f}"]
+        for pattern in columns.values():
+            times = [value for system, value in values.items() if re.fullmatch(pattern, system)]
+            row.append(f"{min(times):,.{digits}f} ({values['limit'] / min(times):.0%})" if times else "–")
+        peers = {system: value for system, value in values.items() if re.fullmatch(ratio, system)}
+        best = min(peers, key=peers.__getitem__, default=None)
+        row.append("–" if best is None else f"{peers[best] / values['vattn']:.3f} ({best})")
         rows.append(row)
-    header = ["case", f"limit, {unit}", *(f"{system}, {unit}" for system in systems)]
-    return markdown(header + ([] if ratio is None else [f"best {ratio} / vattn"]), rows)
+    header = ["case", f"limit, {unit}", *(f"{heading}, {unit}" for heading in columns)]
+    return markdown([*header, "best of the others / vattn"], rows)
 
 
 def decode_kernels(records: list[Record]) -> str:
     """Attention of a decode step, a layer: µs, and the limit's share of them."""
-    return _grid(records, "decode_attention", "µs", 1, "paged")
+    columns = {
+        "vattn": "vattn",
+        "FA2 contiguous": "flash-attn-2-contiguous",
+        "FA3 contiguous": "flash-attn-3-contiguous",
+        "FA3 paged 16": "flash-attn-3-paged-16",
+        "FA3 paged 256": "flash-attn-3-paged-256",
+        "FA2 paged 256": "flash-attn-2-paged-256",
+        "FlashInfer paged 16": "flashinfer.*-paged-16",
+    }
+    return _grid(records, "decode_attention", "µs", 1, r"(?!vattn).*-paged-\d+", columns)
 
 
 def decode_plans(records: list[Record]) -> str:
@@ -80,7 +92,18 @@ def _batch_tokens(case: str) -> int:
 
 def prefill_kernels(records: list[Record]) -> str:
     """Attention of prefill, a layer: ms, and the limit's share of them."""
-    return _grid(records, "prefill_attention", "ms", 3, "flash-attn-3-paged-16")
+    columns = {
+        "vattn": "vattn",
+        "vattn, mapping beside": "vattn-mapping-beside",
+        "vattn, mapping inline": "vattn-mapping-inline",
+        "FA3 contiguous": "flash-attn-3-contiguous",
+        "FA3 paged 16": "flash-attn-3-paged-16",
+        "FA3 paged 128": "flash-attn-3-paged-128",
+        "FA3 paged 256": "flash-attn-3-paged-256",
+        "FA2 paged 256": "flash-attn-2-paged-256",
+        "FlashInfer paged 16": "flashinfer-paged-16",
+    }
+    return _grid(records, "prefill_attention", "ms", 3, "flash-attn-3-paged-16", columns)
 
 
 def prefill_calls(records: list[Record]) -> str:
@@ -95,7 +118,15 @@ def prefill_calls(records: list[Record]) -> str:
 
 def layout_steps(records: list[Record]) -> str:
     """A decode step end to end: ms, and the limit's share of them."""
-    return _grid(records, "decode_step", "ms", 3, "paged")
+    columns = {
+        "vattn": "vattn",
+        "FA3 paged 16": "paged-16",
+        "FA3 paged 64": "paged-64",
+        "FA3 paged 128": "paged-128",
+        "FA3 paged 256": "paged-256",
+        "FA2 paged 256": "paged-256-flash-attn-2",
+    }
+    return _grid(records, "decode_step", "ms", 3, "paged-.*", columns)
 
 
 def layout_host(records: list[Record]) -> str:
@@ -108,7 +139,15 @@ def layout_host(records: list[Record]) -> str:
 
 def layout_prefill(records: list[Record]) -> str:
     """Prefill end to end: ms, and the limit's share of them."""
-    return _grid(records, "prefill", "ms", 1, "paged-16")
+    columns = {
+        "vattn": "vattn",
+        "vattn, mapped before": "vattn-premapped",
+        "vattn, mapping first": "vattn-sync-mapping",
+        "vattn, pages of 16 MiB": "vattn-16MiB-pages",
+        "paged 16": "paged-16",
+        "paged 256": "paged-256",
+    }
+    return _grid(records, "prefill", "ms", 1, "paged-16", columns)
 
 
 def layout_prefill_first(records: list[Record]) -> str:

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import argparse
 import gc
+import statistics
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from common import Records
+from common import Records, time_us
 
 from vattn import KVCache, KVLayout
 from vattn.attention import AttentionBatch, get
@@ -27,6 +30,8 @@ WHOLE = (2048, 8192, 16384, 32768, 65536, 131072, 196608)
 CHUNKS = [(new, total) for total in (32768, 131072) for new in (2048, 4096, 8192, 16384)]
 PAGED = {"flash-attn-3": (16, 64, 128, 256), "flash-attn-2": (256,), "flashinfer": (16,)}
 SCALE = HEAD_DIM**-0.5
+NUM_LAYERS = 32  # of the cache; what is timed is one of them
+MAPPED_TOO = (16384, 32768, 65536)  # whole prompts timed with mapping beside them as well
 BUSY_CYCLES = 2_000_000  # of waiting on the GPU, a millisecond, while the host launches what is timed
 
 Launch = Callable[[], torch.Tensor]
@@ -142,10 +147,60 @@ def timed(launch: Launch, busy: bool = True) -> tuple[torch.cuda.Event, torch.cu
     return start, end
 
 
+@contextmanager
+def mapping_beside() -> Iterator[list[int]]:
+    """Another sequence's pages come and go meanwhile, as fast as a thread can; yields how many came."""
+    pages, done = [0], threading.Event()
+    with KVCache(KVLayout(NUM_LAYERS, NUM_KV_HEADS, HEAD_DIM, 4096, torch.bfloat16), 1, "cuda") as cache:
+        cache.ensure(cache.acquire(), 4096)
+
+        def churn() -> None:
+            with torch.cuda.stream(torch.cuda.Stream()):
+                while not done.is_set():
+                    cache.truncate(0, 0)
+                    cache.ensure(0, 1024)
+                    pages[0] += 1024 // 16
+
+        thread = threading.Thread(target=churn)
+        thread.start()
+        try:
+            yield pages
+        finally:
+            done.set()
+            thread.join()
+
+
+def run_mapping(records: Records, cache: KVCache, slot: int, total: int, launch: Launch) -> None:
+    """The same with mapping: beside it, and before it, of which a layer bears its share."""
+    case, beside, kernel, rates = f"8B new={total} total={total}", [], [], []
+    for _ in range(6):
+        kernel.append(timed(launch))
+        torch.cuda.synchronize()
+        with mapping_beside() as pages:
+            before = pages[0]
+            start, end = timed(launch)
+            torch.cuda.synchronize()
+            rates.append((pages[0] - before) / (start.elapsed_time(end) + 1))
+        beside.append((start, end))
+    alone = [start.elapsed_time(end) for start, end in kernel]
+    records.add(case, "vattn-mapping-beside", "prefill_attention", "ms", [s.elapsed_time(e) for s, e in beside])
+    records.add(
+        case,
+        "vattn-mapping-beside",
+        "prefill_attention_ratio",
+        "1",
+        [one[0].elapsed_time(one[1]) / other for one, other in zip(beside, alone, strict=True)],
+    )
+    records.add(case, "vattn-mapping-beside", "mapping", "pages/ms", rates)
+    us = time_us(lambda: cache.ensure(slot, total), 5, before=lambda: cache.truncate(slot, 0))
+    inline = [statistics.median(alone) + each / 1e3 / NUM_LAYERS for each in us]
+    records.add(case, "vattn-mapping-inline", "prefill_attention", "ms", inline)
+
+
 def run_shape(records: Records, new: int, total: int) -> None:
     case = f"8B new={new} total={total}"
     records.add(case, "limit", "prefill_attention", "ms", [flops(new, total) / DENSE_FLOPS * 1e3])
-    layout = KVLayout(32, NUM_KV_HEADS, HEAD_DIM, total + 256, torch.bfloat16)
+    layout = KVLayout(NUM_LAYERS, NUM_KV_HEADS, HEAD_DIM, total + 256, torch.bfloat16)
     with KVCache(layout, 1, "cuda", over_read_tokens=191) as cache:
         slot = cache.acquire()
         cache.ensure(slot, total)
@@ -161,19 +216,25 @@ def run_shape(records: Records, new: int, total: int) -> None:
                     assert error < 2e-2 * expected.abs().max().item() + 1e-3, f"{case} {system}: off by {error}"
                     systems[system] = launch
         events: dict[str, list[Any]] = {system: [] for system in systems}
-        for _ in range(10 if flops(new, total) < 40e12 else 4):  # in turn: a GPU that is hot is slower for all
-            for system, launch in systems.items():
-                events[system].append(timed(launch))
+        order = list(systems)
+        # In turn, and each at every place: a hot GPU is slower, and what ran before says how hot it is.
+        for index in range(len(order) if flops(new, total) < 40e12 else 4):
+            shift = index * max(1, len(order) // 4) % len(order)
+            for system in order[shift:] + order[:shift]:
+                events[system].append(timed(systems[system]))
         torch.cuda.synchronize()
         for system, pairs in events.items():
             records.add(case, system, "prefill_attention", "ms", [start.elapsed_time(end) for start, end in pairs])
+        if new == total and total in MAPPED_TOO and "vattn" in systems:
+            with records.going_on(f"{case} mapping"):
+                run_mapping(records, cache, slot, total, systems["vattn"])
         del systems
     gc.collect()
     torch.cuda.empty_cache()
 
 
 def run_first_calls(records: Records, tokens: int = 8192) -> None:
-    """What the first call over fresh pages takes, the second, and one that the GPU has to wait for."""
+    """What a process's first call takes, the first over fresh pages, the second, and one that the GPU waits for."""
     case = f"8B new={tokens} total={tokens}"
     q = torch.randn(tokens, NUM_HEADS, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
     backend = get("flash-attn-3")
@@ -182,9 +243,10 @@ def run_first_calls(records: Records, tokens: int = 8192) -> None:
         return
     batch = AttentionBatch.build([0], [tokens], [tokens], q.device)
     samples: dict[str, list[float]] = {}
-    for written in (False, True):
+    for written in (True, False):
         for _ in range(6):
-            with KVCache(KVLayout(32, NUM_KV_HEADS, HEAD_DIM, tokens + 256), 1, "cuda", over_read_tokens=191) as cache:
+            layout = KVLayout(NUM_LAYERS, NUM_KV_HEADS, HEAD_DIM, tokens + 256)
+            with KVCache(layout, 1, "cuda", over_read_tokens=191) as cache:
                 cache.ensure(cache.acquire(), tokens)
                 if written:
                     for rows in cache.rows(0, 16):
@@ -194,6 +256,11 @@ def run_first_calls(records: Records, tokens: int = 8192) -> None:
                 def launch(cache: KVCache = cache) -> torch.Tensor:
                     return backend(q, cache.k(16), cache.v(16), batch, scale=SCALE)
 
+                if not samples:  # nobody has called this kernel yet
+                    torch.cuda.synchronize()
+                    start, end = timed(launch, busy=False)
+                    torch.cuda.synchronize()
+                    samples["first-of-process written"] = [start.elapsed_time(end)]
                 calls = [timed(launch), timed(launch)]
                 torch.cuda.synchronize()
                 idle = timed(launch, busy=False)
@@ -212,11 +279,11 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="at most 16,384 tokens")
     options = parser.parse_args()
     records = Records("08_prefill_attention", options.quick)
+    run_first_calls(records)  # first, for the process's very first call
     for new, total in shapes():
         if total <= 16384 or not options.quick:
             run_shape(records, new, total)
             records.write()
-    run_first_calls(records)
     records.end()
 
 
