@@ -395,3 +395,41 @@ def test_an_exception_in_the_block(fused, model):
         cache.release(slot)
         assert cache.stats().num_live_slots == 0
         cache.check_integrity()
+
+
+def test_two_threads_at_once(fused, model):
+    """Refused, and nothing is lost: what the first thread does goes on as if nobody had come."""
+    prompts = prompts_for(model, 3)
+    expected = eager(model, prompts, 60)
+    with open_cache(model) as cache:
+        slots = [prefill(model, cache, prompt) for prompt in prompts]
+        with DecodeLoop(fused, cache) as loop:
+            for slot, prompt in zip(slots, prompts, strict=True):
+                loop.start(slot, prompt[-1], 60)
+            refused, done = [], threading.Event()
+
+            def meddle():
+                while not done.is_set():
+                    try:
+                        loop.cancel(99)  # of no slot: without effect, if it is let in
+                    except ConfigError as error:
+                        refused.append(str(error))
+                    time.sleep(0)
+
+            other = threading.Thread(target=meddle)
+            tokens = []
+            other.start()
+            try:
+                while loop.slots:
+                    try:
+                        tokens += loop.step()
+                    except ConfigError as error:
+                        refused.append(str(error))
+            finally:
+                done.set()
+                other.join()
+            tokens += loop.drain()
+    assert refused
+    assert all("another thread" in each for each in refused)
+    found = by_slot(tokens)
+    assert [tuple(found[slot]) for slot in slots] == expected

@@ -101,7 +101,7 @@ def test_what_is_in_common_already_takes_no_driver_call(model, past):
         before = past.stats()
         past.reorder_cache(torch.tensor([1, 0, 3, 2]))
         after = past.stats()
-        # Only pages of newer tokens differ, one more of each row after every fourth step; each is moved with three calls.
+        # Only pages of newer tokens differ, one more of each row after every fourth step; moving one takes three calls.
         assert after.num_map - before.num_map <= 6 * (1 + step // ROWS_PER_PAGE), step
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+import threading
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
@@ -26,7 +27,7 @@ from .decode_state import DecodedToken, DecodeModel, DecodeState, Sampling, as_s
 from .decode_step import RING, DecodeStep, LaunchedStep
 from .errors import ConfigError, OutOfPages
 from .graphs import GraphReport, default_buckets
-from .interrupts import Uninterrupted
+from .interrupts import Uninterrupted, for_one_thread
 from .kv_cache import KVCache
 from .mapper import MapAhead
 
@@ -85,6 +86,7 @@ class DecodeLoop:
     ) -> None:
         self.model, self.cache = model, cache
         self._pid = os.getpid()
+        self._one_thread = threading.RLock()
         self.max_seq_len = min(cache.layout.max_seq_len, model.max_seq_len)
         if cache.max_slots < 2:
             raise ConfigError("the decode loop takes a slot for itself: open the cache with max_slots of at least 2")
@@ -159,6 +161,7 @@ class DecodeLoop:
         """
         self.start_batch([(slot, token, max_new_tokens, sampling, stop_tokens)])
 
+    @for_one_thread
     def start_batch(self, sequences: Sequence[tuple[int, int, int, Sampling | None, Sequence[int]]]) -> None:
         """``start`` for several at once, all or nothing, with one upload."""
         self._require_open()
@@ -188,6 +191,7 @@ class DecodeLoop:
                 self._mapper.track(slot, n + 1, limit)
                 self._live[slot] = _Live(slot, n, limit)
 
+    @for_one_thread
     def cancel(self, slot: int) -> None:
         """Stop decoding a sequence; tokens that were not reported yet are not going to be. Any other slot: no effect.
 
@@ -203,6 +207,7 @@ class DecodeLoop:
             elif num_dropped:  # it has ended, which its caller was not told yet
                 self._cut(slot, self.cache.seq_len(slot) - num_dropped)
 
+    @for_one_thread
     def release(self, slot: int) -> None:
         """End a sequence, decoding or not, and give its slot back to the cache.
 
@@ -224,6 +229,7 @@ class DecodeLoop:
         return tuple(self._live)
 
     # -- steps ---------------------------------------------------------------------------------------------------
+    @for_one_thread
     def step(self) -> list[DecodedToken]:
         """Launch a step for every sequence, then report the tokens of the step before it.
 
@@ -245,6 +251,7 @@ class DecodeLoop:
         self._drain(1 if launched else 0)
         return self._report()
 
+    @for_one_thread
     def run(self) -> list[DecodedToken]:
         """Step until every sequence has ended; all tokens, in the order of their steps.
 
@@ -261,6 +268,7 @@ class DecodeLoop:
             raise
         return tokens
 
+    @for_one_thread
     def drain(self) -> list[DecodedToken]:
         """Report the tokens of every step launched so far; waits for them."""
         self._require_open()
@@ -272,6 +280,7 @@ class DecodeLoop:
         """What was captured, by batch size."""
         return self._step.reports
 
+    @for_one_thread
     def close(self) -> None:
         """End the loop: graphs and the loop's own slot are freed, sequences stay as they are. Idempotent."""
         if self._closed:

@@ -7,11 +7,40 @@ import gc
 import signal
 import threading
 from collections.abc import Callable
+from functools import wraps
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+from .errors import ConfigError
 
 _Handler = Callable[[int, FrameType | None], Any]
 _SIGINT = int(signal.SIGINT)
+_P, _R, _Self = ParamSpec("_P"), TypeVar("_R"), TypeVar("_Self")
+
+
+def for_one_thread(
+    method: Callable[Concatenate[_Self, _P], _R],
+) -> Callable[Concatenate[_Self, _P], _R]:
+    """Refuse a method while another thread is in a method of the same object; the object has an RLock, ``_one_thread``.
+
+    Raises:
+        ConfigError: one is.
+    """
+
+    @wraps(method)
+    def guarded(self: _Self, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+        lock: Any = self._one_thread  # type: ignore[attr-defined]
+        if not lock.acquire(blocking=False):
+            raise ConfigError(
+                f"another thread is using this {type(self).__name__}: use it from one thread at a time, or hold a lock "
+                "of your own around its calls"
+            )
+        try:
+            return method(self, *args, **kwargs)
+        finally:
+            lock.release()
+
+    return guarded
 
 
 class _CollectorPause:
