@@ -9,18 +9,16 @@ import threading
 from collections.abc import Callable
 from functools import wraps
 from types import FrameType, TracebackType
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, TypeVar, cast
 
 from .errors import ConfigError
 
 _Handler = Callable[[int, FrameType | None], Any]
 _SIGINT = int(signal.SIGINT)
-_P, _R, _Self = ParamSpec("_P"), TypeVar("_R"), TypeVar("_Self")
+_Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
-def for_one_thread(
-    method: Callable[Concatenate[_Self, _P], _R],
-) -> Callable[Concatenate[_Self, _P], _R]:
+def for_one_thread(method: _Method) -> _Method:
     """Refuse a method while another thread is in a method of the same object; the object has an RLock, ``_one_thread``.
 
     Raises:
@@ -28,9 +26,8 @@ def for_one_thread(
     """
 
     @wraps(method)
-    def guarded(self: _Self, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
-        lock: Any = self._one_thread  # type: ignore[attr-defined]
-        if not lock.acquire(blocking=False):
+    def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not self._one_thread.acquire(blocking=False):
             raise ConfigError(
                 f"another thread is using this {type(self).__name__}: use it from one thread at a time, or hold a lock "
                 "of your own around its calls"
@@ -38,9 +35,9 @@ def for_one_thread(
         try:
             return method(self, *args, **kwargs)
         finally:
-            lock.release()
+            self._one_thread.release()
 
-    return guarded
+    return cast(_Method, guarded)
 
 
 class _CollectorPause:
