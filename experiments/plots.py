@@ -16,6 +16,7 @@ import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).parent))
 from common import read
+from plots_layouts import decode_attention, how_it_works, layouts, prefill_attention
 from tables import fields
 
 FOLDER = Path(__file__).parent
@@ -95,19 +96,30 @@ def decode(records: list[Record]) -> Any:
     return figure
 
 
-PLOTS = {"04_decode": decode, "05_capacity": capacity}
+PLOTS = {
+    "04_decode": decode,
+    "05_capacity": capacity,
+    "07_decode_attention": decode_attention,
+    "08_prefill_attention": prefill_attention,
+    "10_layouts": layouts,
+}
 
 
 def main() -> None:
     # The same records give the same file.
     mpl.rcParams.update({"svg.hashsalt": "vattn", "font.size": 10})
+    write(how_it_works(), FOLDER.parent / "docs" / "how_it_works.svg")
     for experiment, draw in PLOTS.items():
-        path = FOLDER / experiment / f"{draw.__name__}.svg"
-        figure = draw(read(FOLDER / experiment / "results.jsonl"))
-        figure.savefig(path, metadata={"Date": None})
-        if len(sys.argv) > 1:  # a folder for PNGs, to look at
-            figure.savefig(Path(sys.argv[1]) / f"{draw.__name__}.png", dpi=110)
-        print(f"written: {path.relative_to(FOLDER)}")
+        results = FOLDER / experiment / "results.jsonl"
+        if results.exists():
+            write(draw(read(results)), FOLDER / experiment / f"{draw.__name__}.svg")
+
+
+def write(figure: Any, path: Path) -> None:
+    figure.savefig(path, metadata={"Date": None})
+    if len(sys.argv) > 1:  # a folder for PNGs, to look at
+        figure.savefig(Path(sys.argv[1]) / f"{path.stem}.png", dpi=110)
+    print(f"written: {path.relative_to(FOLDER.parent)}")
 
 
 if __name__ == "__main__":
