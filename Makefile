@@ -3,15 +3,18 @@
 # make lint    ruff and mypy
 # make gpu-test    the suite's GPU half; SYSTEM=1 uses $(PYTHON) as it is instead of .venv
 # make fuzz    a long random walk over the cache: OPERATIONS=1000000 SEED=1
+# make soak    a server's churn for MINUTES=20 on DEVICE=cpu, at whose end nothing may have grown; SYSTEM=1 as above
 PYTHON ?= python3
 VENV ?= .venv
 OPERATIONS ?= 1000000
 SEED ?= 1
+MINUTES ?= 20
+DEVICE ?= cpu
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 GPU_PYTHON := $(if $(SYSTEM),$(PYTHON),$(BIN)/python)
 
-.PHONY: demo test lint gpu-test fuzz clean
+.PHONY: demo test lint gpu-test fuzz soak clean
 
 # One environment; the demo needs less than the tests, so it does not wait for their tools.
 $(VENV)/.demo: pyproject.toml Makefile
@@ -46,6 +49,9 @@ gpu-test: $(if $(SYSTEM),,$(VENV)/.dev)
 
 fuzz: $(VENV)/.dev
 	cd tests && ../$(BIN)/python fuzz.py --operations $(OPERATIONS) --seed $(SEED)
+
+soak: $(if $(SYSTEM),,$(VENV)/.dev)
+	$(GPU_PYTHON) tests/soak.py --minutes $(MINUTES) --device $(DEVICE) --seed $(SEED)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
