@@ -10,10 +10,11 @@ import contextlib
 import random
 import time
 from collections import Counter
-from typing import Any
 
 import torch
 from failing_driver import FailingDriver
+from fuzz_cases import LAYOUTS, MAX_SEQ_LEN, VARIANTS, make_layout
+from fuzz_readers import FIRST_STREAM, Readers
 from fuzz_rows import PatternedRows
 from page_model import DoesNotFit, PageModel
 from stream_driver import StreamDriver
@@ -22,32 +23,7 @@ import vattn
 from vattn.driver import open_driver
 from vattn.pages import Page
 
-_MAX_SEQ_LEN = 90
 _DRIVER_CALLS = ("create", "release", "map", "set_access", "unmap", "zero", "copy")
-
-VARIANTS: dict[str, dict[str, Any]] = {
-    "sound driver": {},
-    "failing driver": {"fail": True},
-    "masked over-read": {"over_read": 30},
-    "over-read, failing driver": {"over_read": 7, "masked": False, "fail": True},
-    "queued streams": {"streams": True},
-    "queued streams, over-read": {"streams": True, "over_read": 45, "masked": False},
-}
-LAYOUTS = ("token", "layer", "groups", "row larger than page")
-
-
-def make_layout(kind: str, page_bytes: int) -> vattn.KVLayout:
-    """A layout with about 20 tokens, never a whole number, in a page; or less than one."""
-    unit = page_bytes // 4096
-    if kind == "groups":
-        groups = [
-            vattn.LayerGroup([0, 3], num_kv_heads=1, head_dim=5 * unit, v_head_dim=3 * unit),
-            vattn.LayerGroup([1], num_kv_heads=2, head_dim=7 * unit, window=16),
-        ]
-        return vattn.KVLayout(groups=groups, max_seq_len=_MAX_SEQ_LEN, dtype=torch.float64)
-    head_dim = 80 * unit if kind == "row larger than page" else 3 * unit
-    order = "layer" if kind == "layer" else "token"
-    return vattn.KVLayout(2, 2, head_dim, _MAX_SEQ_LEN, torch.float64, order=order)
 
 
 class Fuzz(PatternedRows):
@@ -55,6 +31,8 @@ class Fuzz(PatternedRows):
 
     Args:
         fail: also make driver calls fail now and then, and check that nothing changed.
+        streams: without a GPU, queue the work of three streams and run it as late as it may.
+        readers: with reads of every live row in flight on two more.
     """
 
     def __init__(
@@ -66,12 +44,11 @@ class Fuzz(PatternedRows):
         over_read: int = 0,
         masked: bool = True,
         streams: bool = False,
+        readers: bool = False,
     ) -> None:
         self.random = random.Random(f"{seed} {kind}")
         self.fail = fail
         queued = StreamDriver() if streams and device == "cpu" else None
-        # The work that the cache queues runs as late as it may: when rows are looked at.
-        self.settle = queued.synchronize if queued else lambda: None
         self.queued = queued
         self.driver = FailingDriver(queued or open_driver(device))
         page_bytes = max(4096, self.driver.granularity_bytes)
@@ -80,7 +57,7 @@ class Fuzz(PatternedRows):
         lanes = [
             lane.row_bytes for group in self.layout.groups for lane in self.layout.plan(group, 1, page_bytes).lanes
         ]
-        per_slot = sum(-(-(_MAX_SEQ_LEN + over_read) * row_bytes // page_bytes) for row_bytes in lanes)
+        per_slot = sum(-(-(MAX_SEQ_LEN + over_read) * row_bytes // page_bytes) for row_bytes in lanes)
         self.max_slots = 5
         limit_pages = per_slot * 2 + self.random.randrange(per_slot)  # a third to a half of what the slots could take
         self.cache = vattn.KVCache(
@@ -96,13 +73,18 @@ class Fuzz(PatternedRows):
         self.tags, self.past, self.faults = {}, {}, []
         self.next_tag = 1
         self.counts: Counter[str] = Counter()
+        self.readers = None
+        if readers:
+            self.readers = Readers(
+                self.cache, queued, self._tensors, self.tags, self.expected, self.counts, self.faults
+            )
         parking = self.cache._slots.parking
         self._unparked, parking.finish_unpark = parking.finish_unpark, self._finish_unpark  # type: ignore[method-assign]
         self._out_of_memory = False  # an injected failure says so
 
     # -- operations ----------------------------------------------------------------------------------------------
     def _length(self, low: int = 0) -> int:
-        return min(_MAX_SEQ_LEN, low + int(self.random.expovariate(1 / 25)))
+        return min(MAX_SEQ_LEN, low + int(self.random.expovariate(1 / 25)))
 
     def acquire(self) -> None:
         wanted = self.random.choice([None, self.random.randrange(self.max_slots)])
@@ -192,7 +174,13 @@ class Fuzz(PatternedRows):
             again = torch.stack([view.sum() for view in views])  # not backed any more, but for the open step
             assert torch.equal(kept, again)
         finally:
+            if self.readers:
+                self.readers.collect()  # pages cut off in a step go when it is left, if the work on them has ended
             step.__exit__(None, None, None)
+            if self.cache.device.type == "cuda":  # an event takes a moment, even behind no work
+                self.driver.synchronize()
+                with self.cache.step([]):
+                    pass
 
     def family(self, parent: int) -> None:
         """Several forks of one sequence, all cut inside pages that they share, grow in one batch."""
@@ -298,6 +286,8 @@ class Fuzz(PatternedRows):
         if every_row:
             for slot in self.tags:
                 self.check_rows(slot)
+            if self.readers:
+                self.readers.collect()
 
     def one(self) -> None:
         names = [
@@ -317,8 +307,12 @@ class Fuzz(PatternedRows):
         name = self.random.choice(names if self.tags else ["acquire"])
         arguments = () if name in ("acquire", "ensure_batch", "trim") else (self.random.choice(sorted(self.tags)),)
         if self.queued:
-            self.queued.streams.setdefault(self.random.randrange(3), type(self.queued.streams[0])())
-            self.queued.current = self.random.choice(sorted(self.queued.streams))
+            self.queued.streams.setdefault(self.random.randrange(FIRST_STREAM), type(self.queued.streams[0])())
+            self.queued.current = self.random.choice(
+                [each for each in sorted(self.queued.streams) if each < FIRST_STREAM]
+            )
+        if self.readers and self.random.random() < 0.5:
+            self.readers.launch()
         if self.fail and self.random.random() < 0.2 and name != "step":
             self._out_of_memory = self.random.random() < 0.3
             call, at = self.random.choice(_DRIVER_CALLS), self.random.choice([1, 1, 2, 4])
@@ -341,6 +335,7 @@ class Fuzz(PatternedRows):
         for number in range(operations):
             self.one()
             self.check(every_row=number % 16 == 0)
+        self.check(every_row=True)
 
     def close(self) -> None:
         self.cache.close()

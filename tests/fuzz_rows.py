@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from failing_driver import FailingDriver
+from fuzz_readers import FIRST_STREAM, Readers, pages_of
 from page_model import PageModel
 from stream_driver import StreamDriver
 
@@ -31,7 +32,7 @@ class PatternedRows:
     model: PageModel
     driver: FailingDriver
     queued: StreamDriver | None
-    settle: Callable[[], None]
+    readers: Readers | None
     over_read: int
     masked: bool
     tags: dict[int, list[int]]
@@ -44,8 +45,22 @@ class PatternedRows:
             yield 2 * position, self.cache.k(layer)
             yield 2 * position + 1, self.cache.v(layer)
 
+    def settle(self) -> None:
+        """Run the work that the cache queued, as late as it may be: now that rows are looked at. Reads wait longer."""
+        for stream in range(FIRST_STREAM) if self.queued else ():
+            if stream in self.queued.streams:
+                self.queued.run(stream)
+
+    def expected(self, tags: list[int], number: int) -> torch.Tensor:
+        """What the rows of tensor ``number`` hold, one value each."""
+        by_row = torch.tensor(tags, dtype=torch.float64, device=self.cache.device)
+        rows = torch.arange(len(tags), dtype=torch.float64, device=self.cache.device)
+        return torch.where(by_row > 0, by_row * _TAG_STEP + rows * _ROW_STEP + number, 0.0)
+
     def write(self, slot: int, start: int, end: int) -> None:
         self.settle()
+        if self.readers:
+            self.readers.order()
         tag, self.next_tag = self.next_tag, self.next_tag + 1
         rows = torch.arange(start, end, dtype=torch.float64, device=self.cache.device)
         for number, tensor in self._tensors():
@@ -56,13 +71,11 @@ class PatternedRows:
 
     def check_rows(self, slot: int) -> None:
         self.settle()
-        tags = torch.tensor(self.tags[slot], dtype=torch.float64, device=self.cache.device)
+        tags, wrong = self.tags[slot], []
         assert self.cache.seq_len(slot) == len(tags)
-        rows = torch.arange(len(tags), dtype=torch.float64, device=self.cache.device)
-        wrong = []
         for position, layer in enumerate(self.layout.layers):
             for side, tensor in enumerate(self.cache.rows(slot, layer)):
-                expected = torch.where(tags > 0, tags * _TAG_STEP + rows * _ROW_STEP + 2 * position + side, 0.0)
+                expected = self.expected(tags, 2 * position + side)
                 wrong.append((tensor != expected[:, None, None]).any())
         assert not torch.stack(wrong).any(), f"slot {slot}: wrong are {[bool(each) for each in wrong]}"
 
@@ -99,13 +112,13 @@ class PatternedRows:
             self.write(slot, start, end)
 
     def launch_late_work(self, slot: int) -> None:
-        """Work on a sequence about to end, which runs as late as it may; it writes, unless others share the rows."""
+        """Work on a sequence about to end, which runs as late as it may; it writes, unless others may read the rows."""
         if self.queued and self.tags[slot]:
             rows = len(self.tags[slot])
-            value = None if self.model.is_shared(slot, 0, rows) else _GARBAGE
+            value = None if self.readers or self.model.is_shared(slot, 0, rows) else _GARBAGE
             for _, tensor in self._tensors():
                 view = tensor[slot, :rows]
-                pages = range(view.data_ptr() // 4096 * 4096, view[-1].data_ptr() + view[-1].nbytes, 4096)
+                pages = pages_of(view)
                 self.queued.launch(lambda view=view, pages=pages: self._work(view, pages, value))
 
     def _work(self, view: torch.Tensor, pages: range, value: float | None) -> None:

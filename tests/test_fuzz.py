@@ -1,4 +1,4 @@
-"""20,000 seeded random operations over the contract; see ``fuzz.py``."""
+"""24,000 seeded random operations over the contract; see ``fuzz.py``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import contextlib
 import pytest
 from fuzz import LAYOUTS, VARIANTS, Fuzz
 
-OPERATIONS = 20_000
+OPERATIONS = 24_000
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -20,5 +20,6 @@ def test_random_walk(seed, kind, variant, device):
         if device == "cpu":  # long enough to have met everything
             wanted = {"acquire", "ensure", "ensure_batch", "fork", "truncate", "release", "rewrite", "family", "step"}
             wanted |= {"trim", "OutOfPages", "OutOfSlots"} | ({"DriverError"} if "fail" in settings else set())
+            wanted |= {"late reads"} if "readers" in settings else set()
             wanted |= {"adopted", "reclaimed"} | ({"parked aliases"} if kind != "layer" else set())
             assert wanted <= {name for name, count in fuzz.counts.items() if count}

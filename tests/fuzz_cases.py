@@ -1,0 +1,36 @@
+"""What the fuzz walks over: layouts, and what else is going on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+import vattn
+
+MAX_SEQ_LEN = 90
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "sound driver": {},
+    "failing driver": {"fail": True},
+    "masked over-read": {"over_read": 30},
+    "over-read, failing driver": {"over_read": 7, "masked": False, "fail": True},
+    "queued streams": {"streams": True},
+    "queued streams, over-read": {"streams": True, "over_read": 45, "masked": False},
+    "readers on two streams": {"streams": True, "readers": True},
+}
+LAYOUTS = ("token", "layer", "groups", "row larger than page")
+
+
+def make_layout(kind: str, page_bytes: int) -> vattn.KVLayout:
+    """A layout with about 20 tokens, never a whole number, in a page; or less than one."""
+    unit = page_bytes // 4096
+    if kind == "groups":
+        groups = [
+            vattn.LayerGroup([0, 3], num_kv_heads=1, head_dim=5 * unit, v_head_dim=3 * unit),
+            vattn.LayerGroup([1], num_kv_heads=2, head_dim=7 * unit, window=16),
+        ]
+        return vattn.KVLayout(groups=groups, max_seq_len=MAX_SEQ_LEN, dtype=torch.float64)
+    head_dim = 80 * unit if kind == "row larger than page" else 3 * unit
+    order = "layer" if kind == "layer" else "token"
+    return vattn.KVLayout(2, 2, head_dim, MAX_SEQ_LEN, torch.float64, order=order)
