@@ -51,7 +51,7 @@ fuzz: $(VENV)/.dev
 	cd tests && ../$(BIN)/python fuzz.py --operations $(OPERATIONS) --seed $(SEED)
 
 soak: $(if $(SYSTEM),,$(VENV)/.dev)
-	$(GPU_PYTHON) tests/soak.py --minutes $(MINUTES) --device $(DEVICE) --seed $(SEED)
+	PYTHONPATH=. $(GPU_PYTHON) tests/soak.py --minutes $(MINUTES) --device $(DEVICE) --seed $(SEED)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
