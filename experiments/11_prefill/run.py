@@ -28,7 +28,7 @@ NEEDS = ("cuda",)
 DENSE_FLOPS = 989e12  # bfloat16, an H100 SXM's data sheet
 TOTALS = (8192, 16384, 32768, 65536)
 CHUNK = 8192
-FIRST_CHUNK = 1024  # where pages are mapped meanwhile: what is computed while the rest of the first 8,192 are mapped
+FIRST_CHUNK = 2048  # where pages are mapped meanwhile: long enough to hide the other 6,144 tokens' pages, launches included
 SUPER_PAGE_BYTES = 16 << 20
 ROUNDS = 4  # the first one makes pages, the others use them again
 
