@@ -141,7 +141,7 @@ def layout_prefill(records: list[Record]) -> str:
     """Prefill end to end: ms, and the limit's share of them."""
     columns = {
         "vattn": "vattn",
-        "vattn, mapped before": "vattn-premapped",
+        "vattn, parked pages": "vattn-parked",
         "vattn, mapping first": "vattn-sync-mapping",
         "vattn, pages of 16 MiB": "vattn-16MiB-pages",
         "paged 16": "paged-16",
