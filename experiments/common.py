@@ -76,10 +76,13 @@ class Records:
     Args:
         experiment: its folder.
         quick: whether this is a quick run, whose records go to ``quick.jsonl``: not to be committed.
+        parts: of the experiment, where a run may measure some only: the first words of the cases that this one
+            measures. Cases that begin otherwise are not replaced.
     """
 
-    def __init__(self, experiment: str, quick: bool = False) -> None:
+    def __init__(self, experiment: str, quick: bool = False, parts: Sequence[str] | None = None) -> None:
         self.experiment = experiment
+        self.parts = parts
         self.path = Path(__file__).parent / experiment / ("quick.jsonl" if quick else "results.jsonl")
         self.card = machine_card()
         self.records: list[dict[str, Any]] = []
@@ -113,8 +116,12 @@ class Records:
             raise SystemExit(f"failed: {', '.join(self.failures)}")
 
     def write(self) -> None:
-        kept = [record for record in read(self.path) if record["gpu"] != self.card["gpu"]] if self.path.exists() else []
+        kept = [record for record in read(self.path) if not self._replaces(record)] if self.path.exists() else []
         self.path.write_text("".join(json.dumps(record) + "\n" for record in (*kept, *self.records)))
+
+    def _replaces(self, record: dict[str, Any]) -> bool:
+        measured = self.parts is None or record["case"].split()[0] in self.parts
+        return measured and record["gpu"] == self.card["gpu"]
 
 
 def read(path: Path) -> list[dict[str, Any]]:
