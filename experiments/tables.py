@@ -16,6 +16,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 from common import markdown, read
 from tables_layouts import LAYOUT_TABLES
+from tables_sharing import SHARING_TABLES
 
 FOLDER = Path(__file__).parent
 Record = dict[str, Any]
@@ -237,13 +238,17 @@ def decode_mapping(records: list[Record]) -> str:
     return markdown(["system", "p50, ms", "ratio", "p99, ms", "ratio"], rows)
 
 
-TABLES: dict[str, Callable[[list[Record]], str]] = {
-    function.__name__: function
-    for function in (
-        *(cards, driver_calls, ensure_batch, hf_memory, hf_steps, hf_steps_again, capacity, page_sizes),
-        *(decode_steps, decode_ablations, decode_attention, decode_mapping),
-    )
-} | LAYOUT_TABLES
+TABLES: dict[str, Callable[[list[Record]], str]] = (
+    {
+        function.__name__: function
+        for function in (
+            *(cards, driver_calls, ensure_batch, hf_memory, hf_steps, hf_steps_again, capacity, page_sizes),
+            *(decode_steps, decode_ablations, decode_attention, decode_mapping),
+        )
+    }
+    | LAYOUT_TABLES
+    | SHARING_TABLES
+)
 
 
 def tables(folder: Path, records: list[Record]) -> str:
