@@ -31,8 +31,8 @@ records.write()
 def folder(tmp_path: Path) -> Path:
     folder = tmp_path / "experiments"
     folder.mkdir()
-    for name in ("common.py", "tables.py"):
-        shutil.copy(EXPERIMENTS / name, folder)
+    for path in EXPERIMENTS.glob("*.py"):
+        shutil.copy(path, folder)
     (folder / "plots.py").write_text("print('plots drawn')")
     for name, needs, then in (
         ("01_quick", "", ""),

@@ -23,7 +23,7 @@ MAX_SEQ_LEN = 16_384
 
 LIMITS = (4, 2, 1)
 # Requests to warm up, and then to count. The goal is for lengths that are known; the others show what that is worth.
-SYSTEMS = {"vattn": (20_000, 100_000), "vattn-unknown-length": (20_000, 20_000), "vattn-no-parking": (1000, 9000)}
+SYSTEMS = {"vattn": (20_000, 100_000), "vattn-unknown-length": (10_000, 10_000), "vattn-no-parking": (1000, 9000)}
 
 Lengths = tuple[np.ndarray, np.ndarray]  # of prompts, and of whole sequences
 
