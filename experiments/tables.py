@@ -36,11 +36,11 @@ def number(record: Record | None) -> str:
 
 
 def cards(records: list[Record]) -> str:
-    """One line for each machine that made records."""
+    """One line for each machine and command that made records."""
     seen = {}
     for record in records:
         where = record["gpu"] if record["gpu"] != "none" else "CPU only"
-        seen[where] = (
+        seen[where, record["command"]] = (
             f"{where} ({record['driver']}), torch {record['torch']}, {record['date']}, commit {record['commit']}, "
             f"`{record['command']}`"
         )

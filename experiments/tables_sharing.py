@@ -42,7 +42,7 @@ def sharing_forks(records: list[Record]) -> str:
         time = cells["all_ways"]
         ms = f"{time['value'] / 1e3:,.2f} ({time['p20'] / 1e3:,.2f}–{time['p80'] / 1e3:,.2f})"
         calls = _cell(cells.get("driver_calls"), 0)
-        rows.append([machine, driver, f"{int(prompt):,}", ways, name, ms, calls, _cell(extra[*key], 0)])
+        rows.append([machine, driver, f"{int(prompt):,}", ways, name, ms, calls, _cell(extra.get(tuple(key)), 0)])
     header = ["machine", "driver", "prompt", "ways", "how", "all of them, ms", "driver calls", "extra memory, MiB"]
     return markdown(header, rows)
 
