@@ -258,3 +258,40 @@ def test_a_shared_page_is_copied_while_a_released_sharers_step_is_open(cache, dr
     driver.run(1)
     assert seen == [True]
     assert (cache.rows(parent, 0)[0] == 9).all()
+
+
+# -- copies ----------------------------------------------------------------------------------------------------------
+def test_a_copy_holds_up_nobody_who_has_no_part_in_it(cache, driver):
+    """A fork in the middle of a page, behind a long prefill on its stream; a decode step of another slot goes on."""
+    parent, other = new(cache, 30), new(cache, 10)
+    with driver.stream(2):
+        driver.launch(lambda: None)  # the prefill
+        child = cache.fork(parent)
+    with driver.stream(1):
+        with cache.step([other]):
+            launch(cache, other, 10)
+        driver.run(1)
+        assert num_left(driver, 2) > 0, "the step waited for another sequence's copy"
+        with cache.step([child]):
+            launch(cache, child, 30)
+        driver.run(1)
+        assert num_left(driver, 2) == 0, "the child's step did not wait for the copy of its page"
+
+
+@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize("copying", ["make_writable", "fork"])
+def test_whoever_has_a_page_that_is_copied_waits_for_the_copy(cache, driver, copying, index):
+    """The last one to have it will write to it in place, and need not be the one whose address it was copied from."""
+    first = new(cache, 64)
+    second, third = cache.fork(first), cache.fork(first)
+    driver.synchronize()
+    with driver.stream(2):
+        if copying == "fork":
+            cache.fork(third, 10)  # a part of the page
+        else:
+            cache.make_writable(third, 0, 1)
+        assert num_left(driver, 2) > 0
+    with driver.stream(1), cache.step([(first, second)[index]]):
+        launch(cache, first, 64)
+    driver.run(1)
+    assert num_left(driver, 2) == 0, "it did not wait for the copy of its page"

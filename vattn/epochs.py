@@ -43,22 +43,21 @@ class _Stream:
 
     def __init__(self, max_slots: int) -> None:
         self.newest = np.zeros(max_slots, np.int64)  # 0: none
-        self.copies = 0  # the newest copy between slots, which reads pages of slots that it does not name
         self._fences: dict[int, Fence] = {}
         self._last = 0
 
     def add(self, fence: Fence) -> int:
         """The fence's number."""
         if len(self._fences) > 2 * len(self.newest) + 8:  # most of them are nobody's newest any more
-            used = {*self.newest.tolist(), self.copies}
+            used = set(self.newest.tolist())
             self._fences = {number: each for number, each in self._fences.items() if number in used}
         self._last += 1
         self._fences[self._last] = fence
         return self._last
 
     def behind(self, slots: Sequence[int] | np.ndarray) -> Fence | None:
-        """The fence behind all that was submitted here for these slots and by copies: it implies those before it."""
-        number = max(int(self.newest[slots].max(initial=0)), self.copies)
+        """The fence behind all that was submitted here for these slots: it implies those before it."""
+        number = int(self.newest[slots].max(initial=0))
         return self._fences[number] if number else None
 
 
@@ -95,16 +94,10 @@ class WorkTracker:
             self._open_steps[slots] -= 1
 
     def submitted(self, slots: Sequence[int] | np.ndarray) -> None:
-        """Work on these slots was submitted to the current stream."""
+        """Work on these slots was submitted to the current stream; a copy is work on every slot that has the page."""
         if fence := self._driver.fence():
             stream = self._stream(fence)
             stream.newest[slots] = stream.add(fence)
-
-    def copied(self, slots: Sequence[int] | np.ndarray) -> None:
-        """Like ``submitted``, for work that also read pages shared with slots not named."""
-        if fence := self._driver.fence():
-            stream = self._stream(fence)
-            stream.copies = stream.newest[slots] = stream.add(fence)
 
     def order_current_stream(self, slots: Sequence[int] | np.ndarray) -> None:
         """Make the current stream wait for the work on these slots."""

@@ -121,6 +121,17 @@ class Parking:
         """Every page that is parked somewhere, with the number of its parked mappings."""
         return Counter(page for slot in self.epochs for _, page in self.pages_of(slot))
 
+    def has_pages(self, count: int) -> bool:
+        """Whether at least so many pages are nobody's. Looks no further than it must: a full cache has thousands."""
+        aliases: Counter[Page] = Counter()
+        for slot in self.epochs:
+            for _, page in self.pages_of(slot):
+                if count <= 0:
+                    return True
+                aliases[page] += 1
+                count -= aliases[page] == len(page.maps)
+        return count <= 0
+
     def num_pages(self) -> int:
         """Pages that are nobody's: all their mappings are parked."""
         return sum(1 for page, count in self.maps().items() if count == len(page.maps))

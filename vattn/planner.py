@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Iterator
 
 from .layout import Lane
 from .pages import Page
@@ -67,6 +68,7 @@ class Planner:
                     leaving.add(reservation.address_of(index))
                     kept = origin + keep_rows * row_bytes - index * page_bytes
                     growth.shared.append((reservation, index, max(0, min(kept, page_bytes))))
+                    growth.slots_read.update(self._owners(page))
                     growth.slots_with_shared.add(slot)
 
     def _unpark_aliases_of_last(self, page: Page, leaving: set[int], growth: Growth) -> bool:
@@ -124,6 +126,7 @@ class Planner:
             plan.aliases.append((reservation, aliased, [pages[source + index - target] for index in aliased]))
             plan.own.append((reservation, own))
             if rest:
+                plan.slots_read.update(self._owners(pages[source + num_whole]))
                 plan.copies.append((reservation, source + num_whole, target + num_whole, rest))
         return plan
 
@@ -136,6 +139,13 @@ class Planner:
         number = self._lane_at[bisect_right(self._sorted_origins, address) - 1]
         slot, offset = divmod(address - self._origins[number], self.lanes[number][1].slot_stride_bytes)
         return number, slot, offset // self.page_bytes
+
+    def _owners(self, page: Page) -> Iterator[int]:
+        """The slots whose sequences have the page."""
+        for address in page.maps:
+            number, slot, index = self._locate(address)
+            if index < self._ends[number][slot]:
+                yield slot
 
     def _is_owned(self, address: int) -> bool:
         """Whether the page mapped there is a sequence's, and not parked."""

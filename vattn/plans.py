@@ -18,6 +18,7 @@ class Plan:
     adopted_pages: set[Page] = field(default_factory=set)  # those of them that had aliases
     slots_adopting: set[int] = field(default_factory=set)
     slots_unparked: set[int] = field(default_factory=set)  # whose epochs have to be over first
+    slots_read: set[int] = field(default_factory=set)  # all that have a page which is copied from
 
     @property
     def num_pages(self) -> int:

@@ -136,10 +136,8 @@ class Slots:
                 self._wipe(stale, undo)
                 submitted = True
         self.table.note_growth(growth)
-        if growth.shared:
-            self.work.copied([slot for slot, *_ in targets])
-        elif submitted:
-            self.work.submitted([slot for slot, *_ in targets])
+        if submitted:
+            self.work.submitted([*(slot for slot, *_ in targets), *growth.slots_read])
 
     def fork(self, parent: int, child: int, rows: int) -> None:
         """Make an empty live slot share the parent's first rows."""
@@ -155,7 +153,7 @@ class Slots:
         self.table.note_sharing(child, rows, plan)
         # Whatever wrote the shared rows lies before this point of the current stream: the child's work on other streams
         # has to come after it, a copy or not.
-        self.work.copied([parent, child])
+        self.work.submitted([parent, child, *plan.slots_read])
 
     def _await_epochs(self, plan: Plan) -> None:
         """Parked pages are unmapped when the work that used them has ended, and scrubbed behind it."""
@@ -316,10 +314,9 @@ class Slots:
         pool = self.backing.pool
         if self.finish_deferred(wait=True):
             return
-        num_parked = self.parking.num_pages()
         asked = work.num_pages + len(work.adopted)
-        if asked > pool.num_available + num_parked:
-            raise pool.out_of_pages(asked, "which memory_limit does not allow", num_parked)
+        if not self.parking.has_pages(asked - pool.num_available):
+            raise pool.out_of_pages(asked, "which memory_limit does not allow", self.parking.num_pages())
         self.unpark(work.num_pages - pool.num_available, work.slots_adopting)
 
     def _transaction(self, slots: Iterable[int]) -> Undo:
