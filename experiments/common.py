@@ -75,7 +75,8 @@ class Records:
 
     Args:
         experiment: its folder.
-        quick: whether this is a quick run, whose records go to ``quick.jsonl``: not to be committed.
+        quick: whether this is a quick run, whose records go to ``quick.jsonl``: not to be committed. Those of a second
+            run, to see how far figures can be trusted, go to ``again.jsonl``: with VATTN_AGAIN=1 in the environment.
         parts: of the experiment, where a run may measure some only: the first words of the cases that this one
             measures. Cases that begin otherwise are not replaced.
     """
@@ -83,7 +84,9 @@ class Records:
     def __init__(self, experiment: str, quick: bool = False, parts: Sequence[str] | None = None) -> None:
         self.experiment = experiment
         self.parts = parts
-        self.path = Path(__file__).parent / experiment / ("quick.jsonl" if quick else "results.jsonl")
+        again = bool(os.environ.get("VATTN_AGAIN"))
+        name = "quick.jsonl" if quick else "again.jsonl" if again else "results.jsonl"
+        self.path = Path(__file__).parent / experiment / name
         self.card = machine_card()
         self.records: list[dict[str, Any]] = []
         self.failures: list[str] = []

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import statistics
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -45,6 +46,28 @@ def cards(records: list[Record]) -> str:
             f"`{record['command']}`"
         )
     return "".join(f"* {line}\n" for line in seen.values())
+
+
+def again(records: list[Record]) -> str:
+    """How far a second run was from the first, by metric."""
+    ratios: dict[str, list[tuple[float, Record]]] = {}
+    for record in records:
+        if "again" in record and record["value"] and record["system"] != "limit":
+            ratios.setdefault(record["metric"], []).append((record["again"] / record["value"], record))
+    rows = []
+    for metric, pairs in ratios.items():
+        apart = sorted(abs(ratio - 1) for ratio, _ in pairs)
+        ratio, record = max(pairs, key=lambda pair: abs(pair[0] - 1))
+        rows.append(
+            [
+                metric,
+                str(len(pairs)),
+                f"{statistics.median(ratio for ratio, _ in pairs):.3f}",
+                f"{apart[int(0.9 * (len(apart) - 1))]:.1%}",
+                f"{ratio:.3f} ({record['case']}, {record['system']})",
+            ]
+        )
+    return markdown(["metric", "figures", "second / first, median", "nine of ten within", "furthest apart"], rows)
 
 
 def driver_calls(records: list[Record]) -> str:
@@ -242,7 +265,7 @@ TABLES: dict[str, Callable[[list[Record]], str]] = (
     {
         function.__name__: function
         for function in (
-            *(cards, driver_calls, ensure_batch, hf_memory, hf_steps, hf_steps_again, capacity, page_sizes),
+            *(cards, again, driver_calls, ensure_batch, hf_memory, hf_steps, hf_steps_again, capacity, page_sizes),
             *(decode_steps, decode_ablations, decode_attention, decode_mapping),
         )
     }
@@ -263,6 +286,12 @@ def tables(folder: Path, records: list[Record]) -> str:
 def render(folder: Path) -> str:
     """The README of an experiment with its tables made anew."""
     records = read(folder / "results.jsonl")
+    if (folder / "again.jsonl").exists():
+        places = {(r["gpu"], r["case"], r["system"], r["metric"]): r for r in records}
+        for record in read(folder / "again.jsonl"):
+            place = (record["gpu"], record["case"], record["system"], record["metric"])
+            if place in places:
+                places[place]["again"] = record["value"]
     text = (folder / "README.md").read_text()
     return _MARKED.sub(lambda match: match[1] + TABLES[match[2]](records) + match[3], text)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
-RESULTS = sorted(EXPERIMENTS.glob("*/results.jsonl"))
+RESULTS = [*sorted(EXPERIMENTS.glob("*/results.jsonl")), *sorted(EXPERIMENTS.glob("*/again.jsonl"))]
 FIELDS = {
     *("experiment", "case", "system", "metric", "value", "unit", "p20", "p50", "p80"),
     *("gpu", "driver", "torch", "commit", "date", "command"),
@@ -24,7 +24,7 @@ def test_tables_agree_with_their_records():
     assert check.returncode == 0, f"{check.stdout}{check.stderr}run python experiments/tables.py"
 
 
-@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.parent.name)
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_records_are_complete(path):
     for line in path.read_text().splitlines():
         record = json.loads(line)
