@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
@@ -17,7 +18,7 @@ from llama_helpers import SMALL, open_cache, small_model
 import vattn
 from vattn.attention import get
 from vattn.decode import DecodeLoop, Sampling
-from vattn.errors import ConfigError, OutOfPages
+from vattn.errors import ConfigError, OutOfPages, OutOfSlots
 from vattn.models import FusedLlama, Llama
 
 
@@ -433,3 +434,29 @@ def test_two_threads_at_once(fused, model):
     assert all("another thread" in each for each in refused)
     found = by_slot(tokens)
     assert [tuple(found[slot]) for slot in slots] == expected
+
+
+@pytest.mark.gpu
+def test_release_keeps_the_pages_for_the_caller_s_own_work(device):
+    """On the caller's stream, behind something long, and announced to nobody; the next sequence takes the memory."""
+    if device.type != "cuda":
+        pytest.skip("needs streams")
+    model = small_model().to(device)
+    prompt = prompts_for(model, 5)[-1]
+    with open_cache(model) as cache:
+        slot = prefill(model, cache, prompt)
+        with DecodeLoop(FusedLlama(model), cache) as loop:
+            loop.start(slot, prompt[-1], 3)
+            loop.run()
+            rows = cache.rows(slot, 0)[0]
+            expected = rows.clone()
+            torch.cuda.synchronize()
+            torch.cuda._sleep(1_000_000_000)  # cycles: half a second
+            copied = rows.clone()
+            loop.release(slot)
+            with torch.cuda.stream(torch.cuda.Stream()):
+                for other in (slot, *range(4)):
+                    with suppress(OutOfSlots):
+                        cache.ensure(cache.acquire(other), 64)
+                torch.cuda.synchronize()
+            assert torch.equal(copied, expected)

@@ -211,8 +211,8 @@ class DecodeLoop:
     def release(self, slot: int) -> None:
         """End a sequence, decoding or not, and give its slot back to the cache.
 
-        As for ``cache.release``, but that the pages are kept for the step that may still be under way on the loop's
-        stream, too.
+        As for ``cache.release``, which keeps the pages for work on the current stream, but that they are kept for the
+        step that may still be under way on the loop's stream, too.
 
         Raises:
             ConfigError: it is the loop's own slot, or not live in the cache.
@@ -220,8 +220,9 @@ class DecodeLoop:
         if slot == self._scratch:
             raise ConfigError(f"slot {slot} is the loop’s own: close the loop to have it back")
         self.cancel(slot)
-        with torch.cuda.stream(self.stream), self.cache.step([slot]):
-            self.cache.release(slot)
+        caller = None if self.stream is None else torch.cuda.current_stream(self.cache.device)
+        with torch.cuda.stream(self.stream), self.cache.step([slot]), torch.cuda.stream(caller):
+            self.cache.release(slot)  # of either stream's work so far
 
     @property
     def slots(self) -> tuple[int, ...]:
