@@ -194,6 +194,26 @@ def test_a_failure_on_the_way_back_too_loses_no_page(operation, second, device):
         scene.close()
 
 
+def test_out_of_memory_on_the_way_back_is_not_tried_again(device):
+    """Parked pages would make room for a second try, which knows nothing of the rows that the undo lost."""
+    scene = Scene(device, "token")
+    cache = scene.cache
+    child = cache.fork(0)
+    parked = cache.acquire()
+    cache.ensure(parked, 100)
+    cache.release(parked)
+    scene.driver.fail("map", times=2, out_of_memory=True)  # of the private copy, and of what was there before
+    rows = cache.seq_len(child)
+    with pytest.raises(vattn.OutOfPages) as caught:
+        cache.make_writable(child, 0, rows)
+    assert any("undoing a step failed too" in note for note in caught.value.__notes__)
+    assert cache.seq_len(child) < rows
+    cache.check_integrity()
+    scene.driver.heal()
+    cache.ensure(child, rows)
+    scene.close()
+
+
 @pytest.mark.parametrize("call", ["unmap", "release"])
 @pytest.mark.parametrize("at", [1, 3])
 @pytest.mark.parametrize("times", [1, 1000])

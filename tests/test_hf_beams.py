@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 
 import pytest
@@ -140,8 +141,17 @@ def test_stopped_half_way(model, past, monkeypatch, error, good_calls):
     with pytest.raises(KeyboardInterrupt if error is KeyboardInterrupt else ZeroDivisionError):
         past.reorder_cache(torch.tensor([1, 2, 0]))  # a cycle: four forks
     monkeypatch.undo()
-    with pytest.raises(ConfigError, match="half-way"):
-        append([past], 3, 1, 1)
+    for use in (
+        lambda: append([past], 3, 1, 1),
+        lambda: past.crop(-1),
+        lambda: past.reorder_cache(torch.tensor([0, 1, 2])),
+        lambda: past.batch_select_indices(torch.tensor([0])),
+        lambda: past.batch_repeat_interleave(2),
+        lambda: copy.deepcopy(past),
+        lambda: past.layers[0].keys,
+    ):
+        with pytest.raises(ConfigError, match="half-way"):
+            use()
     past.reset()
     assert past.stats().num_live_slots == 3
     default = DynamicCache(config=model.config)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import os
 import sys
-import threading
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
@@ -86,7 +85,7 @@ class DecodeLoop:
     ) -> None:
         self.model, self.cache = model, cache
         self._pid = os.getpid()
-        self._one_thread = threading.RLock()
+        self._one_thread: int | None = None
         self.max_seq_len = min(cache.layout.max_seq_len, model.max_seq_len)
         if cache.max_slots < 2:
             raise ConfigError("the decode loop takes a slot for itself: open the cache with max_slots of at least 2")

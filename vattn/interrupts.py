@@ -19,7 +19,9 @@ _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
 def for_one_thread(method: _Method) -> _Method:
-    """Refuse a method while another thread is in a method of the same object; the object has an RLock, ``_one_thread``.
+    """Refuse a method while another thread is in a method of the same object, whose ``_one_thread`` is None at first.
+
+    A safeguard against misuse, not a lock: two threads that enter within a few instructions both get in.
 
     Raises:
         ConfigError: one is.
@@ -27,15 +29,18 @@ def for_one_thread(method: _Method) -> _Method:
 
     @wraps(method)
     def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not self._one_thread.acquire(blocking=False):
+        mine = threading.get_ident()
+        before = self._one_thread
+        if before not in (None, mine):
             raise ConfigError(
                 f"another thread is using this {type(self).__name__}: use it from one thread at a time, or hold a lock "
                 "of your own around its calls"
             )
-        try:
+        try:  # not a lock: a signal between taking one and this line would leave it taken for ever
+            self._one_thread = mine
             return method(self, *args, **kwargs)
         finally:
-            self._one_thread.release()
+            self._one_thread = before
 
     return cast(_Method, guarded)
 

@@ -288,12 +288,14 @@ class Slots:
                     continue
                 try:
                     return carry_out(work)
-                except OutOfPages:  # not the limit: the device has less
+                except OutOfPages as error:  # not the limit: the device has less
                     missing = work.num_pages - len(pool.free)
-                    if not (self.finish_deferred(wait=True) or self.unpark(missing, work.slots_adopting)):
+                    if _is_half_undone(error) or not (
+                        self.finish_deferred(wait=True) or self.unpark(missing, work.slots_adopting)
+                    ):
                         raise
                 except DriverError as error:  # the tables that the system keeps of mappings, parked ones too
-                    if not error.out_of_memory or not self.unpark(len(pool.pages)):
+                    if _is_half_undone(error) or not error.out_of_memory or not self.unpark(len(pool.pages)):
                         raise
         except OutOfPages:
             self.num_oom += 1
@@ -302,12 +304,15 @@ class Slots:
             if not error.out_of_memory:
                 raise
             self.num_oom += 1
-            raise OutOfPages(
+            out = OutOfPages(
                 f"the system ran out of what mapping pages takes: {error}; {pool.physical_bytes} bytes are taken, "
                 f"memory_limit is {pool.limit_bytes} bytes",
                 free_bytes=pool.num_available * pool.page_bytes,
                 limit_bytes=pool.limit_bytes,
-            ) from error
+            )
+            for note in getattr(error, "__notes__", ()):
+                out.add_note(note)
+            raise out from error
 
     def _make_room(self, work: Plan) -> None:
         """More pages for ``work`` than the limit allows now. What would not suffice is left as it is: OutOfPages."""
@@ -338,3 +343,8 @@ class Slots:
             raise ConfigError(
                 f"{what} cannot be part of a graph: call ensure, fork, truncate and release before capture"
             )
+
+
+def _is_half_undone(error: BaseException) -> bool:
+    """Whether rows may be gone that the operation was planned with: it must not be tried again."""
+    return getattr(error, "undo_incomplete", False)

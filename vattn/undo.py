@@ -10,7 +10,8 @@ from typing import Any
 class Undo:
     """Runs the registered steps backwards when its block ends with an exception, and forgets them when it does not.
 
-    A step that fails on the way back does not stop the others; it is noted on the original exception.
+    A step that fails on the way back does not stop the others; it is noted on the original exception, whose attribute
+    ``undo_incomplete`` is then True: not everything is as it was, and trying again is not the same operation.
 
     Args:
         on_incomplete: called after a step failed on the way back, to look at what is left.
@@ -38,6 +39,7 @@ class Undo:
                 except Exception as failure:
                     incomplete = True
                     error.add_note(f"undoing a step failed too: {failure}")
+                    error.undo_incomplete = True  # type: ignore[attr-defined]
         self._steps.clear()
         if incomplete and self._on_incomplete is not None:
             self._on_incomplete()

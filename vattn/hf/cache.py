@@ -115,8 +115,7 @@ class VirtualCache(Cache):
         if not 0 <= layer_idx < len(self.layers):
             raise ConfigError(f"this cache was made for a model of {len(self.layers)} layers, got layer {layer_idx}")
         layer: Any = self.layers[layer_idx]
-        if self._torn:
-            raise ConfigError("an operation on this cache failed half-way, its layers are apart: call reset()")
+        self._whole()
         try:
             return layer.update(key_states, value_states, *args, **kwargs)
         except BaseException:
@@ -131,6 +130,7 @@ class VirtualCache(Cache):
             max_length: what older versions of transformers call the same.
         """
         self._open()
+        self._whole()
         number = int(tokens_to_remove if max_length is None else max_length)  # some versions give a tensor
         self._others("crop", number)  # first, because recurrent layers cannot
         lengths = self._storage.lengths.items()
@@ -146,6 +146,7 @@ class VirtualCache(Cache):
             OutOfPages: no memory for the pages that cannot be shared; call ``reset`` then.
         """
         self._open()
+        self._whole()
         size, sources = max(self.batch_size, 0), beam_idx.tolist()
         if beam_idx.shape != (size,):
             raise ConfigError(
@@ -154,10 +155,10 @@ class VirtualCache(Cache):
             )
         if any(not 0 <= source < size for source in sources):
             raise ConfigError(f"beam_idx must name rows of a batch of {size}, got {sources}")
-        torn, self._torn = self._torn, True
+        self._torn = True
         self._others("reorder_cache", beam_idx)
         self._storage.reorder(sources)
-        self._torn = torn
+        self._torn = False
 
     def reset(self) -> None:
         """Forget every token. Afterwards the batch may be of another size."""
@@ -197,6 +198,7 @@ class VirtualCache(Cache):
 
     def _regroup(self, method: str, indices: torch.Tensor) -> None:
         self._open()
+        self._whole()
         if self._is_hybrid:
             raise ConfigError(f"{method}: this model has layers that are not attention, which cannot")
         self._storage.regroup(indices.tolist())
@@ -215,6 +217,7 @@ class VirtualCache(Cache):
     def __deepcopy__(self, memo: dict[int, Any]) -> VirtualCache:
         """The same tokens in memory of their own, as for continuing one prompt in several ways."""
         self._open()
+        self._whole()
         if self._is_hybrid:
             raise ConfigError("a cache with layers that are not attention cannot be copied")
         other = VirtualCache.__new__(VirtualCache)
@@ -265,6 +268,10 @@ class VirtualCache(Cache):
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+    def _whole(self) -> None:
+        if self._torn:
+            raise ConfigError("an operation on this cache failed half-way, its layers are apart: call reset()")
 
     def _open(self) -> None:
         if self._storage.closed:

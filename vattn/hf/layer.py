@@ -157,6 +157,8 @@ class VirtualLayer(CacheLayerMixin):
     def _whole(self) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
         if self.shape is None or self.storage.kv_cache is None:
             return None, None
+        if self.storage.lost:
+            raise ConfigError("rows of this cache changed places, which failed half-way: call reset()")
         if self._version != self.storage.version:
             self._look_again()
         length = self.length

@@ -101,6 +101,8 @@ class Storage:
         self._step_views: dict[tuple[int, ...], StepViews] = {}
         self.version = 0
         self.closed = False
+        self.lost = False  # rows changed places, and that stopped half-way: what the slots hold is anyone's guess
+        self._stream: torch.cuda.Stream | None = None  # of the newest pass
 
     @property
     def batch_size(self) -> int:
@@ -226,6 +228,7 @@ class Storage:
         """A new cache whose batch row ``i`` holds what row ``sources[i]`` of this one does, layer by layer."""
         old, index = self.kv_cache, list(sources)
         assert old is not None
+        self.order()
         new = self._make(len(index), layout, old.device, self.rows)
         try:
             for layer, length in self.lengths.items():
@@ -257,6 +260,7 @@ class Storage:
         if cache is None or not rows:
             return
         places = Places(cache, self.batch_size)
+        self.order()
         try:
             try:
                 places.change(sources, rows)
@@ -264,6 +268,7 @@ class Storage:
             except OutOfPages:
                 self._move(cache.layout, places.where(sources))
         except BaseException:
+            self.lost = True
             places.restore()
             raise
 
@@ -315,10 +320,18 @@ class Storage:
         """Shorten layers, and give back whole pages past the longest."""
         self.lengths.update(lengths)
         rows = max(self.lengths.values())
+        if not rows:
+            self.lost = False
         if self.kv_cache is not None and rows < self.rows:
+            self.order()
             self.rows = rows  # first: an interrupt may leave some slots longer, none may be shorter than this
             for slot in range(self.batch_size):
                 self.kv_cache.truncate(slot, rows)
+
+    def order(self) -> None:
+        """Whatever the newest pass launched comes first, should the current stream be another than that pass's."""
+        if self._stream is not None and self._stream != (stream := torch.cuda.current_stream(self._stream.device)):
+            stream.wait_stream(self._stream)
 
     def check_lengths(self, layer: int) -> None:
         """At the start of a pass all layers hold equally many tokens, unless the pass before did not fill them all.
@@ -333,10 +346,14 @@ class Storage:
                 "was interrupted, another model's, or did not take its layers in order. reset() the cache, and use it "
                 "for one model"
             )
+        if self.kv_cache is not None and self.kv_cache.device.type == "cuda":
+            self.order()  # of two passes on two streams
+            self._stream = torch.cuda.current_stream(self.kv_cache.device)
 
     def close(self) -> None:
         """Free everything. Idempotent."""
         self.closed = True
+        self.order()
         self._drop()
 
     # -- attention -----------------------------------------------------------------------------------------------
