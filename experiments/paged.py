@@ -61,6 +61,7 @@ class PagedKVCache:
         self._users = [0] * (1 + num_blocks)
         self._blocks: dict[int, list[int]] = {}  # of each live slot
         self._seq_lens = np.zeros(max_slots, np.int64)
+        self._num_blocks_of = np.zeros(max_slots, np.int64)
         self._changed: dict[tuple[int, int], int] = {}  # (slot, index) -> block: the newest, not in block_table yet
         self._lock = threading.RLock()
         self.num_uploads = self.num_entries = 0
@@ -108,12 +109,11 @@ class PagedKVCache:
         """
         with self._lock:
             slots, seq_lens = np.asarray(slots), np.asarray(seq_lens)
-            # A host that keeps block tables looks at every sequence, every step.
             wanted = -(-seq_lens // self.block_tokens)
+            short = np.flatnonzero(wanted > self._num_blocks_of[slots])
             missing = [
-                (int(slot), int(count) - len(self._blocks[slot]))
-                for slot, count in zip(slots.tolist(), wanted.tolist(), strict=True)
-                if count > len(self._blocks[slot])
+                (slot, count - len(self._blocks[slot]))
+                for slot, count in zip(slots[short].tolist(), wanted[short].tolist(), strict=True)
             ]
             total = sum(count for _, count in missing)
             if total > len(self._free):
@@ -127,6 +127,7 @@ class PagedKVCache:
         blocks = self._blocks[slot]
         self._changed[slot, len(blocks)] = block
         blocks.append(block)
+        self._num_blocks_of[slot] = len(blocks)
         self._users[block] += 1
 
     def truncate(self, slot: int, seq_len: int) -> None:
@@ -138,6 +139,7 @@ class PagedKVCache:
                 self._users[block] -= 1
                 if not self._users[block]:
                     self._free.append(block)
+            self._num_blocks_of[slot] = len(blocks)
             self._seq_lens[slot] = min(self._seq_lens[slot], seq_len)
 
     def fork(self, parent: int, seq_len: int | None = None) -> int:
@@ -198,7 +200,7 @@ class PagedKVCache:
         """Every block is free or used, as often as tables name it."""
         users = [0] * len(self._users)
         for slot, blocks in self._blocks.items():
-            assert len(blocks) >= -(-int(self._seq_lens[slot]) // self.block_tokens)
+            assert len(blocks) == self._num_blocks_of[slot] >= -(-int(self._seq_lens[slot]) // self.block_tokens)
             for block in blocks:
                 users[block] += 1
         assert users == self._users

@@ -40,15 +40,22 @@ class FlashInferDecode:
             backend="fa2",
         )
 
-    def plan(self, seq_lens: list[int]) -> None:
-        """Divide the work for these lengths; on the host, which copies the plan to the device."""
+    def tables(self, seq_lens: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What ``plan`` takes: where each sequence's blocks begin, the blocks, the tokens in the last ones."""
         tokens = self.cache.block_tokens
         counts = [-(-seq_len // tokens) for seq_len in seq_lens]
         blocks = [self.cache.blocks(slot)[:count] for slot, count in zip(self.slots, counts, strict=True)]
-        self._wrapper.plan(
+        return (
             torch.tensor([0, *counts], dtype=torch.int32).cumsum(0, dtype=torch.int32),
             torch.tensor([block for each in blocks for block in each], dtype=torch.int32),
             torch.tensor([(seq_len - 1) % tokens + 1 for seq_len in seq_lens], dtype=torch.int32),
+        )
+
+    def plan(self, tables: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
+        """Divide the work; on the host, which copies the plan to the device."""
+        tokens = self.cache.block_tokens
+        self._wrapper.plan(
+            *tables,
             self.num_heads,
             self.group.num_kv_heads,
             self.group.head_dim,

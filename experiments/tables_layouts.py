@@ -46,6 +46,8 @@ def decode_kernels(records: list[Record]) -> str:
     """Attention of a decode step, a layer: µs, and the limit's share of them."""
     columns = {
         "vattn": "vattn",
+        "FA3 on vattn's layout": "vattn-flash-attn-3",
+        "FA2 on vattn's layout": "vattn-flash-attn-2",
         "FA2 contiguous": "flash-attn-2-contiguous",
         "FA3 contiguous": "flash-attn-3-contiguous",
         "FA3 paged 16": "flash-attn-3-paged-16",
@@ -103,7 +105,7 @@ def prefill_kernels(records: list[Record]) -> str:
         "FA2 paged 256": "flash-attn-2-paged-256",
         "FlashInfer paged 16": "flashinfer-paged-16",
     }
-    return _grid(records, "prefill_attention", "ms", 3, "flash-attn-3-paged-16", columns)
+    return _grid(records, "prefill_attention", "ms", 3, r"(?!vattn).*-paged-\d+", columns)
 
 
 def prefill_calls(records: list[Record]) -> str:
@@ -120,6 +122,8 @@ def layout_steps(records: list[Record]) -> str:
     """A decode step end to end: ms, and the limit's share of them."""
     columns = {
         "vattn": "vattn",
+        "FA3 on vattn's layout": "vattn-flash-attn-3",
+        "FA2 on vattn's layout": "vattn-flash-attn-2",
         "FA3 paged 16": "paged-16",
         "FA3 paged 64": "paged-64",
         "FA3 paged 128": "paged-128",
@@ -147,7 +151,7 @@ def layout_prefill(records: list[Record]) -> str:
         "paged 16": "paged-16",
         "paged 256": "paged-256",
     }
-    return _grid(records, "prefill", "ms", 1, "paged-16", columns)
+    return _grid(records, "prefill", "ms", 1, r"paged-\d+", columns)
 
 
 def layout_prefill_first(records: list[Record]) -> str:

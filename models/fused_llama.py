@@ -52,9 +52,16 @@ class FusedLlama:
         model: its projections are merged in place; it goes on working.
         max_seq_len: positions that rotary embeddings are tabled for; None: the model's context.
         ops: the operations; None: fused on a GPU, else their references.
+
+    Raises:
+        ConfigError: the model is another class's.
     """
 
     def __init__(self, model: Llama, max_seq_len: int | None = None, ops: Ops | None = None) -> None:
+        if not isinstance(model, Llama):
+            raise ConfigError(
+                f"FusedLlama takes vattn's own Llama, as vattn.models.load(folder)[0] is, not a {type(model).__name__}"
+            )
         self.model = model
         self.config = model.config
         self.ops = default_ops(model.device, model.dtype) if ops is None else ops

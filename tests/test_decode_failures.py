@@ -460,3 +460,10 @@ def test_release_keeps_the_pages_for_the_caller_s_own_work(device):
                         cache.ensure(cache.acquire(other), 64)
                 torch.cuda.synchronize()
             assert torch.equal(copied, expected)
+
+
+def test_a_model_of_another_library(model):
+    with pytest.raises(ConfigError, match="own Llama"):
+        FusedLlama(torch.nn.Linear(2, 2))
+    with open_cache(model) as cache, pytest.raises(ConfigError, match="FusedLlama"):
+        DecodeLoop(model, cache)

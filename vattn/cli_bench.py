@@ -34,7 +34,9 @@ class Experiment:
 
     @property
     def question(self) -> str:
-        """The README's first heading."""
+        """The README's first heading; nothing where it is not written yet."""
+        if not (self.folder / "README.md").exists():
+            return "(no README yet)"
         return (self.folder / "README.md").read_text().partition("\n")[0].removeprefix("#").strip()
 
     def lacks(self) -> str | None:

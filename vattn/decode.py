@@ -83,6 +83,8 @@ class DecodeLoop:
         mapping: str = "thread",
         max_stop_tokens: int = 8,
     ) -> None:
+        if not isinstance(model, DecodeModel):
+            raise ConfigError(f"a decode loop takes a fused model, FusedLlama(model), not a {type(model).__name__}")
         self.model, self.cache = model, cache
         self._pid = os.getpid()
         self._one_thread: int | None = None

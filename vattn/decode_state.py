@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from .ops.sampling import validate_sampling
 __all__ = ["DecodeModel", "DecodeState", "DecodedToken", "Sampling", "as_sequence", "bind_for", "check_sequence"]
 
 
+@runtime_checkable
 class DecodeModel(Protocol):
     """What the loop asks of a model; ``vattn.models.FusedLlama`` is one."""
 

@@ -1,7 +1,7 @@
 """Submission epochs: which work may still touch a slot's pages, submitted to some stream or only scheduled.
 
-The invariant: a page is unmapped, mapped elsewhere, scrubbed or given another owner only behind its *epoch*, all work
-that anyone could have launched on it by the time its sequence gave it up.
+The invariant: a page is unmapped, mapped elsewhere, scrubbed or given another owner only behind its *epoch*: all work
+on it that was launched inside a step, and whatever else was on the current stream when its sequence gave it up.
 
 * Work that was *submitted*, by a step, a graph's replay or a plain launch, lies before a fence of its stream: one is
   set when a step is left, when a sequence ends, and behind the cache's own copies and scrubbing.

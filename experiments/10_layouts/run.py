@@ -24,6 +24,7 @@ from paged import PagedKVCache, paged_ops
 from paged_attention import PagedFlashAttention2, PagedFlashAttention3
 
 from vattn import KVCache, KVLayout
+from vattn.attention import AttentionBackend, get
 from vattn.decode import DecodeLoop
 from vattn.mapper import MapAhead
 from vattn.models import FusedLlama, Llama, LlamaConfig
@@ -90,11 +91,14 @@ def run_steps(records: Records, cases: list[tuple[int, int]]) -> None:
         limit = (model.streamed_weight_bytes() + kv_bytes) / READ_BYTES_PER_S * 1e3
         records.add(case, "limit", "decode_step", "ms", [limit])
 
-        def ours() -> list[float]:
-            with decoding(model, batch, length, Setting(ops)) as loop:  # noqa: B023
+        def ours(attention: AttentionBackend | None = None) -> list[float]:
+            with decoding(model, batch, length, Setting(ops, attention)) as loop:  # noqa: B023
                 return step_ms(loop)
 
         samples = ours()  # once before the others and once after them
+        for name in ("flash-attn-3", "flash-attn-2"):  # the very kernels that the blocks are read with
+            with records.going_on(f"{case} vattn-{name}"):
+                records.add(case, f"vattn-{name}", "decode_step", "ms", ours(get(name)))
         for system, (kind, block_tokens) in PAGED.items():
             with (
                 records.going_on(f"{case} {system}"),
