@@ -9,10 +9,11 @@ from vattn import KVLayout, LayerGroup
 from vattn.attention import TritonDecodeAttention, choose_decode, get
 from vattn.errors import ConfigError
 from vattn.graphs import StepGraphs, default_buckets
-from vattn.measuring import measure_attention, measure_linear
+from vattn.measuring import measure_attention, measure_linear, measure_prefill
 from vattn.tuning import (
     TuningTable,
     decode_attention,
+    default_attention,
     default_decode,
     default_ops,
     measured_attention,
@@ -79,6 +80,55 @@ def test_on_the_cpu_everything_is_eager(make_cache):
     assert default_ops(CPU, torch.float32).name == "reference"
     assert choose_decode(LAYOUT, CPU).name == default_decode(LAYOUT, CPU, 1, 100, 32).name == "sdpa"
     assert decode_attention(make_cache(LAYOUT, 1, memory_limit=1 << 24), 32, 1, 100).name == "sdpa"
+
+
+def prefill_table():
+    made = TuningTable("GPU")
+    shape = {"num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "dtype": "bfloat16"}
+    made.add_prefill(
+        [
+            {**shape, "new": 512, "total": 512, "us": {"reference": 2.0, "sdpa": 3.0, "flash-attn-3": 1.0}},
+            {**shape, "new": 2048, "total": 2048, "us": {"reference": 4.0, "sdpa": 3.0, "flash-attn-3": 1.0}},
+            {**shape, "new": 2048, "total": 32768, "us": {"reference": 4.0, "sdpa": 5.0, "flash-attn-3": 1.0}},
+        ]
+    )
+    return made
+
+
+@pytest.mark.parametrize(
+    ("new", "total", "name"),
+    [(400, None, "reference+sdpa"), (4000, None, "sdpa"), (4000, 30_000, "reference+sdpa"), (2048, 2048, "sdpa")],
+)
+def test_the_nearest_prefill_of_what_runs_here(monkeypatch, new, total, name):
+    """FlashAttention-3 was fastest everywhere, and does not run on a CPU."""
+    monkeypatch.setattr("vattn.tuning.table_for", lambda device: prefill_table())
+    assert default_attention(LAYOUT, CPU, 32, new=new, total=total).name == name
+    assert default_attention(LAYOUT, CPU, 16, new=new, total=total).name == "sdpa"  # other heads
+
+
+def test_a_prefill_measured_again(tmp_path):
+    made = prefill_table()
+    made.add_prefill([{**made.prefill[0], "us": {"sdpa": 1.0}}])
+    assert [record["us"] for record in made.prefill if record["new"] == 512] == [{"sdpa": 1.0}]
+    made.write(tmp_path / "table.json")
+    assert TuningTable.read(tmp_path / "table.json") == made
+
+
+@pytest.mark.gpu
+def test_prefill_is_measured_on_a_gpu(monkeypatch):
+    device = torch.device("cuda", torch.cuda.current_device())
+    records = measure_prefill(8, 2, 64, torch.bfloat16, device, [(300, 300), (100, 900)])
+    assert [(record["new"], record["total"]) for record in records] == [(300, 300), (100, 900)]
+    assert all(us > 0 for record in records for us in record["us"].values())
+    made = TuningTable("GPU")
+    made.add_prefill(records)
+    monkeypatch.setattr("vattn.tuning.table_for", lambda device: made)
+    layout = KVLayout(4, 2, 64, 1024, torch.bfloat16)
+    found = default_attention(layout, device, 8, new=100, total=900)
+    assert found.name.split("+")[0] == min(records[1]["us"], key=records[1]["us"].get)
+    within = {name: us for name, us in records[1]["us"].items() if name != "flash-attn-3"}
+    found = default_attention(layout, device, 8, max_over_read=0, new=100, total=900)
+    assert found.name.split("+")[0] == min(within, key=within.get)
 
 
 @pytest.mark.gpu

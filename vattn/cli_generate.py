@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from .arguments import require_int
-from .attention import AttentionBackend, choose, get
+from .attention import AttentionBackend, get
 from .cli import parse_bytes
 from .cli_display import Display, LineDisplay, LiveDisplay, NoDisplay
 from .cli_report import Meter, memory_table, read_bandwidth, speed_table, throughput
@@ -21,7 +21,9 @@ from .driver import open_driver
 from .engine import Engine, Request
 from .errors import ConfigError
 from .kv_cache import KVCache
+from .models import Llama
 from .ops.sampling import request_generator, validate_sampling
+from .tuning import default_attention
 
 __all__ = ["generate"]
 
@@ -90,7 +92,7 @@ def generate(args: argparse.Namespace) -> None:
         for prompt in prompts
     ]
     max_slots = min(len(prompts), args.max_batch or _MAX_BATCH)
-    attention = _attention(args.attention, device, dtype, model.config.head_dim)
+    attention = _attention(args.attention, model, device, dtype)
     meter = Meter()
     with KVCache(
         model.kv_layout(),
@@ -146,12 +148,12 @@ def _device(name: str | None) -> torch.device:
         driver.close()
 
 
-def _attention(name: str | None, device: torch.device, dtype: torch.dtype, head_dim: int) -> AttentionBackend:
+def _attention(name: str | None, model: Llama, device: torch.device, dtype: torch.dtype) -> AttentionBackend:
     """The backend asked for, or the best there is; ConfigError when it cannot run there."""
     if name is None:
-        return choose(device, dtype, head_dim)
+        return default_attention(model.kv_layout(1), device, model.config.num_heads)
     backend = get(name)
-    if reason := backend.supports(device, dtype, head_dim):
+    if reason := backend.supports(device, dtype, model.config.head_dim):
         raise ConfigError(f"attention {name!r} cannot be used here: {reason}")
     return backend
 

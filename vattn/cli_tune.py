@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .errors import ConfigError
-from .measuring import measure_attention, measure_linear
+from .measuring import measure_attention, measure_linear, measure_prefill
 from .models import LlamaConfig
 from .models.fused_llama import products
 from .triton_support import unavailable
@@ -19,6 +19,7 @@ from .tuning import table_for, table_paths
 
 __all__ = ["tune"]
 
+_PREFILL = ((512, 512), (2048, 2048), (8192, 8192), (2048, 32768))  # new tokens, all tokens
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -45,6 +46,7 @@ def tune(args: argparse.Namespace) -> None:
         cases = [(batch, context) for batch in batches for context in contexts]
         heads = (config.num_heads, config.num_kv_heads, config.head_dim)
         table.add_attention(measure_attention(*heads, dtype, device, cases, table.pdl, _print_attention))
+        table.add_prefill(measure_prefill(*heads, dtype, device, _PREFILL, _print_prefill))
     path, _ = table_paths(table.gpu)
     table.write(path)
     print(f"written: {path}")
@@ -82,3 +84,8 @@ def _print_linear(record: dict[str, Any]) -> None:
 def _print_attention(record: dict[str, Any]) -> None:
     times = ", ".join(f"{name} {us:.1f}" for name, us in sorted(record["us"].items(), key=lambda item: item[1]))
     print(f"attention, batch {record['batch']}, context {record['context']}:  {times} us", flush=True)
+
+
+def _print_prefill(record: dict[str, Any]) -> None:
+    times = ", ".join(f"{name} {us:.1f}" for name, us in sorted(record["us"].items(), key=lambda item: item[1]))
+    print(f"attention, {record['new']} new tokens of {record['total']}:  {times} us", flush=True)

@@ -12,12 +12,13 @@ from typing import Any, Protocol
 import torch
 
 from .arguments import is_int, require_int
-from .attention import AttentionBackend, AttentionBatch, choose, get, require_fit
+from .attention import AttentionBackend, AttentionBatch, get, require_fit
 from .errors import ConfigError, OutOfPages, OutOfSlots
 from .kv_cache import KVCache
 from .layout import KVLayout
 from .ops.sampling import draw_uniforms, request_generator, sample, validate_sampling
 from .requests import Completion, EngineStats, Request, StepToken
+from .tuning import default_attention
 from .upload import upload
 
 __all__ = ["Completion", "Engine", "EngineStats", "LanguageModel", "Request", "StepToken"]
@@ -85,16 +86,19 @@ class Engine:
     ) -> None:
         self.model = model
         self.cache = cache
+        self.max_prefill_tokens = require_int("max_prefill_tokens", max_prefill_tokens, 1)
         if attention is None:
             margin = 0 if cache.over_read_masked else cache.over_read_tokens
             groups = cache.layout.groups
             if {group.head_dim for group in groups} == {group.v_head_dim for group in groups} == {groups[0].head_dim}:
-                attention = choose(cache.device, cache.layout.dtype, groups[0].head_dim, max_over_read=margin)
+                heads = getattr(model.config, "num_heads", groups[0].num_kv_heads)
+                attention = default_attention(
+                    cache.layout, cache.device, heads, max_over_read=margin, new=max_prefill_tokens
+                )
             else:  # the kernels want one head_dim for K and V
                 attention = get("sdpa")
         require_fit(attention, cache)
         self.attention = attention
-        self.max_prefill_tokens = require_int("max_prefill_tokens", max_prefill_tokens, 1)
         self.stats = EngineStats()
         self._on_step = on_step
         self._waiting: deque[_Sequence] = deque()

@@ -1,4 +1,5 @@
-"""Timing kernels for ``tuning``: products and attention of a decode step, cold, inside a graph as a loop runs them."""
+"""Timing kernels for ``tuning``: products and attention of a decode step, cold, inside a graph as a loop runs them; and
+attention of a prefill."""
 
 from __future__ import annotations
 
@@ -9,15 +10,17 @@ from typing import Any
 
 import torch
 
-from .attention import AttentionBackend, DecodeBatch, TritonDecodeAttention, bind, decode_backends, get
+from .attention import AttentionBackend, AttentionBatch, DecodeBatch, TritonDecodeAttention, bind, decode_backends, get
 from .kv_cache import KVCache
 from .layout import KVLayout
 from .ops.skinny_linear import LinearConfig, skinny_linear
 from .ops.swiglu import swiglu
 from .tuning import dtype_name
 
-__all__ = ["candidates", "graph_us", "measure_attention", "measure_linear"]
+__all__ = ["candidates", "graph_us", "measure_attention", "measure_linear", "measure_prefill"]
 
+PREFILL_BACKENDS = ("flash-attn-3", "flash-attn-2", "torch-varlen")
+_BUSY_CYCLES = 2_000_000  # of waiting on the GPU, about a millisecond, while the host launches what is timed
 _MIN_GAIN = 1.01  # a kernel has to beat cuBLAS by this much: measurements have noise
 _COLD_BYTES = 400 << 20  # of weights, or of K and V, to go through, so that none are left in the L2 cache
 
@@ -231,6 +234,57 @@ def measure_attention(
             "backend": best[0],
             "options": best[1],
             "us": times,
+        }
+        report(record)
+        records.append(record)
+    return records
+
+
+def measure_prefill(
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    cases: Sequence[tuple[int, int]],
+    report: Callable[[dict[str, Any]], None] = lambda record: None,
+) -> list[dict[str, Any]]:
+    """Time one layer of attention of one sequence's new tokens over a cache, backends in turn; a record per case.
+
+    Args:
+        cases: (new tokens, all tokens).
+        report: called with each record.
+    """
+    records = []
+    names = [name for name in PREFILL_BACKENDS if get(name).supports(device, dtype, head_dim) is None]
+    for new, total in cases:
+        layout = KVLayout(4, num_kv_heads, head_dim, total + 256, dtype)
+        margin = max((get(name).over_read_tokens for name in names), default=0)
+        with KVCache(layout, 1, device, over_read_tokens=margin) as cache:
+            slot = cache.acquire()
+            cache.ensure(slot, total)
+            for rows in cache.rows(slot, 0):
+                rows.normal_()
+            q = torch.randn(new, num_heads, head_dim, device=device, dtype=dtype)
+            batch = AttentionBatch.build([slot], [new], [total], device)
+            samples: dict[str, list[float]] = {name: [] for name in names}
+            for _ in range(6):
+                for name in names:
+                    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                    torch.cuda._sleep(_BUSY_CYCLES)
+                    start.record()
+                    get(name)(q, cache.k(0), cache.v(0), batch, scale=head_dim**-0.5)
+                    end.record()
+                    end.synchronize()
+                    samples[name].append(start.elapsed_time(end) * 1e3)
+        record = {
+            "num_heads": num_heads,
+            "num_kv_heads": num_kv_heads,
+            "head_dim": head_dim,
+            "dtype": dtype_name(dtype),
+            "new": new,
+            "total": total,
+            "us": {name: round(sorted(us[1:])[2], 1) for name, us in samples.items()},  # but for the first, which loads
         }
         report(record)
         records.append(record)

@@ -1,8 +1,8 @@
 """What runs fastest on this GPU: tables of measurements, shipped for some and made by ``vattn tune`` for others.
 
 A table says for each product of a decode step, by its shape and number of tokens, which kernel to use, and for each
-shape of attention, by batch and context, which backend. What was not measured falls back to cuBLAS and to
-``vattn.attention.choose_decode``.
+shape of attention, by batch and context (a decode step) or by new and all tokens (a prefill), which backend. What was
+not measured falls back to cuBLAS and to the orders of ``vattn.attention``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from .attention import AttentionBackend, TritonDecodeAttention, choose_decode, get
+from .attention import AttentionBackend, PhasedAttention, TritonDecodeAttention, choose, choose_decode, get
 from .errors import ConfigError
 from .kv_cache import KVCache
 from .layout import KVLayout
@@ -31,6 +31,7 @@ from .triton_support import unavailable
 __all__ = [
     "TuningTable",
     "decode_attention",
+    "default_attention",
     "default_decode",
     "default_ops",
     "dtype_name",
@@ -49,6 +50,7 @@ class TuningTable:
         gpu: its name.
         linear: records with outputs, inputs, dtype, tokens, swiglu, config (None: cuBLAS), us, cublas_us.
         attention: records with num_heads, num_kv_heads, head_dim, dtype, batch, context, backend, options, us.
+        prefill: records with num_heads, num_kv_heads, head_dim, dtype, new, total, us (of each backend).
         pdl: whether programmatic dependent launch paid.
         made: date and torch version, by the room that measured.
     """
@@ -56,6 +58,7 @@ class TuningTable:
     gpu: str
     linear: list[dict[str, Any]] = field(default_factory=list)
     attention: list[dict[str, Any]] = field(default_factory=list)
+    prefill: list[dict[str, Any]] = field(default_factory=list)
     pdl: bool = False
     made: dict[str, str] = field(default_factory=dict)
 
@@ -76,12 +79,12 @@ class TuningTable:
         path.parent.mkdir(parents=True, exist_ok=True)
         lists = {
             name: "[\n" + ",\n".join("  " + json.dumps(record) for record in getattr(self, name)) + "\n ]"
-            for name in ("linear", "attention")
+            for name in ("linear", "attention", "prefill")
         }
         path.write_text(
             "{\n"
             f' "gpu": {json.dumps(self.gpu)},\n "pdl": {json.dumps(self.pdl)},\n "made": {json.dumps(self.made)},\n'
-            f' "linear": {lists["linear"]},\n "attention": {lists["attention"]}\n}}\n'
+            f' "linear": {lists["linear"]},\n "attention": {lists["attention"]},\n "prefill": {lists["prefill"]}\n}}\n'
         )
 
     def add_linear(self, records: Iterable[dict[str, Any]]) -> None:
@@ -97,6 +100,13 @@ class TuningTable:
         keys = {_attention_key(record) for record in new}
         self.attention = [record for record in self.attention if _attention_key(record) not in keys] + new
         self.made["attention"] = f"{datetime.now(UTC):%Y-%m-%d}, torch {torch.__version__}"
+
+    def add_prefill(self, records: Iterable[dict[str, Any]]) -> None:
+        """Take records over, in place of earlier ones for the same cases."""
+        new = list(records)
+        keys = {_prefill_key(record) for record in new}
+        self.prefill = [record for record in self.prefill if _prefill_key(record) not in keys] + new
+        self.made["prefill"] = f"{datetime.now(UTC):%Y-%m-%d}, torch {torch.__version__}"
 
     def linear_table(self, dtype: torch.dtype) -> LinearTable:
         """What ``Ops.linear`` looks products up in."""
@@ -115,6 +125,10 @@ def _linear_key(record: dict[str, Any]) -> tuple[Any, ...]:
 
 def _attention_key(record: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(record[key] for key in ("num_heads", "num_kv_heads", "head_dim", "dtype", "batch", "context"))
+
+
+def _prefill_key(record: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(record[key] for key in ("num_heads", "num_kv_heads", "head_dim", "dtype", "new", "total"))
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -174,6 +188,51 @@ def measured_attention(
     if record["backend"] == TritonDecodeAttention.name:
         return TritonDecodeAttention(**record["options"], pdl=table.pdl)
     return get(record["backend"])
+
+
+def default_attention(
+    layout: KVLayout,
+    device: torch.device,
+    num_heads: int,
+    *,
+    max_over_read: int | None = None,
+    new: int = 2048,
+    total: int | None = None,
+) -> AttentionBackend:
+    """What a model is run with: prefill by the backend measured as fastest there, decode steps outside graphs as
+    ``vattn.attention.choose`` has them.
+
+    Args:
+        layout: of the cache, K and V of one head_dim.
+        max_over_read: as for ``choose``.
+        new, total: tokens that a typical pass of prefill computes, and all of the sequence's then (None: the same); the
+            nearest measured case is taken.
+
+    Raises:
+        ConfigError: none runs there.
+    """
+    group = layout.groups[0]
+    chosen = choose(device, layout.dtype, group.head_dim, max_over_read=max_over_read)
+    shape = (num_heads, group.num_kv_heads, group.head_dim, dtype_name(layout.dtype))
+    found = [record for record in table_for(device).prefill if _prefill_key(record)[:4] == shape]
+    if not found:
+        return chosen
+
+    def distance(record: dict[str, Any]) -> float:
+        return abs(math.log(record["new"] / new)) + abs(math.log(record["total"] / (total or new)))
+
+    nearest = min(found, key=distance)
+    usable = [
+        name
+        for name in nearest["us"]
+        if get(name).supports(device, layout.dtype, group.head_dim) is None
+        and (max_over_read is None or get(name).over_read_tokens <= max_over_read)
+    ]
+    if not usable:
+        return chosen
+    prefill = get(min(usable, key=nearest["us"].__getitem__))
+    decode = chosen.decode if isinstance(chosen, PhasedAttention) else chosen
+    return prefill if prefill.name == decode.name else PhasedAttention(prefill, decode)
 
 
 def default_decode(
