@@ -39,7 +39,7 @@ class MapAhead:
         self._backed = np.zeros(cache.max_slots, np.int64)  # rows that are backed, per slot
         self._asked = np.zeros(cache.max_slots, np.int64)  # rows that the thread was asked for
         self._limit = np.zeros(cache.max_slots, np.int64)  # rows that the sequence can ever need
-        self._epoch = np.zeros(cache.max_slots, np.int64)  # tells a slot's sequences apart
+        self._generation = np.zeros(cache.max_slots, np.int64)  # tells a slot's sequences apart
         self._changing = threading.Lock()  # a slot's sequence is being mapped, or ends
         self._jobs: queue.SimpleQueue[tuple[np.ndarray, np.ndarray, np.ndarray] | threading.Event | None] = (
             queue.SimpleQueue()
@@ -54,14 +54,14 @@ class MapAhead:
     def track(self, slot: int, rows: int, limit: int) -> None:
         """Begin with a slot: ``rows`` are backed now, and it will never need more than ``limit``."""
         with self._changing:
-            self._epoch[slot] += 1
+            self._generation[slot] += 1
             self._backed[slot] = self._asked[slot] = rows
             self._limit[slot] = limit
 
     def forget(self, slot: int) -> None:
         """Leave a slot alone from here on: nothing maps for it after this returns."""
         with self._changing:
-            self._epoch[slot] += 1
+            self._generation[slot] += 1
             self._limit[slot] = 0
 
     # -- steps ---------------------------------------------------------------------------------------------------
@@ -92,7 +92,7 @@ class MapAhead:
             return
         slots, wanted = slots[soon], wanted[soon]
         self._asked[slots] = wanted
-        job = (slots, wanted, self._epoch[slots])
+        job = (slots, wanted, self._generation[slots])
         if self._thread is None:
             self._map(*job)
         else:
@@ -140,7 +140,7 @@ class MapAhead:
 
     def _map(self, slots: np.ndarray, rows: np.ndarray, epochs: np.ndarray) -> None:
         with self._changing:
-            current = self._epoch[slots] == epochs
+            current = self._generation[slots] == epochs
             slots, rows = slots[current], rows[current]
             if not slots.size:
                 return

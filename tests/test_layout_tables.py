@@ -1,0 +1,82 @@
+"""The tables that compare layouts, on made-up records: above all, that the ratio is to the best peer, lost or won."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
+import tables
+import tables_layouts
+
+
+def records(metric, **values):
+    return [
+        {"case": "8B B=1 L=1024", "system": system.replace("_", "-"), "metric": metric, "value": value}
+        for system, value in values.items()
+    ]
+
+
+def last_cell(table):
+    return table.splitlines()[2].rsplit("|", 2)[1].strip()
+
+
+@pytest.mark.parametrize(
+    ("make", "metric", "peers"),
+    [
+        (
+            tables_layouts.decode_kernels,
+            "decode_attention",
+            ["flash-attn-3-paged-16", "flash-attn-2-paged-256", "flashinfer-tensor-cores-paged-64"],
+        ),
+        (
+            tables_layouts.prefill_kernels,
+            "prefill_attention",
+            ["flash-attn-3-paged-16", "flash-attn-3-paged-128", "flashinfer-paged-16"],
+        ),
+        (tables_layouts.layout_steps, "decode_step", ["paged-16", "paged-128", "paged-256-flash-attn-2"]),
+        (tables_layouts.layout_prefill, "prefill", ["paged-16", "paged-256"]),
+    ],
+)
+def test_the_ratio_is_to_the_best_paged_peer(make, metric, peers):
+    for best in peers:
+        values = {"limit": 1.0, "vattn": 2.0, "flash-attn-3-contiguous": 0.5, "vattn-flash-attn-3": 0.6}
+        values |= dict.fromkeys(peers, 3.0)
+        assert last_cell(make(records(metric, **values))).startswith("1.500 (")
+        values[best] = 1.8
+        assert last_cell(make(records(metric, **values))) == f"0.900 ({best})"
+
+
+def test_a_column_takes_its_fastest_system():
+    values = {"limit": 1.0, "vattn": 2.0, "flashinfer-paged-16": 4.0, "flashinfer-tensor-cores-paged-16": 2.5}
+    table = tables_layouts.decode_kernels(records("decode_attention", **values))
+    assert "| 2.5 (40%) |" in table
+    assert "4.0" not in table
+
+
+def test_what_was_not_measured_is_a_dash():
+    table = tables_layouts.layout_steps(records("decode_step", limit=1.0, vattn=2.0))
+    assert last_cell(table) == "–"
+    assert table.splitlines()[2].count("–") == len(table.splitlines()[0].split("|")) - 5
+
+
+def test_a_fit_of_growth_finds_what_made_it():
+    made = []
+    for batch in (1, 8, 32):
+        for length in (1024, 4096, 16384):
+            us = 7.0 + batch * length * 4096 / 3.0e6
+            case = {"case": f"8B B={batch} L={length}", "metric": "decode_attention"}
+            made += [{**case, "system": "vattn", "value": us}, {**case, "system": "limit", "value": 1.0}]
+    row = tables_layouts.decode_growth(made).splitlines()[2]
+    assert "| 7.0 | 3.00 | 0% |" in row
+
+
+def test_a_second_run_is_compared_by_metric():
+    first = records("prefill", limit=1.0, vattn=2.0, paged_16=4.0)
+    for record, again in zip(first, (1.0, 2.1, 3.2), strict=True):
+        record["again"] = again
+    table = tables.again(first)
+    assert "| prefill | 2 |" in table
+    assert "0.800 (8B B=1 L=1024, paged-16)" in table
