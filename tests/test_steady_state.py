@@ -83,3 +83,28 @@ def test_where_memory_is_short_pages_are_still_found_in_place_and_the_limit_hold
     assert known.peak_bytes <= limit
     assert known.num_short == unknown.num_short == 0  # parked pages never stood in the way of a request
     assert known.calls < unknown.calls < known.pages / 4
+
+
+def test_a_full_cache_looks_at_few_of_its_parked_pages(monkeypatch):
+    """A warmed-up server's cache is full of them; a page more must not cost a look at each."""
+    with vattn.KVCache(LAYOUT, NUM_SLOTS, driver=LedgerDriver(1 << 40), memory_limit=60 * 64 * (2 << 20)) as cache:
+        slots = [cache.acquire() for _ in range(60)]
+        cache.ensure_batch(slots, [1024] * 60)
+        for slot in slots:
+            cache.release(slot)
+        assert cache.stats().free_bytes == 0
+        parking, looked_at = cache._slots.parking, 0
+        pages_of = parking.pages_of
+
+        def counted(slot):
+            nonlocal looked_at
+            for each in pages_of(slot):
+                looked_at += 1
+                yield each
+
+        monkeypatch.setattr(parking, "pages_of", counted)
+        empty = cache.acquire(63)
+        for rows in range(16, 1024, 16):
+            cache.ensure(empty, rows)
+        assert cache.stats().in_use_bytes >= 60 * (2 << 20)
+        assert 0 < looked_at - 3840 < 1000  # stats() has looked at all of them once
