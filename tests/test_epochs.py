@@ -295,3 +295,27 @@ def test_whoever_has_a_page_that_is_copied_waits_for_the_copy(cache, driver, cop
         launch(cache, first, 64)
     driver.run(1)
     assert num_left(driver, 2) == 0, "it did not wait for the copy of its page"
+
+
+# -- mapping ahead ---------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("how", ["parked", "cut short", "alias"])
+def test_mapping_ahead_does_not_wait(cache, driver, how):
+    """It holds the lock that the next step needs. What it does not get it gets when the GPU is done."""
+    busy, other = new(cache, 128), cache.acquire()
+    if how == "alias":  # its pages are parked twice, once behind work that is under way
+        child = cache.fork(busy)
+        cache.release(busy)
+        busy = child
+    with driver.stream(1), cache.step([busy]):
+        launch(cache, busy, 128)
+        if how == "cut short":
+            cache.truncate(busy, 0)
+        else:
+            cache.release(busy)
+    with pytest.raises(vattn.OutOfPages):
+        cache.ensure_batch([other], [4 * 64], wait=False)
+    assert driver.num_waits == 0
+    assert cache.stats().num_oom == 0
+    driver.synchronize()
+    cache.ensure_batch([other], [4 * 64], wait=False)
+    assert driver.num_waits == 0

@@ -102,7 +102,7 @@ def test_an_ended_slot_is_left_alone(cache, mapper, monkeypatch):
             mapper.look_ahead(*arrays([1], [1]))  # the thread waits in it
             time.sleep(0.02)
             mapper.look_ahead(*arrays([0], [1]))  # queued behind
-            mapper._epoch[0] += 1  # what ``forget`` does, without waiting for the thread
+            mapper._generation[0] += 1  # what ``forget`` does, without waiting for the thread
     else:
         mapper.forget(0)
         mapper.look_ahead(*arrays([0], [1]))
@@ -113,7 +113,7 @@ def test_an_ended_slot_is_left_alone(cache, mapper, monkeypatch):
 def test_a_failure_of_the_thread_reaches_the_caller(cache, monkeypatch):
     with MapAhead(cache, 20) as mapper:
         begin(cache, mapper, 0)
-        monkeypatch.setattr(cache, "ensure_batch", lambda *arguments: 1 / 0)
+        monkeypatch.setattr(cache, "ensure_batch", lambda *arguments, wait: 1 / 0)
         mapper.look_ahead(*arrays([0], [1]))
         mapper._settle()
         monkeypatch.undo()

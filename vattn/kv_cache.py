@@ -148,8 +148,14 @@ class KVCache:
             elif seq_len > slots.seq_len[slot]:
                 slots.seq_len[slot] = seq_len
 
-    def ensure_batch(self, slots: Sequence[int] | np.ndarray, seq_lens: Sequence[int] | np.ndarray) -> None:
+    def ensure_batch(
+        self, slots: Sequence[int] | np.ndarray, seq_lens: Sequence[int] | np.ndarray, *, wait: bool = True
+    ) -> None:
         """``ensure`` for many slots at once, all or nothing. Sequences or int64 arrays of one length.
+
+        Args:
+            wait: False, for mapping ahead, does without pages that could only be had by waiting for the GPU; being
+                refused then does not count into ``num_oom``.
 
         Raises:
             OutOfPages, ConfigError: as ``ensure``; ConfigError too when a slot is named twice.
@@ -168,7 +174,7 @@ class KVCache:
             longer = np.maximum(state.seq_len[index], rows)
             if short.size:
                 with Uninterrupted():
-                    state.grow(list(zip(index[short].tolist(), rows[short].tolist(), strict=True)))
+                    state.grow(list(zip(index[short].tolist(), rows[short].tolist(), strict=True)), wait)
                     state.seq_len[index] = longer
             else:
                 state.seq_len[index] = longer

@@ -145,8 +145,11 @@ class MapAhead:
             if not slots.size:
                 return
             try:
-                self.cache.ensure_batch(slots, rows)
+                # The lock of the cache is held meanwhile: waiting for the GPU in there would hold up the next step.
+                self.cache.ensure_batch(slots, rows, wait=False)
             except VattnError:
-                # Not needed yet: whoever comes to need it asks by ``require``, between steps, and is told.
+                # Not needed yet: the next step's look-ahead tries again, and whoever comes to need it asks by
+                # ``require``, between steps, and is told.
+                self._asked[slots] = self._backed[slots]
                 return
             self._backed[slots] = np.maximum(self._backed[slots], rows)

@@ -87,12 +87,16 @@ class Slots:
                 self.state[slot] = FREE
 
     # -- growing -------------------------------------------------------------------------------------------------
-    def grow(self, requests: list[tuple[int, int]]) -> None:
-        """Back the rows of (slot, seq_len) pairs, all or nothing; new rows private, old rows as they are."""
+    def grow(self, requests: list[tuple[int, int]], wait: bool = True) -> None:
+        """Back the rows of (slot, seq_len) pairs, all or nothing; new rows private, old rows as they are.
+
+        Args:
+            wait: whether the host may wait for the GPU to be done with pages.
+        """
         slots = [slot for slot, _ in requests]
         old = self.seq_len[slots].tolist()
         targets = [(slot, start, end, start) for (slot, end), start in zip(requests, old, strict=True)]
-        self._with_room(partial(self._plan_growth, targets), partial(self._grow, targets))
+        self._with_room(partial(self._plan_growth, targets), partial(self._grow, targets), wait)
         ends = np.fromiter((end for _, end in requests), np.int64, len(requests))
         self.seq_len[slots] = ends
         if self._stale_to or self.table.over_read.tokens:
@@ -253,20 +257,21 @@ class Slots:
             found = True
         return found
 
-    def unpark(self, count: int, sparing: Iterable[int] = ()) -> bool:
+    def unpark(self, count: int, sparing: Iterable[int] = (), wait: bool = True) -> bool:
         """Unmap parked pages until ``count`` more are free or none is left. Returns whether any was unmapped.
 
         From the end of a slot's pages to its start, and one slot after another: first those where the host need not
-        wait for work to end, then the others, last those of ``sparing``; among equals the one released least recently.
+        wait for work to end, then (if it may ``wait``) the others, last those of ``sparing``; among equals the one
+        released least recently.
         """
         free, sparing = self.backing.pool.free, set(sparing)
         target = len(free) + count
         found = False
-        for wait, spared in ((False, False), (True, False), (True, True)):
+        for busy, spared in ((False, False), (True, False), (True, True)) if wait else ((False, False), (False, True)):
             for slot, epoch in tuple(self.parking.epochs.items()):
                 if len(free) >= target:
                     return found
-                if (slot in sparing) != spared or not (wait or epoch.done()):
+                if (slot in sparing) != spared or not (busy or epoch.done()):
                     continue
                 epoch.wait()
                 while len(free) < target and slot in self.parking.epochs:
@@ -277,33 +282,37 @@ class Slots:
         return found
 
     # -- all or nothing ------------------------------------------------------------------------------------------
-    def _with_room(self, plan: Callable[[], _Plan | None], carry_out: Callable[[_Plan], None]) -> None:
+    def _with_room(
+        self, plan: Callable[[], _Plan | None], carry_out: Callable[[_Plan], None], wait: bool = True
+    ) -> None:
         """Carry out what ``plan`` says, which touches nothing; where pages are short, make room and plan again."""
         pool = self.backing.pool
         try:
             self.backing.clear_strays()
             while (work := plan()) is not None:
+                if not (wait or all(self.parking.epochs[slot].done() for slot in work.slots_unparked)):
+                    raise pool.out_of_pages(work.num_pages, "of which some are still in use by the GPU")
                 if work.num_pages > pool.num_available:
-                    self._make_room(work)
+                    self._make_room(work, wait)
                     continue
                 try:
                     return carry_out(work)
                 except OutOfPages as error:  # not the limit: the device has less
                     missing = work.num_pages - len(pool.free)
                     if _is_half_undone(error) or not (
-                        self.finish_deferred(wait=True) or self.unpark(missing, work.slots_adopting)
+                        self.finish_deferred(wait) or self.unpark(missing, work.slots_adopting, wait)
                     ):
                         raise
                 except DriverError as error:  # the tables that the system keeps of mappings, parked ones too
-                    if _is_half_undone(error) or not error.out_of_memory or not self.unpark(len(pool.pages)):
+                    if _is_half_undone(error) or not error.out_of_memory or not self.unpark(len(pool.pages), (), wait):
                         raise
         except OutOfPages:
-            self.num_oom += 1
+            self.num_oom += wait
             raise
         except DriverError as error:
             if not error.out_of_memory:
                 raise
-            self.num_oom += 1
+            self.num_oom += wait
             out = OutOfPages(
                 f"the system ran out of what mapping pages takes: {error}; {pool.physical_bytes} bytes are taken, "
                 f"memory_limit is {pool.limit_bytes} bytes",
@@ -314,15 +323,16 @@ class Slots:
                 out.add_note(note)
             raise out from error
 
-    def _make_room(self, work: Plan) -> None:
+    def _make_room(self, work: Plan, wait: bool) -> None:
         """More pages for ``work`` than the limit allows now. What would not suffice is left as it is: OutOfPages."""
         pool = self.backing.pool
-        if self.finish_deferred(wait=True):
+        if self.finish_deferred(wait):
             return
         asked = work.num_pages + len(work.adopted)
         if not self.parking.has_pages(asked - pool.num_available):
             raise pool.out_of_pages(asked, "which memory_limit does not allow", self.parking.num_pages())
-        self.unpark(work.num_pages - pool.num_available, work.slots_adopting)
+        if not self.unpark(work.num_pages - pool.num_available, work.slots_adopting, wait) and not wait:
+            raise pool.out_of_pages(asked, "of which some are still in use by the GPU")
 
     def _transaction(self, slots: Iterable[int]) -> Undo:
         return Undo(lambda: self._resync(slots))
