@@ -101,8 +101,10 @@ class PagedKVCache:
         """Back rows ``[0, seq_len)`` of a slot."""
         self.ensure_batch([slot], [seq_len])
 
-    def ensure_batch(self, slots: Sequence[int] | np.ndarray, seq_lens: Sequence[int] | np.ndarray) -> None:
-        """The same for several, all or nothing.
+    def ensure_batch(
+        self, slots: Sequence[int] | np.ndarray, seq_lens: Sequence[int] | np.ndarray, *, wait: bool = True
+    ) -> None:
+        """The same for several, all or nothing. Never waits, whatever ``wait`` says.
 
         Raises:
             OutOfPages: the pool has no blocks for them.
