@@ -139,6 +139,7 @@ def cache(
         cache.ensure(slot, MAX_SEQ_LEN)
         poison(cache, slot)
         cache.release(slot)
+    cache.trim(cache.stats().physical_bytes)  # free now, with what is in them, and no longer mapped
     yield cache
     cache.check_integrity()
 

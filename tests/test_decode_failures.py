@@ -439,7 +439,7 @@ def test_two_threads_at_once(fused, model):
 @pytest.mark.gpu
 def test_release_keeps_the_pages_for_the_caller_s_own_work(device):
     """On the caller's stream, behind something long, and announced to nobody; the next sequence takes the memory."""
-    if device.type != "cuda":
+    if device != "cuda":
         pytest.skip("needs streams")
     model = small_model().to(device)
     prompt = prompts_for(model, 5)[-1]
