@@ -139,7 +139,6 @@ def cache(
         cache.ensure(slot, MAX_SEQ_LEN)
         poison(cache, slot)
         cache.release(slot)
-    cache.trim(cache.stats().physical_bytes)  # free now, with what is in them, and no longer mapped
     yield cache
     cache.check_integrity()
 
@@ -173,7 +172,8 @@ def poison_past(cache: KVCache, slot: int, seq_len: int) -> None:
 
 
 def fill(cache: KVCache, slots: Sequence[int], lengths: Sequence[int], backend: AttentionBackend) -> None:
-    """Sequences of random rows with as much NaN behind them as the contract allows."""
+    """Sequences of random rows with as much NaN behind them as the contract allows, in slots with nothing parked."""
+    cache.trim(cache.stats().physical_bytes)  # what released sequences left is free now, with what is in it: NaN
     for slot, seq_len in zip(slots, lengths, strict=True):
         longer = min(seq_len + 70, MAX_SEQ_LEN)
         cache.ensure(slot, longer)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import dataclass
 from functools import cache
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -121,7 +121,7 @@ class TritonDecodeAttention:
         device = torch.device(device)
         programs = 0
         for batch_size in range(1, max_batch_size + 1):
-            splits = self._num_splits(batch_size, num_kv_heads, max_end, device)
+            splits = self.num_splits(batch_size, num_kv_heads, max_end, device)
             programs = max(programs, batch_size * splits if splits > 1 else 0)
         return DecodeWorkspace(
             torch.empty(programs * num_heads * (v_head_dim + 2), dtype=torch.float32, device=device),
@@ -175,86 +175,129 @@ class TritonDecodeAttention:
         if batch.max_query_len != 1:
             raise ConfigError(f"{self.name} computes one new token of each sequence, got up to {batch.max_query_len}")
         batch_size, num_kv_heads = batch.batch_size, k.shape[2]
-        num_heads, head_dim, v_head_dim = q.shape[1], k.shape[3], v.shape[3]
-        group = num_heads // num_kv_heads
+        num_heads, v_head_dim = q.shape[1], v.shape[3]
         out = q.new_empty(batch_size, num_heads, v_head_dim) if out is None else out
         rows = batch.max_end if window is None else min(batch.max_end, window)
-        splits = self._num_splits(batch_size, num_kv_heads, rows, q.device)
+        splits = self.num_splits(batch_size, num_kv_heads, rows, q.device)
         if splits > 1:
             workspace = self._workspace(workspace, batch_size, num_heads, num_kv_heads, v_head_dim, splits, q.device)
-        ends, starts = batch.ends_int32, batch.starts_int32
+        arguments, options = self.arguments(
+            *(q, k, v, out, batch.slots_int32, batch.ends_int32, batch.starts_int32),
+            workspace=workspace,
+            scale=scale,
+            window=window,
+            softcap=softcap,
+            sinks=sinks,
+            several_splits=splits > 1,
+        )
+        kernel, combine_kernel = kernels()
+        with torch.cuda.device_of(q):
+            kernel[splits, num_kv_heads, batch_size](**arguments, **options)
+            if splits > 1 and not self.fused_combine:
+                known = {name: arguments[name] for name in combine_kernel.arg_names if name in arguments}
+                known["BLOCK_S"] = _splits_at_once(arguments["BLOCK_DV"])
+                combine_kernel[num_heads, batch_size](**known, num_splits=splits, **{**options, "num_warps": 4})
+        return out
+
+    def arguments(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        slots: torch.Tensor,
+        ends: torch.Tensor,
+        starts: torch.Tensor | None,
+        *,
+        workspace: DecodeWorkspace | None,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
+        several_splits: bool = True,
+        new: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What the kernel is launched with, by name, and the options of its compilation.
+
+        Args:
+            q, k, v, out, workspace, scale, window, softcap, sinks: as in ``decode``; a workspace unless one program
+                takes all of a context.
+            slots, ends, starts: ``[batch_size]`` int32; starts may be None.
+            several_splits: False where there is one split; then the kernel has no code for several.
+            new: K and V of each sequence's newest row, ``[batch_size, num_kv_heads, head_dim]`` and ``[…,
+                v_head_dim]``, which the kernel is to write to the cache too; None where they are there. Only with
+                ``fused_combine``.
+        """
+        num_heads, head_dim, v_head_dim = q.shape[1], k.shape[3], v.shape[3]
+        group = num_heads // k.shape[2]
         # Matrix multiplications take no less than 16.
         block_d, block_dv = max(16, next_power_of_2(head_dim)), max(16, next_power_of_2(v_head_dim))
         # More rows of float32, which are multiplied without tensor cores, do not fit in the registers.
         max_block_n = self.block_n if k.element_size() < 4 else 32
         block_n, num_stages = self._tiles((block_d + block_dv) * k.element_size(), max_block_n, q.device)
-        shared = (  # by the kernel that attends and the one that combines
-            out,
-            q if workspace is None else workspace.partials,
-            ends,
-            ends if starts is None else starts,
-            q if sinks is None else sinks,
-            out.stride(0),
-            out.stride(1),
-            INT32_MAX if window is None else window,
-        )
-        constants = {
-            "G": group,
-            "DV": v_head_dim,
-            "BLOCK_DV": block_dv,
-            "BLOCK_N": block_n,
-            "HAS_STARTS": starts is not None,
-            "HAS_SINKS": sinks is not None,
-            **launch_options(self.pdl),
-        }
         # Scores are kept in powers of two. tanh(x) = 1 - 2 / (exp(2 x) + 1), which no x overflows.
         scale *= LOG2_E
         if softcap is not None:
             scale *= 2 / softcap
-        kernel, combine_kernel = kernels()
         k_address, dtype, k_align = address_of(k)
         v_address, _, v_align = address_of(v)
-        with torch.cuda.device_of(q):
-            kernel[splits, num_kv_heads, batch_size](
-                q,
-                k_address,
-                v_address,
-                batch.slots_int32,
-                ends if workspace is None else workspace.counters,
-                *shared,
-                q.stride(0),
-                q.stride(1),
-                k.stride(0),
-                k.stride(1),
-                v.stride(0),
-                v.stride(1),
-                scale,
-                0.0 if softcap is None else softcap * LOG2_E,
-                K_HEAD_STRIDE=k.stride(2),  # constant, so that the compiler sees the alignment of odd head sizes too
-                V_HEAD_STRIDE=v.stride(2),
-                DTYPE=dtype,
-                ALIGN=min(k_align, v_align),
-                D=head_dim,
-                BLOCK_D=block_d,
-                # Tensor cores take 16 heads at once, whether or not there are so many; float32 does not go there.
-                BLOCK_G=max(16 if k.element_size() < 4 else 1, next_power_of_2(group)),
-                BLOCK_C=next_power_of_2(group),
-                BLOCK_S=_splits_at_once(next_power_of_2(group) * block_dv),
-                HAS_SOFTCAP=softcap is not None,
-                SPLIT=splits > 1,
-                FUSED=self.fused_combine,
-                STAGES=num_stages,
-                WIDEN=interpreted(),
-                num_warps=self.num_warps,
-                **constants,
-            )
-            if splits > 1 and not self.fused_combine:
-                combine_kernel[num_heads, batch_size](
-                    *shared, splits, BLOCK_S=_splits_at_once(block_dv), num_warps=4, **constants
-                )
-        return out
+        new_k, new_v = (q, q) if new is None else new
+        arguments = {
+            "q_ptr": q,
+            "k_address": k_address,
+            "v_address": v_address,
+            "slots_ptr": slots,
+            "counters_ptr": ends if workspace is None else workspace.counters,
+            "out_ptr": out,
+            "partials_ptr": q if workspace is None else workspace.partials,
+            "ends_ptr": ends,
+            "starts_ptr": ends if starts is None else starts,
+            "sinks_ptr": q if sinks is None else sinks,
+            "new_k_ptr": new_k,
+            "new_v_ptr": new_v,
+            "out_stride": out.stride(0),
+            "out_head_stride": out.stride(1),
+            "window": INT32_MAX if window is None else window,
+            "new_k_stride": new_k.stride(0),
+            "new_k_head_stride": new_k.stride(1),
+            "new_v_stride": new_v.stride(0),
+            "new_v_head_stride": new_v.stride(1),
+            "q_stride": q.stride(0),
+            "q_head_stride": q.stride(1),
+            "k_slot_stride": k.stride(0),
+            "k_row_stride": k.stride(1),
+            "v_slot_stride": v.stride(0),
+            "v_row_stride": v.stride(1),
+            "scale": scale,
+            "cap": 0.0 if softcap is None else softcap * LOG2_E,
+            "K_HEAD_STRIDE": k.stride(2),  # constant, so that the compiler sees the alignment of odd head sizes too
+            "V_HEAD_STRIDE": v.stride(2),
+            "DTYPE": dtype,
+            "ALIGN": min(k_align, v_align),
+            "G": group,
+            "D": head_dim,
+            "DV": v_head_dim,
+            "BLOCK_N": block_n,
+            # Tensor cores take 16 heads at once, whether or not there are so many; float32 does not go there.
+            "BLOCK_G": max(16 if k.element_size() < 4 else 1, next_power_of_2(group)),
+            "BLOCK_C": next_power_of_2(group),
+            "BLOCK_D": block_d,
+            "BLOCK_DV": block_dv,
+            "BLOCK_S": _splits_at_once(next_power_of_2(group) * block_dv),
+            "HAS_STARTS": starts is not None,
+            "HAS_SOFTCAP": softcap is not None,
+            "HAS_SINKS": sinks is not None,
+            "SPLIT": several_splits,
+            "FUSED": self.fused_combine,
+            "APPEND": new is not None,
+            "STAGES": num_stages,
+            "WIDEN": interpreted(),
+        }
+        pdl = launch_options(self.pdl)
+        arguments["PDL"] = pdl.pop("PDL")
+        return arguments, {"num_warps": self.num_warps, **pdl}
 
-    def _num_splits(self, batch_size: int, num_kv_heads: int, rows: int, device: torch.device) -> int:
+    def num_splits(self, batch_size: int, num_kv_heads: int, rows: int, device: torch.device) -> int:
         if self.splits is not None:
             return self.splits
         return choose_splits(batch_size, num_kv_heads, rows, _num_sms(device), self.block_n)

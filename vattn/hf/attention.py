@@ -24,9 +24,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..attention import LEFT_PADDING, SINKS, SOFTCAP, AttentionBatch
 from ..errors import ConfigError
-from .layer import MaskLength, VirtualLayer
+from .backends import build_batch, choose_backend
+from .layer import MaskLength, VirtualLayer, write_pending
 
-__all__ = ["restore_attention", "switch_attention"]
+__all__ = ["is_switched", "restore_attention", "switch_attention"]
 
 _PREFIX = "vattn_"
 # FlashAttention's own functions read config._attn_implementation, so what vattn passes on goes to the others.
@@ -62,7 +63,7 @@ class _Mask:
         return self.make_dense()
 
 
-@torch.compiler.disable  # see attend
+@torch.compiler.disable  # see _attend_uncompiled
 def mask_for(
     passes_on_to: str,
     *,
@@ -123,7 +124,6 @@ def _left_padding(attention_mask: torch.Tensor, batch_size: int, num_tokens: int
     return starts if min(starts) < num_tokens else None
 
 
-@torch.compiler.disable  # it finds a tensor's layer and mask by attributes, which traced tensors do not have
 def attend(
     passes_on_to: str,
     module: torch.nn.Module,
@@ -139,12 +139,19 @@ def attend(
 
     K and V that a ``VirtualCache`` returned are read where they lie; everything else is passed on.
     """
+    if torch.compiler.is_compiling():
+        return _attend_uncompiled(
+            passes_on_to, module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **options
+        )
     layer: VirtualLayer | None = getattr(key, "_vattn_layer", None)
     mask: _Mask | None = getattr(attention_mask, "_vattn_mask", None)
+    if layer is not None:
+        layer.is_attended_here = getattr(value, "_vattn_layer", None) is layer
     if layer is not None and mask is not None and _is_plain(layer, module, query, key, value, dropout, options):
         out = _attend(layer, mask, query, key, value, scaling, options)
         if out is not None:
             return out, None
+    write_pending()
     if mask is not None:
         attention_mask = mask.dense
     elif layer is not None and attention_mask is not None and attention_mask.numel() == 0:
@@ -154,6 +161,11 @@ def attend(
         )
     function = _function(passes_on_to, module)
     return function(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **options)
+
+
+@torch.compiler.disable  # attend finds a tensor's layer and mask by attributes, which traced tensors do not have
+def _attend_uncompiled(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    return attend(*args, **kwargs)
 
 
 def _is_plain(
@@ -193,8 +205,12 @@ def _attend(
     softcap, sinks, starts = options.get("softcap"), options.get("s_aux"), mask.starts
     wanted = (softcap is not None, sinks is not None, starts is not None)
     size, num_heads, new, head_dim = query.shape
-    if new == 1 and layer.uniform_decode is not None and wanted == (False, False, False):
+    if new == 1:
         # All sequences are equally long, and the one query of each sees just what update returned, window or not.
+        out = layer.attend_step(query, scaling, softcap=softcap, sinks=sinks, starts=starts)
+        if out is not None:
+            return out
+    if new == 1 and layer.uniform_decode is not None and wanted == (False, False, False):
         return layer.uniform_decode(query, key, value, scaling).transpose(1, 2)
     backend = layer.backends.get(wanted)
     if backend is None:
@@ -202,12 +218,12 @@ def _attend(
         features = frozenset(
             name for name, needed in zip((SOFTCAP, SINKS, LEFT_PADDING), wanted, strict=True) if needed
         )
-        backend = layer.backends[wanted] = layer.storage.choose(layer.shape, features)
+        backend = layer.backends[wanted] = choose_backend(layer.storage, layer.shape, features)
     if backend.name == "reference" and query.is_cuda:
         return None
     stamp = (layer.storage.version, new, layer.length)
     if mask.batch is None or mask.batch[0] != stamp:
-        mask.batch = (stamp, *layer.storage.batch(new, layer.length, starts))
+        mask.batch = (stamp, *build_batch(layer.storage, new, layer.length, starts))
     _, batch, tokens = mask.batch
     packed = query.squeeze(2) if new == 1 else query.transpose(1, 2).reshape(size * new, num_heads, head_dim)
     if tokens is not None:
@@ -268,6 +284,11 @@ def switch_attention(config: PreTrainedConfig) -> str | None:
         _SWITCHED[id(config)] = _Switched(weakref.ref(config), previous, 1)
         config._attn_implementation = _PREFIX + _STANDS_FOR[previous]
         return previous
+
+
+def is_switched(config: PreTrainedConfig) -> bool:
+    """Whether models of this config call vattn's attention at present."""
+    return (config._attn_implementation or "").startswith(_PREFIX)
 
 
 def restore_attention(config: PreTrainedConfig) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from dataclasses import fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,8 +17,8 @@ from ..arguments import require_int
 from ..errors import ConfigError
 from ..kv_cache import KVCache
 from ..stats import CacheStats
-from .attention import restore_attention, switch_attention
-from .layer import VirtualLayer
+from .attention import is_switched, restore_attention, switch_attention
+from .layer import VirtualLayer, write_pending
 from .storage import ConfiguredLayer, Options, Storage
 
 __all__ = ["VirtualCache"]
@@ -97,12 +98,13 @@ class VirtualCache(Cache):
             layers.append(template)
         super().__init__(layers=layers)
         self._storage, self._virtual = storage, virtual
+        if storage.switched:
+            storage.attends_here = partial(is_switched, self._config)
         # Layers that share another's K and V are dummies.
         self._is_hybrid = any(isinstance(layer, LinearAttentionLayer) for layer in layers)
         self._torn = False  # whether something failed with some layers done: recurrent ones in a pass, or reordered
 
     # -- transformers' interface ---------------------------------------------------------------------------------
-    @torch.compiler.disable  # compiled, a write through a view may become a copy of all addresses behind it
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -111,16 +113,23 @@ class VirtualCache(Cache):
         Raises:
             ConfigError, OutOfPages: as ``VirtualLayer.update``.
         """
-        self._open()
+        if torch.compiler.is_compiling():
+            return self._update_uncompiled(key_states, value_states, layer_idx, *args, **kwargs)
+        if self._storage.closed or self._torn:
+            self._open()
+            self._whole()
         if not 0 <= layer_idx < len(self.layers):
             raise ConfigError(f"this cache was made for a model of {len(self.layers)} layers, got layer {layer_idx}")
         layer: Any = self.layers[layer_idx]
-        self._whole()
         try:
             return layer.update(key_states, value_states, *args, **kwargs)
         except BaseException:
             self._torn = self._is_hybrid
             raise
+
+    @torch.compiler.disable  # compiled, a write through a view may become a copy of all addresses behind it
+    def _update_uncompiled(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.update(*args, **kwargs)
 
     def crop(self, tokens_to_remove: int = 0, max_length: int | None = None) -> None:
         """Remove the newest tokens of every sequence.
@@ -241,6 +250,7 @@ class VirtualCache(Cache):
     @property
     def kv_cache(self) -> KVCache | None:
         """The ``KVCache`` underneath, a slot for each row of the batch and a free one; None before the first use."""
+        write_pending()
         return self._storage.kv_cache
 
     def stats(self) -> CacheStats:
@@ -274,6 +284,7 @@ class VirtualCache(Cache):
             raise ConfigError("an operation on this cache failed half-way, its layers are apart: call reset()")
 
     def _open(self) -> None:
+        write_pending()
         if self._storage.closed:
             raise ConfigError("this VirtualCache is closed; make a new one")
 

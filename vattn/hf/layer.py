@@ -2,17 +2,41 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from typing import Any
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from ..attention import AttentionBackend, UniformDecode, uniform_decode
+from ..attention.uniform_step import UniformStep
 from ..errors import ConfigError
 from .step_views import StepViews
 from .storage import LayerShape, Storage
 
-__all__ = ["MaskLength", "VirtualLayer"]
+__all__ = ["MaskLength", "VirtualLayer", "write_pending"]
+
+
+class Pending(threading.local):
+    """A row that ``update`` was given and its layer's attention, which follows, will write: one launch does both.
+
+    Whoever else reads a cache calls ``write_pending`` first.
+    """
+
+    row: tuple[weakref.ref[VirtualLayer], torch.Tensor, torch.Tensor, int] | None = None
+
+
+pending = Pending()
+
+
+def write_pending() -> None:
+    """Write the row that waits for an attention, if there is one."""
+    if pending.row is not None:
+        (reference, keys, values, row), pending.row = pending.row, None
+        layer = reference()
+        if layer is not None and layer.shape is not None and layer._version == layer.storage.version:
+            layer._write(keys, values, row, row + 1)
 
 
 class MaskLength(int):
@@ -39,7 +63,9 @@ class VirtualLayer(CacheLayerMixin):
         shape: None before the first update.
         full_k, full_v: ``[batch, max_length, num_kv_heads, head_dim]``, backed as far as the storage's rows.
         backends: vattn's attention for this layer, by what it has to support.
-        uniform_decode: its attention of a step of one token where nothing has to be supported; None for a backend's.
+        is_attended_here: whether the model hands what ``update`` returned to vattn's attention as it is.
+        uniform_decode: its attention of a step of one token where nothing has to be supported and ``attend_step`` has
+            nothing; None for a backend's.
     """
 
     is_compileable = False
@@ -51,6 +77,7 @@ class VirtualLayer(CacheLayerMixin):
         self.window = storage.configured[index].window
         self.chunked = storage.configured[index].chunked
         self.is_sliding = self.window is not None
+        self._reference = weakref.ref(self)
         self.is_first = index == min(storage.configured)
         self.forget()
 
@@ -60,6 +87,8 @@ class VirtualLayer(CacheLayerMixin):
         self.shape: LayerShape | None = None
         self.full_k = self.full_v = torch.empty(0)
         self._step_views: StepViews | None = None
+        self._step: UniformStep | None = None
+        self.is_attended_here = False
         self.backends: dict[tuple[bool, ...], AttentionBackend] = {}
         self.uniform_decode: UniformDecode | None = None
         self._fits: tuple[Any, ...] | None = None  # what the newest update looked like; one like it needs no checks
@@ -79,7 +108,8 @@ class VirtualLayer(CacheLayerMixin):
         Returns:
             Views ``[batch, num_kv_heads, tokens, head_dim]`` of what the new queries see: every token, or with a
             sliding window its newest ``window - 1`` and the new ones. Not to be read after ``crop``, ``reset`` or
-            ``close``: there is no memory behind them then.
+            ``close``: there is no memory behind them then. A single new row is written by vattn's attention, where that
+            is what follows; until then ``keys`` and ``values`` have it, and these views do not.
 
         Raises:
             ConfigError: they do not fit this cache, or record gradients.
@@ -90,14 +120,16 @@ class VirtualLayer(CacheLayerMixin):
                 "K and V of this forward pass record gradients, which a cache in place cannot keep: run it under "
                 "torch.no_grad(), or train with use_cache=False"
             )
-        if key_states.dtype != value_states.dtype and torch.is_autocast_enabled(key_states.device.type):
-            dtype = torch.get_autocast_dtype(key_states.device.type)  # some rotary embeddings leave K in float32
-            key_states, value_states = key_states.to(dtype), value_states.to(dtype)
+        if pending.row is not None:
+            write_pending()
         storage, index, key_shape = self.storage, self.index, key_states.shape
         looks = (key_shape, value_states.shape, key_states.dtype, value_states.dtype, key_states.device)
         if looks != self._fits or self._version != storage.version:
+            if looks[2] != looks[3] and torch.is_autocast_enabled(looks[4].type):
+                dtype = torch.get_autocast_dtype(looks[4].type)  # some rotary embeddings leave K in float32
+                key_states, value_states = key_states.to(dtype), value_states.to(dtype)
             self.lazy_initialization(key_states, value_states)
-            self._fits = looks
+            self._fits = looks if looks[2] == looks[3] else None
         if self.is_first:
             storage.check_lengths(index)
         start = storage.lengths[index]
@@ -107,12 +139,56 @@ class VirtualLayer(CacheLayerMixin):
             storage.ensure(end)
         first = 0 if self.window is None else self._first_visible(start)
         assert self._step_views is not None
-        new_keys, new_values, keys, values = self._step_views.cut(self._position, first, start, end)
-        new_keys.copy_(key_states)
-        new_values.copy_(value_states)
+        keys, values = self._step_views.read.cut(self._position, first, end)
+        if key_shape[2] == 1 and self.is_attended_here and storage.defers and self._fits_step(key_states, value_states):
+            pending.row = self._reference, key_states, value_states, start
+        else:
+            self._write(key_states, value_states, start, end)
         storage.lengths[index] = end
         keys._vattn_layer = values._vattn_layer = self  # type: ignore[attr-defined]  # for vattn's attention function
         return keys, values
+
+    def _write(self, key_states: torch.Tensor, value_states: torch.Tensor, start: int, end: int) -> None:
+        assert self._step_views is not None
+        new_keys, new_values = self._step_views.written.cut(self._position, start, end)
+        new_keys.copy_(key_states)
+        new_values.copy_(value_states)
+
+    def _fits_step(self, key_states: torch.Tensor, value_states: torch.Tensor) -> bool:
+        return self._step is not None and key_states.stride(3) == 1 and value_states.stride(3) == 1
+
+    def attend_step(self, q: torch.Tensor, scale: float | None, **features: Any) -> torch.Tensor | None:
+        """Attention of a step of one token over every row, or every row in the window, if that works here; writes the
+        newest row, if that is still to be done.
+
+        Args:
+            q: ``[batch, num_heads, 1, head_dim]``.
+            features: ``softcap``, ``sinks`` and ``starts``, as ``UniformStep.attend`` takes them.
+
+        Returns:
+            ``[batch, 1, num_heads, v_head_dim]``, or None with the newest row written.
+        """
+        storage, step, row, out = self.storage, self._step, pending.row, None
+        mine = row is not None and row[0] is self._reference
+        if row is not None and not mine:
+            write_pending()
+        if (
+            step is not None
+            and storage.steps is not None
+            and self._version == storage.version
+            and q.stride(3) == 1
+            and not (q.requires_grad and torch.is_grad_enabled())
+        ):
+            new = None if row is None or not mine else (row[1], row[2])
+            try:
+                out = step.attend(q, storage.lengths[self.index], scale=scale, window=self.window, new=new, **features)
+            except Exception as error:
+                storage.give_up_steps(error)
+        if out is None:
+            write_pending()
+        else:
+            pending.row = None
+        return out
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Make room for tensors like these, ``[batch, num_kv_heads, any, head_dim]``."""
@@ -161,6 +237,7 @@ class VirtualLayer(CacheLayerMixin):
             raise ConfigError("rows of this cache changed places, which failed half-way: call reset()")
         if self._version != self.storage.version:
             self._look_again()
+        write_pending()
         length = self.length
         return self.full_k[:, :length].transpose(1, 2), self.full_v[:, :length].transpose(1, 2)
 
@@ -172,6 +249,7 @@ class VirtualLayer(CacheLayerMixin):
         k, v = self.full_k, self.full_v
         if self.storage.options.attention == "auto":
             self.uniform_decode = uniform_decode(k.device, k.dtype, k.shape[3], v.shape[3])
+            self._step = self.storage.uniform_step(k, v)
         self._version = self.storage.version
 
     def _first_visible(self, start: int) -> int:

@@ -10,9 +10,33 @@ from collections.abc import Sequence
 
 import torch
 
-__all__ = ["LayerViews", "StepViews"]
+__all__ = ["Cuts", "StepViews"]
 
-LayerViews = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+class Cuts:
+    """Views of rows of all layers of a kind, made together and handed out one layer at a time.
+
+    Args:
+        k, v: ``[layers, batch, num_kv_heads, max_length, head_dim]``.
+    """
+
+    def __init__(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        self._k, self._v = k, v
+        self._key: tuple[int, int, bool] | None = None
+        self._views: list[tuple[torch.Tensor, torch.Tensor] | None] = []
+
+    def cut(self, position: int, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of the ``position``-th layer's tokens from ``start`` to ``end``, ``[batch, num_kv_heads, tokens,
+        head_dim]``."""
+        key = (start, end, torch.is_inference_mode_enabled())
+        if self._key != key or self._views[position] is None:
+            with torch.no_grad():
+                views = [x.narrow(3, start, end - start).unbind() for x in (self._k, self._v)]
+            self._key, self._views = key, list(zip(*views, strict=True))
+        # Handed out once and not kept: what is read carries a reference to its layer, and so to this object.
+        pair, self._views[position] = self._views[position], None
+        assert pair is not None
+        return pair
 
 
 class StepViews:
@@ -20,26 +44,16 @@ class StepViews:
 
     Args:
         pairs: K and V of each layer, ``[batch, max_length, num_kv_heads, head_dim]``, alike but for their place.
+
+    Attributes:
+        written: cuts what a pass adds.
+        read: cuts what it attends to.
     """
 
     def __init__(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        self._k, self._v = (_stack(tensors) for tensors in zip(*pairs, strict=True))
-        self._key: tuple[int, int, int, bool] | None = None
-        self._views: list[LayerViews | None] = []
-
-    def cut(self, position: int, first: int, start: int, end: int) -> LayerViews:
-        """Of the ``position``-th layer, all ``[batch, num_kv_heads, tokens, head_dim]``: K and V of the tokens from
-        ``start`` to ``end``, to be written; K and V from ``first`` to ``end``, to be read."""
-        key = (first, start, end, torch.is_inference_mode_enabled())
-        if self._key != key or self._views[position] is None:
-            with torch.no_grad():
-                written = [x.narrow(3, start, end - start).unbind() for x in (self._k, self._v)]
-                read = [x.narrow(3, first, end - first).unbind() for x in (self._k, self._v)]
-            self._key, self._views = key, list(zip(*written, *read, strict=True))
-        # Handed out once and not kept: what is read carries a reference to its layer, and so to this object.
-        views, self._views[position] = self._views[position], None
-        assert views is not None
-        return views
+        k, v = (_stack(tensors) for tensors in zip(*pairs, strict=True))
+        self.written = Cuts(k, v)
+        self.read = Cuts(k, v)
 
 
 def _stack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from ..attention import AttentionBackend, AttentionBatch, choose, get
+from ..attention.uniform_step import StepState, UniformStep, supports_uniform_step
 from ..errors import ConfigError, OutOfPages
 from ..kv_cache import KVCache
 from ..layout import KVLayout, LayerGroup
-from ..upload import upload
 from .beams import Places
 from .step_views import StepViews
 
@@ -83,6 +83,9 @@ class Storage:
         lengths: tokens that each attention layer holds of each sequence, padding included.
         rows: tokens that every slot is backed for.
         version: changes whenever the tensors do.
+        steps: what the layers share whose decode steps are launches of vattn's own; None where they are not.
+        attends_here: whether vattn's attention is what the model calls at present.
+        defers: whether a layer's attention may write the row that its ``update`` was given, in this pass.
     """
 
     def __init__(
@@ -99,6 +102,10 @@ class Storage:
         self.lengths = dict.fromkeys(configured, 0)
         self.rows = 0
         self._step_views: dict[tuple[int, ...], StepViews] = {}
+        self.steps: StepState | None = None
+        self._steps_fail = False
+        self.attends_here: Callable[[], bool] = lambda: switched
+        self.defers = False
         self.version = 0
         self.closed = False
         self.lost = False  # rows changed places, and that stopped half-way: what the slots hold is anyone's guess
@@ -214,12 +221,14 @@ class Storage:
     def _install(self, cache: KVCache, rows: int) -> None:
         self.kv_cache, self.rows = cache, rows
         self._step_views.clear()
+        self.steps = None
         self._slots = np.arange(cache.max_slots - 1)
         self.version += 1
 
     def _drop(self) -> None:
         cache, self.kv_cache, self.rows = self.kv_cache, None, 0
         self._step_views.clear()
+        self.steps = None
         self.version += 1
         if cache is not None:
             cache.close()
@@ -298,6 +307,22 @@ class Storage:
             self._step_views[layers] = StepViews([self.views(each) for each in layers])
         return self._step_views[layers], layers.index(layer)
 
+    def uniform_step(self, k: torch.Tensor, v: torch.Tensor) -> UniformStep | None:
+        """The launches of decode steps of the layer with these ``views``; None where there are none."""
+        if self._steps_fail or not supports_uniform_step(k.device, k.dtype, k.shape[3], v.shape[3]):
+            return None
+        if self.steps is None:
+            self.steps = StepState(self.batch_size, self.options.max_length, k.device)
+        return UniformStep(self.steps, k, v)
+
+    def give_up_steps(self, error: Exception) -> None:
+        """They do not work on this machine: decode steps take torch's operations from here on."""
+        self.steps, self._steps_fail = None, True
+        warnings.warn(
+            f"vattn's kernels for decode steps do not work here, and torch's take their place, more slowly: {error}",
+            stacklevel=2,
+        )
+
     # -- rows ----------------------------------------------------------------------------------------------------
     def ensure(self, rows: int) -> None:
         """Back ``rows`` tokens of every sequence.
@@ -346,6 +371,7 @@ class Storage:
                 "was interrupted, another model's, or did not take its layers in order. reset() the cache, and use it "
                 "for one model"
             )
+        self.defers = self.steps is not None and self.attends_here()
         if self.kv_cache is not None and self.kv_cache.device.type == "cuda":
             self.order()  # of two passes on two streams
             self._stream = torch.cuda.current_stream(self.kv_cache.device)
@@ -355,53 +381,6 @@ class Storage:
         self.closed = True
         self.order()
         self._drop()
-
-    # -- attention -----------------------------------------------------------------------------------------------
-    def choose(self, shape: LayerShape, features: frozenset[str]) -> AttentionBackend:
-        """The backend for a layer, one that reads nothing past the end of a sequence."""
-        assert self.kv_cache is not None
-        name, cache = self.options.attention, self.kv_cache
-        if name not in ("auto", None):
-            backend = get(name)
-            missing = sorted(features - backend.features)
-            if missing:
-                raise ConfigError(f'attention {name!r} has no {" or ".join(missing)}; use attention="auto"')
-            if reason := backend.supports(cache.device, cache.layout.dtype, shape.head_dim):
-                raise ConfigError(f'attention {name!r} cannot be used: {reason}; use attention="auto"')
-            return backend
-        if shape.head_dim != shape.v_head_dim:  # the FlashAttention kernels want them equal
-            return get("sdpa") if features <= get("sdpa").features else get("reference")
-        return choose(cache.device, cache.layout.dtype, shape.head_dim, max_over_read=0, features=features)
-
-    def batch(self, new: int, end: int, starts: Sequence[int] | None) -> tuple[AttentionBatch, torch.Tensor | None]:
-        """The batch of a forward pass.
-
-        Args:
-            new: tokens that the pass computes, of each sequence.
-            end: tokens that each sequence then has, padding included.
-            starts: left padding of each sequence, or None.
-
-        Returns:
-            The batch without the padding, and where its packed tokens lie among the ``batch * new`` of the pass (None:
-            they are all of them).
-        """
-        assert self.kv_cache is not None
-        size, device = self.batch_size, self.kv_cache.device
-        if starts is None:
-            return AttentionBatch.build(range(size), [new] * size, [end] * size, device), None
-        live = [i for i in range(size) if starts[i] < end]  # a chunk of a prompt may be nothing but padding
-        query_lens = [min(new, end - starts[i]) for i in live]
-        batch = AttentionBatch(
-            tuple(live),
-            tuple(query_lens),
-            tuple(end - starts[i] for i in live),
-            device,
-            tuple(starts[i] for i in live),
-        )
-        if batch.num_tokens == size * new:
-            return batch, None
-        tokens = [i * new + j for i, n in zip(live, query_lens, strict=True) for j in range(new - n, new)]
-        return batch, upload(tokens, device, torch.int64)
 
 
 def _same_device(one: torch.device, other: torch.device) -> bool:

@@ -1,0 +1,192 @@
+"""Eager decode steps of equally long sequences in one launch a layer: the append and attention in place.
+
+What such a step costs is the host's time: of a layer's K and V in two copies and of torch's FlashAttention, which
+allocates and launches several times. ``Relaunch`` makes that one launch of less.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..relaunch import Relaunch
+from ..triton_support import require_triton
+from .triton_decode import DecodeWorkspace, TritonDecodeAttention
+from .triton_decode_kernels import kernels
+
+__all__ = ["StepState", "UniformStep", "supports_uniform_step"]
+
+_ATTENTION = TritonDecodeAttention()
+
+
+def supports_uniform_step(device: torch.device, dtype: torch.dtype, head_dim: int, v_head_dim: int) -> bool:
+    """Whether ``UniformStep`` can be had: on NVIDIA GPUs with Triton."""
+    return _ATTENTION.supports(device, dtype, max(head_dim, v_head_dim)) is None
+
+
+@dataclass
+class StepState:
+    """What the layers of one cache share: they attend one after another.
+
+    Attributes:
+        batch_size: sequences, in slots 0, 1, ….
+        max_rows: that a sequence may have.
+    """
+
+    batch_size: int
+    max_rows: int
+    device: torch.device
+    slots: torch.Tensor = field(init=False)
+    _ends: torch.Tensor = field(init=False)
+    _end: int | None = field(init=False, default=None)
+    _splits: dict[tuple[int, int | None], int] = field(init=False, default_factory=dict)
+    _starts: tuple[tuple[int, ...], torch.Tensor] | None = field(init=False, default=None)
+    _workspaces: dict[tuple[int, int, int], DecodeWorkspace] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        with torch.inference_mode(False):  # or nothing could be written to them outside of it
+            self.slots = torch.arange(self.batch_size, dtype=torch.int32, device=self.device)
+            self._ends = torch.zeros_like(self.slots)
+
+    def ends(self, end: int) -> torch.Tensor:
+        """``[batch_size]`` int32, all ``end``; filled for the first layer of a pass."""
+        if self.device.type == "cuda" and torch._C._cuda_isCurrentStreamCapturing():
+            return torch.full_like(self.slots, end)  # of the graph's own: replays would change the one that is shared
+        if self._end != end:
+            self._end = None  # until it is done
+            self._ends.fill_(end)
+            self._splits.clear()
+            self._end = end
+        return self._ends
+
+    def splits(self, num_kv_heads: int, end: int, window: int | None) -> int:
+        """Programs for each context of ``end`` rows."""
+        key = (num_kv_heads, window)
+        if self._end != end or key not in self._splits:
+            rows = end if window is None else min(end, window)
+            splits = _ATTENTION.num_splits(self.batch_size, num_kv_heads, rows, self.device)
+            if self._end != end:
+                return splits
+            self._splits[key] = splits
+        return self._splits[key]
+
+    def starts(self, starts: tuple[int, ...]) -> torch.Tensor:
+        """``[batch_size]`` int32; a new one waits for the copy."""
+        if self._starts is None or self._starts[0] != starts:
+            with torch.inference_mode(False):
+                self._starts = starts, torch.tensor(starts, dtype=torch.int32, device=self.device)
+        return self._starts[1]
+
+    def workspace(self, num_heads: int, num_kv_heads: int, v_head_dim: int) -> DecodeWorkspace:
+        """For layers of this shape."""
+        shape = (num_heads, num_kv_heads, v_head_dim)
+        if shape not in self._workspaces:
+            with torch.inference_mode(False):
+                self._workspaces[shape] = _ATTENTION.workspace(self.batch_size, *shape, self.max_rows, self.device)
+        return self._workspaces[shape]
+
+
+class UniformStep:
+    """The launches of one layer.
+
+    Args:
+        state: shared by the layers.
+        k, v: the layer's views, ``[batch, max_rows, num_kv_heads, head_dim]`` and ``[…, v_head_dim]``, backed as far as
+            there are rows. They must outlive this object.
+
+    Raises:
+        ConfigError: they are not on a GPU.
+    """
+
+    def __init__(self, state: StepState, k: torch.Tensor, v: torch.Tensor) -> None:
+        require_triton(k, v)
+        self._state = state
+        self._k, self._v = k, v
+        self._num_kv_heads, self._v_head_dim = k.shape[2], v.shape[3]
+        self._key: tuple[object, ...] | None = None
+        self._launch: Relaunch
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        end: int,
+        *,
+        scale: float | None = None,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
+        starts: tuple[int, ...] | None = None,
+        new: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """Attention of one token of each sequence over its first ``end`` rows.
+
+        Args:
+            q: ``[batch, num_heads, 1, head_dim]``, the last axis contiguous.
+            end: rows of every sequence, its newest included.
+            scale: None for ``head_dim ** -0.5``.
+            window, softcap, sinks: as in :class:`vattn.attention.AttentionBackend`.
+            starts: first row of each sequence; None for 0.
+            new: K and V of the newest row, ``[batch, num_kv_heads, 1, head_dim]`` and ``[…, v_head_dim]``, the last
+                axis contiguous, to be written too; None where they have been.
+
+        Returns:
+            ``[batch, 1, num_heads, v_head_dim]``, without gradients.
+        """
+        state = self._state
+        batch_size, num_heads, _, _ = q.shape
+        out = q.new_empty((batch_size, 1, num_heads, self._v_head_dim))
+        ends = state.ends(end)
+        first_rows = ends if starts is None else state.starts(starts)
+        if new is None:
+            new_k = new_v = q
+            strides = None
+        else:
+            new_k, new_v = new
+            strides = (new_k.stride(), new_v.stride())
+        key = (
+            q.stride(),
+            strides,
+            num_heads,
+            scale,
+            window,
+            softcap,
+            None if sinks is None else sinks.dtype,
+            starts is None,
+        )
+        if key != self._key:
+            features: dict[str, Any] = {
+                "scale": scale,
+                "window": window,
+                "softcap": softcap,
+                "sinks": sinks,
+                "new": new,
+            }
+            self._launch = self._prepare(q, out, None if starts is None else first_rows, **features)
+            self._key = key
+        grid = (state.splits(self._num_kv_heads, end, window), self._num_kv_heads, batch_size)
+        self._launch(grid, q, out, ends, first_rows, q if sinks is None else sinks, new_k, new_v)
+        return out
+
+    def _prepare(
+        self,
+        q: torch.Tensor,
+        out: torch.Tensor,
+        starts: torch.Tensor | None,
+        scale: float | None,
+        new: tuple[torch.Tensor, torch.Tensor] | None,
+        **features: Any,
+    ) -> Relaunch:
+        state = self._state
+        arguments, options = _ATTENTION.arguments(
+            *(q.squeeze(2), self._k, self._v, out.squeeze(1), state.slots, state.slots, starts),
+            workspace=state.workspace(q.shape[1], self._num_kv_heads, self._v_head_dim),
+            scale=q.shape[3] ** -0.5 if scale is None else scale,
+            new=None if new is None else (new[0].squeeze(2), new[1].squeeze(2)),
+            **features,
+        )
+        varying = ("q_ptr", "out_ptr", "ends_ptr", "starts_ptr", "sinks_ptr", "new_k_ptr", "new_v_ptr")
+        for name in varying:
+            del arguments[name]
+        return Relaunch(kernels()[0], arguments, varying, q.device, options)

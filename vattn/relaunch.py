@@ -1,0 +1,94 @@
+"""Launches of Triton kernels that are repeated, past most of what a launch costs the host."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+__all__ = ["Relaunch"]
+
+
+class Relaunch:
+    """One launch of a Triton kernel, to be repeated with other pointers and row numbers.
+
+    Triton's front end looks at every argument of every launch to find the code compiled for its like. An eager decode
+    step does little else than wait for that. Here the front end compiles and launches the first time; later launches
+    call what it would have called, with pointers as numbers, which the driver is not asked about either.
+
+    Where that is not to be had (Triton's interpreter, a release that wants other arguments), and for pointers that are
+    no multiples of 16, launches go through the front end.
+
+    Args:
+        kernel: a ``triton.jit`` function.
+        arguments: by name: all of the kernel's but the varying ones.
+        varying: names of those that each launch brings: tensors, of one dtype for ever, or integers that the kernel
+            does not specialise on.
+        device: that the tensors are on.
+        options: of the compilation, ``num_warps`` and such.
+    """
+
+    def __init__(
+        self,
+        kernel: Any,
+        arguments: Mapping[str, Any],
+        varying: Sequence[str],
+        device: torch.device,
+        options: Mapping[str, Any],
+    ) -> None:
+        self._kernel = kernel
+        self._arguments = dict(arguments)
+        self._varying = tuple(varying)
+        self._device = device
+        self._options = dict(options)
+        # The compiled kernel's launch, and what it is called with: grid, stream, what Triton wants, the arguments.
+        self._run: Any = None
+        self._values: list[Any] = []
+        self._places = [_NUM_BEFORE + kernel.arg_names.index(name) for name in varying]
+
+    def __call__(self, grid: tuple[int, int, int], *values: torch.Tensor | int) -> None:
+        """Launch on the device's current stream.
+
+        Args:
+            grid: programs along each axis.
+            values: the varying arguments, in order.
+        """
+        if self._run is None or torch._C._cuda_getDevice() != self._device.index:
+            return self._through_the_front_end(grid, values)
+        prepared = self._values
+        for place, value in zip(self._places, values):  # noqa: B905  (checked the first time; it takes time)
+            if type(value) is not int:
+                value = value.data_ptr()  # type: ignore[union-attr]
+                if value & 15:
+                    return self._through_the_front_end(grid, values)
+            prepared[place] = value
+        prepared[0], prepared[1], prepared[2] = grid
+        prepared[3] = torch._C._cuda_getCurrentRawStream(self._device.index)
+        try:
+            self._run(*prepared)
+        except (TypeError, AttributeError):  # before anything is launched: this Triton's launchers take other arguments
+            self._run, self._places = None, []
+            self._through_the_front_end(grid, values)
+
+    def _through_the_front_end(self, grid: tuple[int, int, int], values: tuple[torch.Tensor | int, ...]) -> None:
+        arguments = {**self._arguments, **dict(zip(self._varying, values, strict=True))}
+        if self._device.type != "cuda":
+            self._kernel[grid](**arguments, **self._options)
+            return
+        with torch.cuda.device(self._device):
+            compiled = self._kernel[grid](**arguments, **self._options)
+        addresses = [value.data_ptr() for value in values if isinstance(value, torch.Tensor)]
+        if self._run is not None or not self._places or any(address & 15 for address in addresses):
+            return
+        if compiled is None or not all(hasattr(compiled, name) for name in ("run", "function", "packed_metadata")):
+            return
+        rest = (arguments[name] for name in self._kernel.arg_names)
+        self._values = [
+            *(*grid, 0, compiled.function, compiled.packed_metadata, None, None, None),
+            *(value.data_ptr() if isinstance(value, torch.Tensor) else value for value in rest),
+        ]
+        self._run = compiled.run
+
+
+_NUM_BEFORE = 9  # grid (3), stream, function, packed metadata, launch metadata, hooks (2)
