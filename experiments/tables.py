@@ -137,8 +137,24 @@ def hf_steps_again(records: list[Record]) -> str:
     )
 
 
+def hf_ratios(records: list[Record]) -> str:
+    """A step over the dynamic cache's step beside it: median, 20th and 80th percentile."""
+    found = {(record["case"], record["system"], record["metric"]): record for record in records}
+    rows = []
+    for case in dict.fromkeys(record["case"] for record in records if record["metric"] == "step_ratio"):
+        words, ratio = fields(case), found[case, "vattn", "step_ratio"]
+        times = (found[case, system, "decode_step_again"]["value"] for system in ("transformers-dynamic", "vattn"))
+        spread = f"{ratio['value']:.3f} ({ratio['p20']:.2f}–{ratio['p80']:.2f})"
+        rows.append([words["B"], f"{int(words['L']):,}", *(f"{time:.1f}" for time in times), spread])
+    return markdown(["batch", "tokens", "transformers-dynamic, ms", "vattn, ms", "vattn / dynamic, step by step"], rows)
+
+
 def _hf(records: list[Record], metric: str, cell: Callable[[Record, float], str]) -> str:
-    found = {(record["case"], record["system"]): record for record in records if record["metric"] == metric}
+    found = {
+        (record["case"], record["system"]): record
+        for record in records
+        if record["metric"] == metric and not record["case"].startswith("ratio ")
+    }
     systems = ("transformers-dynamic", "transformers-static", "vattn")
     rows = []
     for case in dict.fromkeys(case for case, system in found if system != "limit"):
@@ -265,7 +281,8 @@ TABLES: dict[str, Callable[[list[Record]], str]] = (
     {
         function.__name__: function
         for function in (
-            *(cards, again, driver_calls, ensure_batch, hf_memory, hf_steps, hf_steps_again, capacity, page_sizes),
+            *(cards, again, driver_calls, ensure_batch, hf_memory, hf_steps, hf_steps_again, hf_ratios),
+            *(capacity, page_sizes),
             *(decode_steps, decode_ablations, decode_attention, decode_mapping),
         )
     }

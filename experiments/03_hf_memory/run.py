@@ -30,6 +30,8 @@ READ_BYTES_PER_S = 3.03e12  # read-only, measured on an H100
 PREFILL_TOKENS = 4096  # of all sequences together, a pass; what a pass computes is beside the point
 WATCHED_STEPS, TIMED_STEPS = 4, 12
 STEPS_IN_TURN = 40
+RATIO_PASSES = 4
+PARTS = {"tables": "8B", "ratios": "ratio"}  # with the first words of their cases
 TOKENS_IN_TURN = 65536  # of a batch: three caches of so many fit beside the weights
 SYSTEMS = {
     "transformers-dynamic": lambda model, batch, length: DynamicCache(config=model.config),
@@ -190,6 +192,33 @@ def step_in_turn(
     return samples
 
 
+def ratios(records: Records, model: LlamaForCausalLM, batch: int, length: int) -> None:
+    """A step's time over the dynamic cache's step of the same number of tokens, one right after the other, where no
+    number of tokens is new: the same steps again and again, the caches cropped in between."""
+    systems = ("transformers-dynamic", "vattn")
+    running = {system: Run(model, SYSTEMS[system](model, batch, length), batch, length) for system in systems}
+    samples: dict[str, list[float]] = {system: [] for system in systems}
+    for run in running.values():
+        run.prefill(length - STEPS_IN_TURN)
+    for repetition in range(1 + RATIO_PASSES):
+        for index in range(STEPS_IN_TURN):
+            for system in systems if (index + repetition) % 2 else systems[::-1]:
+                took = running[system].step()
+                if repetition:
+                    samples[system].append(took)
+        for run in running.values():
+            run.cache.crop(-STEPS_IN_TURN)
+            run.end -= STEPS_IN_TURN
+    running["vattn"].cache.close()
+    running.clear()
+    give_back()
+    case = f"ratio B={batch} L={length}"
+    for system, found in samples.items():
+        records.add(case, system, "decode_step_again", "ms", found)
+    dynamic, vattn = samples.values()
+    records.add(case, "vattn", "step_ratio", "×", [ours / theirs for ours, theirs in zip(vattn, dynamic, strict=True)])
+
+
 def compare(
     records: Records,
     model: LlamaForCausalLM,
@@ -220,13 +249,28 @@ def compare(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="512 and 2,048 tokens only")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what of it; the rest stays")
     options = parser.parse_args()
-    records, peak, model = Records("03_hf_memory", options.quick), PeakMemory(), make_model()
+    parts = [PARTS[part] for part in options.parts]
+    records, peak, model = Records("03_hf_memory", options.quick, parts), PeakMemory(), make_model()
+    lengths = (512, 2048) if options.quick else (512, 2048, 8192, 32768)
+    if "ratios" in options.parts:
+        for length in lengths:
+            for batch in (1, 8):
+                if batch * length <= TOKENS_IN_TURN:
+                    ratios(records, model, batch, length)
+    if "tables" in options.parts:
+        tables(records, peak, model, lengths)
+    records.write()
+
+
+def tables(records: Records, peak: PeakMemory, model: LlamaForCausalLM, lengths: tuple[int, ...]) -> None:
+    """Memory and steps of every system."""
     weights = sum(p.numel() * p.element_size() for p in model.parameters()) - model.model.embed_tokens.weight.nbytes
     for system in SYSTEMS:
         for batch, length in ((1, 4200), (8, 600)):  # numbers of tokens that no row has
             measure(model, peak, batch, length, system, length)
-    for length in (512, 2048) if options.quick else (512, 2048, 8192, 32768):
+    for length in lengths:
         for batch in (1, 8):
             case = f"8B B={batch} L={length}"
             kv = batch * length * 131072
@@ -240,7 +284,6 @@ def main() -> None:
     for length in (512, 2048):
         for batch in (1, 8):
             compare(records, model, peak, batch, length, tuple(SYSTEMS), length, "expandable")
-    records.write()
 
 
 if __name__ == "__main__":
