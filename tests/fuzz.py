@@ -76,7 +76,7 @@ class Fuzz(PatternedRows):
         self.readers = None
         if readers:
             self.readers = Readers(
-                self.cache, queued, self._tensors, self.tags, self.expected, self.counts, self.faults
+                self.cache, queued, self._tensors, self.tags, self.patterns, self.expected, self.counts, self.faults
             )
         parking = self.cache._slots.parking
         self._unparked, parking.finish_unpark = parking.finish_unpark, self._finish_unpark  # type: ignore[method-assign]

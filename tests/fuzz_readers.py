@@ -35,7 +35,7 @@ class Readers:
 
     Args:
         tags: the fuzz's own, per live slot and row.
-        expected: (tags, number of the tensor) -> what the rows hold.
+        patterns, expected: tags -> patterns, and (patterns, number of the tensor) -> what the rows hold.
         counts: gets ``late reads``: on the queued driver, those that ran when their sequence had ended or was cut.
         faults: gets those that found no pages.
     """
@@ -46,12 +46,13 @@ class Readers:
         queued: StreamDriver | None,
         tensors: Callable[[], Iterator[tuple[int, torch.Tensor]]],
         tags: dict[int, list[int]],
-        expected: Callable[[list[int], int], torch.Tensor],
+        patterns: Callable[[list[int]], tuple[torch.Tensor, torch.Tensor]],
+        expected: Callable[[tuple[torch.Tensor, torch.Tensor], int], torch.Tensor],
         counts: Counter[str],
         faults: list[str],
     ) -> None:
         self.cache, self.queued, self.tensors = cache, queued, tensors
-        self.tags, self.expected, self.counts, self.faults = tags, expected, counts, faults
+        self.tags, self.patterns, self.expected, self.counts, self.faults = tags, patterns, expected, counts, faults
         self.streams = [] if queued else [torch.cuda.Stream(cache.device) for _ in range(2)]
         self.num_launched = 0
         self.reads: list[_Read] = []
@@ -114,7 +115,8 @@ class Readers:
             stream.synchronize()
         assert not self.faults, self.faults
         for read in self.reads:
+            patterns, wrong = self.patterns(read.tags), []
             for (number, _), result in zip(self.tensors(), read.results, strict=True):
-                expected = self.expected(read.tags, number)
-                assert (result == expected).all(), f"slot {read.slot}: a read in flight saw other rows, tensor {number}"
+                wrong.append((result != self.expected(patterns, number)).any())
+            assert not torch.stack(wrong).any(), f"slot {read.slot}: a read in flight saw other rows, {wrong}"
         self.reads.clear()

@@ -51,20 +51,26 @@ class PatternedRows:
             if stream in self.queued.streams:
                 self.queued.run(stream)
 
-    def expected(self, tags: list[int], number: int) -> torch.Tensor:
-        """What the rows of tensor ``number`` hold, one value each."""
+    def patterns(self, tags: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the rows of tensor 0 hold, one value each, and which rows were written."""
         by_row = torch.tensor(tags, dtype=torch.float64, device=self.cache.device)
-        rows = torch.arange(len(tags), dtype=torch.float64, device=self.cache.device)
-        return torch.where(by_row > 0, by_row * _TAG_STEP + rows * _ROW_STEP + number, 0.0)
+        return by_row * _TAG_STEP + self._rows(0, len(tags)), by_row > 0
+
+    def expected(self, patterns: tuple[torch.Tensor, torch.Tensor], number: int) -> torch.Tensor:
+        """What the rows of tensor ``number`` hold, one value each."""
+        return torch.where(patterns[1], patterns[0] + number, 0.0)
+
+    def _rows(self, start: int, end: int) -> torch.Tensor:
+        return torch.arange(start, end, dtype=torch.float64, device=self.cache.device) * _ROW_STEP
 
     def write(self, slot: int, start: int, end: int) -> None:
         self.settle()
         if self.readers:
             self.readers.order()
         tag, self.next_tag = self.next_tag, self.next_tag + 1
-        rows = torch.arange(start, end, dtype=torch.float64, device=self.cache.device)
+        rows = self._rows(start, end)
         for number, tensor in self._tensors():
-            tensor[slot, start:end] = (tag * _TAG_STEP + rows * _ROW_STEP + number)[:, None, None]
+            tensor[slot, start:end] = (rows + (tag * _TAG_STEP + number))[:, None, None]
         for row in range(start, end):
             self.tags[slot][row] = tag
             self.past[slot][row].add(tag)
@@ -73,9 +79,10 @@ class PatternedRows:
         self.settle()
         tags, wrong = self.tags[slot], []
         assert self.cache.seq_len(slot) == len(tags)
+        patterns = self.patterns(tags)
         for position, layer in enumerate(self.layout.layers):
             for side, tensor in enumerate(self.cache.rows(slot, layer)):
-                expected = self.expected(tags, 2 * position + side)
+                expected = self.expected(patterns, 2 * position + side)
                 wrong.append((tensor != expected[:, None, None]).any())
         assert not torch.stack(wrong).any(), f"slot {slot}: wrong are {[bool(each) for each in wrong]}"
 
@@ -100,11 +107,12 @@ class PatternedRows:
         clean = end <= start or not torch.stack([view.any() for _, view in views]).any()
         if not clean:
             for number, view in views:
-                for row, value in enumerate(view, start):
-                    for left in set(value.unique().tolist()) - {0.0}:
-                        tag, rest = divmod(int(left), _TAG_STEP)
-                        assert rest == row * _ROW_STEP + number, f"slot {slot} row {row} holds another row's data"
-                        assert tag in self.past[slot][row], f"slot {slot} row {row} holds another sequence's data"
+                elsewhere = (view % _TAG_STEP != (self._rows(start, end) + number)[:, None, None]) & (view != 0.0)
+                assert not elsewhere.any(), f"slot {slot}, rows {start} to {end}: another row's data, tensor {number}"
+                for left in set(view.unique().tolist()) - {0.0}:
+                    tag, rest = divmod(int(left), _TAG_STEP)
+                    row = rest // _ROW_STEP
+                    assert tag in self.past[slot][row], f"slot {slot} row {row} holds another sequence's data"
         self.tags[slot] += [0] * (end - start)
         if end > start and self.over_read:
             self.check_over_read(slot, end)

@@ -15,7 +15,7 @@ from hf_models import make_model, prompt  # noqa: E402
 from vattn.attention import uniform_step  # noqa: E402
 from vattn.hf import VirtualCache, storage  # noqa: E402
 
-NEW_TOKENS = 10
+NEW_TOKENS = 7
 
 
 @pytest.fixture(autouse=True)

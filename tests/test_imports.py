@@ -22,6 +22,7 @@ ROOMS = [
         "undo",
         "interrupts",
         "triton_support",
+        "relaunch",
         "upload",
         "driver",
         "pages",
