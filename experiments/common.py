@@ -13,7 +13,6 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -43,29 +42,6 @@ def time_us(function: Callable[[], Any], repeats: int, before: Callable[[], Any]
         function()
         samples.append((time.perf_counter() - start) * 1e6)
     return samples
-
-
-def graph_us(launch: Callable[[int], Any], count: int, repeats: int = 20) -> list[float]:
-    """Microseconds of one launch: of each replay of a graph of ``count`` launches, an equal part."""
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    torch.cuda.synchronize()
-    with torch.cuda.stream(stream):
-        launch(0)  # compiles, and makes workspaces
-        stream.synchronize()
-        graph.capture_begin(capture_error_mode="thread_local")
-        try:
-            for i in range(count):
-                launch(i)
-        finally:
-            graph.capture_end()
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
-        graph.replay()
-        events[0].record()
-        for event in events[1:]:
-            graph.replay()
-            event.record()
-        stream.synchronize()
-    return [one.elapsed_time(other) * 1e3 / count for one, other in pairwise(events)]
 
 
 class Records:

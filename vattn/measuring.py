@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
+from itertools import pairwise
+from statistics import median
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from .ops.skinny_linear import LinearConfig, skinny_linear
 from .ops.swiglu import swiglu
 from .tuning import dtype_name
 
-__all__ = ["candidates", "graph_us", "measure_attention", "measure_linear", "measure_prefill"]
+__all__ = ["candidates", "graph_us", "measure_attention", "measure_linear", "measure_prefill", "replays_us"]
 
 PREFILL_BACKENDS = ("flash-attn-3", "flash-attn-2", "torch-varlen")
 _BUSY_CYCLES = 2_000_000  # of waiting on the GPU, about a millisecond, while the host launches what is timed
@@ -63,13 +65,13 @@ _CANDIDATES: dict[int, list[LinearConfig]] = {
 }
 
 
-def graph_us(launch: Callable[[int], object], count: int, repeats: int = 5) -> float:
-    """Microseconds of one launch: the median over replays of a graph of ``launch(0)`` to ``launch(count - 1)``."""
+def replays_us(launch: Callable[[int], object], count: int, repeats: int) -> list[float]:
+    """Microseconds of one launch: an equal part of each replay of a graph of ``launch(0)`` to ``launch(count - 1)``."""
     stream = torch.cuda.Stream()
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
-        launch(0)
+        launch(0)  # compiles, and makes workspaces
         stream.synchronize()
         # Without the collections and emptied caches of torch.cuda.graph, which take longer than the measurement.
         graph.capture_begin(capture_error_mode="thread_local")
@@ -78,16 +80,19 @@ def graph_us(launch: Callable[[int], object], count: int, repeats: int = 5) -> f
                 launch(i)
         finally:
             graph.capture_end()
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
         graph.replay()
-        samples = []
-        for _ in range(repeats):
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
+        events[0].record()
+        for event in events[1:]:
             graph.replay()
-            end.record()
-            end.synchronize()
-            samples.append(start.elapsed_time(end) * 1e3 / count)
-    return sorted(samples)[repeats // 2]
+            event.record()
+        stream.synchronize()
+    return [start.elapsed_time(end) * 1e3 / count for start, end in pairwise(events)]
+
+
+def graph_us(launch: Callable[[int], object], count: int, repeats: int = 5) -> float:
+    """Microseconds of one launch, the median of ``replays_us``."""
+    return median(replays_us(launch, count, repeats))
 
 
 def measure_linear(

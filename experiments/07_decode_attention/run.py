@@ -16,13 +16,14 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from common import Records, graph_us, time_us
+from common import Records, time_us
 from paged import PagedKVCache, PagedStep
 from paged_attention import PagedFlashAttention2, PagedFlashAttention3
 from paged_flashinfer import FlashInferDecode
 
 from vattn import KVCache, KVLayout
 from vattn.attention import DecodeBatch, bind, decode_backends, get
+from vattn.measuring import replays_us
 from vattn.tuning import default_decode
 
 NEEDS = ("cuda",)
@@ -145,7 +146,7 @@ def run_case(records: Records, size: int, length: int) -> None:
             found = launch(num_layers - 1)[chosen].float()
             error = (found - expected).abs().max().item()
             assert error < 2e-2 * expected.abs().max().item() + 1e-3, f"{case} {system}: off by {error}"
-            records.add(case, system, "decode_attention", "us", graph_us(launch, num_layers))
+            records.add(case, system, "decode_attention", "us", replays_us(launch, num_layers, 20))
 
         sources = [over_vattn(cache, q, batch), over_tensors(cache, slots, q, length)]
         sources += [over_blocks(cache, slots, q, length, block_tokens) for block_tokens in BLOCK_TOKENS]
