@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ def count(monkeypatch, name, function):
     calls = []
 
     def counted(*args, **kwargs):
-        calls.append(args)
+        calls.append(kwargs)
         return function(*args, **kwargs)
 
     monkeypatch.setattr(uniform_step.UniformStep, name, counted)
@@ -47,6 +48,11 @@ def mask_of(padding, device):
     return mask
 
 
+def launches(calls):
+    """How many of the calls appended."""
+    return sum(options.get("new") is not None for options in calls)
+
+
 @pytest.mark.parametrize("padding", [0, 4])
 @pytest.mark.parametrize("name", ["Llama", "Mistral, window 16", "Qwen3", "Gemma 2", "GPT-OSS"])
 def test_the_default_cache_s_tokens(name, padding, device, monkeypatch):
@@ -57,7 +63,7 @@ def test_the_default_cache_s_tokens(name, padding, device, monkeypatch):
     with VirtualCache(model.config, max_length=64) as past:
         got = generate(model, mask, past_key_values=past)
         past.kv_cache.check_integrity()
-    assert len(calls) == (NEW_TOKENS - 1) * model.config.num_hidden_layers
+    assert launches(calls) == len(calls) == (NEW_TOKENS - 1) * model.config.num_hidden_layers
     assert torch.equal(got, wanted)
 
 
@@ -101,55 +107,189 @@ def test_a_compiled_model(device):
     torch.testing.assert_close(logits[:, -1], model(prompt(2).to(device)).logits[:, -1], rtol=1e-4, atol=1e-4)
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("look", ["keys", "kv_cache", "next update", "other attention", "nobody's attention", "crop"])
-def test_whoever_looks_before_the_attention_finds_the_row(look, device, monkeypatch):
-    """Between ``update`` and the attention that would write its row."""
-    model = make_model("Llama").to(device)
-    tokens = prompt(2).to(device)
-    with VirtualCache(model.config, max_length=64) as past:
-        model(tokens, past_key_values=past)
-        k, v = (torch.randn(2, 2, 1, 16, device=device) for _ in range(2))
-        keys, values = past.update(k, v, 0)
-        assert not torch.equal(keys[:, :, -1:], k)  # the attention's to write
-        end = tokens.shape[1] + 1
-        if look == "keys":
-            keys, values = past.layers[0].keys, past.layers[0].values
-        elif look == "kv_cache":
-            keys, values = (past.kv_cache.k(0)[:2, :end].transpose(1, 2), past.kv_cache.v(0)[:2, :end].transpose(1, 2))
-        elif look == "next update":
-            past.update(k, v, 1)
-        elif look == "other attention":
-            function = transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS["vattn_sdpa"]
-            q = torch.randn(2, 4, 1, 16, device=device)
-            function(model.model.layers[0].self_attn, q, keys, values, None, scaling=0.25)
-        elif look == "nobody's attention":  # an update that attention never follows, then another cache's
-            DynamicCache = transformers.DynamicCache
-            model(tokens, past_key_values=DynamicCache(config=model.config))
-        else:
-            past.crop(end)
-        assert torch.equal(keys[:, :, -1:], k)
-        assert torch.equal(values[:, :, -1:], v)
-
-
-@torch.no_grad()
-def test_rows_wait_for_nobody_else(device):
-    """Where the model's attention is no longer vattn's, and where a cache ends with a row that was never written."""
-    model = make_model("Llama").to(device)
-    tokens = prompt(2).to(device)
-    k, v = (torch.randn(2, 2, 1, 16, device=device) for _ in range(2))
-    with VirtualCache(model.config, max_length=64) as past:
-        model(tokens, past_key_values=past)
-        model.config._attn_implementation = "sdpa"
-        keys, _ = past.update(k, v, 0)
-        assert torch.equal(keys[:, :, -1:], k)
-    model.config._attn_implementation = "sdpa"
+def started(name="Llama", device="cpu", length=None):
+    """A model, a cache that holds a prompt, and a row to append to a layer."""
+    model = make_model(name).to(device)
     past = VirtualCache(model.config, max_length=64)
-    model(tokens, past_key_values=past)
-    past.update(k, v, 0)
+    model(prompt(2)[:, :length].to(device), past_key_values=past)
+    return model, past, [torch.randn(2, 2, 1, 16, device=device) for _ in range(2)]
+
+
+def newest(past, layer=0):
+    return [x[:, :, -1:] for x in (past.layers[layer].keys, past.layers[layer].values)]
+
+
+def is_there(rows, new):
+    return all(torch.equal(row, given) for row, given in zip(rows, new, strict=True))
+
+
+LOOKS = {
+    "keys": lambda past, _: newest(past),
+    "kv_cache": lambda past, end: [
+        x[:2, end - 1 : end].transpose(1, 2) for x in (past.kv_cache.k(0), past.kv_cache.v(0))
+    ],
+    "deepcopy": lambda past, _: newest(copy.deepcopy(past)),
+    "repeated": lambda past, _: (past.batch_repeat_interleave(2), [x[::2] for x in newest(past)])[1],
+    "crop": lambda past, end: (past.crop(end), newest(past))[1],
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("look", LOOKS)
+def test_whoever_looks_before_the_attention_finds_the_row(look, device):
+    """Between ``update`` and the attention that would write its row."""
+    _, past, new = started(device=device)
+    views = past.update(*new, 0)
+    assert not is_there([x[:, :, -1:] for x in views], new)  # the attention's to write
+    assert is_there(LOOKS[look](past, prompt(2).shape[1] + 1), new)
     past.close()
-    with VirtualCache(model.config, max_length=64) as past:  # as if nothing had been
-        model(tokens, past_key_values=past)
+
+
+@torch.no_grad()
+def test_another_attention_finds_the_row(device):
+    model, past, new = started(device=device)
+    views = past.update(*new, 0)
+    function = transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS["vattn_sdpa"]
+    q = torch.randn(2, 4, 1, 16, device=device)
+    function(model.model.layers[0].self_attn, q, *views, None, scaling=0.25)
+    assert is_there([x[:, :, -1:] for x in views], new)
+    past.update(*new, 1)
+    past.update(*new, 2)
+    assert is_there(newest(past, 1), new)
+    assert past.layers[1].hands_on is False  # nobody attended to it
+    past.close()
+
+
+@torch.no_grad()
+def test_another_layer_s_attention_leaves_the_row(device):
+    """A step's attention that comes for a layer whose row is there already."""
+    _, past, new = started(device=device)
+    past.update(*new, 0)
+    query = torch.randn(2, 4, 1, 16, device=device)
+    assert past.layers[1].attend_step(query, None) is not None
+    assert is_there(newest(past), new)
+    past.close()
+
+
+@torch.no_grad()
+def test_rows_that_may_not_wait(device):
+    """Where the attention is no longer vattn's, updates are wrapped, or a row's elements are apart."""
+    model, past, new = started(device=device)
+    apart = [torch.randn(2, 2, 16, 2, device=device)[..., :1].transpose(2, 3) for _ in range(2)]
+    assert apart[0].stride(3) != 1
+    past.update(*apart, 0)
+    assert past._storage.pending is None
+    assert is_there(newest(past), apart)
+    past.reset()
+    model(prompt(2).to(device), past_key_values=past)
+    past.update = lambda *arguments: VirtualCache.update(past, *arguments)
+    views = past.update(*new, 0)
+    assert is_there([x[:, :, -1:] for x in views], new)
+    del past.update
+    past.reset()
+    model(prompt(2).to(device), past_key_values=past)
+    model.config._attn_implementation = "sdpa"
+    views = past.update(*new, 0)
+    assert is_there([x[:, :, -1:] for x in views], new)
+    past.close()
+
+
+def test_a_query_with_gradients_or_elements_apart(device):
+    """It goes to other kernels, with the row written."""
+    with torch.no_grad():
+        _, past, new = started(device=device)
+        past.update(*new, 0)
+        apart = torch.randn(2, 4, 16, 2, device=device)[..., :1].transpose(2, 3)
+        assert past.layers[0].attend_step(apart, None) is None
+        assert is_there(newest(past), new)
+        past.crop(prompt(2).shape[1])
+        past.update(*new, 0)
+    query = torch.randn(2, 4, 1, 16, device=device, requires_grad=True)
+    assert past.layers[0].attend_step(query, None) is None
+    assert is_there(newest(past), new)
+    past.close()
+
+
+@torch.no_grad()
+def test_a_row_of_another_thread(device):
+    """What was left there never is written after the cache has gone on without it."""
+    model, past, new = started(device=device)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(torch.no_grad()(past.update), *new, 0).result()
+        assert past._storage.pending is not None
+        past.reset()
+        assert past._storage.pending is None
+        model(prompt(2).to(device), past_key_values=past)
+        wanted = [x.clone() for x in newest(past)]
+        pool.submit(torch.no_grad()(started), device=device).result()[1].close()
+    assert is_there(newest(past), wanted)
+    past.update(*new, 0)
+    past.close()
+    assert past._storage.pending is None
+
+
+@torch.no_grad()
+def test_an_interrupt_loses_no_row(device, monkeypatch):
+    _, past, new = started(device=device)
+    past.update(*new, 0)
+
+    def interrupt(*_arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(past.layers[0]), "write", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            _ = past.layers[0].keys
+    assert is_there(newest(past), new)
+    past.close()
+
+
+def test_a_model_that_reads_what_update_returned(device, monkeypatch):
+    """Doge makes its mask of the values, newest row included."""
+    torch.manual_seed(0)
+    config = transformers.DogeConfig(
+        vocab_size=97,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        keep_window_size=4,
+        initializer_range=0.25,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    model = transformers.DogeForCausalLM(config).eval().to(device)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(".A"):
+                parameter.normal_()
+    mask = mask_of(0, device)
+    calls = count(monkeypatch, "attend", uniform_step.UniformStep.attend)
+    wanted = generate(model, mask)
+    with VirtualCache(config, max_length=64) as past:
+        assert torch.equal(generate(model, mask, past_key_values=past), wanted)
+    assert not launches(calls)
+
+
+def test_out_of_memory_once(device, monkeypatch):
+    """Another kernel may do; the next step has its own again."""
+    model = make_model("Llama").to(device)
+    mask = mask_of(0, device)
+    wanted, attend, failed = generate(model, mask), uniform_step.UniformStep.attend, []
+
+    def fails_once(*args, **kwargs):
+        if not failed:
+            failed.append(True)
+            raise torch.OutOfMemoryError
+        return attend(*args, **kwargs)
+
+    calls = count(monkeypatch, "attend", fails_once)
+    with VirtualCache(model.config, max_length=64) as past, warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert torch.equal(generate(model, mask, past_key_values=past), wanted)
+    assert launches(calls) == (NEW_TOKENS - 1) * model.config.num_hidden_layers
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ __all__ = ["Relaunch"]
 
 
 class Relaunch:
-    """One launch of a Triton kernel, to be repeated with other pointers and row numbers.
+    """One launch of a Triton kernel, to be repeated with other tensors of the same kinds.
 
     Triton's front end looks at every argument of every launch to find the code compiled for its like. An eager decode
     step does little else than wait for that. Here the front end compiles and launches the first time; later launches
@@ -23,8 +23,7 @@ class Relaunch:
     Args:
         kernel: a ``triton.jit`` function.
         arguments: by name: all of the kernel's but the varying ones.
-        varying: names of those that each launch brings: tensors, of one dtype for ever, or integers that the kernel
-            does not specialise on.
+        varying: names of those that each launch brings, tensors of one dtype for ever.
         device: that the tensors are on.
         options: of the compilation, ``num_warps`` and such.
     """
@@ -44,10 +43,11 @@ class Relaunch:
         self._options = dict(options)
         # The compiled kernel's launch, and what it is called with: grid, stream, what Triton wants, the arguments.
         self._run: Any = None
+        self._compiled: Any = None
         self._values: list[Any] = []
         self._places = [_NUM_BEFORE + kernel.arg_names.index(name) for name in varying]
 
-    def __call__(self, grid: tuple[int, int, int], *values: torch.Tensor | int) -> None:
+    def __call__(self, grid: tuple[int, int, int], *values: torch.Tensor) -> None:
         """Launch on the device's current stream.
 
         Args:
@@ -58,11 +58,10 @@ class Relaunch:
             return self._through_the_front_end(grid, values)
         prepared = self._values
         for place, value in zip(self._places, values):  # noqa: B905  (checked the first time; it takes time)
-            if type(value) is not int:
-                value = value.data_ptr()  # type: ignore[union-attr]
-                if value & 15:
-                    return self._through_the_front_end(grid, values)
-            prepared[place] = value
+            address = value.data_ptr()
+            if address & 15:
+                return self._through_the_front_end(grid, values)
+            prepared[place] = address
         prepared[0], prepared[1], prepared[2] = grid
         prepared[3] = torch._C._cuda_getCurrentRawStream(self._device.index)
         try:
@@ -71,15 +70,14 @@ class Relaunch:
             self._run, self._places = None, []
             self._through_the_front_end(grid, values)
 
-    def _through_the_front_end(self, grid: tuple[int, int, int], values: tuple[torch.Tensor | int, ...]) -> None:
+    def _through_the_front_end(self, grid: tuple[int, int, int], values: tuple[torch.Tensor, ...]) -> None:
         arguments = {**self._arguments, **dict(zip(self._varying, values, strict=True))}
         if self._device.type != "cuda":
             self._kernel[grid](**arguments, **self._options)
             return
         with torch.cuda.device(self._device):
             compiled = self._kernel[grid](**arguments, **self._options)
-        addresses = [value.data_ptr() for value in values if isinstance(value, torch.Tensor)]
-        if self._run is not None or not self._places or any(address & 15 for address in addresses):
+        if self._run is not None or not self._places or any(value.data_ptr() & 15 for value in values):
             return
         if compiled is None or not all(hasattr(compiled, name) for name in ("run", "function", "packed_metadata")):
             return
@@ -88,7 +86,7 @@ class Relaunch:
             *(*grid, 0, compiled.function, compiled.packed_metadata, None, None, None),
             *(value.data_ptr() if isinstance(value, torch.Tensor) else value for value in rest),
         ]
-        self._run = compiled.run
+        self._run, self._compiled = compiled.run, compiled  # which has to live as long
 
 
 _NUM_BEFORE = 9  # grid (3), stream, function, packed metadata, launch metadata, hooks (2)

@@ -1,7 +1,8 @@
 """Eager decode steps of equally long sequences in one launch a layer: the append and attention in place.
 
-What such a step costs is the host's time: of a layer's K and V in two copies and of torch's FlashAttention, which
-allocates and launches several times. ``Relaunch`` makes that one launch of less.
+What such a step costs is the host's time: two copies of a layer's K and V, and torch's FlashAttention, which allocates
+and launches several times. Here that is one launch, repeated by ``Relaunch``. Not to be captured in a graph: how many
+rows there are is the host's to say.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 
 from ..relaunch import Relaunch
-from ..triton_support import require_triton
+from ..triton_support import interpreted, require_triton
 from .triton_decode import DecodeWorkspace, TritonDecodeAttention
 from .triton_decode_kernels import kernels
 
@@ -22,8 +23,9 @@ _ATTENTION = TritonDecodeAttention()
 
 
 def supports_uniform_step(device: torch.device, dtype: torch.dtype, head_dim: int, v_head_dim: int) -> bool:
-    """Whether ``UniformStep`` can be had: on NVIDIA GPUs with Triton."""
-    return _ATTENTION.supports(device, dtype, max(head_dim, v_head_dim)) is None
+    """Whether ``UniformStep`` can be had: on NVIDIA GPUs with Triton. Its interpreter copies tensors of a GPU to the
+    host, and could do nothing with an address there."""
+    return not interpreted() and _ATTENTION.supports(device, dtype, max(head_dim, v_head_dim)) is None
 
 
 @dataclass
@@ -52,8 +54,6 @@ class StepState:
 
     def ends(self, end: int) -> torch.Tensor:
         """``[batch_size]`` int32, all ``end``; filled for the first layer of a pass."""
-        if self.device.type == "cuda" and torch._C._cuda_isCurrentStreamCapturing():
-            return torch.full_like(self.slots, end)  # of the graph's own: replays would change the one that is shared
         if self._end != end:
             self._end = None  # until it is done
             self._ends.fill_(end)
@@ -75,6 +75,8 @@ class StepState:
     def starts(self, starts: tuple[int, ...]) -> torch.Tensor:
         """``[batch_size]`` int32; a new one waits for the copy."""
         if self._starts is None or self._starts[0] != starts:
+            if self._starts is not None and self.device.type == "cuda":
+                self._starts[1].record_stream(torch.cuda.current_stream(self.device))  # which may still read it
             with torch.inference_mode(False):
                 self._starts = starts, torch.tensor(starts, dtype=torch.int32, device=self.device)
         return self._starts[1]

@@ -7,9 +7,11 @@ it does not handle itself, another cache's tensors above all.
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
 import sys
+import textwrap
 import threading
 import weakref
 from collections.abc import Callable
@@ -25,7 +27,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..attention import LEFT_PADDING, SINKS, SOFTCAP, AttentionBatch
 from ..errors import ConfigError
 from .backends import build_batch, choose_backend
-from .layer import MaskLength, VirtualLayer, write_pending
+from .layer import MaskLength, VirtualLayer
 
 __all__ = ["is_switched", "restore_attention", "switch_attention"]
 
@@ -146,12 +148,17 @@ def attend(
     layer: VirtualLayer | None = getattr(key, "_vattn_layer", None)
     mask: _Mask | None = getattr(attention_mask, "_vattn_mask", None)
     if layer is not None:
-        layer.is_attended_here = getattr(value, "_vattn_layer", None) is layer
-    if layer is not None and mask is not None and _is_plain(layer, module, query, key, value, dropout, options):
-        out = _attend(layer, mask, query, key, value, scaling, options)
-        if out is not None:
-            return out, None
-    write_pending()
+        plain = mask is not None and _is_plain(layer, module, query, key, value, dropout, options)
+        if not plain:
+            layer.hands_on = False
+        elif layer.hands_on is None:
+            layer.hands_on = _hands_on(type(module))  # type: ignore[arg-type]
+        if plain:
+            assert mask is not None
+            out = _attend(layer, mask, query, key, value, scaling, options)
+            if out is not None:
+                return out, None
+        layer.storage.write_pending()
     if mask is not None:
         attention_mask = mask.dense
     elif layer is not None and attention_mask is not None and attention_mask.numel() == 0:
@@ -161,6 +168,40 @@ def attend(
         )
     function = _function(passes_on_to, module)
     return function(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **options)
+
+
+@cache
+def _hands_on(kind: Any) -> bool:
+    """Whether an attention module's ``forward`` hands what the cache returned to its attention, reading none before.
+
+    That is so where ``k, v = ….update(…)`` is there once, and neither name between it and ``attention_interface(…)``.
+    """
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(kind.forward)))
+    except (OSError, TypeError, SyntaxError):
+        return False
+    nodes = list(ast.walk(tree))
+    updates = [
+        node
+        for node in nodes
+        if isinstance(node, ast.Assign)
+        and isinstance(node.value, ast.Call)
+        and isinstance(node.value.func, ast.Attribute)
+        and node.value.func.attr == "update"
+    ]
+    if len(updates) != 1 or not isinstance(updates[0].targets[0], ast.Tuple):
+        return False
+    names = {name.id for name in updates[0].targets[0].elts if isinstance(name, ast.Name)}
+    end = updates[0].end_lineno or 0
+    calls = [
+        node.lineno
+        for node in nodes
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "attention_interface"
+    ]
+    if len(names) != 2 or len(updates[0].targets) != 1 or len(calls) != 1 or calls[0] <= end:
+        return False
+    between = (node for node in nodes if isinstance(node, ast.Name) and end < node.lineno < calls[0])
+    return not any(node.id in names for node in between)
 
 
 @torch.compiler.disable  # attend finds a tensor's layer and mask by attributes, which traced tensors do not have

@@ -18,7 +18,7 @@ from ..errors import ConfigError
 from ..kv_cache import KVCache
 from ..stats import CacheStats
 from .attention import is_switched, restore_attention, switch_attention
-from .layer import VirtualLayer, write_pending
+from .layer import VirtualLayer
 from .storage import ConfiguredLayer, Options, Storage
 
 __all__ = ["VirtualCache"]
@@ -99,7 +99,7 @@ class VirtualCache(Cache):
         super().__init__(layers=layers)
         self._storage, self._virtual = storage, virtual
         if storage.switched:
-            storage.attends_here = partial(is_switched, self._config)
+            storage.attends_here = partial(_attends_here, weakref.ref(self))
         # Layers that share another's K and V are dummies.
         self._is_hybrid = any(isinstance(layer, LinearAttentionLayer) for layer in layers)
         self._torn = False  # whether something failed with some layers done: recurrent ones in a pass, or reordered
@@ -109,6 +109,9 @@ class VirtualCache(Cache):
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append K and V of one layer, ``[batch, num_kv_heads, new, head_dim]``; returns views of what queries see.
+
+        A single new row may be written by the layer's attention only, where nothing between reads the views. ``layers``
+        and ``kv_cache`` always have it.
 
         Raises:
             ConfigError, OutOfPages: as ``VirtualLayer.update``.
@@ -129,7 +132,9 @@ class VirtualCache(Cache):
 
     @torch.compiler.disable  # compiled, a write through a view may become a copy of all addresses behind it
     def _update_uncompiled(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.update(*args, **kwargs)
+        views = self.update(*args, **kwargs)
+        self._storage.write_pending()  # who knows what the compiler makes of what comes next
+        return views
 
     def crop(self, tokens_to_remove: int = 0, max_length: int | None = None) -> None:
         """Remove the newest tokens of every sequence.
@@ -250,7 +255,7 @@ class VirtualCache(Cache):
     @property
     def kv_cache(self) -> KVCache | None:
         """The ``KVCache`` underneath, a slot for each row of the batch and a free one; None before the first use."""
-        write_pending()
+        self._storage.write_pending()
         return self._storage.kv_cache
 
     def stats(self) -> CacheStats:
@@ -284,7 +289,7 @@ class VirtualCache(Cache):
             raise ConfigError("an operation on this cache failed half-way, its layers are apart: call reset()")
 
     def _open(self) -> None:
-        write_pending()
+        self._storage.write_pending()
         if self._storage.closed:
             raise ConfigError("this VirtualCache is closed; make a new one")
 
@@ -294,6 +299,15 @@ class VirtualCache(Cache):
             f"VirtualCache(layers={len(self.layers)}, max_length={options.max_length}, batch_size={self.batch_size}, "
             f"tokens={max(self._storage.lengths.values())})"
         )
+
+
+def _attends_here(reference: weakref.ref[VirtualCache]) -> bool:
+    """Whether models of the cache's config call vattn's attention, and nobody wraps the cache's ``update``, to look at
+    what it returns."""
+    cache = reference()
+    if cache is None or type(cache).update is not VirtualCache.update or "update" in vars(cache):
+        return False
+    return is_switched(cache._config)
 
 
 def _device(device: torch.device | str | None) -> torch.device | None:

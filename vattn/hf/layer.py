@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-import weakref
 from typing import Any
 
 import torch
@@ -15,28 +13,7 @@ from ..errors import ConfigError
 from .step_views import StepViews
 from .storage import LayerShape, Storage
 
-__all__ = ["MaskLength", "VirtualLayer", "write_pending"]
-
-
-class Pending(threading.local):
-    """A row that ``update`` was given and its layer's attention, which follows, will write: one launch does both.
-
-    Whoever else reads a cache calls ``write_pending`` first.
-    """
-
-    row: tuple[weakref.ref[VirtualLayer], torch.Tensor, torch.Tensor, int] | None = None
-
-
-pending = Pending()
-
-
-def write_pending() -> None:
-    """Write the row that waits for an attention, if there is one."""
-    if pending.row is not None:
-        (reference, keys, values, row), pending.row = pending.row, None
-        layer = reference()
-        if layer is not None and layer.shape is not None and layer._version == layer.storage.version:
-            layer._write(keys, values, row, row + 1)
+__all__ = ["MaskLength", "VirtualLayer"]
 
 
 class MaskLength(int):
@@ -63,7 +40,8 @@ class VirtualLayer(CacheLayerMixin):
         shape: None before the first update.
         full_k, full_v: ``[batch, max_length, num_kv_heads, head_dim]``, backed as far as the storage's rows.
         backends: vattn's attention for this layer, by what it has to support.
-        is_attended_here: whether the model hands what ``update`` returned to vattn's attention as it is.
+        hands_on: whether the model hands what ``update`` returned to vattn's attention, and reads none of it before;
+            None while that is not known.
         uniform_decode: its attention of a step of one token where nothing has to be supported and ``attend_step`` has
             nothing; None for a backend's.
     """
@@ -77,7 +55,6 @@ class VirtualLayer(CacheLayerMixin):
         self.window = storage.configured[index].window
         self.chunked = storage.configured[index].chunked
         self.is_sliding = self.window is not None
-        self._reference = weakref.ref(self)
         self.is_first = index == min(storage.configured)
         self.forget()
 
@@ -88,7 +65,7 @@ class VirtualLayer(CacheLayerMixin):
         self.full_k = self.full_v = torch.empty(0)
         self._step_views: StepViews | None = None
         self._step: UniformStep | None = None
-        self.is_attended_here = False
+        self.hands_on: bool | None = None
         self.backends: dict[tuple[bool, ...], AttentionBackend] = {}
         self.uniform_decode: UniformDecode | None = None
         self._fits: tuple[Any, ...] | None = None  # what the newest update looked like; one like it needs no checks
@@ -120,9 +97,10 @@ class VirtualLayer(CacheLayerMixin):
                 "K and V of this forward pass record gradients, which a cache in place cannot keep: run it under "
                 "torch.no_grad(), or train with use_cache=False"
             )
-        if pending.row is not None:
-            write_pending()
         storage, index, key_shape = self.storage, self.index, key_states.shape
+        if storage.pending is not None:  # nobody attended to it
+            storage.pending[0].hands_on = False
+            storage.write_pending()
         looks = (key_shape, value_states.shape, key_states.dtype, value_states.dtype, key_states.device)
         if looks != self._fits or self._version != storage.version:
             if looks[2] != looks[3] and torch.is_autocast_enabled(looks[4].type):
@@ -131,7 +109,7 @@ class VirtualLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
             self._fits = looks if looks[2] == looks[3] else None
         if self.is_first:
-            storage.check_lengths(index)
+            storage.begin_pass(index)
         start = storage.lengths[index]
         self.num_new = key_shape[2]
         end = start + key_shape[2]
@@ -140,55 +118,68 @@ class VirtualLayer(CacheLayerMixin):
         first = 0 if self.window is None else self._first_visible(start)
         assert self._step_views is not None
         keys, values = self._step_views.read.cut(self._position, first, end)
-        if key_shape[2] == 1 and self.is_attended_here and storage.defers and self._fits_step(key_states, value_states):
-            pending.row = self._reference, key_states, value_states, start
+        if key_shape[2] == 1 and self._may_wait(key_states, value_states):
+            storage.pending = self, key_states, value_states, start
         else:
-            self._write(key_states, value_states, start, end)
+            self.write(key_states, value_states, start, end)
         storage.lengths[index] = end
         keys._vattn_layer = values._vattn_layer = self  # type: ignore[attr-defined]  # for vattn's attention function
         return keys, values
 
-    def _write(self, key_states: torch.Tensor, value_states: torch.Tensor, start: int, end: int) -> None:
+    def write(self, key_states: torch.Tensor, value_states: torch.Tensor, start: int, end: int) -> None:
+        """Copy K and V, ``[batch, num_kv_heads, end - start, head_dim]``, to the rows from ``start``."""
         assert self._step_views is not None
         new_keys, new_values = self._step_views.written.cut(self._position, start, end)
         new_keys.copy_(key_states)
         new_values.copy_(value_states)
 
-    def _fits_step(self, key_states: torch.Tensor, value_states: torch.Tensor) -> bool:
-        return self._step is not None and key_states.stride(3) == 1 and value_states.stride(3) == 1
+    def _may_wait(self, key_states: torch.Tensor, value_states: torch.Tensor) -> bool:
+        """Whether a new row may wait for the attention, whose launch writes it as well: where launches are vattn's own,
+        can take the row from where it is, and nothing reads what ``update`` returns before that."""
+        return (
+            self.storage.defers
+            and self.hands_on is True
+            and self._step is not None
+            and key_states.stride(3) == 1
+            and value_states.stride(3) == 1
+        )
 
     def attend_step(self, q: torch.Tensor, scale: float | None, **features: Any) -> torch.Tensor | None:
         """Attention of a step of one token over every row, or every row in the window, if that works here; writes the
-        newest row, if that is still to be done.
+        row that waits for it.
 
         Args:
             q: ``[batch, num_heads, 1, head_dim]``.
             features: ``softcap``, ``sinks`` and ``starts``, as ``UniformStep.attend`` takes them.
 
         Returns:
-            ``[batch, 1, num_heads, v_head_dim]``, or None with the newest row written.
+            ``[batch, 1, num_heads, v_head_dim]``, or None; no row waits any more.
         """
-        storage, step, row, out = self.storage, self._step, pending.row, None
-        mine = row is not None and row[0] is self._reference
-        if row is not None and not mine:
-            write_pending()
+        storage, step, row = self.storage, self._step, self.storage.pending
+        if row is not None and row[0] is not self:
+            storage.write_pending()
+            row = None
         if (
             step is not None
-            and storage.steps is not None
+            and storage.launches
             and self._version == storage.version
             and q.stride(3) == 1
             and not (q.requires_grad and torch.is_grad_enabled())
         ):
-            new = None if row is None or not mine else (row[1], row[2])
+            new, error = None if row is None else (row[1], row[2]), None
             try:
                 out = step.attend(q, storage.lengths[self.index], scale=scale, window=self.window, new=new, **features)
-            except Exception as error:
+                storage.pending = None
+                return out
+            except torch.OutOfMemoryError:  # other kernels may do with less
+                pass
+            except Exception as raised:
+                error = raised
+            storage.write_pending()
+            if error is not None:
                 storage.give_up_steps(error)
-        if out is None:
-            write_pending()
-        else:
-            pending.row = None
-        return out
+        storage.write_pending()
+        return None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Make room for tensors like these, ``[batch, num_kv_heads, any, head_dim]``."""
@@ -237,7 +228,7 @@ class VirtualLayer(CacheLayerMixin):
             raise ConfigError("rows of this cache changed places, which failed half-way: call reset()")
         if self._version != self.storage.version:
             self._look_again()
-        write_pending()
+        self.storage.write_pending()
         length = self.length
         return self.full_k[:, :length].transpose(1, 2), self.full_v[:, :length].transpose(1, 2)
 
@@ -247,7 +238,7 @@ class VirtualLayer(CacheLayerMixin):
         self._step_views, self._position = self.storage.step_views(self.index)
         self.backends.clear()
         k, v = self.full_k, self.full_v
-        if self.storage.options.attention == "auto":
+        if self.storage.options.attention == "auto" and self._version != self.storage.version:
             self.uniform_decode = uniform_decode(k.device, k.dtype, k.shape[3], v.shape[3])
             self._step = self.storage.uniform_step(k, v)
         self._version = self.storage.version

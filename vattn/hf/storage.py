@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,6 +16,9 @@ from ..kv_cache import KVCache
 from ..layout import KVLayout, LayerGroup
 from .beams import Places
 from .step_views import StepViews
+
+if TYPE_CHECKING:
+    from .layer import VirtualLayer
 
 __all__ = ["ConfiguredLayer", "LayerShape", "Options", "Storage"]
 
@@ -84,8 +88,11 @@ class Storage:
         rows: tokens that every slot is backed for.
         version: changes whenever the tensors do.
         steps: what the layers share whose decode steps are launches of vattn's own; None where they are not.
+        launches: whether they are in this pass.
+        pending: a layer, K and V of its newest row, and where it goes: for the layer's attention to write, which
+            follows. Whoever else reads rows calls ``write_pending`` first.
         attends_here: whether vattn's attention is what the model calls at present.
-        defers: whether a layer's attention may write the row that its ``update`` was given, in this pass.
+        defers: whether rows may wait so, in this pass.
     """
 
     def __init__(
@@ -104,8 +111,9 @@ class Storage:
         self._step_views: dict[tuple[int, ...], StepViews] = {}
         self.steps: StepState | None = None
         self._steps_fail = False
-        self.attends_here: Callable[[], bool] = lambda: switched
-        self.defers = False
+        self.pending: tuple[VirtualLayer, torch.Tensor, torch.Tensor, int] | None = None
+        self.attends_here: Callable[[], bool] = lambda: False
+        self.launches = self.defers = False
         self.version = 0
         self.closed = False
         self.lost = False  # rows changed places, and that stopped half-way: what the slots hold is anyone's guess
@@ -228,10 +236,11 @@ class Storage:
     def _drop(self) -> None:
         cache, self.kv_cache, self.rows = self.kv_cache, None, 0
         self._step_views.clear()
-        self.steps = None
+        steps, self.steps = self.steps, None
         self.version += 1
         if cache is not None:
             cache.close()
+        del steps  # not before the work on the device is done
 
     def _copied(self, layout: KVLayout, sources: Iterable[int]) -> KVCache:
         """A new cache whose batch row ``i`` holds what row ``sources[i]`` of this one does, layer by layer."""
@@ -290,6 +299,7 @@ class Storage:
         """The same content in memory of its own."""
         other = Storage(self.configured, self.options, self.switched)
         other.shapes, other.lengths = dict(self.shapes), dict(self.lengths)
+        other._steps_fail = self._steps_fail
         if (cache := self.kv_cache) is not None:
             other._install(self._copied(cache.layout, range(self.batch_size)), self.rows)
         return other
@@ -317,10 +327,10 @@ class Storage:
 
     def give_up_steps(self, error: Exception) -> None:
         """They do not work on this machine: decode steps take torch's operations from here on."""
-        self.steps, self._steps_fail = None, True
+        self.steps, self._steps_fail, self.launches = None, True, False
         warnings.warn(
-            f"vattn's kernels for decode steps do not work here, and torch's take their place, more slowly: {error}",
-            stacklevel=2,
+            f"vattn's kernel for decode steps does not work here, and others take its place, more slowly: {error}",
+            stacklevel=4,
         )
 
     # -- rows ----------------------------------------------------------------------------------------------------
@@ -358,11 +368,11 @@ class Storage:
         if self._stream is not None and self._stream != (stream := torch.cuda.current_stream(self._stream.device)):
             stream.wait_stream(self._stream)
 
-    def check_lengths(self, layer: int) -> None:
-        """At the start of a pass all layers hold equally many tokens, unless the pass before did not fill them all.
+    def begin_pass(self, layer: int) -> None:
+        """See that all layers hold equally many tokens, order the pass behind the one before, and how it goes on.
 
         Raises:
-            ConfigError: they do not.
+            ConfigError: they do not: the pass before did not fill them all.
         """
         behind = [other for other, length in self.lengths.items() if length != self.lengths[layer]]
         if behind:
@@ -371,14 +381,26 @@ class Storage:
                 "was interrupted, another model's, or did not take its layers in order. reset() the cache, and use it "
                 "for one model"
             )
-        self.defers = self.steps is not None and self.attends_here()
-        if self.kv_cache is not None and self.kv_cache.device.type == "cuda":
+        on_gpu = self.kv_cache is not None and self.kv_cache.device.type == "cuda"
+        # What a user captures in a graph is torch's operations.
+        self.launches = self.steps is not None and not (on_gpu and torch.cuda.is_current_stream_capturing())
+        self.defers = self.launches and self.attends_here()
+        if on_gpu:
+            assert self.kv_cache is not None
             self.order()  # of two passes on two streams
             self._stream = torch.cuda.current_stream(self.kv_cache.device)
 
+    def write_pending(self) -> None:
+        """Write the row that waits for an attention, if there is one."""
+        if self.pending is not None:
+            layer, keys, values, row = self.pending
+            if layer._version == self.version and row < self.lengths[layer.index]:
+                layer.write(keys, values, row, row + 1)
+            self.pending = None  # only now: an interrupt must not lose it
+
     def close(self) -> None:
         """Free everything. Idempotent."""
-        self.closed = True
+        self.closed, self.pending = True, None
         self.order()
         self._drop()
 
