@@ -15,6 +15,7 @@ from hf_models import make_model, prompt  # noqa: E402
 
 from vattn.attention import uniform_step  # noqa: E402
 from vattn.hf import VirtualCache, storage  # noqa: E402
+from vattn.hf.model_code import hands_on  # noqa: E402
 
 NEW_TOKENS = 7
 
@@ -271,6 +272,31 @@ def test_a_model_that_reads_what_update_returned(device, monkeypatch):
     with VirtualCache(config, max_length=64) as past:
         assert torch.equal(generate(model, mask, past_key_values=past), wanted)
     assert not launches(calls)
+
+
+def test_a_module_with_another_forward(device, monkeypatch):
+    """Its class's says nothing of it."""
+    model = make_model("Llama").to(device)
+    mask = mask_of(0, device)
+    wanted = generate(model, mask)
+    calls = count(monkeypatch, "attend", uniform_step.UniformStep.attend)
+    for layer in model.model.layers:
+        layer.self_attn.forward = layer.self_attn.forward
+    with VirtualCache(model.config, max_length=64) as past:
+        assert torch.equal(generate(model, mask, past_key_values=past), wanted)
+    assert calls
+    assert not launches(calls)
+
+
+def test_what_the_source_of_a_model_says():
+    models = transformers.models
+    for module, name in ((models.llama, "Llama"), (models.gemma2, "Gemma2"), (models.gpt_oss, "GptOss")):
+        code = getattr(module, f"modeling_{module.__name__.rsplit('.')[-1]}")
+        assert hands_on(getattr(code, f"{name}Attention"))
+    for module, name in ((models.doge, "Doge"), (models.falcon, "Falcon"), (models.deepseek_v3, "DeepseekV3")):
+        code = getattr(module, f"modeling_{module.__name__.rsplit('.')[-1]}")
+        assert not hands_on(getattr(code, f"{name}Attention"))
+    assert not hands_on(torch.nn.Linear)
 
 
 def test_out_of_memory_once(device, monkeypatch):

@@ -7,16 +7,12 @@ it does not handle itself, another cache's tensors above all.
 
 from __future__ import annotations
 
-import ast
-import inspect
-import re
 import sys
-import textwrap
 import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -28,6 +24,7 @@ from ..attention import LEFT_PADDING, SINKS, SOFTCAP, AttentionBatch
 from ..errors import ConfigError
 from .backends import build_batch, choose_backend
 from .layer import MaskLength, VirtualLayer
+from .model_code import hands_on, looks_attention_up
 
 __all__ = ["is_switched", "restore_attention", "switch_attention"]
 
@@ -152,7 +149,7 @@ def attend(
         if not plain:
             layer.hands_on = False
         elif layer.hands_on is None:
-            layer.hands_on = _hands_on(type(module))  # type: ignore[arg-type]
+            layer.hands_on = "forward" not in vars(module) and hands_on(type(module))  # type: ignore[arg-type]
         if plain:
             assert mask is not None
             out = _attend(layer, mask, query, key, value, scaling, options)
@@ -168,40 +165,6 @@ def attend(
         )
     function = _function(passes_on_to, module)
     return function(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **options)
-
-
-@cache
-def _hands_on(kind: Any) -> bool:
-    """Whether an attention module's ``forward`` hands what the cache returned to its attention, reading none before.
-
-    That is so where ``k, v = ….update(…)`` is there once, and neither name between it and ``attention_interface(…)``.
-    """
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(kind.forward)))
-    except (OSError, TypeError, SyntaxError):
-        return False
-    nodes = list(ast.walk(tree))
-    updates = [
-        node
-        for node in nodes
-        if isinstance(node, ast.Assign)
-        and isinstance(node.value, ast.Call)
-        and isinstance(node.value.func, ast.Attribute)
-        and node.value.func.attr == "update"
-    ]
-    if len(updates) != 1 or not isinstance(updates[0].targets[0], ast.Tuple):
-        return False
-    names = {name.id for name in updates[0].targets[0].elts if isinstance(name, ast.Name)}
-    end = updates[0].end_lineno or 0
-    calls = [
-        node.lineno
-        for node in nodes
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "attention_interface"
-    ]
-    if len(names) != 2 or len(updates[0].targets) != 1 or len(calls) != 1 or calls[0] <= end:
-        return False
-    between = (node for node in nodes if isinstance(node, ast.Name) and end < node.lineno < calls[0])
-    return not any(node.id in names for node in between)
 
 
 @torch.compiler.disable  # attend finds a tensor's layer and mask by attributes, which traced tensors do not have
@@ -312,7 +275,7 @@ def switch_attention(config: PreTrainedConfig) -> str | None:
     Returns:
         The name that was set before; None, and nothing changed, where the model does not look its attention up.
     """
-    looks_it_up = _looks_attention_up(config)  # imports the model's module: not while holding the lock
+    looks_it_up = looks_attention_up(config)  # imports the model's module: not while holding the lock
     with _LOCK:
         current = config._attn_implementation or ""
         entry = _SWITCHED.get(id(config))
@@ -343,28 +306,3 @@ def restore_attention(config: PreTrainedConfig) -> None:
             del _SWITCHED[id(config)]
             if config._attn_implementation == _PREFIX + _STANDS_FOR[entry.previous]:
                 config._attn_implementation = entry.previous
-
-
-def _looks_attention_up(config: PreTrainedConfig) -> bool:
-    """Whether the model of this config takes its attention from transformers' registry, and that is all it asks."""
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-
-    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
-        found = auto._model_mapping.get(type(config), None)
-        if found is not None:
-            kinds = found if isinstance(found, (tuple, list)) else (found,)
-            return all(
-                getattr(kind, "_supports_attention_backend", False) and not _compares_names(kind.__module__)
-                for kind in kinds
-            )
-    return False
-
-
-@cache
-def _compares_names(module: str) -> bool:
-    """Whether a model's code does one thing for ``"sdpa"`` and another for every other name, as Gemma 4's does."""
-    try:
-        source = inspect.getsource(sys.modules[module])
-    except (OSError, TypeError):
-        return False
-    return re.search(r"_attn_implementation\s*(==|!=|in\b|not in\b)", source) is not None
