@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import inspect
+import sys
+import textwrap
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
@@ -15,7 +20,7 @@ from hf_models import make_model, prompt  # noqa: E402
 
 from vattn.attention import uniform_step  # noqa: E402
 from vattn.hf import VirtualCache, storage  # noqa: E402
-from vattn.hf.model_code import hands_on  # noqa: E402
+from vattn.hf.model_code import reader_of  # noqa: E402
 
 NEW_TOKENS = 7
 
@@ -116,6 +121,12 @@ def started(name="Llama", device="cpu", length=None):
     return model, past, [torch.randn(2, 2, 1, 16, device=device) for _ in range(2)]
 
 
+def append(past, new, layer=0):
+    """As a model does whose attention follows."""
+    past.layers[layer].reader = append.__code__
+    return past.update(*new, layer)
+
+
 def newest(past, layer=0):
     return [x[:, :, -1:] for x in (past.layers[layer].keys, past.layers[layer].values)]
 
@@ -140,7 +151,7 @@ LOOKS = {
 def test_whoever_looks_before_the_attention_finds_the_row(look, device):
     """Between ``update`` and the attention that would write its row."""
     _, past, new = started(device=device)
-    views = past.update(*new, 0)
+    views = append(past, new, 0)
     assert not is_there([x[:, :, -1:] for x in views], new)  # the attention's to write
     assert is_there(LOOKS[look](past, prompt(2).shape[1] + 1), new)
     past.close()
@@ -149,15 +160,14 @@ def test_whoever_looks_before_the_attention_finds_the_row(look, device):
 @torch.no_grad()
 def test_another_attention_finds_the_row(device):
     model, past, new = started(device=device)
-    views = past.update(*new, 0)
+    views = append(past, new, 0)
     function = transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS["vattn_sdpa"]
     q = torch.randn(2, 4, 1, 16, device=device)
     function(model.model.layers[0].self_attn, q, *views, None, scaling=0.25)
     assert is_there([x[:, :, -1:] for x in views], new)
-    past.update(*new, 1)
-    past.update(*new, 2)
+    append(past, new, 1)
+    append(past, new, 2)
     assert is_there(newest(past, 1), new)
-    assert past.layers[1].hands_on is False  # nobody attended to it
     past.close()
 
 
@@ -165,7 +175,7 @@ def test_another_attention_finds_the_row(device):
 def test_another_layer_s_attention_leaves_the_row(device):
     """A step's attention that comes for a layer whose row is there already."""
     _, past, new = started(device=device)
-    past.update(*new, 0)
+    append(past, new, 0)
     query = torch.randn(2, 4, 1, 16, device=device)
     assert past.layers[1].attend_step(query, None) is not None
     assert is_there(newest(past), new)
@@ -178,19 +188,23 @@ def test_rows_that_may_not_wait(device):
     model, past, new = started(device=device)
     apart = [torch.randn(2, 2, 16, 2, device=device)[..., :1].transpose(2, 3) for _ in range(2)]
     assert apart[0].stride(3) != 1
-    past.update(*apart, 0)
+    append(past, apart)
     assert past._storage.pending is None
     assert is_there(newest(past), apart)
     past.reset()
     model(prompt(2).to(device), past_key_values=past)
     past.update = lambda *arguments: VirtualCache.update(past, *arguments)
-    views = past.update(*new, 0)
+    views = append(past, new, 0)
     assert is_there([x[:, :, -1:] for x in views], new)
     del past.update
     past.reset()
     model(prompt(2).to(device), past_key_values=past)
+    views = past.update(*new, 0)  # by hand
+    assert is_there([x[:, :, -1:] for x in views], new)
+    past.reset()
+    model(prompt(2).to(device), past_key_values=past)
     model.config._attn_implementation = "sdpa"
-    views = past.update(*new, 0)
+    views = append(past, new, 0)
     assert is_there([x[:, :, -1:] for x in views], new)
     past.close()
 
@@ -199,12 +213,12 @@ def test_a_query_with_gradients_or_elements_apart(device):
     """It goes to other kernels, with the row written."""
     with torch.no_grad():
         _, past, new = started(device=device)
-        past.update(*new, 0)
+        append(past, new, 0)
         apart = torch.randn(2, 4, 16, 2, device=device)[..., :1].transpose(2, 3)
         assert past.layers[0].attend_step(apart, None) is None
         assert is_there(newest(past), new)
         past.crop(prompt(2).shape[1])
-        past.update(*new, 0)
+        append(past, new, 0)
     query = torch.randn(2, 4, 1, 16, device=device, requires_grad=True)
     assert past.layers[0].attend_step(query, None) is None
     assert is_there(newest(past), new)
@@ -216,7 +230,7 @@ def test_a_row_of_another_thread(device):
     """What was left there never is written after the cache has gone on without it."""
     model, past, new = started(device=device)
     with ThreadPoolExecutor(1) as pool:
-        pool.submit(torch.no_grad()(past.update), *new, 0).result()
+        pool.submit(torch.no_grad()(append), past, new).result()
         assert past._storage.pending is not None
         past.reset()
         assert past._storage.pending is None
@@ -224,7 +238,7 @@ def test_a_row_of_another_thread(device):
         wanted = [x.clone() for x in newest(past)]
         pool.submit(torch.no_grad()(started), device=device).result()[1].close()
     assert is_there(newest(past), wanted)
-    past.update(*new, 0)
+    append(past, new, 0)
     past.close()
     assert past._storage.pending is None
 
@@ -232,7 +246,7 @@ def test_a_row_of_another_thread(device):
 @torch.no_grad()
 def test_an_interrupt_loses_no_row(device, monkeypatch):
     _, past, new = started(device=device)
-    past.update(*new, 0)
+    append(past, new, 0)
 
     def interrupt(*_arguments):
         raise KeyboardInterrupt
@@ -274,29 +288,73 @@ def test_a_model_that_reads_what_update_returned(device, monkeypatch):
     assert not launches(calls)
 
 
-def test_a_module_with_another_forward(device, monkeypatch):
-    """Its class's says nothing of it."""
+@torch.no_grad()
+@pytest.mark.parametrize("whose", ["module", "class"])
+def test_a_forward_replaced_on_the_way(whose, device, monkeypatch):
+    """By one that reads the newest row between ``update`` and the attention."""
     model = make_model("Llama").to(device)
-    mask = mask_of(0, device)
-    wanted = generate(model, mask)
+    code = sys.modules[type(model).__module__]
+    source = textwrap.dedent(inspect.getsource(code.LlamaAttention.forward))
+    update = "key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx)"
+    assert update in source
+    source = source.replace(update, update + "; query_states = query_states + key_states[:, :1, -1:].sum()")
+    namespace = dict(vars(code))
+    exec(source, namespace)
+    forward = namespace["forward"]
+
+    def steps(past):
+        logits = [model(prompt(2).to(device), past_key_values=past).logits[:, -1]]
+        with monkeypatch.context() as patch:
+            for number in range(3):
+                if number == 1 and whose == "class":
+                    patch.setattr(code.LlamaAttention, "forward", forward)
+                elif number == 1:
+                    for layer in model.model.layers:
+                        patch.setattr(layer.self_attn, "forward", partial(forward, layer.self_attn), raising=False)
+                token = logits[0].argmax(-1, keepdim=True)
+                logits.append(model(token, past_key_values=past).logits[:, -1])
+        return logits
+
+    wanted = steps(transformers.DynamicCache(config=model.config))
     calls = count(monkeypatch, "attend", uniform_step.UniformStep.attend)
-    for layer in model.model.layers:
-        layer.self_attn.forward = layer.self_attn.forward
     with VirtualCache(model.config, max_length=64) as past:
-        assert torch.equal(generate(model, mask, past_key_values=past), wanted)
-    assert calls
-    assert not launches(calls)
+        for found, right in zip(steps(past), wanted, strict=True):
+            torch.testing.assert_close(found, right, rtol=1e-3, atol=1e-3)
+    assert launches(calls) == model.config.num_hidden_layers
+    assert len(calls) == 3 * launches(calls)
+
+
+@torch.no_grad()
+def test_another_config_of_the_same_model(device):
+    """Two caches switch two configs; when the model's own is back to its attention, no row waits for vattn's."""
+    model = make_model("Llama").to(device)
+    tokens = prompt(2).to(device)
+
+    def steps(past, close=lambda: None):
+        logits = [model(tokens, past_key_values=past).logits[:, -1]]
+        for number in range(3):
+            if number == 1:
+                close()
+            logits.append(model(tokens[:, :1], past_key_values=past).logits[:, -1])
+        return logits
+
+    wanted = steps(transformers.DynamicCache(config=model.config))
+    first = VirtualCache(model.config, max_length=64)
+    with VirtualCache(copy.deepcopy(model.config), max_length=64) as second:
+        for found, right in zip(steps(second, first.close), wanted, strict=True):
+            torch.testing.assert_close(found, right, rtol=1e-3, atol=1e-3)
 
 
 def test_what_the_source_of_a_model_says():
-    models = transformers.models
-    for module, name in ((models.llama, "Llama"), (models.gemma2, "Gemma2"), (models.gpt_oss, "GptOss")):
-        code = getattr(module, f"modeling_{module.__name__.rsplit('.')[-1]}")
-        assert hands_on(getattr(code, f"{name}Attention"))
-    for module, name in ((models.doge, "Doge"), (models.falcon, "Falcon"), (models.deepseek_v3, "DeepseekV3")):
-        code = getattr(module, f"modeling_{module.__name__.rsplit('.')[-1]}")
-        assert not hands_on(getattr(code, f"{name}Attention"))
-    assert not hands_on(torch.nn.Linear)
+    def found(name, family):
+        code = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+        return reader_of(getattr(code, f"{name}Attention").forward)
+
+    for name, family in (("Llama", "llama"), ("Gemma2", "gemma2"), ("GptOss", "gpt_oss"), ("Qwen3", "qwen3")):
+        assert found(name, family).co_name == "forward"
+    for name, family in (("Doge", "doge"), ("Falcon", "falcon"), ("DeepseekV3", "deepseek_v3")):
+        assert found(name, family) is None
+    assert reader_of(torch.nn.Linear.forward) is None
 
 
 def test_out_of_memory_once(device, monkeypatch):

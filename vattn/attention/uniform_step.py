@@ -158,6 +158,7 @@ class UniformStep:
             starts is None,
         )
         if key != self._key:
+            self._key = None  # should this be interrupted
             features: dict[str, Any] = {
                 "scale": scale,
                 "window": window,

@@ -24,7 +24,7 @@ from ..attention import LEFT_PADDING, SINKS, SOFTCAP, AttentionBatch
 from ..errors import ConfigError
 from .backends import build_batch, choose_backend
 from .layer import MaskLength, VirtualLayer
-from .model_code import hands_on, looks_attention_up
+from .model_code import looks_attention_up, reader_of
 
 __all__ = ["is_switched", "restore_attention", "switch_attention"]
 
@@ -146,10 +146,8 @@ def attend(
     mask: _Mask | None = getattr(attention_mask, "_vattn_mask", None)
     if layer is not None:
         plain = mask is not None and _is_plain(layer, module, query, key, value, dropout, options)
-        if not plain:
-            layer.hands_on = False
-        elif layer.hands_on is None:
-            layer.hands_on = "forward" not in vars(module) and hands_on(type(module))  # type: ignore[arg-type]
+        if plain and layer.reader is None and getattr(module, "config", None) is layer.storage.config:
+            layer.reader = reader_of(type(module).forward)
         if plain:
             assert mask is not None
             out = _attend(layer, mask, query, key, value, scaling, options)

@@ -99,7 +99,8 @@ class VirtualCache(Cache):
         super().__init__(layers=layers)
         self._storage, self._virtual = storage, virtual
         if storage.switched:
-            storage.attends_here = partial(_attends_here, weakref.ref(self))
+            storage.attends_here = partial(is_switched, self._config)
+            storage.config, storage.update_code = self._config, VirtualCache.update.__code__
         # Layers that share another's K and V are dummies.
         self._is_hybrid = any(isinstance(layer, LinearAttentionLayer) for layer in layers)
         self._torn = False  # whether something failed with some layers done: recurrent ones in a pass, or reordered
@@ -110,8 +111,8 @@ class VirtualCache(Cache):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append K and V of one layer, ``[batch, num_kv_heads, new, head_dim]``; returns views of what queries see.
 
-        A single new row may be written by the layer's attention only, where nothing between reads the views. ``layers``
-        and ``kv_cache`` always have it.
+        Called by a model whose attention follows, and which reads nothing of the views before, it may leave a single
+        new row to that attention to write. ``keys`` and ``values`` of ``layers``, and ``kv_cache``, always have it.
 
         Raises:
             ConfigError, OutOfPages: as ``VirtualLayer.update``.
@@ -299,15 +300,6 @@ class VirtualCache(Cache):
             f"VirtualCache(layers={len(self.layers)}, max_length={options.max_length}, batch_size={self.batch_size}, "
             f"tokens={max(self._storage.lengths.values())})"
         )
-
-
-def _attends_here(reference: weakref.ref[VirtualCache]) -> bool:
-    """Whether models of the cache's config call vattn's attention, and nobody wraps the cache's ``update``, to look at
-    what it returns."""
-    cache = reference()
-    if cache is None or type(cache).update is not VirtualCache.update or "update" in vars(cache):
-        return False
-    return is_switched(cache._config)
 
 
 def _device(device: torch.device | str | None) -> torch.device | None:

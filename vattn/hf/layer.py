@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from types import CodeType
 from typing import Any
 
 import torch
@@ -40,8 +42,8 @@ class VirtualLayer(CacheLayerMixin):
         shape: None before the first update.
         full_k, full_v: ``[batch, max_length, num_kv_heads, head_dim]``, backed as far as the storage's rows.
         backends: vattn's attention for this layer, by what it has to support.
-        hands_on: whether the model hands what ``update`` returned to vattn's attention, and reads none of it before;
-            None while that is not known.
+        reader: the code of the model's that takes what ``update`` returns to vattn's attention, reading none of it
+            before; None where there is none, or it is not known.
         uniform_decode: its attention of a step of one token where nothing has to be supported and ``attend_step`` has
             nothing; None for a backend's.
     """
@@ -65,7 +67,7 @@ class VirtualLayer(CacheLayerMixin):
         self.full_k = self.full_v = torch.empty(0)
         self._step_views: StepViews | None = None
         self._step: UniformStep | None = None
-        self.hands_on: bool | None = None
+        self.reader: CodeType | None = None
         self.backends: dict[tuple[bool, ...], AttentionBackend] = {}
         self.uniform_decode: UniformDecode | None = None
         self._fits: tuple[Any, ...] | None = None  # what the newest update looked like; one like it needs no checks
@@ -99,7 +101,6 @@ class VirtualLayer(CacheLayerMixin):
             )
         storage, index, key_shape = self.storage, self.index, key_states.shape
         if storage.pending is not None:  # nobody attended to it
-            storage.pending[0].hands_on = False
             storage.write_pending()
         looks = (key_shape, value_states.shape, key_states.dtype, value_states.dtype, key_states.device)
         if looks != self._fits or self._version != storage.version:
@@ -135,10 +136,13 @@ class VirtualLayer(CacheLayerMixin):
 
     def _may_wait(self, key_states: torch.Tensor, value_states: torch.Tensor) -> bool:
         """Whether a new row may wait for the attention, whose launch writes it as well: where launches are vattn's own,
-        can take the row from where it is, and nothing reads what ``update`` returns before that."""
+        can take the row from where it is, and ``update`` was called by code that goes on to that attention, by way of
+        the cache and of nobody who looks at what it returns."""
         return (
             self.storage.defers
-            and self.hands_on is True
+            and self.reader is not None
+            and sys._getframe(3).f_code is self.reader
+            and sys._getframe(2).f_code is self.storage.update_code
             and self._step is not None
             and key_states.stride(3) == 1
             and value_states.stride(3) == 1
@@ -174,7 +178,7 @@ class VirtualLayer(CacheLayerMixin):
             except torch.OutOfMemoryError:  # other kernels may do with less
                 pass
             except Exception as raised:
-                error = raised
+                error = None if "out of memory" in str(raised) else raised
             storage.write_pending()
             if error is not None:
                 storage.give_up_steps(error)

@@ -7,25 +7,29 @@ import inspect
 import re
 import sys
 import textwrap
+from collections.abc import Callable
 from functools import cache
+from types import CodeType
 from typing import Any
 
 from transformers import PreTrainedConfig
 
-__all__ = ["hands_on", "looks_attention_up"]
+__all__ = ["looks_attention_up", "reader_of"]
 
 
 @cache
-def hands_on(kind: Any) -> bool:
-    """Whether an attention module's ``forward`` hands what the cache returned to its attention, reading none before.
+def reader_of(forward: Callable[..., Any]) -> CodeType | None:
+    """The code of an attention module's ``forward``, if it hands what the cache returned to its attention function and
+    reads none of it before; else None.
 
-    That is so where ``k, v = ….update(…)`` is there once, and neither name between it and ``attention_interface(…)``.
+    That is so where ``k, v = ….update(…)`` and ``attention_interface(self, q, k, v, …)`` are there once, neither name
+    occurs between them or elsewhere in the call, and there are no loops and no functions inside.
     """
+    forward = inspect.unwrap(forward)
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(kind.forward)))
+        nodes = list(ast.walk(ast.parse(textwrap.dedent(inspect.getsource(forward)))))
     except (OSError, TypeError, SyntaxError):
-        return False
-    nodes = list(ast.walk(tree))
+        return None
     updates = [
         node
         for node in nodes
@@ -34,19 +38,23 @@ def hands_on(kind: Any) -> bool:
         and isinstance(node.value.func, ast.Attribute)
         and node.value.func.attr == "update"
     ]
-    if len(updates) != 1 or not isinstance(updates[0].targets[0], ast.Tuple):
-        return False
-    names = {name.id for name in updates[0].targets[0].elts if isinstance(name, ast.Name)}
-    end = updates[0].end_lineno or 0
     calls = [
-        node.lineno
+        node
         for node in nodes
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "attention_interface"
     ]
-    if len(names) != 2 or len(updates[0].targets) != 1 or len(calls) != 1 or calls[0] <= end:
-        return False
-    between = (node for node in nodes if isinstance(node, ast.Name) and end < node.lineno < calls[0])
-    return not any(node.id in names for node in between)
+    others = (ast.Lambda, ast.AsyncFunctionDef, ast.For, ast.While)
+    functions = sum(isinstance(node, ast.FunctionDef) for node in nodes)
+    if len(updates) != 1 or len(calls) != 1 or functions != 1 or any(isinstance(node, others) for node in nodes):
+        return None
+    (target,), (call,) = updates[0].targets[:1], calls
+    names = [name.id for name in getattr(target, "elts", ()) if isinstance(name, ast.Name)]
+    given = [argument.id for argument in call.args[2:4] if isinstance(argument, ast.Name)]
+    start, end = updates[0].end_lineno or 0, call.end_lineno or 0
+    uses = [node for node in nodes if isinstance(node, ast.Name) and node.id in names and start < node.lineno <= end]
+    if len(names) != 2 or len(updates[0].targets) != 1 or given != names or len(uses) != 2 or call.lineno <= start:
+        return None
+    return getattr(forward, "__code__", None)
 
 
 def looks_attention_up(config: PreTrainedConfig) -> bool:

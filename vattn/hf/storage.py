@@ -5,7 +5,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from types import CodeType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -91,7 +92,8 @@ class Storage:
         launches: whether they are in this pass.
         pending: a layer, K and V of its newest row, and where it goes: for the layer's attention to write, which
             follows. Whoever else reads rows calls ``write_pending`` first.
-        attends_here: whether vattn's attention is what the model calls at present.
+        attends_here: whether vattn's attention is what models of ``config`` call at present.
+        update_code: of the cache's ``update``.
         defers: whether rows may wait so, in this pass.
     """
 
@@ -113,6 +115,8 @@ class Storage:
         self._steps_fail = False
         self.pending: tuple[VirtualLayer, torch.Tensor, torch.Tensor, int] | None = None
         self.attends_here: Callable[[], bool] = lambda: False
+        self.config: Any = None
+        self.update_code: CodeType | None = None
         self.launches = self.defers = False
         self.version = 0
         self.closed = False
@@ -394,8 +398,13 @@ class Storage:
         """Write the row that waits for an attention, if there is one."""
         if self.pending is not None:
             layer, keys, values, row = self.pending
+            self.order()
             if layer._version == self.version and row < self.lengths[layer.index]:
                 layer.write(keys, values, row, row + 1)
+            if self._stream is not None and self._stream != (now := torch.cuda.current_stream(self._stream.device)):
+                keys.record_stream(now)
+                values.record_stream(now)
+                self._stream = now  # the next pass waits for the write
             self.pending = None  # only now: an interrupt must not lose it
 
     def close(self) -> None:
