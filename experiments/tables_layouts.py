@@ -42,6 +42,16 @@ def _grid(records: list[Record], metric: str, unit: str, digits: int, ratio: str
     return markdown([*header, "best of the others / vattn"], rows)
 
 
+def _by_system(records: list[Record], metric: str, unit: str, digits: int) -> str:
+    """One metric: a row for each case, a column for each system, a dash where there is none."""
+    found = _values(records, metric)
+    systems = list(dict.fromkeys(system for values in found.values() for system in values))
+    rows = [
+        [case, *(f"{values[s]:,.{digits}f}" if s in values else "–" for s in systems)] for case, values in found.items()
+    ]
+    return markdown(["case", *(f"{system}, {unit}" for system in systems)], rows)
+
+
 def decode_kernels(records: list[Record]) -> str:
     """Attention of a decode step, a layer: µs, and the limit's share of them."""
     columns = {
@@ -60,10 +70,7 @@ def decode_kernels(records: list[Record]) -> str:
 
 def decode_plans(records: list[Record]) -> str:
     """What FlashInfer's ``plan`` takes the host, once a step: µs."""
-    found = _values(records, "plan")
-    systems = list(dict.fromkeys(system for values in found.values() for system in values))
-    rows = [[case, *(f"{values[s]:,.0f}" if s in values else "–" for s in systems)] for case, values in found.items()]
-    return markdown(["case", *(f"{system}, µs" for system in systems)], rows)
+    return _by_system(records, "plan", "µs", 0)
 
 
 def decode_growth(records: list[Record]) -> str:
@@ -156,10 +163,7 @@ def layout_prefill(records: list[Record]) -> str:
 
 def layout_prefill_first(records: list[Record]) -> str:
     """The first prompt of a cache, whose pages have to be made: ms."""
-    found = _values(records, "prefill_first")
-    systems = list(dict.fromkeys(system for values in found.values() for system in values))
-    rows = [[case, *(f"{values[s]:.1f}" for s in systems)] for case, values in found.items()]
-    return markdown(["case", *(f"{system}, ms" for system in systems)], rows)
+    return _by_system(records, "prefill_first", "ms", 1)
 
 
 LAYOUT_TABLES: dict[str, Callable[[list[Record]], str]] = {

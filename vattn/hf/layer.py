@@ -160,6 +160,7 @@ class VirtualLayer(CacheLayerMixin):
             ``[batch, 1, num_heads, v_head_dim]``, or None; no row waits any more.
         """
         storage, step, row = self.storage, self._step, self.storage.pending
+        error: Exception | None = None
         if row is not None and row[0] is not self:
             storage.write_pending()
             row = None
@@ -170,7 +171,7 @@ class VirtualLayer(CacheLayerMixin):
             and q.stride(3) == 1
             and not (q.requires_grad and torch.is_grad_enabled())
         ):
-            new, error = None if row is None else (row[1], row[2]), None
+            new = None if row is None else (row[1], row[2])
             try:
                 out = step.attend(q, storage.lengths[self.index], scale=scale, window=self.window, new=new, **features)
                 storage.pending = None
@@ -179,10 +180,9 @@ class VirtualLayer(CacheLayerMixin):
                 pass
             except Exception as raised:
                 error = None if "out of memory" in str(raised) else raised
-            storage.write_pending()
-            if error is not None:
-                storage.give_up_steps(error)
-        storage.write_pending()
+        storage.write_pending()  # before a warning, which may be an error to some
+        if error is not None:
+            storage.give_up_steps(error)
         return None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
