@@ -9,7 +9,8 @@ import torch
 from ..attention import AttentionBackend, AttentionBatch, choose, get
 from ..errors import ConfigError
 from ..upload import upload
-from .storage import LayerShape, Storage
+from .shapes import LayerShape
+from .storage import Storage
 
 __all__ = ["build_batch", "choose_backend"]
 

@@ -19,7 +19,8 @@ from ..kv_cache import KVCache
 from ..stats import CacheStats
 from .attention import is_switched, restore_attention, switch_attention
 from .layer import VirtualLayer
-from .storage import ConfiguredLayer, Options, Storage
+from .shapes import ConfiguredLayer
+from .storage import Options, Storage
 
 __all__ = ["VirtualCache"]
 

@@ -12,8 +12,9 @@ from transformers.cache_utils import CacheLayerMixin
 from ..attention import AttentionBackend, UniformDecode, uniform_decode
 from ..attention.uniform_step import UniformStep
 from ..errors import ConfigError
+from .shapes import LayerShape
 from .step_views import StepViews
-from .storage import LayerShape, Storage
+from .storage import Storage
 
 __all__ = ["MaskLength", "VirtualLayer"]
 

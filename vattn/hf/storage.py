@@ -14,44 +14,15 @@ import torch
 from ..attention.uniform_step import StepState, UniformStep, supports_uniform_step
 from ..errors import ConfigError, OutOfPages
 from ..kv_cache import KVCache
-from ..layout import KVLayout, LayerGroup
+from ..layout import KVLayout
 from .beams import Places
+from .shapes import ConfiguredLayer, LayerShape, Shapes
 from .step_views import StepViews
 
 if TYPE_CHECKING:
     from .layer import VirtualLayer
 
-__all__ = ["ConfiguredLayer", "LayerShape", "Options", "Storage"]
-
-
-@dataclass(frozen=True)
-class LayerShape:
-    """K and V of one layer and token: ``[num_kv_heads, head_dim]`` and ``[num_kv_heads, v_head_dim]``."""
-
-    num_kv_heads: int
-    head_dim: int
-    v_head_dim: int
-
-    @classmethod
-    def of(cls, k: torch.Tensor, v: torch.Tensor) -> LayerShape:
-        """Of tensors ``[batch, num_kv_heads, tokens, head_dim]``."""
-        return cls(k.shape[1], k.shape[3], v.shape[3])
-
-
-@dataclass(frozen=True)
-class ConfiguredLayer:
-    """What a config says of an attention layer.
-
-    Attributes:
-        num_kv_heads, head_dim: only their ratios between layers matter.
-        window: of sliding or chunked attention, else None: how many tokens a query sees, its own included.
-        chunked: whether the window is a chunk.
-    """
-
-    num_kv_heads: int
-    head_dim: int
-    window: int | None = None
-    chunked: bool = False
+__all__ = ["Options", "Storage"]
 
 
 @dataclass(frozen=True)
@@ -74,9 +45,8 @@ class Storage:
     """Slot ``i`` holds row ``i`` of the batch; all rows are of one length, as transformers has them. One more slot is
     free, for rows that change places.
 
-    The shapes of layers not seen yet are predicted from those seen and from the config, which knows them but for what
-    tensor parallelism and a model's own habits make of them; a layer that turns out otherwise moves the cache to
-    another layout, before it holds more than the beginning of a first forward pass.
+    A layer whose shape turns out otherwise than predicted moves the cache to another layout, before it holds more than
+    the beginning of a first forward pass.
 
     Args:
         configured: the attention layers by index.
@@ -107,7 +77,7 @@ class Storage:
         self.options = options
         self.switched = switched
         self.kv_cache: KVCache | None = None
-        self.shapes: dict[int, LayerShape] = {}  # of the layers seen
+        self.shapes = Shapes(configured)
         self.lengths = dict.fromkeys(configured, 0)
         self.rows = 0
         self._step_views: dict[tuple[int, ...], StepViews] = {}
@@ -140,17 +110,20 @@ class Storage:
         shape, cache = LayerShape.of(k, v), self.kv_cache
         if cache is None or (not holds_rows and (self.batch_size != k.shape[0] or cache.layout.dtype != k.dtype)):
             self._drop()
-            self.shapes = {layer: shape}
+            self.shapes.seen = {layer: shape}
             self._install(self._make(k.shape[0], self._layout(k.dtype), k.device, 0), 0)
-        elif layer not in self.shapes:
-            predicted = self._predict(layer)
-            self.shapes[layer] = shape
+        elif layer not in self.shapes.seen:
+            predicted = self.shapes.predict(layer)
+            self.shapes.seen[layer] = shape
             if predicted != shape:
                 try:
                     self._move(self._layout(k.dtype), range(self.batch_size))
                 except BaseException:
-                    del self.shapes[layer]
+                    del self.shapes.seen[layer]
                     raise
+
+    def _layout(self, dtype: torch.dtype) -> KVLayout:
+        return self.shapes.layout(self.options.max_length, dtype)
 
     def _check(self, layer: int, k: torch.Tensor, v: torch.Tensor, holds_rows: bool) -> None:
         options, cache, shape = self.options, self.kv_cache, LayerShape.of(k, v)
@@ -162,7 +135,7 @@ class Storage:
             raise ConfigError(f"the model is on {k.device}, this cache was made for device={options.device}")
         if cache is None:
             return
-        known = self.shapes.get(layer)
+        known = self.shapes.seen.get(layer)
         if known is not None and known != shape:
             raise ConfigError(
                 f"layer {layer} has {known} in this cache, got {shape}: make a new cache for another model"
@@ -179,36 +152,6 @@ class Storage:
             )
         if holds_rows and k.dtype != cache.layout.dtype:
             raise ConfigError(f"this cache holds {cache.layout.dtype}, got {k.dtype}: make a new cache")
-
-    def _predict(self, layer: int) -> LayerShape:
-        """As the nearest layer seen whose config is the same, or scaled from the nearest by what the configs say."""
-        mine = self.configured[layer]
-
-        def distance(other: int) -> tuple[bool, int]:
-            known = self.configured[other]
-            return (known.num_kv_heads, known.head_dim) != (mine.num_kv_heads, mine.head_dim), abs(other - layer)
-
-        nearest = min(self.shapes, key=distance)
-        shape, known = self.shapes[nearest], self.configured[nearest]
-        return LayerShape(
-            max(1, shape.num_kv_heads * mine.num_kv_heads // known.num_kv_heads),
-            max(1, shape.head_dim * mine.head_dim // known.head_dim),
-            max(1, shape.v_head_dim * mine.head_dim // known.head_dim),
-        )
-
-    def _layout(self, dtype: torch.dtype) -> KVLayout:
-        groups: dict[tuple[LayerShape, int | None], list[int]] = {}
-        for layer in self.configured:
-            shape = self.shapes.get(layer) or self._predict(layer)
-            groups.setdefault((shape, self.configured[layer].window), []).append(layer)
-        return KVLayout(
-            groups=[
-                LayerGroup(layers, shape.num_kv_heads, shape.head_dim, shape.v_head_dim, window)
-                for (shape, window), layers in groups.items()
-            ],
-            max_seq_len=self.options.max_length,
-            dtype=dtype,
-        )
 
     # -- opening and moving --------------------------------------------------------------------------------------
     def _make(self, batch_size: int, layout: KVLayout, device: torch.device, rows: int) -> KVCache:
@@ -302,7 +245,7 @@ class Storage:
     def copy(self) -> Storage:
         """The same content in memory of its own."""
         other = Storage(self.configured, self.options, self.switched)
-        other.shapes, other.lengths = dict(self.shapes), dict(self.lengths)
+        other.shapes.seen, other.lengths = dict(self.shapes.seen), dict(self.lengths)
         other._steps_fail = self._steps_fail
         if (cache := self.kv_cache) is not None:
             other._install(self._copied(cache.layout, range(self.batch_size)), self.rows)
