@@ -20,7 +20,7 @@ from hf_models import make_model, prompt  # noqa: E402
 
 from vattn.attention import uniform_step  # noqa: E402
 from vattn.hf import VirtualCache, storage  # noqa: E402
-from vattn.hf.model_code import reader_of  # noqa: E402
+from vattn.hf.model_code import looks_attention_up, reader_of  # noqa: E402
 
 NEW_TOKENS = 7
 
@@ -355,6 +355,10 @@ def test_what_the_source_of_a_model_says():
     for name, family in (("Doge", "doge"), ("Falcon", "falcon"), ("DeepseekV3", "deepseek_v3")):
         assert found(name, family) is None
     assert reader_of(torch.nn.Linear.forward) is None
+    for name in ("Doge", "DeepseekV32"):
+        assert not looks_attention_up(getattr(transformers, f"{name}Config")())
+    for name in ("Llama", "Gemma2", "GptOss", "Phi3"):
+        assert looks_attention_up(getattr(transformers, f"{name}Config")())
 
 
 def test_out_of_memory_once(device, monkeypatch):

@@ -66,7 +66,9 @@ def looks_attention_up(config: PreTrainedConfig) -> bool:
         if found is not None:
             kinds = found if isinstance(found, (tuple, list)) else (found,)
             return all(
-                getattr(kind, "_supports_attention_backend", False) and not _compares_names(kind.__module__)
+                getattr(kind, "_supports_attention_backend", False)
+                and not _compares_names(kind.__module__)
+                and not _makes_masks(kind.__module__)
                 for kind in kinds
             )
     return False
@@ -75,8 +77,44 @@ def looks_attention_up(config: PreTrainedConfig) -> bool:
 @cache
 def _compares_names(module: str) -> bool:
     """Whether a model's code does one thing for ``"sdpa"`` and another for every other name, as Gemma 4's does."""
+    return re.search(r"_attn_implementation\s*(==|!=|in\b|not in\b)", _source(module)) is not None
+
+
+@cache
+def _makes_masks(module: str) -> bool:
+    """Whether an attention that has a cache reads the mask it is given to make another, as Doge's and DeepSeek-V3.2's
+    do: vattn's stands for a mask, and there is nothing in it to read."""
+
+    def is_handed_on(value: ast.expr | None) -> bool:
+        return value is None or isinstance(value, (ast.Name, ast.Constant))
+
+    for function in ast.walk(ast.parse(_source(module))):
+        if not isinstance(function, ast.FunctionDef):
+            continue
+        nodes = list(ast.walk(function))
+        calls = [node for node in nodes if isinstance(node, ast.Call)]
+        if not any(isinstance(call.func, ast.Attribute) and call.func.attr == "update" for call in calls):
+            continue
+        attends = [call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "attention_interface"]
+        for call in attends:
+            by_name = [keyword.value for keyword in call.keywords if keyword.arg == "attention_mask"]
+            mask = next(iter([*call.args[4:5], *by_name]), None)
+            if not is_handed_on(mask) or (isinstance(mask, ast.Name) and mask.id != "attention_mask"):
+                return True
+        made = (
+            is_handed_on(node.value)
+            for node in nodes
+            if isinstance(node, ast.Assign)
+            and any(isinstance(target, ast.Name) and target.id == "attention_mask" for target in node.targets)
+        )
+        if attends and not all(made):
+            return True
+    return False
+
+
+def _source(module: str) -> str:
+    """Of a module; empty where it cannot be had."""
     try:
-        source = inspect.getsource(sys.modules[module])
+        return inspect.getsource(sys.modules[module])
     except (OSError, TypeError):
-        return False
-    return re.search(r"_attn_implementation\s*(==|!=|in\b|not in\b)", source) is not None
+        return ""
