@@ -157,8 +157,12 @@ def _hf(records: list[Record], metric: str, cell: Callable[[Record, float], str]
     }
     systems = ("transformers-dynamic", "transformers-static", "vattn")
     rows = []
-    for case in dict.fromkeys(case for case, system in found if system != "limit"):
-        words = fields(case)
+    cases = {case: fields(case) for case, system in found if system != "limit"}
+
+    def order(words: dict[str, str]) -> tuple[bool, bool, int, int]:
+        return "allocator" in words, "max" in words, int(words["L"]), int(words["B"])
+
+    for case, words in sorted(cases.items(), key=lambda item: order(item[1])):
         limit = found[f"8B B={words['B']} L={words['L']}", "limit"]["value"]
         values = [found.get((case, system)) for system in systems]
         rows.append(

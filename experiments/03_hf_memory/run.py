@@ -31,7 +31,7 @@ PREFILL_TOKENS = 4096  # of all sequences together, a pass; what a pass computes
 WATCHED_STEPS, TIMED_STEPS = 4, 12
 STEPS_IN_TURN = 40
 RATIO_PASSES = 4
-PARTS = {"tables": "8B", "ratios": "ratio"}  # with the first words of their cases
+PARTS = {"new": "new", "tables": "8B", "ratios": "ratio"}  # with the first words of their cases; the new comes first
 TOKENS_IN_TURN = 65536  # of a batch: three caches of so many fit beside the weights
 SYSTEMS = {
     "transformers-dynamic": lambda model, batch, length: DynamicCache(config=model.config),
@@ -219,6 +219,14 @@ def ratios(records: Records, model: LlamaForCausalLM, batch: int, length: int) -
     records.add(case, "vattn", "step_ratio", "×", [ours / theirs for ours, theirs in zip(vattn, dynamic, strict=True)])
 
 
+def new_steps(records: Records, model: LlamaForCausalLM, batch: int, length: int) -> None:
+    """Steps that each have a number of tokens that has not occurred in the process: torch 2.11 takes cuDNN's attention
+    for the transformers caches, which prepares a plan for every one."""
+    case = f"new B={batch} L={length}"
+    for system, found in step_in_turn(model, batch, length, tuple(SYSTEMS), length).items():
+        records.add(case, system, "decode_step", "ms", found)
+
+
 def compare(
     records: Records,
     model: LlamaForCausalLM,
@@ -229,21 +237,18 @@ def compare(
     maximum: int,
     allocator: str = "",
 ) -> None:
-    """A row of the tables. Where all caches fit beside each other, steps are timed in turn, and twice: torch 2.11 takes
-    cuDNN's attention for the transformers caches, which prepares a plan for every number of tokens it has not had."""
+    """A row of the tables. Where all caches fit beside each other, steps are timed in turn, a second time for every
+    number of tokens."""
     case = f"8B B={batch} L={length}" + (f" max={maximum}" if maximum != length else "")
     case += f" allocator={allocator}" if allocator else ""
     in_turn = batch * maximum <= TOKENS_IN_TURN
-    first = step_in_turn(model, batch, length, systems, maximum) if in_turn and not allocator else {}
     alone = {system: measure(model, peak, batch, length, system, maximum) for system in systems}
     again = step_in_turn(model, batch, length, systems, maximum) if in_turn else {}
     for system, found in alone.items():
         if found is not None:
             records.add(case, system, "peak_memory", "MiB", [found[0]])
-            if not allocator:
-                records.add(case, system, "decode_step", "ms", first.get(system, found[1]))
-            if again:
-                records.add(case, system, "decode_step_again", "ms", again[system])
+            steps = ("decode_step_again", again[system]) if again else ("decode_step", found[1])
+            records.add(case, system, steps[0], "ms", steps[1])
 
 
 def main() -> None:
@@ -254,22 +259,31 @@ def main() -> None:
     parts = [PARTS[part] for part in options.parts]
     records, peak, model = Records("03_hf_memory", options.quick, parts), PeakMemory(), make_model()
     lengths = (512, 2048) if options.quick else (512, 2048, 8192, 32768)
-    if "ratios" in options.parts:
-        for length in lengths:
-            for batch in (1, 8):
-                if batch * length <= TOKENS_IN_TURN:
-                    ratios(records, model, batch, length)
+    in_turn = [(batch, length) for length in lengths for batch in (1, 8) if batch * length <= TOKENS_IN_TURN]
+    if "new" in options.parts:
+        warm_up(model, peak)
+        for batch, length in in_turn:
+            new_steps(records, model, batch, length)
     if "tables" in options.parts:
+        warm_up(model, peak)
         tables(records, peak, model, lengths)
+    if "ratios" in options.parts:
+        torch.cuda.memory._set_allocator_settings("expandable_segments:False")
+        for batch, length in in_turn:
+            ratios(records, model, batch, length)
     records.write()
+
+
+def warm_up(model: LlamaForCausalLM, peak: PeakMemory) -> None:
+    """Load kernels and make workspaces, with numbers of tokens that no row has."""
+    for system in SYSTEMS:
+        for batch, length in ((1, 4200), (8, 600)):
+            measure(model, peak, batch, length, system, length)
 
 
 def tables(records: Records, peak: PeakMemory, model: LlamaForCausalLM, lengths: tuple[int, ...]) -> None:
     """Memory and steps of every system."""
     weights = sum(p.numel() * p.element_size() for p in model.parameters()) - model.model.embed_tokens.weight.nbytes
-    for system in SYSTEMS:
-        for batch, length in ((1, 4200), (8, 600)):  # numbers of tokens that no row has
-            measure(model, peak, batch, length, system, length)
     for length in lengths:
         for batch in (1, 8):
             case = f"8B B={batch} L={length}"
