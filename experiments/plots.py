@@ -90,7 +90,7 @@ def decode(records: list[Record]) -> Any:
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
     axes.set_xlim(0.95, 80)
-    axes.set_xlabel("time of a decode step, reading weights and cache once = 1 (H100, bfloat16; logarithmic)")
+    axes.set_xlabel("time of a decode step, reading weights and cache once = 1 (H100; logarithmic)")
     figure.legend(loc="upper center", ncols=4, frameon=False, fontsize=9, columnspacing=1.0, handletextpad=0.2)
     figure.tight_layout(rect=(0, 0, 1, 0.92))
     return figure
