@@ -39,6 +39,36 @@ def test_an_exception_in_the_block_closes_the_cache(device):
     assert not cache.driver.book.handles
 
 
+_FORK = """
+import os, sys, torch, vattn
+cache = vattn.KVCache(vattn.KVLayout(2, 2, 64, 4096, torch.float32), 4, "{device}", 64 << 20)
+slot = cache.acquire()
+cache.ensure(slot, 3000)
+view = cache.rows(slot, 1)[0].fill_(7.0)
+if (pid := os.fork()) == 0:
+    calls = (cache.stats, cache.acquire, lambda: cache.ensure(slot, 4000), lambda: cache.release(slot), cache.trim)
+    for call in (*calls, lambda: cache.k(0), lambda: cache.fork(slot), lambda: cache.truncate(slot, 1)):
+        try:
+            call()
+        except vattn.ConfigError as error:
+            assert "process" in str(error), error
+        else:
+            raise AssertionError("a forked child used the cache")
+    cache.close()  # has nothing to close here
+    sys.exit(0)
+assert os.waitpid(pid, 0)[1] == 0
+assert view.eq(7.0).all()
+cache.ensure(slot, 4096)
+cache.check_integrity()
+"""
+
+
+def test_a_forked_child_is_told_so_and_takes_nothing_with_it(device):
+    command = [sys.executable, "-c", _FORK.format(device=device)]
+    child = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert child.returncode == 0, child.stderr
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_garbage_goes_in_any_order(device, seed):
     cache = open_cache(device)

@@ -167,7 +167,7 @@ def test_thousands_of_tensors_take_no_memory(address):
 
 _EXIT = """
 import torch, vattn
-cache = vattn.KVCache(vattn.KVLayout(2, 2, 64, 4096, torch.float32), 4, "cpu", 64 << 20)
+cache = vattn.KVCache(vattn.KVLayout(2, 2, 64, 4096, torch.float32), 4, "{device}", 64 << 20)
 cache.ensure(cache.acquire(), 10)
 views = [cache.k(0), cache.rows(0, 1), cache.v(1).view(torch.uint8)[2:]]
 cycle = [views]
@@ -179,8 +179,8 @@ if {close}:
 
 
 @pytest.mark.parametrize("close", [False, True])
-def test_the_interpreter_ends_cleanly_with_live_tensors(close):
-    script = _EXIT.format(close=close)
+def test_the_interpreter_ends_cleanly_with_live_tensors(close, device):
+    script = _EXIT.format(close=close, device=device)
     child = subprocess.run([sys.executable, "-X", "dev", "-c", script], capture_output=True, text=True, timeout=120)
     assert (child.returncode, child.stderr) == (0, "")
 
