@@ -11,7 +11,7 @@ from llama_helpers import SMALL, hf_model_of, open_cache, run, same_in_vattn, sm
 
 import vattn
 from vattn.decode import DecodedToken, DecodeLoop, Sampling
-from vattn.errors import OutOfPages
+from vattn.errors import ConfigError, OutOfPages
 from vattn.models import FusedLlama, Llama
 from vattn.models.fused_llama import products
 from vattn.ops.bundle import fused_ops, reference_ops
@@ -211,6 +211,23 @@ def test_the_loop_releases_slots(fused, model):
             loop.release(slot)
         assert loop.run() == []
         assert prefill(model, cache, [1, 2, 3], slots[0]) == slots[0]
+
+
+def test_a_slot_is_in_one_loop_only(fused, model):
+    prompt = [3, 5, 7]
+    (expected,) = eager(model, [prompt], 10)
+    with open_cache(model, 5) as cache, DecodeLoop(fused, cache) as first, DecodeLoop(fused, cache) as second:
+        slot = prefill(model, cache, prompt)
+        first.start(slot, 7, 10)
+        first.step()
+        with pytest.raises(ConfigError, match=f"slot {slot} belongs to another DecodeLoop"):
+            second.start(slot, 7, 10)
+        with pytest.raises(ConfigError, match=f"slot {first._scratch} belongs to another"):
+            second.start(first._scratch, 7, 10)
+        assert tuple(by_slot(first.run())[slot]) == expected
+        cache.truncate(slot, 2)
+        second.start(slot, 7, 10)  # which has ended there
+        assert tuple(by_slot(second.run())[slot]) == expected
 
 
 def test_a_seed_determines_the_tokens(fused, model):

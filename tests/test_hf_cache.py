@@ -37,6 +37,22 @@ def past(model):
 
 
 # -- what a cache does -----------------------------------------------------------------------------------------------
+def test_attention_both_ways():
+    """What is passed on sees the mask that it would have seen: a prompt's tokens see those after them here."""
+    torch.manual_seed(0)
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    shape = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, **heads}
+    config = transformers.GemmaConfig(**shape, use_bidirectional_attention=True, initializer_range=0.15)
+    model = transformers.GemmaForCausalLM(config).eval()
+    text, new = prompt(2), prompt(2, seed=2)[:, :1]
+    default = DynamicCache(config=config)
+    with VirtualCache(config, max_length=MAX_LENGTH) as past:
+        for tokens in (text, new, new):
+            close(logits(model, tokens, past), logits(model, tokens, default))
+    causal = logits(model, text[:, :5])
+    assert (logits(model, text)[:, :5] - causal).abs().max() > 0.1
+
+
 def test_before_and_after_the_first_use(model, past):
     assert isinstance(past, transformers.Cache)
     assert (len(past), past.get_seq_length(), past.batch_size, past.is_initialized) == (4, 0, -1, False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import cache
 
 import pytest
@@ -103,3 +104,27 @@ def test_beams_and_prompt_lookup_in_bfloat16():
             out = model.generate(tokens.to(DEVICE), max_new_tokens=30, do_sample=False, past_key_values=past, **options)
             past.kv_cache.check_integrity()
         assert out.shape[1] == tokens.shape[1] + 30
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("how", ["deepcopy", "regroup"])
+def test_copied_on_one_stream_and_read_on_another(how):
+    model, rows = make_model("Llama").to(DEVICE), torch.tensor([1, 0])
+    text, new = prompt(2).to(DEVICE), prompt(2, seed=2)[:, :1].to(DEVICE)
+    default = DynamicCache(config=model.config)
+    model(text, past_key_values=default)
+    if how == "regroup":
+        default.batch_select_indices(rows.to(DEVICE))
+    wanted = model(new, past_key_values=default).logits
+    side = torch.cuda.Stream()
+    with VirtualCache(model.config, max_length=64) as past:
+        model(text, past_key_values=past)
+        with torch.cuda.stream(side):
+            torch.cuda._sleep(400_000_000)  # a fifth of a second
+            if how == "regroup":
+                past.batch_select_indices(rows)
+                other = past
+            else:
+                other = copy.deepcopy(past)
+        with other:
+            torch.testing.assert_close(model(new, past_key_values=other).logits, wanted, rtol=1e-3, atol=1e-3)

@@ -118,11 +118,46 @@ def test_gradients(model, past):
         (None, "config must be a model's config, as model.config; got NoneType"),
         (transformers.T5Config(), "T5Config is an encoder-decoder"),
         (transformers.MambaConfig(), "no attention layers|not known"),
+        (transformers.RwkvConfig(), "RwkvForCausalLM takes no cache of this kind: use the cache that transformers"),
+        (transformers.XLNetConfig(), "takes no cache of this kind"),
+        (transformers.OpenAIGPTConfig(), "takes no cache of this kind"),
+        (transformers.Zamba2Config(), "keeps more than K and V: use the cache that transformers gives"),
+        (transformers.models.mllama.MllamaTextConfig(), "attend to images"),
+        (transformers.LlamaConfig(vocab_size=9, rope_parameters=None, max_position_embeddings=8), None),
     ],
 )
 def test_what_is_no_config_of_a_decoder(config, message):
+    if message is None:  # one that is
+        VirtualCache(config).close()
+        return
     with pytest.raises(ConfigError, match=message):
         VirtualCache(config, max_length=8)
+
+
+def test_a_config_that_wants_no_cache():
+    with pytest.warns(UserWarning, match="use_cache=False"), VirtualCache(transformers.LlamaConfig(use_cache=False)):
+        pass
+
+
+def test_hybrids_and_what_they_were_not_made_for():
+    model = make_model("Qwen3-Next")
+    with VirtualCache(model.config, max_length=MAX_LENGTH) as past:
+        logits(model, prompt(2), past)
+        with pytest.raises(ConfigError, match=r"holds a batch of 2, got a batch of 3: call reset\(\)"):
+            logits(model, prompt(3), past)
+        past.reset()
+        close(logits(model, prompt(3), past), logits(model, prompt(3)))
+        past.reset()
+        with pytest.raises(ConfigError, match="has no K and V"):
+            logits(make_model("Llama"), prompt(1), past)
+        with pytest.raises(ConfigError, match="prefill another"):
+            copy.deepcopy(past)
+
+
+def test_a_length_for_which_there_are_no_addresses(model):
+    refused = pytest.raises(ConfigError, match=r"batch of 2 \(and a spare slot\) with max_length=1125899906842624")
+    with VirtualCache(model.config, max_length=1 << 50) as past, refused:
+        logits(model, prompt(2), past)
 
 
 @pytest.mark.parametrize(

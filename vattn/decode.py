@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+import weakref
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
@@ -31,6 +32,9 @@ from .kv_cache import KVCache
 from .mapper import MapAhead
 
 __all__ = ["DecodeLoop", "DecodeModel", "DecodedToken", "Sampling"]
+
+
+_LOOPS: weakref.WeakKeyDictionary[KVCache, weakref.WeakSet[DecodeLoop]] = weakref.WeakKeyDictionary()
 
 
 @dataclass(eq=False)
@@ -134,6 +138,7 @@ class DecodeLoop:
         except BaseException:
             cache.release(self._scratch)
             raise
+        _LOOPS.setdefault(cache, weakref.WeakSet()).add(self)
 
     # -- sequences -----------------------------------------------------------------------------------------------
     def start(
@@ -157,7 +162,7 @@ class DecodeLoop:
             stop_tokens: end the sequence when one of these is sampled; it is still reported.
 
         Raises:
-            ConfigError: a value out of range, or the slot is decoding already.
+            ConfigError: a value out of range, or the slot is decoding already, here or in another loop.
             OutOfPages: no page for the first row; the slot is as it was.
         """
         self.start_batch([(slot, token, max_new_tokens, sampling, stop_tokens)])
@@ -369,6 +374,9 @@ class DecodeLoop:
         slot = require_int("slot", slot, 0, self.cache.max_slots - 1)
         if slot in self._live or slot == self._scratch:
             raise ConfigError(f"slot {slot} is {'decoding already' if slot in self._live else 'the loop’s own'}")
+        for loop in _LOOPS[self.cache] - {self}:
+            if not loop._closed and (slot in loop._live or slot == loop._scratch):
+                raise ConfigError(f"slot {slot} belongs to another DecodeLoop: cancel it there first")
         rows = self.cache.seq_len(slot)
         check_sequence(
             token,

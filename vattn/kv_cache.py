@@ -333,6 +333,7 @@ class KVCache:
             if not self.driver.is_capturing():
                 slots.finish_deferred(wait=False)
                 slots.unpark(len(slots.backing.pool.pages))
+                slots.backing.clear_strays()
             return slots.backing.pool.trim(keep_bytes)
 
     def close(self) -> None:

@@ -99,11 +99,11 @@ def mask_for(
     if attention_mask is not None:
         padding = _left_padding(attention_mask, batch_size, layer.length + q_length)
         if padding is None:
-            return dense(allow_is_causal_skip=False)
+            return dense(allow_is_causal_skip=allow_is_causal_skip)
         starts = padding if any(padding) else None
     # Of four dimensions, for models that look whether a mask is one already.
     tensor = torch.empty((batch_size, 1, q_length, 0), dtype=torch.bool)
-    mask = _Mask(starts, partial(dense, allow_is_causal_skip=False))
+    mask = _Mask(starts, partial(dense, allow_is_causal_skip=allow_is_causal_skip))
     tensor._vattn_mask = mask  # type: ignore[attr-defined]
     return tensor
 

@@ -9,8 +9,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers import DynamicCache, PreTrainedConfig
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache, LinearAttentionLayer
 
 from .. import attention as backends
 from ..arguments import require_int
@@ -18,8 +18,8 @@ from ..errors import ConfigError
 from ..kv_cache import KVCache
 from ..stats import CacheStats
 from .attention import is_switched, restore_attention, switch_attention
+from .configs import decoder_config, layers_of, require_takes_cache
 from .layer import VirtualLayer
-from .shapes import ConfiguredLayer
 from .storage import Options, Storage
 
 __all__ = ["VirtualCache"]
@@ -60,7 +60,7 @@ class VirtualCache(Cache):
         page_bytes: int | None = None,
         attention: str | None = "auto",
     ) -> None:
-        text_config = _decoder_config(config)
+        text_config = decoder_config(config)
         if max_length is None:
             max_length = getattr(text_config, "max_position_embeddings", None)
             if max_length is None:
@@ -77,7 +77,8 @@ class VirtualCache(Cache):
         )
         if dtype is not None and not isinstance(dtype, torch.dtype):
             raise ConfigError(f"dtype must be a torch.dtype, got {dtype!r}")
-        layers, configured = _layers(text_config)
+        layers, configured = layers_of(text_config)
+        require_takes_cache(text_config)
         self._config = text_config
         previous = switch_attention(text_config) if attention is not None else None
         if previous is None and attention not in ("auto", None):
@@ -126,6 +127,8 @@ class VirtualCache(Cache):
         if not 0 <= layer_idx < len(self.layers):
             raise ConfigError(f"this cache was made for a model of {len(self.layers)} layers, got layer {layer_idx}")
         layer: Any = self.layers[layer_idx]
+        if self._is_hybrid and layer_idx not in self._virtual:
+            raise ConfigError(f"layer {layer_idx} of the config that this cache was made for has no K and V")
         try:
             return layer.update(key_states, value_states, *args, **kwargs)
         except BaseException:
@@ -137,6 +140,22 @@ class VirtualCache(Cache):
         views = self.update(*args, **kwargs)
         self._storage.write_pending()  # who knows what the compiler makes of what comes next
         return views
+
+    def update_conv_state(self, conv_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As transformers': of a recurrent layer, ``[batch, ...]``."""
+        self._require_batch(conv_states.shape[0])
+        return super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
+
+    def update_recurrent_state(
+        self, recurrent_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """As transformers': of a recurrent layer, ``[batch, ...]``."""
+        self._require_batch(recurrent_states.shape[0])
+        return super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
+
+    def _require_batch(self, size: int) -> None:
+        self._open()
+        self._storage.require_batch(size)
 
     def crop(self, tokens_to_remove: int = 0, max_length: int | None = None) -> None:
         """Remove the newest tokens of every sequence.
@@ -181,7 +200,7 @@ class VirtualCache(Cache):
         self._open()
         self._storage.truncate(dict.fromkeys(self._virtual, 0))
         if self._is_hybrid:
-            fresh, _ = _layers(self._config)
+            fresh, _ = layers_of(self._config)
             self.layers = [self._virtual.get(index, layer) for index, layer in enumerate(fresh)]
         self._torn = False
 
@@ -235,7 +254,9 @@ class VirtualCache(Cache):
         self._open()
         self._whole()
         if self._is_hybrid:
-            raise ConfigError("a cache with layers that are not attention cannot be copied")
+            raise ConfigError(
+                "a cache with layers that are not attention cannot be copied: prefill another, or use transformers' own"
+            )
         other = VirtualCache.__new__(VirtualCache)
         other._restore = None
         if self._restore is not None:
@@ -307,48 +328,4 @@ def _device(device: torch.device | str | None) -> torch.device | None:
     try:
         return None if device is None else torch.device(device)
     except RuntimeError as error:
-        raise ConfigError(f"device {device!r} is none: {error}") from error
-
-
-def _decoder_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    if isinstance(config, (tuple, list)):
-        raise ConfigError("tuples of K and V are not supported: give VirtualCache the model's config")
-    if not isinstance(config, PreTrainedConfig):
-        raise ConfigError(f"config must be a model's config, as model.config; got {type(config).__name__}")
-    if getattr(config, "is_encoder_decoder", False):
-        raise ConfigError(f"{type(config).__name__} is an encoder-decoder; VirtualCache holds decoder-only models")
-    return config.get_text_config(decoder=True)
-
-
-def _layers(config: PreTrainedConfig) -> tuple[list[Any], dict[int, ConfiguredLayer]]:
-    """What transformers would make for this config, and its attention layers."""
-    try:
-        templates = DynamicCache(config=config).layers
-    except (KeyError, AttributeError) as error:
-        raise ConfigError(
-            f"the layers of {type(config).__name__} are not known to transformers' caches: {error}"
-        ) from error
-    layer_types = getattr(config, "layer_types", None)
-    all_chunked = layer_types is None and getattr(config, "attention_chunk_size", None) is not None
-    per_layer = getattr(config, "per_layer_config", None)
-    configured: dict[int, ConfiguredLayer] = {}
-    for index, template in enumerate(templates):
-        if type(template) is DynamicLayer or type(template) is DynamicSlidingWindowLayer:
-            configured[index] = ConfiguredLayer(
-                *_head_shape(config if per_layer is None else per_layer[index]),
-                window=getattr(template, "sliding_window", None),
-                chunked=all_chunked or (layer_types is not None and layer_types[index] == "chunked_attention"),
-            )
-        elif type(template) is not LinearAttentionLayer and type(template).__name__ != "DummyLayer":
-            raise ConfigError(f"VirtualCache cannot hold layer {index}, a {type(template).__name__}")
-    if not configured:
-        raise ConfigError(f"{type(config).__name__} has no attention layers to cache")
-    return list(templates), configured
-
-
-def _head_shape(config: PreTrainedConfig) -> tuple[int, int]:
-    """(num_kv_heads, head_dim)."""
-    heads = getattr(config, "num_attention_heads", None) or 1
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    head_dim = getattr(config, "head_dim", None) or getattr(config, "hidden_size", heads) // heads
-    return int(kv_heads), int(head_dim)
+        raise ConfigError(f"device must be a torch.device or its name, got {device!r}: {error}") from error

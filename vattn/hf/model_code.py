@@ -12,9 +12,9 @@ from functools import cache
 from types import CodeType
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = ["looks_attention_up", "reader_of"]
+__all__ = ["looks_attention_up", "models_of", "reader_of"]
 
 
 @cache
@@ -57,38 +57,55 @@ def reader_of(forward: Callable[..., Any]) -> CodeType | None:
     return getattr(forward, "__code__", None)
 
 
-def looks_attention_up(config: PreTrainedConfig) -> bool:
-    """Whether the model of this config takes its attention from transformers' registry, and that is all it asks."""
+def models_of(config: PreTrainedConfig) -> tuple[Any, ...]:
+    """The classes that transformers' auto classes make of a config; none, if they do not know it."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
         found = auto._model_mapping.get(type(config), None)
         if found is not None:
-            kinds = found if isinstance(found, (tuple, list)) else (found,)
-            return all(
-                getattr(kind, "_supports_attention_backend", False)
-                and not _compares_names(kind.__module__)
-                and not _makes_masks(kind.__module__)
-                for kind in kinds
-            )
-    return False
+            return tuple(filter(None, found)) if isinstance(found, (tuple, list)) else (found,)
+    return ()
+
+
+def looks_attention_up(config: PreTrainedConfig) -> bool:
+    """Whether the model of this config takes its attention from transformers' registry, and that is all it asks."""
+    models = models_of(config)
+    return bool(models) and all(
+        getattr(model, "_supports_attention_backend", False) and not any(map(_asks_more, _modules_of(model)))
+        for model in models
+    )
+
+
+def _modules_of(model: type) -> set[str]:
+    """Those that have the code of a model and of what it inherits, but for what all models do."""
+    return {kind.__module__ for kind in model.__mro__ if issubclass(kind, PreTrainedModel)} - {
+        PreTrainedModel.__module__
+    }
 
 
 @cache
-def _compares_names(module: str) -> bool:
+def _asks_more(module: str) -> bool:
+    try:
+        source = inspect.getsource(sys.modules[module])
+        return _compares_names(source) or _makes_masks(ast.parse(source))
+    except (OSError, TypeError, KeyError, SyntaxError):
+        return True  # who knows
+
+
+def _compares_names(source: str) -> bool:
     """Whether a model's code does one thing for ``"sdpa"`` and another for every other name, as Gemma 4's does."""
-    return re.search(r"_attn_implementation\s*(==|!=|in\b|not in\b)", _source(module)) is not None
+    return re.search(r"_attn_implementation\s*(==|!=|in\b|not in\b)", source) is not None
 
 
-@cache
-def _makes_masks(module: str) -> bool:
+def _makes_masks(tree: ast.Module) -> bool:
     """Whether an attention that has a cache reads the mask it is given to make another, as Doge's and DeepSeek-V3.2's
     do: vattn's stands for a mask, and there is nothing in it to read."""
 
     def is_handed_on(value: ast.expr | None) -> bool:
         return value is None or isinstance(value, (ast.Name, ast.Constant))
 
-    for function in ast.walk(ast.parse(_source(module))):
+    for function in ast.walk(tree):
         if not isinstance(function, ast.FunctionDef):
             continue
         nodes = list(ast.walk(function))
@@ -110,11 +127,3 @@ def _makes_masks(module: str) -> bool:
         if attends and not all(made):
             return True
     return False
-
-
-def _source(module: str) -> str:
-    """Of a module; empty where it cannot be had."""
-    try:
-        return inspect.getsource(sys.modules[module])
-    except (OSError, TypeError):
-        return ""

@@ -122,6 +122,14 @@ class Storage:
                     del self.shapes.seen[layer]
                     raise
 
+    def require_batch(self, size: int) -> None:
+        """ConfigError unless the batch has so many sequences, or no tokens yet."""
+        if size != self.batch_size and any(self.lengths.values()):
+            raise ConfigError(
+                f"this cache holds a batch of {self.batch_size}, got a batch of {size}: call reset() first, or make a "
+                "new cache"
+            )
+
     def _layout(self, dtype: torch.dtype) -> KVLayout:
         return self.shapes.layout(self.options.max_length, dtype)
 
@@ -145,11 +153,7 @@ class Storage:
                 f"layer {layer} is on {k.device}, this cache on {cache.device}: a cache lives on one device, and a "
                 "model spread over several (device_map) needs transformers' own"
             )
-        if holds_rows and k.shape[0] != self.batch_size:
-            raise ConfigError(
-                f"this cache holds a batch of {self.batch_size}, got a batch of {k.shape[0]}: call reset() first, or "
-                "make a new cache"
-            )
+        self.require_batch(k.shape[0])
         if holds_rows and k.dtype != cache.layout.dtype:
             raise ConfigError(f"this cache holds {cache.layout.dtype}, got {k.dtype}: make a new cache")
 
@@ -158,13 +162,18 @@ class Storage:
         """A ``KVCache`` with a slot for each sequence, backed for ``rows`` tokens."""
         if self.closed:
             raise ConfigError("this VirtualCache is closed; make a new one")
-        cache = KVCache(
-            layout,
-            batch_size + 1,
-            device,
-            memory_limit=self.options.memory_limit,
-            page_bytes=self.options.page_bytes,
-        )
+        try:
+            cache = KVCache(
+                layout,
+                batch_size + 1,
+                device,
+                memory_limit=self.options.memory_limit,
+                page_bytes=self.options.page_bytes,
+            )
+        except ConfigError as error:
+            raise ConfigError(
+                f"no cache for a batch of {batch_size} (and a spare slot) with max_length={layout.max_seq_len}: {error}"
+            ) from error
         try:
             slots = [cache.acquire() for _ in range(batch_size)]
             cache.ensure_batch(slots, [rows] * batch_size)
@@ -205,6 +214,8 @@ class Storage:
         except BaseException:
             new.close()
             raise
+        if self._stream is not None:
+            self._stream = torch.cuda.current_stream(self._stream.device)  # whoever comes next waits for the copies
         return new
 
     def _move(self, layout: KVLayout, sources: Iterable[int]) -> None:
@@ -249,6 +260,7 @@ class Storage:
         other._steps_fail = self._steps_fail
         if (cache := self.kv_cache) is not None:
             other._install(self._copied(cache.layout, range(self.batch_size)), self.rows)
+            other._stream = self._stream
         return other
 
     def views(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:

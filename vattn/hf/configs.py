@@ -1,0 +1,88 @@
+"""What a model's config says of its cache: whether it can be a ``VirtualCache``, and of which layers."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from typing import Any
+
+from transformers import DynamicCache, PreTrainedConfig
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
+
+from ..errors import ConfigError
+from .model_code import models_of
+from .shapes import ConfiguredLayer
+
+__all__ = ["decoder_config", "layers_of", "require_takes_cache"]
+
+_INSTEAD = "use the cache that transformers gives it"
+
+
+def decoder_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config of a model's text part.
+
+    Raises:
+        ConfigError: it is no config, or not one of a decoder.
+    """
+    if isinstance(config, (tuple, list)):
+        raise ConfigError("tuples of K and V are not supported: give VirtualCache the model's config")
+    if not isinstance(config, PreTrainedConfig):
+        raise ConfigError(f"config must be a model's config, as model.config; got {type(config).__name__}")
+    name = type(config).__name__
+    if getattr(config, "is_encoder_decoder", False):
+        raise ConfigError(f"{name} is an encoder-decoder, VirtualCache holds decoder-only models: {_INSTEAD}")
+    text = config.get_text_config(decoder=True)
+    if getattr(text, "cross_attention_layers", None):
+        raise ConfigError(f"{name} has layers that attend to images, whose K and V do not grow: {_INSTEAD}")
+    if getattr(config, "use_cache", None) is False or getattr(text, "use_cache", None) is False:
+        warnings.warn(
+            f"this {name} says use_cache=False, with which generate() feeds the whole text into a cache at every step: "
+            "pass use_cache=True to generate()",
+            stacklevel=3,
+        )
+    return text
+
+
+def require_takes_cache(config: PreTrainedConfig) -> None:
+    """ConfigError where the models of this config have no use for transformers' caches of K and V."""
+    for model in models_of(config):
+        takes_cache = getattr(model, "_supports_default_dynamic_cache", lambda: True)()
+        if not takes_cache or "past_key_values" not in inspect.signature(model.forward).parameters:
+            raise ConfigError(f"{model.__name__} takes no cache of this kind: {_INSTEAD}, if any")
+
+
+def layers_of(config: PreTrainedConfig) -> tuple[list[Any], dict[int, ConfiguredLayer]]:
+    """What transformers would make for this config, and its attention layers."""
+    try:
+        templates = DynamicCache(config=config).layers
+    except (KeyError, AttributeError) as error:
+        raise ConfigError(
+            f"the layers of {type(config).__name__} are not known to transformers' caches: {error}"
+        ) from error
+    layer_types = getattr(config, "layer_types", None)
+    all_chunked = layer_types is None and getattr(config, "attention_chunk_size", None) is not None
+    per_layer = getattr(config, "per_layer_config", None)
+    configured: dict[int, ConfiguredLayer] = {}
+    for index, template in enumerate(templates):
+        if type(template) is DynamicLayer or type(template) is DynamicSlidingWindowLayer:
+            configured[index] = ConfiguredLayer(
+                *_head_shape(config if per_layer is None else per_layer[index]),
+                window=getattr(template, "sliding_window", None),
+                chunked=all_chunked or (layer_types is not None and layer_types[index] == "chunked_attention"),
+            )
+        elif type(template) is not LinearAttentionLayer and type(template).__name__ != "DummyLayer":
+            raise ConfigError(
+                f"VirtualCache cannot hold layer {index} of {type(config).__name__}, a {type(template).__name__}, "
+                f"which keeps more than K and V: {_INSTEAD}"
+            )
+    if not configured:
+        raise ConfigError(f"{type(config).__name__} has no attention layers to cache")
+    return list(templates), configured
+
+
+def _head_shape(config: PreTrainedConfig) -> tuple[int, int]:
+    """(num_kv_heads, head_dim)."""
+    heads = getattr(config, "num_attention_heads", None) or 1
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or getattr(config, "hidden_size", heads) // heads
+    return int(kv_heads), int(head_dim)
