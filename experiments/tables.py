@@ -145,8 +145,11 @@ def hf_ratios(records: list[Record]) -> str:
         words, ratio = fields(case), found[case, "vattn", "step_ratio"]
         times = (found[case, system, "decode_step_again"]["value"] for system in ("transformers-dynamic", "vattn"))
         spread = f"{ratio['value']:.3f} ({ratio['p20']:.2f}–{ratio['p80']:.2f})"
-        rows.append([words["B"], f"{int(words['L']):,}", *(f"{time:.1f}" for time in times), spread])
-    return markdown(["batch", "tokens", "transformers-dynamic, ms", "vattn, ms", "vattn / dynamic, step by step"], rows)
+        sizes = (f"{int(words[key]):,}" for key in ("L", "max" if "max" in words else "L"))
+        rows.append([words["B"], *sizes, *(f"{time:.1f}" for time in times), spread])
+    return markdown(
+        ["batch", "tokens", "maximum", "transformers-dynamic, ms", "vattn, ms", "vattn / dynamic, step by step"], rows
+    )
 
 
 def _hf(records: list[Record], metric: str, cell: Callable[[Record, float], str]) -> str:

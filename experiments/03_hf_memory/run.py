@@ -192,11 +192,11 @@ def step_in_turn(
     return samples
 
 
-def ratios(records: Records, model: LlamaForCausalLM, batch: int, length: int) -> None:
+def ratios(records: Records, model: LlamaForCausalLM, batch: int, length: int, maximum: int) -> None:
     """A step's time over the dynamic cache's step of the same number of tokens, one right after the other, where no
     number of tokens is new: the same steps again and again, the caches cropped in between."""
     systems = ("transformers-dynamic", "vattn")
-    running = {system: Run(model, SYSTEMS[system](model, batch, length), batch, length) for system in systems}
+    running = {system: Run(model, SYSTEMS[system](model, batch, maximum), batch, length) for system in systems}
     samples: dict[str, list[float]] = {system: [] for system in systems}
     for run in running.values():
         run.prefill(length - STEPS_IN_TURN)
@@ -212,7 +212,7 @@ def ratios(records: Records, model: LlamaForCausalLM, batch: int, length: int) -
     running["vattn"].cache.close()
     running.clear()
     give_back()
-    case = f"ratio B={batch} L={length}"
+    case = f"ratio B={batch} L={length}" + (f" max={maximum}" if maximum != length else "")
     for system, found in samples.items():
         records.add(case, system, "decode_step_again", "ms", found)
     dynamic, vattn = samples.values()
@@ -270,7 +270,8 @@ def main() -> None:
     if "ratios" in options.parts:
         torch.cuda.memory._set_allocator_settings("expandable_segments:False")
         for batch, length in in_turn:
-            ratios(records, model, batch, length)
+            ratios(records, model, batch, length, length)
+        ratios(records, model, 8, 2048, 32768)
     records.write()
 
 
