@@ -53,6 +53,30 @@ def test_attention_both_ways():
     assert (logits(model, text)[:, :5] - causal).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_what_recurrent_layers_see_of_padding(attention):
+    """What attention computes for padding goes on into the next tokens' states."""
+    torch.manual_seed(0)
+    shape = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 6, "lru_width": 64}
+    config = transformers.RecurrentGemmaConfig(
+        **shape, num_attention_heads=4, num_key_value_heads=1, attention_window_size=16
+    )
+    model = transformers.RecurrentGemmaForCausalLM._from_config(config, attn_implementation=attention).eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.15)
+    mask = torch.ones(2, 13, dtype=torch.long)
+    mask[0, :5] = 0
+    given = ((prompt(2), mask[:, :11]), (prompt(2)[:, :1], mask[:, :12]), (prompt(2)[:, 1:2], mask))
+    default = DynamicCache(config=config)  # one text after the other: this model has a state of its own
+    wanted = [logits(model, tokens, default, attention_mask=seen) for tokens, seen in given]
+    with VirtualCache(config, max_length=MAX_LENGTH) as past:
+        got = [logits(model, tokens, past, attention_mask=seen) for tokens, seen in given]
+    for one, other, (tokens, seen) in zip(got, wanted, given, strict=True):
+        real = seen[:, -tokens.shape[1] :].bool()
+        close(one[real], other[real])
+
+
 def test_before_and_after_the_first_use(model, past):
     assert isinstance(past, transformers.Cache)
     assert (len(past), past.get_seq_length(), past.batch_size, past.is_initialized) == (4, 0, -1, False)

@@ -134,6 +134,26 @@ def test_what_is_no_config_of_a_decoder(config, message):
         VirtualCache(config, max_length=8)
 
 
+class OfOnesOwnConfig(transformers.LlamaConfig):
+    model_type = "of_ones_own"
+
+
+class OfOnesOwn(transformers.LlamaForCausalLM):
+    config_class = OfOnesOwnConfig
+
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs)
+
+
+def test_a_model_that_hands_the_cache_on_by_name_only():
+    transformers.AutoConfig.register("of_ones_own", OfOnesOwnConfig)
+    transformers.AutoModelForCausalLM.register(OfOnesOwnConfig, OfOnesOwn)
+    shape = {"num_attention_heads": 2, "num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 32}
+    model = OfOnesOwn(OfOnesOwnConfig(vocab_size=97, **shape)).eval()
+    with VirtualCache(model.config, max_length=MAX_LENGTH) as past:
+        close(logits(model, prompt(2), past), logits(model, prompt(2)))
+
+
 def test_a_config_that_wants_no_cache():
     with pytest.warns(UserWarning, match="use_cache=False"), VirtualCache(transformers.LlamaConfig(use_cache=False)):
         pass

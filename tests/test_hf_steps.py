@@ -345,6 +345,27 @@ def test_another_config_of_the_same_model(device):
             torch.testing.assert_close(found, right, rtol=1e-3, atol=1e-3)
 
 
+def _tells(self, q, k, v, past):
+    if past is not None:
+        k, v = past.update(k, v, 0)
+    attention_interface = self.function
+    return attention_interface(self, q, k, v, None)
+
+
+def _reads_at_once(self, q, k, v, past):
+    attention_interface = self.function
+    k, v = past.update(k, v, 0); q = q + k  # fmt: skip # noqa: E702
+    return attention_interface(self, q, k, v, None)
+
+
+def _reads_elsewhere(self, q, k, v, past):
+    attention_interface = self.function
+    k, v = past.update(k, v, 0)
+    if q.shape[2] > 1:
+        return attention_interface(self, q, k, v, None)
+    return torch.softmax(q @ k.mT, -1) @ v
+
+
 def test_what_the_source_of_a_model_says():
     def found(name, family):
         code = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
@@ -355,6 +376,8 @@ def test_what_the_source_of_a_model_says():
     for name, family in (("Doge", "doge"), ("Falcon", "falcon"), ("DeepseekV3", "deepseek_v3")):
         assert found(name, family) is None
     assert reader_of(torch.nn.Linear.forward) is None
+    assert reader_of(_tells).co_name == "_tells"
+    assert reader_of(_reads_at_once) is reader_of(_reads_elsewhere) is None
     for name in ("Doge", "DeepseekV32"):
         assert not looks_attention_up(getattr(transformers, f"{name}Config")())
     for name in ("Llama", "Gemma2", "GptOss", "Phi3"):

@@ -207,6 +207,8 @@ def _attend(
     softcap, sinks, starts = options.get("softcap"), options.get("s_aux"), mask.starts
     wanted = (softcap is not None, sinks is not None, starts is not None)
     size, num_heads, new, head_dim = query.shape
+    if new > 1 and starts is not None and layer.storage.is_hybrid:
+        return None
     if new == 1:
         # All sequences are equally long, and the one query of each sees just what update returned, window or not.
         out = layer.attend_step(query, scaling, softcap=softcap, sinks=sinks, starts=starts)

@@ -105,6 +105,8 @@ class VirtualCache(Cache):
             storage.config, storage.update_code = self._config, VirtualCache.update.__code__
         # Layers that share another's K and V are dummies.
         self._is_hybrid = any(isinstance(layer, LinearAttentionLayer) for layer in layers)
+        # RecurrentGemma of older versions keeps its recurrent states itself.
+        storage.is_hybrid = self._is_hybrid or "recurrent" in (getattr(self._config, "block_types", None) or ())
         self._torn = False  # whether something failed with some layers done: recurrent ones in a pass, or reordered
 
     # -- transformers' interface ---------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from typing import Any
 
@@ -10,7 +9,7 @@ from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
 from ..errors import ConfigError
-from .model_code import models_of
+from .model_code import models_of, takes_cache
 from .shapes import ConfiguredLayer
 
 __all__ = ["decoder_config", "layers_of", "require_takes_cache"]
@@ -46,8 +45,7 @@ def decoder_config(config: PreTrainedConfig) -> PreTrainedConfig:
 def require_takes_cache(config: PreTrainedConfig) -> None:
     """ConfigError where the models of this config have no use for transformers' caches of K and V."""
     for model in models_of(config):
-        takes_cache = getattr(model, "_supports_default_dynamic_cache", lambda: True)()
-        if not takes_cache or "past_key_values" not in inspect.signature(model.forward).parameters:
+        if not takes_cache(model):
             raise ConfigError(f"{model.__name__} takes no cache of this kind: {_INSTEAD}, if any")
 
 
@@ -55,7 +53,7 @@ def layers_of(config: PreTrainedConfig) -> tuple[list[Any], dict[int, Configured
     """What transformers would make for this config, and its attention layers."""
     try:
         templates = DynamicCache(config=config).layers
-    except (KeyError, AttributeError) as error:
+    except (KeyError, AttributeError, ValueError) as error:
         raise ConfigError(
             f"the layers of {type(config).__name__} are not known to transformers' caches: {error}"
         ) from error

@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = ["looks_attention_up", "models_of", "reader_of"]
+__all__ = ["looks_attention_up", "models_of", "reader_of", "takes_cache"]
 
 
 @cache
@@ -23,7 +23,7 @@ def reader_of(forward: Callable[..., Any]) -> CodeType | None:
     reads none of it before; else None.
 
     That is so where ``k, v = ….update(…)`` and ``attention_interface(self, q, k, v, …)`` are there once, neither name
-    occurs between them or elsewhere in the call, and there are no loops and no functions inside.
+    occurs anywhere else after the former, whichever way the code takes, and there are no loops and no functions inside.
     """
     forward = inspect.unwrap(forward)
     try:
@@ -50,9 +50,14 @@ def reader_of(forward: Callable[..., Any]) -> CodeType | None:
     (target,), (call,) = updates[0].targets[:1], calls
     names = [name.id for name in getattr(target, "elts", ()) if isinstance(name, ast.Name)]
     given = [argument.id for argument in call.args[2:4] if isinstance(argument, ast.Name)]
-    start, end = updates[0].end_lineno or 0, call.end_lineno or 0
-    uses = [node for node in nodes if isinstance(node, ast.Name) and node.id in names and start < node.lineno <= end]
-    if len(names) != 2 or len(updates[0].targets) != 1 or given != names or len(uses) != 2 or call.lineno <= start:
+    start = updates[0].end_lineno, updates[0].end_col_offset
+    uses = [
+        node
+        for node in nodes
+        if isinstance(node, ast.Name) and node.id in names and (node.lineno, node.col_offset) >= start
+    ]
+    follows = (call.lineno, call.col_offset) >= start
+    if len(names) != 2 or len(updates[0].targets) != 1 or given != names or len(uses) != 2 or not follows:
         return None
     return getattr(forward, "__code__", None)
 
@@ -66,6 +71,20 @@ def models_of(config: PreTrainedConfig) -> tuple[Any, ...]:
         if found is not None:
             return tuple(filter(None, found)) if isinstance(found, (tuple, list)) else (found,)
     return ()
+
+
+def takes_cache(model: Any) -> bool:
+    """Whether a model has a use for transformers' caches of K and V, which its ``forward`` may hand on by name only."""
+    if not getattr(model, "_supports_default_dynamic_cache", lambda: True)():
+        return False
+    names = inspect.signature(model.forward).parameters
+    if "past_key_values" in names:
+        return True
+    hands_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in names.values())
+    try:
+        return hands_on and any("past_key_values" in _source(module) for module in _modules_of(model))
+    except (OSError, TypeError, KeyError):
+        return hands_on
 
 
 def looks_attention_up(config: PreTrainedConfig) -> bool:
@@ -87,10 +106,14 @@ def _modules_of(model: type) -> set[str]:
 @cache
 def _asks_more(module: str) -> bool:
     try:
-        source = inspect.getsource(sys.modules[module])
+        source = _source(module)
         return _compares_names(source) or _makes_masks(ast.parse(source))
     except (OSError, TypeError, KeyError, SyntaxError):
         return True  # who knows
+
+
+def _source(module: str) -> str:
+    return inspect.getsource(sys.modules[module])
 
 
 def _compares_names(source: str) -> bool:

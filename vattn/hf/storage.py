@@ -62,6 +62,7 @@ class Storage:
         launches: whether they are in this pass.
         pending: a layer, K and V of its newest row, and where it goes: for the layer's attention to write, which
             follows. Whoever else reads rows calls ``write_pending`` first.
+        is_hybrid: whether the model has recurrent layers as well, which see what attention makes of padding.
         attends_here: whether vattn's attention is what models of ``config`` call at present.
         update_code: of the cache's ``update``.
         defers: whether rows may wait so, in this pass.
@@ -87,7 +88,7 @@ class Storage:
         self.attends_here: Callable[[], bool] = lambda: False
         self.config: Any = None
         self.update_code: CodeType | None = None
-        self.launches = self.defers = False
+        self.launches = self.defers = self.is_hybrid = False
         self.version = 0
         self.closed = False
         self.lost = False  # rows changed places, and that stopped half-way: what the slots hold is anyone's guess
