@@ -2,6 +2,7 @@
 # make test    the test suite, without a GPU
 # make lint    ruff and mypy
 # make gpu-test    the suite's GPU half; SYSTEM=1 uses $(PYTHON) as it is instead of .venv
+# make sanitize    the GPU half under compute-sanitizer's memcheck; SYSTEM=1 as above
 # make fuzz    a long random walk over the cache: OPERATIONS=1000000 SEED=1
 # make soak    a server's churn for MINUTES=20 on DEVICE=cpu, at whose end nothing may have grown; SYSTEM=1 as above
 PYTHON ?= python3
@@ -14,7 +15,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 GPU_PYTHON := $(if $(SYSTEM),$(PYTHON),$(BIN)/python)
 
-.PHONY: demo test lint gpu-test fuzz soak clean
+.PHONY: demo test lint gpu-test sanitize fuzz soak clean
 
 # One environment; the demo needs less than the tests, so it does not wait for their tools.
 $(VENV)/.demo: pyproject.toml Makefile
@@ -46,6 +47,9 @@ lint: $(VENV)/.dev
 
 gpu-test: $(if $(SYSTEM),,$(VENV)/.dev)
 	$(GPU_PYTHON) -m pytest -m gpu
+
+sanitize: $(if $(SYSTEM),,$(VENV)/.dev)
+	$(GPU_PYTHON) tests/sanitize.py
 
 fuzz: $(VENV)/.dev
 	cd tests && ../$(BIN)/python fuzz.py --operations $(OPERATIONS) --seed $(SEED)

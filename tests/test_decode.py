@@ -101,6 +101,7 @@ def test_sequences_come_and_go(fused, model):
 
 @pytest.mark.gpu
 @pytest.mark.slow
+@pytest.mark.unsanitized
 def test_ten_thousand_events():
     model = small_model().to("cuda")
     walk(FusedLlama(model), model, num_events=10_000, seed=4)

@@ -164,6 +164,7 @@ def test_smollm2_shape_on_the_gpu(order: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.unsanitized
 @pytest.mark.parametrize("name", ["torch-varlen", "flash-attn-2", "flash-attn-3"])
 def test_a_pass_does_not_wait_for_the_gpu(name: str) -> None:
     """So that the host can map the next pass's pages meanwhile. The GPU is kept busy and must still be at the end."""

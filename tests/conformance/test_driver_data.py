@@ -145,6 +145,7 @@ print((tensor_from_address(address, page, torch.uint8, driver.device, driver)[1:
 """
 
 
+@pytest.mark.unsanitized
 @pytest.mark.parametrize("action", ["never mapped", "no access", "unmapped again", "granted"])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True)
 def test_touching_a_page(device, action):
