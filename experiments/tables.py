@@ -128,15 +128,6 @@ def hf_steps(records: list[Record]) -> str:
     return _hf(records, "decode_step", lambda found, limit: f"{found['value']:.1f} ({limit / found['value']:.0%})")
 
 
-def hf_steps_again(records: list[Record]) -> str:
-    """The same with numbers of tokens that have occurred before: median, 20th and 80th percentile, ms."""
-    return _hf(
-        records,
-        "decode_step_again",
-        lambda found, limit: f"{found['value']:.1f} ({found['p20']:.1f}–{found['p80']:.1f})",
-    )
-
-
 def hf_ratios(records: list[Record]) -> str:
     """A step over the dynamic cache's step beside it: median, 20th and 80th percentile."""
     found = {(record["case"], record["system"], record["metric"]): record for record in records}
@@ -146,10 +137,10 @@ def hf_ratios(records: list[Record]) -> str:
         times = (found[case, system, "decode_step_again"]["value"] for system in ("transformers-dynamic", "vattn"))
         spread = f"{ratio['value']:.3f} ({ratio['p20']:.2f}–{ratio['p80']:.2f})"
         sizes = (f"{int(words[key]):,}" for key in ("L", "max" if "max" in words else "L"))
-        rows.append([words["B"], *sizes, *(f"{time:.1f}" for time in times), spread])
-    return markdown(
-        ["batch", "tokens", "maximum", "transformers-dynamic, ms", "vattn, ms", "vattn / dynamic, step by step"], rows
-    )
+        allocator = words.get("allocator", "default")
+        rows.append([words["B"], *sizes, allocator, *(f"{time:.1f}" for time in times), spread])
+    last = ("transformers-dynamic, ms", "vattn, ms", "vattn / dynamic, step by step")
+    return markdown(["batch", "tokens", "maximum", "allocator", *last], rows)
 
 
 def _hf(records: list[Record], metric: str, cell: Callable[[Record, float], str]) -> str:
@@ -288,7 +279,7 @@ TABLES: dict[str, Callable[[list[Record]], str]] = (
     {
         function.__name__: function
         for function in (
-            *(cards, again, driver_calls, ensure_batch, hf_memory, hf_steps, hf_steps_again, hf_ratios),
+            *(cards, again, driver_calls, ensure_batch, hf_memory, hf_steps, hf_ratios),
             *(capacity, page_sizes),
             *(decode_steps, decode_ablations, decode_attention, decode_mapping),
         )

@@ -192,7 +192,9 @@ def step_in_turn(
     return samples
 
 
-def ratios(records: Records, model: LlamaForCausalLM, batch: int, length: int, maximum: int) -> None:
+def ratios(
+    records: Records, model: LlamaForCausalLM, batch: int, length: int, maximum: int, allocator: str = ""
+) -> None:
     """A step's time over the dynamic cache's step of the same number of tokens, one right after the other, where no
     number of tokens is new: the same steps again and again, the caches cropped in between."""
     systems = ("transformers-dynamic", "vattn")
@@ -212,7 +214,7 @@ def ratios(records: Records, model: LlamaForCausalLM, batch: int, length: int, m
     running["vattn"].cache.close()
     running.clear()
     give_back()
-    case = f"ratio B={batch} L={length}" + (f" max={maximum}" if maximum != length else "")
+    case = case_name("ratio", batch, length, maximum, allocator)
     for system, found in samples.items():
         records.add(case, system, "decode_step_again", "ms", found)
     dynamic, vattn = samples.values()
@@ -237,18 +239,19 @@ def compare(
     maximum: int,
     allocator: str = "",
 ) -> None:
-    """A row of the tables. Where all caches fit beside each other, steps are timed in turn, a second time for every
-    number of tokens."""
-    case = f"8B B={batch} L={length}" + (f" max={maximum}" if maximum != length else "")
-    case += f" allocator={allocator}" if allocator else ""
-    in_turn = batch * maximum <= TOKENS_IN_TURN
-    alone = {system: measure(model, peak, batch, length, system, maximum) for system in systems}
-    again = step_in_turn(model, batch, length, systems, maximum) if in_turn else {}
-    for system, found in alone.items():
+    """A row of the memory table, and of the steps' where the caches are too large to be timed in turn."""
+    case = case_name("8B", batch, length, maximum, allocator)
+    for system in systems:
+        found = measure(model, peak, batch, length, system, maximum)
         if found is not None:
             records.add(case, system, "peak_memory", "MiB", [found[0]])
-            steps = ("decode_step_again", again[system]) if again else ("decode_step", found[1])
-            records.add(case, system, steps[0], "ms", steps[1])
+            if batch * maximum > TOKENS_IN_TURN:
+                records.add(case, system, "decode_step", "ms", found[1])
+
+
+def case_name(kind: str, batch: int, length: int, maximum: int, allocator: str = "") -> str:
+    name = f"{kind} B={batch} L={length}" + (f" max={maximum}" if maximum != length else "")
+    return name + (f" allocator={allocator}" if allocator else "")
 
 
 def main() -> None:
@@ -272,6 +275,9 @@ def main() -> None:
         for batch, length in in_turn:
             ratios(records, model, batch, length, length)
         ratios(records, model, 8, 2048, 32768)
+        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+        for batch, length in in_turn[:4]:
+            ratios(records, model, batch, length, length, "expandable")
     records.write()
 
 
@@ -290,8 +296,7 @@ def tables(records: Records, peak: PeakMemory, model: LlamaForCausalLM, lengths:
             case = f"8B B={batch} L={length}"
             kv = batch * length * 131072
             records.add(case, "limit", "peak_memory", "MiB", [kv / MIB])
-            for metric in ("decode_step", "decode_step_again"):
-                records.add(case, "limit", metric, "ms", [(weights + kv) / READ_BYTES_PER_S * 1e3])
+            records.add(case, "limit", "decode_step", "ms", [(weights + kv) / READ_BYTES_PER_S * 1e3])
             compare(records, model, peak, batch, length, tuple(SYSTEMS), length)
     compare(records, model, peak, 8, 2048, ("transformers-static", "vattn"), 32768)
     # As PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True would have it from the start.
