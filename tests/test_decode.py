@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 import torch
 from decode_helpers import by_slot, eager, prefill, prompts_for
@@ -246,7 +247,11 @@ def test_a_seed_determines_the_tokens(fused, model):
             loop.start(slot, prompt[-1], 40, Sampling(seed=seed, **options))
             return tuple(by_slot(loop.run())[slot])
 
-    for options in ({"temperature": 1.0}, {"temperature": 0.8, "top_k": 20}, {"temperature": 1.3, "top_p": 0.9}):
+    for options in (
+        {"temperature": np.float32(1.0)},
+        {"temperature": 0.8, "top_k": 20},
+        {"temperature": 1.3, "top_p": 0.9},
+    ):
         first = sample(5, 0, options)
         assert sample(5, 0, options) == sample(5, 3, options) == first
         assert sample(6, 0, options) != first

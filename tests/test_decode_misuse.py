@@ -128,6 +128,7 @@ def test_wrong_arguments_change_nothing(fused, model):
             ((slot, 1, 1, {"temperature": 1}), "Sampling"),
             ((slot, 1, 1, Sampling(temperature=-1)), "temperature"),
             ((slot, 1, 1, Sampling(top_p=0)), "top_p"),
+            ((slot, 1, 1, Sampling(temperature="1")), "got '1'"),
             ((slot, 1, 1, Sampling(top_k=-1)), "top_k"),
             ((slot, 1, 1, Sampling(seed=-1)), "seed"),
             ((slot, 1, 1, None, (1, 2, 3)), "stop tokens"),

@@ -227,6 +227,11 @@ def test_close_frees_what_it_can_and_the_next_close_the_rest(call, at, times, de
     scene.driver.fail(call, at={"first": 1, "third": 3, "last": total}[at], times=times)
     with pytest.raises(vattn.DriverError, match=call):
         scene.cache.close()
+    cache = scene.cache
+    uses = (cache.stats, cache.check_integrity, cache.trim, lambda: cache.ensure(0, 50), lambda: cache.rows(0, 0))
+    for use in (*uses, lambda: cache.fork(0), lambda: cache.release(0), lambda: cache.k(0)):
+        with pytest.raises(vattn.ConfigError, match=r"call close\(\)|closed"):
+            use()
     if times == 1:
         assert scene.driver.allocated_bytes() in (0, None)
         assert not scene.driver.book.handles

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import random
+from itertools import pairwise
 
 import pytest
 import torch
@@ -53,8 +54,9 @@ def test_attention_both_ways():
     assert (logits(model, text)[:, :5] - causal).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("ends", [(11,), (3, 4, 5, 6, 11)], ids=["whole", "in chunks"])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_what_recurrent_layers_see_of_padding(attention):
+def test_what_recurrent_layers_see_of_padding(attention, ends):
     """What attention computes for padding goes on into the next tokens' states."""
     torch.manual_seed(0)
     shape = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 6, "lru_width": 64}
@@ -67,7 +69,9 @@ def test_what_recurrent_layers_see_of_padding(attention):
             torch.nn.init.normal_(parameter, std=0.15)
     mask = torch.ones(2, 13, dtype=torch.long)
     mask[0, :5] = 0
-    given = ((prompt(2), mask[:, :11]), (prompt(2)[:, :1], mask[:, :12]), (prompt(2)[:, 1:2], mask))
+    text = torch.cat([prompt(2), prompt(2)[:, :2]], dim=1)
+    ends = [0, *ends, 12, 13]
+    given = [(text[:, start:end], mask[:, :end]) for start, end in pairwise(ends)]
     default = DynamicCache(config=config)  # one text after the other: this model has a state of its own
     wanted = [logits(model, tokens, default, attention_mask=seen) for tokens, seen in given]
     with VirtualCache(config, max_length=MAX_LENGTH) as past:
@@ -113,8 +117,9 @@ def test_no_mask_and_no_repeated_heads_are_made(monkeypatch, name, padded):
     def never(*args, **kwargs):
         raise AssertionError("passed on")
 
+    never.__module__ = "transformers.integrations.sdpa_attention"  # or it is a user's, and is asked
     with VirtualCache(model.config, max_length=MAX_LENGTH) as past:
-        monkeypatch.setattr(hf_attention, "_function", never)
+        monkeypatch.setattr(hf_attention, "_function", lambda *args: never)
         for name in ("sdpa", "eager"):
             monkeypatch.setitem(hf_attention.ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, name, never)
         got = model.generate(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 import time
 
 import numpy as np
@@ -171,6 +173,31 @@ def test_a_page_that_changes_owner_reads_as_zeros(device):
         for layer in range(3):
             for tensor in cache.rows(second, layer):
                 assert not tensor.any()
+
+
+@pytest.mark.parametrize("order", ["token", "layer"])
+def test_rows_survive_what_copies_whole_storages(device, order, tmp_path):
+    """Their storage ends where they end: that of the full views goes on where nothing is mapped."""
+    layout = vattn.KVLayout(3, 2, 16, 1 << 20, torch.float16, order=order)
+    with vattn.KVCache(layout, 4, device, 64 << 20) as cache:
+        slot = cache.acquire(2)
+        for tensor in cache.rows(slot, 1):
+            assert copy.deepcopy(tensor).shape == (0, 2, 16)
+        cache.ensure(slot, 300)
+        for layer in range(3):
+            for tensor, view in zip(cache.rows(slot, layer), (cache.k(layer), cache.v(layer)), strict=True):
+                tensor.normal_()
+                assert tensor.data_ptr() == view[slot].data_ptr()
+                assert torch.equal(tensor, view[slot, :300])
+                torch.save(tensor, tmp_path / "rows.pt")
+                for other in (
+                    copy.deepcopy(tensor),
+                    torch.load(tmp_path / "rows.pt"),
+                    pickle.loads(pickle.dumps(tensor)),
+                ):
+                    assert torch.equal(other, tensor)
+                    assert other.data_ptr() != tensor.data_ptr()
+                assert tensor.untyped_storage().clone().nbytes() <= cache.stats().physical_bytes
 
 
 def test_truncate_then_ensure_exposes_zeros_or_own_rows(device):

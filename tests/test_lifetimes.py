@@ -69,6 +69,83 @@ def test_a_forked_child_is_told_so_and_takes_nothing_with_it(device):
     assert child.returncode == 0, child.stderr
 
 
+_FORK_BESIDE = """
+import gc, os, signal, sys, threading, time, torch, vattn
+layout = vattn.KVLayout(2, 2, 64, 4096, torch.float32)
+busy, idle = (vattn.KVCache(layout, 4, sys.argv[1], 64 << 20) for _ in range(2))
+held, go_on = threading.Event(), threading.Event()
+
+def inside():
+    with busy._lock, vattn.kv_cache.Uninterrupted():  # as in every operation
+        held.set()
+        go_on.wait()
+
+def refuses(call):
+    try:
+        call()
+    except vattn.ConfigError as error:
+        assert "process" in str(error), error
+    else:
+        raise AssertionError("a forked child used the cache")
+
+worker = threading.Thread(target=inside)
+worker.start()
+held.wait()
+assert not gc.isenabled()
+if (pid := os.fork()) == 0:
+    signal.alarm(60)
+    refuses(busy.stats), refuses(busy.acquire), refuses(idle.stats)
+    busy.close()
+    with vattn.KVCache(layout, 4, "cpu", 64 << 20) as mine:
+        mine.ensure(mine.acquire(), 3000)
+    assert gc.isenabled()
+    sys.exit(0)
+status = os.waitpid(pid, 0)[1]
+assert not gc.isenabled()  # the parent's is still paused
+go_on.set()
+worker.join()
+assert gc.isenabled()
+assert status == 0, status
+"""
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_child_forked_while_another_thread_is_in_the_cache(device):
+    """Its lock is held, and the collector paused, by a thread that the child does not have."""
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", _FORK_BESIDE, device]
+    child = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert child.returncode == 0, child.stderr
+
+
+_FORK_IN_A_HANDLER = """
+import os, signal, sys, threading, vattn.kv_cache
+before, caught = signal.getsignal(signal.SIGINT), []
+noting, done = threading.Event(), threading.Event()
+
+def fork():
+    noting.wait()
+    if (pid := os.fork()) == 0:
+        os._exit(signal.getsignal(signal.SIGINT) is not before)
+    caught.append(os.waitpid(pid, 0)[1])
+    done.set()
+
+thread = threading.Thread(target=fork)
+thread.start()
+with vattn.kv_cache.Uninterrupted():
+    noting.set()
+    done.wait()
+thread.join()
+assert caught == [0], caught
+"""
+
+
+def test_a_child_forked_by_a_thread_can_be_interrupted():
+    """The main thread, which it does not have, was putting Ctrl-C off."""
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", _FORK_IN_A_HANDLER]
+    child = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert child.returncode == 0, child.stderr
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_garbage_goes_in_any_order(device, seed):
     cache = open_cache(device)

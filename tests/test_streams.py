@@ -11,6 +11,7 @@ import torch
 from stream_driver import StreamDriver
 
 import vattn
+from vattn import interrupts
 
 PAGE = 4096
 LAYOUT = vattn.KVLayout(1, 1, 8, 400, torch.float32)  # 64 tokens to a page
@@ -313,6 +314,52 @@ def test_ctrl_c_on_leaving_a_step_does_not_leave_it_open(interrupted):
         step.__exit__(None, None, None)
     interrupted.release(slot)
     assert interrupted.acquire(slot) == slot
+
+
+def test_ctrl_c_just_before_it_is_put_off_does_not_leave_a_step_open(cache, monkeypatch):
+    slot = new(cache, 64)
+    with pytest.raises(KeyboardInterrupt), cache.step([slot]):  # noqa: PT012 - it comes at the block's end
+        enter = interrupts.Uninterrupted.__enter__
+
+        def interrupted(guard):
+            monkeypatch.setattr(interrupts.Uninterrupted, "__enter__", enter)
+            signal.raise_signal(signal.SIGINT)
+            return enter(guard)
+
+        monkeypatch.setattr(interrupts.Uninterrupted, "__enter__", interrupted)
+    cache.release(slot)
+    assert cache.acquire(slot) == slot
+
+
+@pytest.mark.parametrize("when", ["after the look", "handler restored"])
+@pytest.mark.parametrize("what", ["acquire", "fork"])
+def test_ctrl_c_at_the_very_end_gives_the_slot_back(cache, monkeypatch, what, when):
+    """The caller never sees it."""
+    slot = new(cache, 64)
+    owner, name = {"after the look": (interrupts._pause, "leave"), "handler restored": (interrupts._signal, "signal")}[
+        when
+    ]
+    original, calls = getattr(owner, name), []
+
+    def interrupt(*arguments):
+        calls.append(arguments)
+        result = original(*arguments)
+        # Of the two ends (fork's, and that of the acquire within) the outer: the one that hands the slot out.
+        if arguments == () and len(calls) == (2 if what == "fork" else 1):
+            signal.raise_signal(signal.SIGINT)
+        if arguments and arguments[1] is signal.default_int_handler:
+            monkeypatch.setattr(owner, name, original)
+            signal.raise_signal(signal.SIGINT)
+        return result
+
+    monkeypatch.setattr(owner, name, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        cache.acquire() if what == "acquire" else cache.fork(slot)
+    monkeypatch.undo()
+    assert cache.stats().num_live_slots == 1
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert gc.isenabled()
+    cache.check_integrity()
 
 
 def test_ctrl_c_during_fork_leaves_no_slot_behind(interrupted):

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -353,8 +354,10 @@ class DecodeLoop:
                         self._hand_back(sequence)
 
     def _report(self) -> list[DecodedToken]:
-        tokens, self._unreported = self._unreported, []
-        return tokens
+        with Uninterrupted() as guard:
+            tokens, self._unreported = self._unreported, []
+            guard.undo = partial(self._unreported.extend, tokens)
+            return tokens
 
     def _hand_back(self, sequence: _Live, num_dropped: int = 0) -> None:
         """A sequence has ended: leave its slot with its rows, but for those of tokens that are dropped."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _signal  # type: ignore[import-not-found]  # what signal wraps, less 9 of 16 µs for conversions to enums
 import gc
+import os
 import signal
 import threading
 from collections.abc import Callable
@@ -71,6 +72,13 @@ class _CollectorPause:
             if self._depth == 0 and self._was_enabled:
                 gc.enable()
 
+    def begin_in_a_child(self) -> None:
+        """After a fork, which no thread survives but the one that asked for it, and not in here."""
+        self._lock = threading.RLock()
+        if self._depth and self._was_enabled:
+            gc.enable()
+        self._depth = 0
+
 
 _pause = _CollectorPause()
 
@@ -110,12 +118,35 @@ class Uninterrupted:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        undo, late = self.undo if error is None else None, None
         try:
-            if self._noted and error is None and self.undo is not None:
-                self.undo()
+            if self._noted and undo is not None:
+                undo()
+                undo = None
         finally:
             _pause.leave()
             if self._handler is not None:
-                _signal.signal(_SIGINT, self._handler)
-        if self._noted and self._handler is not None:
+                try:
+                    _signal.signal(_SIGINT, self._handler)
+                except BaseException as raised:  # of the handler, which has just run
+                    late = raised
+        if late is not None or (self._noted and self._handler is not None):
+            if undo is not None:  # it came after the first look
+                with Uninterrupted():
+                    undo()
+            if late is not None:
+                raise late
+            assert self._handler is not None
             self._handler(_SIGINT, self._frame)
+
+
+def _begin_in_a_child() -> None:
+    """After a fork: what other threads were in the middle of is nobody's here."""
+    handler = _signal.getsignal(_SIGINT)
+    guard = getattr(handler, "__self__", None)
+    if isinstance(guard, Uninterrupted):
+        _signal.signal(_SIGINT, guard._handler)
+    _pause.begin_in_a_child()
+
+
+os.register_at_fork(after_in_child=_begin_in_a_child)

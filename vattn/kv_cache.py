@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -22,9 +23,11 @@ from .layout import KVLayout
 from .page_table import OverRead
 from .slots import LIVE, Slots
 from .stats import CacheStats, Event
-from .tensors import tensor_from_address
+from .tensors import rows_tensor, tensor_from_address
 
 __all__ = ["KVCache"]
+
+_CACHES: weakref.WeakSet[KVCache] = weakref.WeakSet()
 
 
 class KVCache:
@@ -65,6 +68,7 @@ class KVCache:
     ) -> None:
         self._lock = threading.RLock()
         self._slots_or_none: Slots | None = None
+        self._closing = False
         if not isinstance(layout, KVLayout):
             raise ConfigError(f"layout must be a vattn.KVLayout, got {layout!r}")
         self.layout = layout
@@ -99,6 +103,7 @@ class KVCache:
         self._marks = np.zeros(self.max_slots, np.int64)  # scratch, to find a slot named twice
         self._pid = os.getpid()
         self._slots_or_none = Slots(backing, driver, self.max_slots, layout.max_seq_len)
+        _CACHES.add(self)
 
     # -- sequences -----------------------------------------------------------------------------------------------
     def acquire(self, slot: int | None = None, *, expect_len: int | None = None) -> int:
@@ -268,11 +273,14 @@ class KVCache:
         """(k, v) of one sequence, each ``[seq_len, num_kv_heads, head_dim]``; safe for every torch operation.
 
         Valid until the sequence is truncated or released. After a ``fork``, writing to shared rows writes to both
-        sequences: ``make_writable`` first.
+        sequences: ``make_writable`` first. What copies a whole storage (``torch.save``, ``copy.deepcopy``) copies what
+        lies between these rows as well, other layers' above all: ``clone`` first.
         """
         with self._lock:
-            rows = self.seq_len(slot)
-            return self.k(layer)[slot, :rows], self.v(layer)[slot, :rows]
+            rows, owner = self.seq_len(slot), self._slots.backing
+            k, v = self.k(layer)[slot, :rows], self.v(layer)[slot, :rows]
+            # With a storage of their own: that of the full views has addresses with nothing behind them.
+            return rows_tensor(k, owner), rows_tensor(v, owner)
 
     # -- launching work ------------------------------------------------------------------------------------------
     @contextmanager
@@ -288,8 +296,7 @@ class KVCache:
             OutOfPages: rows past the end that kernels read unmasked lie on a shared page, after ``truncate``, and there
                 is no page to copy it to.
         """
-        entered: np.ndarray | None = None
-        state: Slots | None = None
+        entered: list[tuple[Slots, np.ndarray]] = []
         try:
             with self._lock, Uninterrupted():
                 state = self._slots
@@ -297,13 +304,21 @@ class KVCache:
                 wanted = self._live_batch(slots).copy()  # the caller may change his while the step is open
                 state.clean_over_read(wanted)
                 state.work.enter(wanted)
-                entered = wanted
+                entered.append((state, wanted))
             yield
         finally:
-            if entered is not None and state is not None:
-                with Uninterrupted(), self._lock:
-                    state.work.leave(entered)
-                    state.finish_deferred(wait=False)
+            try:
+                self._leave(entered)
+            except KeyboardInterrupt:  # it may have come before it could be put off
+                self._leave(entered)
+                raise
+
+    def _leave(self, entered: list[tuple[Slots, np.ndarray]]) -> None:
+        with Uninterrupted(), self._lock:
+            if entered:
+                state, slots = entered.pop()
+                state.work.leave(slots)
+                state.finish_deferred(wait=False)
 
     # -- looking -------------------------------------------------------------------------------------------------
     def stats(self) -> CacheStats:
@@ -318,7 +333,7 @@ class KVCache:
 
     def check_integrity(self) -> None:
         """Raise AssertionError where slots, pages or the system's own count of them do not agree."""
-        with self._lock:
+        with self._lock, Uninterrupted():  # the collector may end a loop, whose pages would go meanwhile
             check_integrity(self._slots)
 
     # -- memory and the end --------------------------------------------------------------------------------------
@@ -348,11 +363,12 @@ class KVCache:
         with self._lock, Uninterrupted():
             if self._slots_or_none is None or os.getpid() != self._pid:  # a forked child has nothing to free
                 return
-            slots = self._slots
+            slots = self._slots_or_none
             if slots.work.any_open:
                 raise ConfigError("close() inside step(): leave the step first")
             self._k.clear()
             self._v.clear()
+            self._closing = True
             try:
                 slots.backing.close()
             finally:
@@ -380,6 +396,8 @@ class KVCache:
             raise ConfigError("this KVCache is closed; open a new one")
         if os.getpid() != self._pid:
             raise ConfigError("this KVCache belongs to the process that opened it; open one of its own after fork")
+        if self._closing:
+            raise ConfigError("closing this KVCache failed half-way: call close() again, which is all that it does now")
         return slots
 
     def _view(self, views: dict[int, torch.Tensor], layer: int) -> torch.Tensor:
@@ -424,3 +442,12 @@ class KVCache:
                 f"{operation}: slot {slot} has {self._slots.seq_len[slot]} rows, fewer than {rows}; ensure them first"
             )
         return rows
+
+
+def _begin_in_a_child() -> None:
+    """After a fork: a lock may be held by a thread that is not here. What it guards is refused to a child anyway."""
+    for cache in tuple(_CACHES):
+        cache._lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_begin_in_a_child)

@@ -52,6 +52,21 @@ _new_capsule.restype = ctypes.py_object
 _new_capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
 
 
+def rows_tensor(view: torch.Tensor, owner: object) -> torch.Tensor:
+    """The elements of ``view``, of the same shape and strides, in a storage that ends with the last of them.
+
+    Args:
+        view: into a larger address range; all that lies between its first and last element is mapped.
+        owner: kept alive until the tensor and every view of it are gone.
+    """
+    last = sum((n - 1) * stride for n, stride in zip(view.shape, view.stride(), strict=True))
+    extent = last + 1 if view.numel() else 0
+    with torch.inference_mode(False), torch.no_grad():  # as for the views of everything
+        size_bytes = extent * view.element_size()
+        base = tensor_from_address(view.data_ptr(), size_bytes, view.dtype, view.device, owner)
+        return base.as_strided(view.shape, view.stride())
+
+
 def tensor_from_address(
     address: int, size_bytes: int, dtype: torch.dtype, device: torch.device, owner: object
 ) -> torch.Tensor:

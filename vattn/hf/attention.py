@@ -49,11 +49,13 @@ class _Mask:
     Attributes:
         starts: left padding of each sequence, or None where there is none.
         make_dense: makes the mask that the attention passed on to would have had.
+        handles: whether vattn's attention may stand in for what this pass would call; None before the first layer.
         batch: of the pass, with its (storage's version, new, tokens): made by the first layer, for all of them.
     """
 
     starts: tuple[int, ...] | None
     make_dense: Callable[[], torch.Tensor | None]
+    handles: bool | None = None
     batch: tuple[tuple[int, int, int], AttentionBatch, torch.Tensor | None] | None = None
 
     @cached_property
@@ -105,6 +107,7 @@ def mask_for(
     tensor = torch.empty((batch_size, 1, q_length, 0), dtype=torch.bool)
     mask = _Mask(starts, partial(dense, allow_is_causal_skip=allow_is_causal_skip))
     tensor._vattn_mask = mask  # type: ignore[attr-defined]
+    layer.storage.stand_in_for = layer.length + q_length
     return tensor
 
 
@@ -145,7 +148,9 @@ def attend(
     layer: VirtualLayer | None = getattr(key, "_vattn_layer", None)
     mask: _Mask | None = getattr(attention_mask, "_vattn_mask", None)
     if layer is not None:
-        plain = mask is not None and _is_plain(layer, module, query, key, value, dropout, options)
+        if mask is not None and mask.handles is None:
+            mask.handles = _stands_in(passes_on_to, module)
+        plain = mask is not None and mask.handles and _is_plain(layer, module, query, key, value, dropout, options)
         if plain and layer.reader is None and getattr(module, "config", None) is layer.storage.config:
             layer.reader = reader_of(type(module).forward)
         if plain:
@@ -207,8 +212,8 @@ def _attend(
     softcap, sinks, starts = options.get("softcap"), options.get("s_aux"), mask.starts
     wanted = (softcap is not None, sinks is not None, starts is not None)
     size, num_heads, new, head_dim = query.shape
-    if new > 1 and starts is not None and layer.storage.is_hybrid:
-        return None
+    if starts is not None and layer.storage.is_hybrid and max(starts) > layer.length - new:
+        return None  # of a query that is padding, recurrent layers see what attention makes of it
     if new == 1:
         # All sequences are equally long, and the one query of each sees just what update returned, window or not.
         out = layer.attend_step(query, scaling, softcap=softcap, sinks=sinks, starts=starts)
@@ -239,6 +244,18 @@ def _attend(
         # What padding computes is seen by nothing: its K and V are masked wherever it could be.
         out = out.new_zeros(size * new, *out.shape[1:]).index_copy_(0, tokens, out)
     return out.unsqueeze(1) if new == 1 else out.view(size, new, num_heads, -1)
+
+
+def _stands_in(name: str, module: torch.nn.Module) -> bool:
+    """Whether the attention of that name is transformers' own, or the model's, and its result is all that is wanted.
+
+    Who puts a function of his in its place (to steer heads, or watch them) wants that called.
+    """
+    function = _function(name, module)
+    homes = ("transformers", *(kind.__module__ for kind in type(module).__mro__))
+    home = getattr(function, "__module__", None) or ""
+    replaced = hasattr(function, "__wrapped__") or not (home in homes or home.startswith("transformers."))
+    return not replaced and not getattr(getattr(module, "config", None), "output_attentions", False)
 
 
 def _function(name: str, module: torch.nn.Module) -> Callable[..., Any]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import sys
 import weakref
 from dataclasses import fields
 from functools import partial
+from types import CodeType
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from ..stats import CacheStats
 from .attention import is_switched, restore_attention, switch_attention
 from .configs import decoder_config, layers_of, require_takes_cache
 from .layer import VirtualLayer
+from .model_code import may_look_attention_up
 from .storage import Options, Storage
 
 __all__ = ["VirtualCache"]
@@ -131,11 +134,24 @@ class VirtualCache(Cache):
         layer: Any = self.layers[layer_idx]
         if self._is_hybrid and layer_idx not in self._virtual:
             raise ConfigError(f"layer {layer_idx} of the config that this cache was made for has no K and V")
+        if self._storage.switched and (code := sys._getframe(1).f_code) not in self._storage.callers:
+            self._look_at(code, layer_idx, key_states.shape[2])
         try:
             return layer.update(key_states, value_states, *args, **kwargs)
         except BaseException:
             self._torn = self._is_hybrid
             raise
+
+    def _look_at(self, caller: CodeType, layer: int, new: int) -> None:
+        """Of code that hands on K and V for the first time, see that it is not misled by what stands for a mask."""
+        if self._storage.lengths.get(layer, 0) + new != self._storage.stand_in_for:
+            return  # by hand, update may be called from anywhere
+        if not may_look_attention_up(caller):
+            raise ConfigError(
+                f"{caller.co_qualname} ({caller.co_filename}) computes attention itself, by a mask that vattn leaves "
+                "out: make the VirtualCache with attention=None"
+            )
+        self._storage.callers.add(caller)
 
     @torch.compiler.disable  # compiled, a write through a view may become a copy of all addresses behind it
     def _update_uncompiled(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:

@@ -57,6 +57,8 @@ def layers_of(config: PreTrainedConfig) -> tuple[list[Any], dict[int, Configured
         raise ConfigError(
             f"the layers of {type(config).__name__} are not known to transformers' caches: {error}"
         ) from error
+    decoder_layers = getattr(config, "decoder_layers", None)  # Bart's num_hidden_layers are its encoder's
+    templates = templates[:decoder_layers] if isinstance(decoder_layers, int) else templates
     layer_types = getattr(config, "layer_types", None)
     all_chunked = layer_types is None and getattr(config, "attention_chunk_size", None) is not None
     per_layer = getattr(config, "per_layer_config", None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import os
 import re
 import sys
 import textwrap
@@ -12,9 +13,12 @@ from functools import cache
 from types import CodeType
 from typing import Any
 
+import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = ["looks_attention_up", "models_of", "reader_of", "takes_cache"]
+__all__ = ["looks_attention_up", "may_look_attention_up", "models_of", "reader_of", "takes_cache"]
+
+_OWN = tuple(os.path.dirname(file) + os.sep for file in (transformers.__file__, __file__))
 
 
 @cache
@@ -94,6 +98,13 @@ def looks_attention_up(config: PreTrainedConfig) -> bool:
         getattr(model, "_supports_attention_backend", False) and not any(map(_asks_more, _modules_of(model)))
         for model in models
     )
+
+
+def may_look_attention_up(code: CodeType) -> bool:
+    """Whether code that calls a cache's ``update`` may be of a model that ``looks_attention_up``: not where it is a
+    user's, put in the place of transformers' attention, and names neither the registry nor what comes from there."""
+    names = {*code.co_names, *code.co_varnames}
+    return code.co_filename.startswith(_OWN) or not names.isdisjoint(("ALL_ATTENTION_FUNCTIONS", "attention_interface"))
 
 
 def _modules_of(model: type) -> set[str]:

@@ -65,6 +65,8 @@ class Storage:
         is_hybrid: whether the model has recurrent layers as well, which see what attention makes of padding.
         attends_here: whether vattn's attention is what models of ``config`` call at present.
         update_code: of the cache's ``update``.
+        stand_in_for: tokens after the newest pass that was given something that stands for its mask.
+        callers: code that is known to take such a pass to vattn's attention.
         defers: whether rows may wait so, in this pass.
     """
 
@@ -88,6 +90,8 @@ class Storage:
         self.attends_here: Callable[[], bool] = lambda: False
         self.config: Any = None
         self.update_code: CodeType | None = None
+        self.stand_in_for = -1
+        self.callers: set[CodeType] = set()
         self.launches = self.defers = self.is_hybrid = False
         self.version = 0
         self.closed = False
@@ -304,7 +308,8 @@ class Storage:
         if rows > self.options.max_length:
             raise ConfigError(
                 f"this forward pass needs {rows} tokens of cache, max_length is {self.options.max_length}: make the "
-                "VirtualCache with a max_length of at least the prompt and all new tokens"
+                "VirtualCache with a max_length of at least the prompt and all new tokens, and as many more as prompt "
+                "lookup guesses (prompt_lookup_num_tokens), if that is used"
             )
         if rows > self.rows:
             assert self.kv_cache is not None
@@ -338,8 +343,8 @@ class Storage:
         if behind:
             raise ConfigError(
                 f"layers {behind} hold another number of tokens than layer {layer}: the forward pass before this one "
-                "was interrupted, another model's, or did not take its layers in order. reset() the cache, and use it "
-                "for one model"
+                "was interrupted, another model's, of fewer layers than the config says (num_hidden_layers), or did "
+                "not take its layers in order. reset() the cache, and use it for one model"
             )
         on_gpu = self.kv_cache is not None and self.kv_cache.device.type == "cuda"
         # What a user captures in a graph is torch's operations.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from ..errors import ConfigError
@@ -15,15 +16,15 @@ _FLOAT32_MAX = 3.4028234663852886e38
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
 
 
 def validate_sampling(temperature: float, top_p: float) -> None:
     """ConfigError unless ``temperature`` is finite in float32 and not negative and ``0 < top_p <= 1``."""
     if not _is_number(temperature) or not 0 <= temperature <= _FLOAT32_MAX:
-        raise ConfigError(f"temperature must be a finite number >= 0 (0 is greedy), got {temperature}")
+        raise ConfigError(f"temperature must be a finite number >= 0 (0 is greedy), got {temperature!r}")
     if not _is_number(top_p) or not 0 < top_p <= 1:
-        raise ConfigError(f"top_p must be in (0, 1] (1 keeps every token), got {top_p}")
+        raise ConfigError(f"top_p must be in (0, 1] (1 keeps every token), got {top_p!r}")
 
 
 def request_generator(seed: int) -> torch.Generator:
