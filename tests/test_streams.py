@@ -388,3 +388,11 @@ def test_a_finaliser_does_not_run_in_the_middle_of_an_operation(cache, driver):
     assert enabled == [False]
     assert gc.isenabled()
     del driver._map
+
+
+def test_a_finaliser_does_not_run_while_the_books_are_looked_through(cache, monkeypatch):
+    """A loop that it ends would give pages back meanwhile."""
+    enabled = []
+    monkeypatch.setattr(vattn.kv_cache, "check_integrity", lambda slots: enabled.append(gc.isenabled()))
+    cache.check_integrity()
+    assert enabled == [False]
