@@ -1,7 +1,8 @@
 """The GPU suite under compute-sanitizer, many processes at once: one would take hours, most of them on the CPU.
 
-    python tests/sanitize.py [--workers 11] [--seconds 3600] [--tests FILE]
+    python tests/sanitize.py [--plain] [--workers 11] [--seconds 3600] [--tests FILE]
 
+``--plain`` leaves compute-sanitizer out: the GPU suite whole and at full length, only sooner than in one process.
 A chunk is some tests of one module in a process of its own, whose output goes to ``build/sanitize``. The tests that
 did not pass, or that time was too short for, are named in ``build/sanitize/left.txt``, which ``--tests`` takes.
 """
@@ -30,8 +31,8 @@ MEMCHECK = (
     # API errors are what many tests make on purpose; a backtrace holds Python's frames, and what lives in them.
     *("--report-api-errors", "no", "--show-backtrace", "no"),
 )
-PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu and not unsanitized")
-# These look at what the whole GPU has free, so they can be run alone only: by `make gpu-test`.
+PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m")
+# These look at what the whole GPU has free: last, one by one, and not under compute-sanitizer, which takes some of it.
 ALONE = ("test_device_memory", "test_two_processes")
 # The tests of a chunk, for modules whose tests take a minute each; the longest begin first.
 CHUNKS = {
@@ -62,11 +63,12 @@ class Chunk:
         self.log = LOGS / f"{number:03d}_{self.module}.txt"
         self.outcome: int | None = None
 
-    def run(self, devices: str, seconds: float) -> None:
-        environment = {"CUDA_VISIBLE_DEVICES": devices, "VATTN_SHORT": "1", "OMP_NUM_THREADS": "1"}
+    def run(self, command: Sequence[str], devices: str, seconds: float) -> None:
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": devices, "OMP_NUM_THREADS": "1"}
+        if command[0] == MEMCHECK[0]:
+            environment["VATTN_SHORT"] = "1"
         with self.log.open("w") as log, subprocess.Popen(
-            [*MEMCHECK, *PYTEST, *self.tests], cwd=ROOT, env={**os.environ, **environment}, stdout=log, stderr=log,
-            start_new_session=True,
+            [*command, *self.tests], cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
         ) as process:  # fmt: skip
             try:
                 self.outcome = process.wait(max(1, seconds))
@@ -84,9 +86,9 @@ def module_of(test: str) -> str:
     return Path(test.split("::")[0]).stem
 
 
-def collect() -> list[str]:
-    done = subprocess.run([*PYTEST, "--collect-only"], cwd=ROOT, capture_output=True, text=True, check=True)
-    return [line for line in done.stdout.splitlines() if "::" in line and module_of(line) not in ALONE]
+def collect(marked: str) -> list[str]:
+    done = subprocess.run([*PYTEST, marked, "--collect-only"], cwd=ROOT, capture_output=True, text=True, check=True)
+    return [line for line in done.stdout.splitlines() if "::" in line]
 
 
 def chunks_of(tests: Sequence[str]) -> list[Chunk]:
@@ -102,17 +104,22 @@ def chunks_of(tests: Sequence[str]) -> list[Chunk]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--plain", action="store_true", help="without compute-sanitizer")
     parser.add_argument("--workers", type=int, default=max(1, len(os.sched_getaffinity(0)) * 3 // 4), help="at once")
     parser.add_argument("--seconds", type=float, default=7200, help="what has not ended by then is stopped")
     parser.add_argument("--tests", type=Path, help="a file that names the tests, a line each, instead of all")
     args = parser.parse_args()
     begin = time.monotonic()
     devices = [str(index) for index in range(torch.cuda.device_count())]
-    if not devices or shutil.which(MEMCHECK[0]) is None:
+    if not devices or not (args.plain or shutil.which(MEMCHECK[0])):
         raise SystemExit("needs an NVIDIA GPU, and compute-sanitizer, which comes with the CUDA toolkit, on the PATH")
     shutil.rmtree(LOGS, ignore_errors=True)
     LOGS.mkdir(parents=True)
-    chunks = chunks_of(args.tests.read_text().splitlines() if args.tests else collect())
+    marked = "gpu" if args.plain else "gpu and not unsanitized"
+    command = [*(() if args.plain else MEMCHECK), *PYTEST, marked]
+    chunks = chunks_of(args.tests.read_text().splitlines() if args.tests else collect(marked))
+    alone = [chunk for chunk in chunks if chunk.module in ALONE]
+    chunks = [chunk for chunk in chunks if chunk not in alone]
     waiting: queue.SimpleQueue[Chunk] = queue.SimpleQueue()
     for chunk in chunks:
         waiting.put(chunk)
@@ -124,16 +131,22 @@ def main() -> int:
                 chunk = waiting.get_nowait()
             except queue.Empty:
                 return
-            chunk.run(",".join(devices) if chunk.module == "test_second_device" else device, left)
-            state = {0: "ok", 77: "ERRORS", None: "TIME"}.get(chunk.outcome, "FAILED")
-            at = time.monotonic() - begin
-            print(f"{at:6.0f} s  {state:6s} {chunk.log.stem}: {chunk.summary()}", flush=True)
+            chunk.run(command, ",".join(devices) if chunk.module == "test_second_device" else device, left)
+            report(chunk)
+
+    def report(chunk: Chunk) -> None:
+        state = {0: "ok", 77: "ERRORS", None: "TIME"}.get(chunk.outcome, "FAILED")
+        print(f"{time.monotonic() - begin:6.0f} s  {state:6s} {chunk.log.stem}: {chunk.summary()}", flush=True)
 
     threads = [threading.Thread(target=work, args=(devices[k % len(devices)],)) for k in range(args.workers)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    for chunk in alone if args.plain else ():
+        chunk.run(command, devices[0], args.seconds - (time.monotonic() - begin))
+        report(chunk)
+        chunks.append(chunk)
     left = [test for chunk in chunks if chunk.outcome != 0 for test in chunk.tests]
     (LOGS / "left.txt").write_text("".join(f"{test}\n" for test in left))
     totals: Counter[str] = Counter()

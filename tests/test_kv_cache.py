@@ -177,27 +177,31 @@ def test_a_page_that_changes_owner_reads_as_zeros(device):
 
 @pytest.mark.parametrize("order", ["token", "layer"])
 def test_rows_survive_what_copies_whole_storages(device, order, tmp_path):
-    """Their storage ends where they end: that of the full views goes on where nothing is mapped."""
+    """Their storage ends where their pages end: that of the full views goes on where nothing is mapped."""
     layout = vattn.KVLayout(3, 2, 16, 1 << 20, torch.float16, order=order)
-    with vattn.KVCache(layout, 4, device, 64 << 20) as cache:
+    with vattn.KVCache(layout, 4, device, 64 << 20, page_bytes=4096 if device == "cpu" else None) as cache:
         slot = cache.acquire(2)
-        for tensor in cache.rows(slot, 1):
-            assert copy.deepcopy(tensor).shape == (0, 2, 16)
-        cache.ensure(slot, 300)
-        for layer in range(3):
-            for tensor, view in zip(cache.rows(slot, layer), (cache.k(layer), cache.v(layer)), strict=True):
-                tensor.normal_()
-                assert tensor.data_ptr() == view[slot].data_ptr()
-                assert torch.equal(tensor, view[slot, :300])
-                torch.save(tensor, tmp_path / "rows.pt")
-                for other in (
-                    copy.deepcopy(tensor),
-                    torch.load(tmp_path / "rows.pt"),
-                    pickle.loads(pickle.dumps(tensor)),
-                ):
-                    assert torch.equal(other, tensor)
-                    assert other.data_ptr() != tensor.data_ptr()
-                assert tensor.untyped_storage().clone().nbytes() <= cache.stats().physical_bytes
+        for rows in (0, 20, 70_000, 300, 0, 40):  # over page boundaries both ways
+            if rows > cache.seq_len(slot):
+                cache.ensure(slot, rows)
+            elif rows or not cache.seq_len(slot):
+                cache.truncate(slot, rows)
+            else:
+                cache.release(slot)
+                cache.trim()
+                cache.acquire(slot)
+            for layer in range(3):
+                for tensor, view in zip(cache.rows(slot, layer), (cache.k(layer), cache.v(layer)), strict=True):
+                    tensor.normal_()
+                    assert tensor.shape == (rows, 2, 16)
+                    assert tensor.data_ptr() == (view[slot].data_ptr() if rows else tensor.data_ptr())
+                    assert torch.equal(tensor, view[slot, :rows])
+                    torch.save(tensor, tmp_path / "rows.pt")
+                    pickled = pickle.loads(pickle.dumps(tensor))
+                    for other in (copy.deepcopy(tensor), torch.load(tmp_path / "rows.pt"), pickled):
+                        assert torch.equal(other, tensor)
+                        assert other.data_ptr() != tensor.data_ptr() or not rows
+                    assert tensor.untyped_storage().nbytes() <= cache.stats().physical_bytes
 
 
 def test_truncate_then_ensure_exposes_zeros_or_own_rows(device):

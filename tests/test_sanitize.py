@@ -27,11 +27,10 @@ def test_a_chunk_and_what_became_of_it(leaves, outcome, tmp_path, monkeypatch):
     """In a process of its own, with pytest alone in the tool's place."""
     (tmp_path / "test_it.py").write_text(f"def test_it():\n    {leaves}\n")
     monkeypatch.setattr(sanitize, "LOGS", tmp_path)
-    monkeypatch.setattr(sanitize, "MEMCHECK", ())
-    monkeypatch.setattr(sanitize, "PYTEST", (sys.executable, "-m", "pytest", "-q", "-c", "/dev/null"))
     chunk = sanitize.Chunk(0, [f"{tmp_path}/test_it.py::test_it"])
     assert chunk.summary() == "no summary"
-    chunk.run("", seconds=4 if outcome is None else 120)
+    command = (sys.executable, "-m", "pytest", "-q", "-c", "/dev/null")
+    chunk.run(command, "", seconds=4 if outcome is None else 120)
     assert chunk.outcome == outcome
     assert chunk.summary().startswith({0: "1 passed", 1: "1 failed", None: "no summary"}[outcome])
 

@@ -100,6 +100,9 @@ class KVCache:
                 for views, tensors in ((self._k, plan.k), (self._v, plan.v)):
                     for layer, tensor in tensors.items():
                         views[layer] = base.as_strided(tensor.shape, tensor.strides, tensor.offset)
+        # Per slot: how many rows its pages hold, and of each layer that was asked for K and V of so many rows, in storages
+        # of their own. That of the full views has addresses with nothing behind them.
+        self._backed_rows: dict[int, tuple[int, dict[int, tuple[torch.Tensor, torch.Tensor]]]] = {}
         self._marks = np.zeros(self.max_slots, np.int64)  # scratch, to find a slot named twice
         self._pid = os.getpid()
         self._slots_or_none = Slots(backing, driver, self.max_slots, layout.max_seq_len)
@@ -277,10 +280,17 @@ class KVCache:
         lies between these rows as well, other layers' above all: ``clone`` first.
         """
         with self._lock:
-            rows, owner = self.seq_len(slot), self._slots.backing
-            k, v = self.k(layer)[slot, :rows], self.v(layer)[slot, :rows]
-            # With a storage of their own: that of the full views has addresses with nothing behind them.
-            return rows_tensor(k, owner), rows_tensor(v, owner)
+            rows, k, v = self.seq_len(slot), self.k(layer), self.v(layer)
+            reach = int(self._slots.reach[slot])
+            known = self._backed_rows.get(slot)
+            if known is None or known[0] != reach:
+                known = self._backed_rows[slot] = (reach, {})
+            pair = known[1].get(layer)
+            if pair is None:
+                backing = self._slots.backing
+                pair = rows_tensor(k[slot, :reach], backing), rows_tensor(v[slot, :reach], backing)
+                known[1][layer] = pair
+            return pair[0][:rows], pair[1][:rows]
 
     # -- launching work ------------------------------------------------------------------------------------------
     @contextmanager
@@ -368,6 +378,7 @@ class KVCache:
                 raise ConfigError("close() inside step(): leave the step first")
             self._k.clear()
             self._v.clear()
+            self._backed_rows.clear()
             self._closing = True
             try:
                 slots.backing.close()

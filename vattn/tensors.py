@@ -53,7 +53,7 @@ _new_capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
 
 
 def rows_tensor(view: torch.Tensor, owner: object) -> torch.Tensor:
-    """The elements of ``view``, of the same shape and strides, in a storage that ends with the last of them.
+    """The elements of ``view``, of the same shape and strides, in a storage that is theirs alone.
 
     Args:
         view: into a larger address range; all that lies between its first and last element is mapped.
