@@ -23,7 +23,7 @@ from .layout import KVLayout
 from .page_table import OverRead
 from .slots import LIVE, Slots
 from .stats import CacheStats, Event
-from .tensors import rows_tensor, tensor_from_address
+from .tensors import BackedRows, tensor_from_address
 
 __all__ = ["KVCache"]
 
@@ -100,9 +100,7 @@ class KVCache:
                 for views, tensors in ((self._k, plan.k), (self._v, plan.v)):
                     for layer, tensor in tensors.items():
                         views[layer] = base.as_strided(tensor.shape, tensor.strides, tensor.offset)
-        # Per slot: how many rows its pages hold, and of each layer that was asked for K and V of so many rows, in storages
-        # of their own. That of the full views has addresses with nothing behind them.
-        self._backed_rows: dict[int, tuple[int, dict[int, tuple[torch.Tensor, torch.Tensor]]]] = {}
+        self._backed_rows = BackedRows(backing)
         self._marks = np.zeros(self.max_slots, np.int64)  # scratch, to find a slot named twice
         self._pid = os.getpid()
         self._slots_or_none = Slots(backing, driver, self.max_slots, layout.max_seq_len)
@@ -281,16 +279,8 @@ class KVCache:
         """
         with self._lock:
             rows, k, v = self.seq_len(slot), self.k(layer), self.v(layer)
-            reach = int(self._slots.reach[slot])
-            known = self._backed_rows.get(slot)
-            if known is None or known[0] != reach:
-                known = self._backed_rows[slot] = (reach, {})
-            pair = known[1].get(layer)
-            if pair is None:
-                backing = self._slots.backing
-                pair = rows_tensor(k[slot, :reach], backing), rows_tensor(v[slot, :reach], backing)
-                known[1][layer] = pair
-            return pair[0][:rows], pair[1][:rows]
+            backed_k, backed_v = self._backed_rows.of(slot, layer, int(self._slots.reach[slot]), k, v)
+            return backed_k[:rows], backed_v[:rows]
 
     # -- launching work ------------------------------------------------------------------------------------------
     @contextmanager
@@ -378,7 +368,7 @@ class KVCache:
                 raise ConfigError("close() inside step(): leave the step first")
             self._k.clear()
             self._v.clear()
-            self._backed_rows.clear()
+            self._backed_rows = BackedRows(None)
             self._closing = True
             try:
                 slots.backing.close()

@@ -52,7 +52,32 @@ _new_capsule.restype = ctypes.py_object
 _new_capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
 
 
-def rows_tensor(view: torch.Tensor, owner: object) -> torch.Tensor:
+class BackedRows:
+    """K and V of the rows that slots' pages hold, in storages of their own, kept while the pages stay the same.
+
+    The storage of the full views has addresses with nothing behind them, which ends what copies whole storages.
+    """
+
+    def __init__(self, owner: object) -> None:
+        self._owner = owner
+        self._known: dict[int, tuple[int, dict[int, tuple[torch.Tensor, torch.Tensor]]]] = {}
+
+    def of(
+        self, slot: int, layer: int, reach: int, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(k, v), each ``[reach, num_kv_heads, head_dim]``, of a slot whose pages hold ``reach`` rows, out of the full
+        views of a layer."""
+        known = self._known.get(slot)
+        if known is None or known[0] != reach:
+            known = self._known[slot] = (reach, {})
+        pair = known[1].get(layer)
+        if pair is None:
+            pair = _alone(k[slot, :reach], self._owner), _alone(v[slot, :reach], self._owner)
+            known[1][layer] = pair
+        return pair
+
+
+def _alone(view: torch.Tensor, owner: object) -> torch.Tensor:
     """The elements of ``view``, of the same shape and strides, in a storage that is theirs alone.
 
     Args:
