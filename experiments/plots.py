@@ -86,10 +86,10 @@ def decode(records: list[Record]) -> Any:
     dots(axes, cases, systems, values)
     axes.axvline(1, color="#888888", linewidth=1, linestyle="--", zorder=0)
     axes.set_xscale("log")
-    ticks = [1, 1.5, 2, 3, 5, 10, 20, 50]
+    ticks = [1, 1.5, 2, 3, 5, 10, 20, 50, 100]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
-    axes.set_xlim(0.95, 80)
+    axes.set_xlim(0.95, 1.1 * max(values.values()))
     axes.set_xlabel("time of a decode step, reading weights and cache once = 1 (H100; logarithmic)")
     figure.legend(loc="upper center", ncols=4, frameon=False, fontsize=9, columnspacing=1.0, handletextpad=0.2)
     figure.tight_layout(rect=(0, 0, 1, 0.92))

@@ -109,6 +109,8 @@ assert status == 0, status
 """
 
 
+# compute-sanitizer dies at the end of a child of several threads; where that ends by os._exit, all of it goes through.
+@pytest.mark.unsanitized
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_a_child_forked_while_another_thread_is_in_the_cache(device):
     """Its lock is held, and the collector paused, by a thread that the child does not have."""
