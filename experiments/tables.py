@@ -17,6 +17,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 from common import markdown, read
 from tables_layouts import LAYOUT_TABLES
+from tables_overview import OVERVIEW_TABLES
+from tables_paper import PAPER_TABLES
 from tables_sharing import SHARING_TABLES
 
 FOLDER = Path(__file__).parent
@@ -285,6 +287,8 @@ TABLES: dict[str, Callable[[list[Record]], str]] = (
         )
     }
     | LAYOUT_TABLES
+    | OVERVIEW_TABLES
+    | PAPER_TABLES
     | SHARING_TABLES
 )
 
@@ -300,7 +304,8 @@ def tables(folder: Path, records: list[Record]) -> str:
 
 def render(folder: Path) -> str:
     """The README of an experiment with its tables made anew."""
-    records = read(folder / "results.jsonl")
+    results = folder / "results.jsonl"
+    records = read(results) if results.exists() else []
     if (folder / "again.jsonl").exists():
         places = {(r["gpu"], r["case"], r["system"], r["metric"]): r for r in records}
         for record in read(folder / "again.jsonl"):
@@ -322,9 +327,11 @@ def main() -> int:
         print(tables(Path(options.show).parent, read(Path(options.show))))
         return 0
     stale = []
-    for results in sorted(FOLDER.glob("*/results.jsonl")):
-        readme = results.parent / "README.md"
-        text = render(results.parent)
+    for readme in sorted(FOLDER.rglob("README.md")):
+        folder = readme.parent
+        if not (folder / "results.jsonl").exists() and (folder / "run.py").exists():
+            continue  # not measured yet
+        text = render(folder)
         if text != readme.read_text():
             stale.append(str(readme))
             if not options.check:
