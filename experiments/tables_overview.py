@@ -124,8 +124,9 @@ def overview(_records: list[Record]) -> str:
         records = read(results)
         values = {(record["case"], record["system"], record["metric"]): record["value"] for record in records}
         machines = dict.fromkeys("CPU" if r["gpu"] == "none" else r["gpu"].split(" 80GB")[0] for r in records)
-        runs = "2" if (folder / "again.jsonl").exists() else "1"
-        newest = max(record["date"] for record in records)
+        second = folder / "again.jsonl"
+        runs = "2" if second.exists() else "1"
+        newest = max(record["date"] for record in (*records, *(read(second) if second.exists() else ())))
         rows.append([link, question, HEADLINES[folder.name](values), ", ".join(machines), f"{runs}, {newest}"])
     return markdown(["experiment", "question", "what came out", "machine", "runs, newest"], rows)
 

@@ -99,11 +99,15 @@ def _decode() -> list[list[str]]:
     by_size = {
         name: [
             max(times) / min(times)
-            for values in found.values()
-            if all(f"{system}-paged-{n}" in values for n in sizes)
+            for case, values in found.items()
+            if at_16k(case) and all(f"{system}-paged-{n}" in values for n in sizes)
             for times in [[values[f"{system}-paged-{n}"] for n in sizes]]
         ]
-        for name, system in (("FA3", "flash-attn-3"), ("FlashInfer", "flashinfer-tensor-cores"))
+        for name, system in (
+            ("FA3", "flash-attn-3"),
+            ("FlashInfer (tensor cores)", "flashinfer-tensor-cores"),
+            ("FlashInfer (plain)", "flashinfer"),
+        )
     }
     steps = _found("10_layouts", "decode_step")
     best = [
@@ -119,7 +123,7 @@ def _decode() -> list[list[str]]:
             "vLLM 0.2.7's up to 2.8 (table 7)",
             _all({"FA3 on 16": _ratios(found, "flash-attn-3-paged-16", "flash-attn-2-contiguous", at_16k)}),
         ],
-        ["… slowest / fastest block size", "vLLM's up to 1.9 (figure 3)", _all(by_size)],
+        ["… slowest / fastest block size, 16 to 256 tokens", "vLLM's up to 1.9 (figure 3)", _all(by_size)],
         [
             "decode step at 16k: paged / contiguous",
             "FA2 about 1; vLLM's kernel 1.53 to 1.99 at batch 32 (figure 8)",
