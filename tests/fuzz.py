@@ -1,6 +1,6 @@
 """A seeded random walk over the cache's contract, with a pattern in every live row and a page account beside it.
 
-``python -m tests.fuzz --operations 1000000 --seed 1`` runs it at length.
+``cd tests && python fuzz.py --operations 1000000 --seed 1`` (``make fuzz``) runs it at length.
 """
 
 from __future__ import annotations

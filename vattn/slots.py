@@ -238,7 +238,7 @@ class Slots:
                 leave for later whatever cannot be done at once.
 
         Returns:
-            Whether pages were taken.
+            Whether a sequence that was cut short is done with, so that there may be pages.
         """
         self._park_retired()
         found = False

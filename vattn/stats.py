@@ -36,7 +36,7 @@ class CacheStats:
         in_use_bytes: handles that live sequences have.
         parked_bytes: handles that only released sequences had, still mapped where those were, for the next in the slot.
         free_bytes: handles kept for the next request; ``KVCache.trim`` gives them back to the driver.
-        index_bytes: handles held by a prefix index.
+        index_bytes: handles held by a prefix index; 0, as there is none yet.
         shared_bytes: handles mapped by two or more live slots, each once.
         row_bytes: rows backed on request, each row once per slot.
         waste_bytes: live sequences' mapped bytes minus their ``row_bytes``.

@@ -51,7 +51,7 @@ class TuningTable:
         linear: records with outputs, inputs, dtype, tokens, swiglu, config (None: cuBLAS), us, cublas_us.
         attention: records with num_heads, num_kv_heads, head_dim, dtype, batch, context, backend, options, us.
         prefill: records with num_heads, num_kv_heads, head_dim, dtype, new, total, us (of each backend).
-        pdl: whether programmatic dependent launch paid.
+        pdl: whether kernels take programmatic dependent launch: what GPUs of capability 9.0 and newer have.
         made: date and torch version, by the room that measured.
     """
 

@@ -61,9 +61,10 @@ _PREFILL = ("flash-attn-3", "flash-attn-2", "torch-varlen", "sdpa", "reference")
 
 # Decode reads K and V once, at the speed of memory. µs per layer of FlashAttention-3 and -2 (vLLM's build of its kernel
 # for KV caches) on interleaved K and V of 8B heads on an H100, batch x context: 13.0 and 11.1 at 1 x 1,024, 57.3 and
-# 55.0 at 8 x 4,096, 193.1 and 200.3 at 32 x 4,096, 105.3 and 105.0 at 1 x 65,536. A tie, so the kernel without a margin
-# goes first. torch's varlen forward does not split a context over the GPU, which few long sequences need, so it
-# comes after the kernel of vattn's own, for machines without either package.
+# 55.0 at 8 x 4,096, 193.1 and 200.3 at 32 x 4,096, 105.3 and 105.0 at 1 x 65,536; flash-attn 2.8.3's own is ahead but
+# for one sequence of 4k to 16k tokens (experiments/07_decode_attention). So the kernel without a margin goes first.
+# torch's varlen forward does not split a context over the GPU, which few long sequences need, so it comes after the
+# kernel of vattn's own, for machines without either package.
 _DECODE = ("flash-attn-2", "flash-attn-3", "triton-decode", "torch-varlen", "sdpa", "reference")
 
 

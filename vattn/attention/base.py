@@ -129,7 +129,7 @@ class AttentionBatch:
 
     @cached_property
     def query_starts(self) -> tuple[int, ...]:
-        """``batch_size + 1`` offsets into the packed token axis; sequence ``i`` owns ``[starts[i], starts[i + 1])``."""
+        """``batch_size + 1`` offsets into the packed token axis: where each sequence begins, and the end."""
         return tuple(accumulate(self.query_lens, initial=0))
 
     @cached_property

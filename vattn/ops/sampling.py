@@ -1,4 +1,4 @@
-"""Choosing the next token: the eager reference that fused versions are tested against."""
+"""Choosing the next token in torch's operations, as the engine does; decode loops have a kernel for it."""
 
 from __future__ import annotations
 
