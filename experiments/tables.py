@@ -327,7 +327,7 @@ def main() -> int:
         print(tables(Path(options.show).parent, read(Path(options.show))))
         return 0
     stale = []
-    for readme in sorted(FOLDER.rglob("README.md")):
+    for readme in [FOLDER.parent / "README.md", *sorted(FOLDER.rglob("README.md"))]:
         folder = readme.parent
         if not (folder / "results.jsonl").exists() and (folder / "run.py").exists():
             continue  # not measured yet

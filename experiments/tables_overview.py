@@ -131,4 +131,82 @@ def overview(_records: list[Record]) -> str:
     return markdown(["experiment", "question", "what came out", "machine", "runs, newest"], rows)
 
 
-OVERVIEW_TABLES: dict[str, Callable[[list[Record]], str]] = {"overview": overview}
+def _measured(experiment: str) -> Values:
+    path = FOLDER / experiment / "results.jsonl"
+    records = read(path) if path.exists() else []
+    return {(record["case"], record["system"], record["metric"]): record["value"] for record in records}
+
+
+def _step_rows() -> list[list[str]]:
+    values, rows = _measured("04_decode"), []
+    for case in ("8B B=1 L=1024", "8B B=8 L=1024", "8B B=32 L=4096", "8B B=64 L=1024", "1B B=16 L=1024"):
+        found = {system: v for (c, system, metric), v in values.items() if (c, metric) == (case, "decode_step")}
+        limit, own = found["limit"], found["vattn"]
+        peers = {
+            "torch.compile": found["torch-compile"],
+            "compiled transformers, static cache": found["transformers-static-compile"],
+            "eager transformers": found["transformers-dynamic"],
+        }
+        shape, batch, length = (word.partition("=")[2] or word for word in case.split())
+        rows.append(
+            [
+                f"decode step, {shape}, batch {batch}, {int(length):,} tokens",
+                f"{own:.2f} ms ({limit / own:.0%} of the limit, {limit:.2f})",
+                "; ".join(f"{name} {time:.2f}" for name, time in peers.items()),
+            ]
+        )
+    return rows
+
+
+def _hf_rows() -> list[list[str]]:
+    values = _measured("03_hf_memory")
+    new = (
+        values["new B=1 L=2048", "vattn", "decode_step"],
+        values["new B=1 L=2048", "transformers-dynamic", "decode_step"],
+    )
+    ratios = [value for (_, _, metric), value in values.items() if metric == "step_ratio"]
+    memory = [values["8B B=8 L=32768", system, "peak_memory"] for system in ("vattn", "transformers-dynamic")]
+    static = [values["8B B=8 L=2048 max=32768", system, "peak_memory"] for system in ("vattn", "transformers-static")]
+    more = max(
+        value - values[case, "transformers-dynamic", "peak_memory"]
+        for (case, system, metric), value in values.items()
+        if (system, metric) == ("vattn", "peak_memory") and (case, "transformers-dynamic", metric) in values
+    )
+    return [
+        ["`generate`, 8B, eager step at a length that is new", f"{new[0]:.1f} ms", f"dynamic cache {new[1]:.1f}"],
+        ["… at lengths that have occurred", f"{_span(ratios, 3)} of the dynamic cache's", "a tie at 512 tokens"],
+        [
+            "memory beyond the weights, 8B, 8 × 32,768 tokens",
+            f"{memory[0]:,.0f} MiB",
+            f"dynamic cache {memory[1]:,.0f}",
+        ],
+        ["… 8 × 2,048 tokens of at most 32,768", f"{static[0]:,.0f} MiB", f"static cache {static[1]:,.0f}"],
+        ["… where it is worst, one short sequence", f"{more:.0f} MiB more than the dynamic cache", ""],
+    ]
+
+
+def _layout_rows() -> list[list[str]]:
+    admitted, attention = _measured("05_capacity"), _measured("07_decode_attention")
+    case = "driver=ledger limit=60GiB shape=8B trace=log-normal"
+    own, paged, layers = (admitted[case, system, "sequences"] for system in ("vattn", "paged-16", "layer-major"))
+    best = _best_paged(attention, "decode_attention")
+    return [
+        [
+            "sequences in 60 GiB, 8B, log-normal lengths",
+            f"{own:.0f}",
+            f"blocks of 16 tokens {paged:.0f}, pages of one layer {layers:.0f}",
+        ],
+        [
+            "attention of a decode step, batch 1 to 128, 1k to 64k tokens",
+            "its own kernel, on its own layout",
+            f"best paged kernel: {_span(best)} times as long",
+        ],
+    ]
+
+
+def results(_records: list[Record]) -> str:
+    """For the README: vattn's figure beside those of what one would take instead, the worst cases among them."""
+    return markdown(["what", "vattn", "instead"], [*_step_rows(), *_hf_rows(), *_layout_rows()])
+
+
+OVERVIEW_TABLES: dict[str, Callable[[list[Record]], str]] = {"overview": overview, "results": results}
