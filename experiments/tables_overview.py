@@ -181,7 +181,7 @@ def _hf_rows() -> list[list[str]]:
             f"dynamic cache {memory[1]:,.0f}",
         ],
         ["… 8 × 2,048 tokens of at most 32,768", f"{static[0]:,.0f} MiB", f"static cache {static[1]:,.0f}"],
-        ["… where it is worst, one short sequence", f"{more:.0f} MiB more than the dynamic cache", ""],
+        ["… where it is worst, 512 tokens each", f"{more:.0f} MiB more than the dynamic cache", ""],
     ]
 
 
