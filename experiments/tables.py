@@ -69,7 +69,8 @@ def again(records: list[Record]) -> str:
                 f"{ratio:.3f} ({record['case']}, {record['system']})",
             ]
         )
-    return markdown(["metric", "figures", "second / first, median", "nine of ten within", "furthest apart"], rows)
+    header = ["metric", "figures", "second / first, median", "nine of ten within", "furthest apart"]
+    return markdown(header, rows) if rows else ""
 
 
 def driver_calls(records: list[Record]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -98,8 +99,11 @@ def test_plain_output_is_lines_and_a_table(folder: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert "\x1b" not in done.stdout  # neither from the display nor out of the model's mouth
     lines = done.stdout.splitlines()
-    assert any(line.startswith("[1] ") for line in lines)
-    assert any(line.startswith("[2] ") for line in lines)
+    assert lines[:2] == ["[1] > the fox", "[2] > a dog"]
+    assert any(line.startswith("[1] ") for line in lines[2:])
+    assert any(line.startswith("[2] ") for line in lines[2:])
+    (calls,) = (re.findall(r"\d+", line) for line in lines if "driver calls" in line)
+    assert int(calls[1]) == sum(map(int, calls[2:])) > 0
     for word in ("reserved", "mapped", "physical", "in use", "wasted", "peak", "driver calls", "prefill", "decode"):
         assert word in done.stdout
 

@@ -1,4 +1,4 @@
-"""vattn: a KV cache for PyTorch language models, contiguous at fixed addresses, mapped page by page."""
+"""vattn: a KV cache for PyTorch language models, plain tensors at fixed addresses, mapped page by page."""
 
 from .errors import ConfigError, DriverError, OutOfPages, OutOfSlots, VattnError
 from .kv_cache import KVCache

@@ -59,10 +59,18 @@ class NoDisplay:
 
 
 class LineDisplay(NoDisplay):
-    """Prints each line once it is complete, with the number of its prompt when there are several."""
+    """Prints each line once it is complete; when there are several prompts, with the number of its prompt, and those
+    first."""
 
-    def __init__(self, num_prompts: int) -> None:
-        self._partial = [""] * num_prompts
+    def __init__(self, prompts: Sequence[str]) -> None:
+        self._prompts = prompts
+        self._partial = [""] * len(prompts)
+
+    def __enter__(self) -> LineDisplay:
+        if len(self._prompts) > 1:
+            for index, prompt in enumerate(self._prompts):
+                self._print(index, f"> {_one_line(printable(prompt), 80)}")
+        return self
 
     def add(self, index: int, piece: str) -> None:
         *lines, self._partial[index] = (self._partial[index] + printable(piece)).split("\n")

@@ -174,7 +174,7 @@ def _display(quiet: bool, prompts: list[str]) -> Display:
     console = Console(highlight=False)
     if quiet:
         return NoDisplay()
-    return LiveDisplay(console, prompts) if console.is_terminal else LineDisplay(len(prompts))
+    return LiveDisplay(console, prompts) if console.is_terminal else LineDisplay(prompts)
 
 
 def _run(engine: Engine, answers: list[_Answer], tokenizer: Any, display: Display, meter: Meter) -> None:

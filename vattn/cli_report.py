@@ -73,7 +73,7 @@ def memory_table(fullest: CacheStats, end: CacheStats) -> Table:
     """Both snapshots side by side."""
     table = Table(title="memory of the cache", title_justify="left")
     table.add_column("")
-    table.add_column("fullest step", justify="right")
+    table.add_column("most in use", justify="right")
     table.add_column("at the end", justify="right")
     table.add_column("which is", style="dim")
     rows = {
@@ -86,7 +86,9 @@ def memory_table(fullest: CacheStats, end: CacheStats) -> Table:
     }
     for name, (field, meaning) in rows.items():
         table.add_row(name, *(format_bytes(getattr(stats, field)) for stats in (fullest, end)), meaning)
-    calls = f"{end.num_create} create, {end.num_map} map, {end.num_unmap} unmap, {end.num_release} release"
+    names = ("create", "map", "set_access", "unmap", "release")
+    counts = {name: getattr(end, f"num_{name}") for name in names}
+    calls = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
     table.add_row("driver calls", str(fullest.num_driver_calls), str(end.num_driver_calls), calls)
     return table
 

@@ -416,7 +416,7 @@ class KVCache:
     def _live(self, slot: int) -> int:
         slot = require_int("slot", slot, 0, self.max_slots - 1)
         if self._slots.state[slot] != LIVE:
-            raise ConfigError(f"slot {slot} holds no sequence: acquire it first")
+            raise ConfigError(f"slot {slot} holds no sequence: it was released, or never acquired")
         return slot
 
     def _live_batch(self, slots: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -428,7 +428,7 @@ class KVCache:
             raise ConfigError(f"slots must be at least 0 and at most {self.max_slots - 1}, got {wrong}")
         live = self._slots.state[index] == LIVE
         if not live.all():
-            raise ConfigError(f"slot {index[~live][0]} holds no sequence: acquire it first")
+            raise ConfigError(f"slot {index[~live][0]} holds no sequence: it was released, or never acquired")
         order = np.arange(index.size)
         self._marks[index] = order
         twice = self._marks[index] != order
@@ -439,9 +439,7 @@ class KVCache:
     def _rows_of(self, operation: str, slot: int, seq_len: int) -> int:
         rows = require_int("seq_len", seq_len, 0)
         if rows > self._slots.seq_len[slot]:
-            raise ConfigError(
-                f"{operation}: slot {slot} has {self._slots.seq_len[slot]} rows, fewer than {rows}; ensure them first"
-            )
+            raise ConfigError(f"{operation}: slot {slot} has {self._slots.seq_len[slot]} rows, so {rows} is too many")
         return rows
 
 

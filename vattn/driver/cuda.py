@@ -80,7 +80,7 @@ class CudaDriver(RuledDriver):
 
     def __init__(self, device: torch.device) -> None:
         if reason := unavailable():
-            raise ConfigError(f'device "{device}" is not available: {reason}')
+            raise ConfigError(f'device "{device}" is not available: {reason} (device="cpu" runs without a GPU)')
         count = torch.cuda.device_count()
         index = torch.cuda.current_device() if device.index is None else device.index
         if not 0 <= index < count:

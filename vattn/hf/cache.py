@@ -69,7 +69,7 @@ class VirtualCache(Cache):
             if max_length is None:
                 raise ConfigError("this config has no max_position_embeddings: give max_length")
         if attention not in ("auto", None) and backends.get(attention).over_read_tokens:
-            raise ConfigError(f"attention {attention!r} reads past the end of a sequence; choose another")
+            raise ConfigError(f"attention {attention!r} reads past the end of a sequence; this cache ends there")
         options = Options(
             require_int("max_length", max_length, 1),
             _device(device),

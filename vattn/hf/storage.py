@@ -308,8 +308,9 @@ class Storage:
         if rows > self.options.max_length:
             raise ConfigError(
                 f"this forward pass needs {rows} tokens of cache, max_length is {self.options.max_length}: make the "
-                "VirtualCache with a max_length of at least the prompt and all new tokens, and as many more as prompt "
-                "lookup guesses (prompt_lookup_num_tokens), if that is used"
+                "VirtualCache with a max_length of at least the prompt and all new tokens (and as many more as prompt "
+                "lookup guesses, prompt_lookup_num_tokens), or call reset() before a text that does not go on with the "
+                "one it holds"
             )
         if rows > self.rows:
             assert self.kv_cache is not None
