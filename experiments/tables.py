@@ -330,6 +330,8 @@ def main() -> int:
     stale = []
     for readme in [FOLDER.parent / "README.md", *sorted(FOLDER.rglob("README.md"))]:
         folder = readme.parent
+        if not readme.exists():
+            continue  # a copy of the experiments alone
         if not (folder / "results.jsonl").exists() and (folder / "run.py").exists():
             continue  # not measured yet
         text = render(folder)

@@ -110,6 +110,14 @@ HEADLINES: dict[str, Callable[[Values], str]] = {
 }
 
 
+def _headline(experiment: str, values: Values) -> str:
+    """A dash where it is not known what the experiment's records say, or they have not all that it takes."""
+    try:
+        return HEADLINES[experiment](values)
+    except (KeyError, ValueError):
+        return "–"
+
+
 def overview(_records: list[Record]) -> str:
     """Experiment, question, what came out, machine, runs and their newest date."""
     rows = []
@@ -127,7 +135,7 @@ def overview(_records: list[Record]) -> str:
         second = folder / "again.jsonl"
         runs = "2" if second.exists() else "1"
         newest = max(record["date"] for record in (*records, *(read(second) if second.exists() else ())))
-        rows.append([link, question, HEADLINES[folder.name](values), ", ".join(machines), f"{runs}, {newest}"])
+        rows.append([link, question, _headline(folder.name, values), ", ".join(machines), f"{runs}, {newest}"])
     return markdown(["experiment", "question", "what came out", "machine", "runs, newest"], rows)
 
 

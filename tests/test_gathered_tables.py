@@ -85,3 +85,13 @@ def test_every_experiment_with_records_has_a_headline():
     experiments = Path(tables_overview.__file__).parent
     measured = {path.parent.name for path in experiments.glob("*/results.jsonl")}
     assert measured <= set(tables_overview.HEADLINES)
+    for name in measured:
+        came_out, machine = cells(tables_overview.overview([]), f"[{name}]")[1:3]
+        assert came_out != "–" != machine
+
+
+def test_a_run_cut_short_has_no_headline(folder):
+    (folder / "04_decode").mkdir()
+    (folder / "04_decode" / "README.md").write_text("# How near?\n")
+    write(folder, "04_decode", "decode_step", {"8B B=1 L=1024": {"vattn": 2.0}})
+    assert cells(tables_overview.overview([]), "[04_decode]")[1] == "–"
