@@ -16,6 +16,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 from common import markdown, read
+from tables_common import by_case, records_of
 from tables_layouts import LAYOUT_TABLES
 from tables_overview import OVERVIEW_TABLES
 from tables_paper import PAPER_TABLES
@@ -219,20 +220,11 @@ def page_sizes(records: list[Record]) -> str:
     )
 
 
-def _steps(records: list[Record]) -> dict[str, dict[str, float]]:
-    """Case -> system -> ms of a decode step."""
-    found: dict[str, dict[str, float]] = {}
-    for record in records:
-        if record["metric"] == "decode_step":
-            found.setdefault(record["case"], {})[record["system"]] = record["value"]
-    return found
-
-
 def decode_steps(records: list[Record]) -> str:
     """Every case against the limit and the peers: ms, and the limit's share of them."""
     systems = ("vattn", "torch-compile", "transformers-static-compile", "transformers-dynamic")
     rows = []
-    for case, values in _steps(records).items():
+    for case, values in by_case(records, "decode_step").items():
         if "limit" in values:
             cells = [f"{values[s]:.2f} ({values['limit'] / values[s]:.0%})" if s in values else "–" for s in systems]
             rows.append([case, f"{values['limit']:.2f}", *cells])
@@ -241,7 +233,7 @@ def decode_steps(records: list[Record]) -> str:
 
 def decode_ablations(records: list[Record]) -> str:
     """What each change adds to a step: µs and percent."""
-    cases = {case: values for case, values in _steps(records).items() if "vattn-no-graph" in values}
+    cases = {case: values for case, values in by_case(records, "decode_step").items() if "vattn-no-graph" in values}
     systems = list(dict.fromkeys(s for values in cases.values() for s in values if s.startswith("vattn-")))
     rows = [
         [system]
@@ -259,7 +251,7 @@ def decode_attention(records: list[Record]) -> str:
     systems = ["vattn", *(f"vattn-{n}" for n in ("triton-decode", "flash-attn-2", "flash-attn-3", "torch-varlen"))]
     rows = [
         [case, *(f"{values[system]:.2f}" if system in values else "–" for system in systems)]
-        for case, values in _steps(records).items()
+        for case, values in by_case(records, "decode_step").items()
         if "limit" in values
     ]
     return markdown(["case", "measured choice, ms", *(f"{system[6:]}, ms" for system in systems[1:])], rows)
@@ -305,14 +297,12 @@ def tables(folder: Path, records: list[Record]) -> str:
 
 def render(folder: Path) -> str:
     """The README of an experiment with its tables made anew."""
-    results = folder / "results.jsonl"
-    records = read(results) if results.exists() else []
-    if (folder / "again.jsonl").exists():
-        places = {(r["gpu"], r["case"], r["system"], r["metric"]): r for r in records}
-        for record in read(folder / "again.jsonl"):
-            place = (record["gpu"], record["case"], record["system"], record["metric"])
-            if place in places:
-                places[place]["again"] = record["value"]
+    records = records_of(folder)
+    places = {(r["gpu"], r["case"], r["system"], r["metric"]): r for r in records}
+    for record in records_of(folder, "again.jsonl"):
+        place = (record["gpu"], record["case"], record["system"], record["metric"])
+        if place in places:
+            places[place]["again"] = record["value"]
     text = (folder / "README.md").read_text()
     return _MARKED.sub(lambda match: match[1] + TABLES[match[2]](records) + match[3], text)
 

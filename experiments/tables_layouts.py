@@ -8,17 +8,9 @@ from typing import Any
 
 import numpy as np
 from common import markdown
+from tables_common import by_case
 
 Record = dict[str, Any]
-
-
-def _values(records: list[Record], metric: str) -> dict[str, dict[str, float]]:
-    """Case -> system -> value, both in the order of the records."""
-    found: dict[str, dict[str, float]] = {}
-    for record in records:
-        if record["metric"] == metric:
-            found.setdefault(record["case"], {})[record["system"]] = record["value"]
-    return found
 
 
 def _grid(records: list[Record], metric: str, unit: str, digits: int, ratio: str, columns: dict[str, str]) -> str:
@@ -29,7 +21,7 @@ def _grid(records: list[Record], metric: str, unit: str, digits: int, ratio: str
         ratio: one for the systems that vattn is compared with.
     """
     rows = []
-    for case, values in _values(records, metric).items():
+    for case, values in by_case(records, metric).items():
         row = [case, f"{values['limit']:,.{digits}f}"]
         for pattern in columns.values():
             times = [value for system, value in values.items() if re.fullmatch(pattern, system)]
@@ -44,7 +36,7 @@ def _grid(records: list[Record], metric: str, unit: str, digits: int, ratio: str
 
 def _by_system(records: list[Record], metric: str, unit: str, digits: int) -> str:
     """One metric: a row for each case, a column for each system, a dash where there is none."""
-    found = _values(records, metric)
+    found = by_case(records, metric)
     systems = list(dict.fromkeys(system for values in found.values() for system in values))
     rows = [
         [case, *(f"{values[s]:,.{digits}f}" if s in values else "–" for s in systems)] for case, values in found.items()
@@ -76,7 +68,7 @@ def decode_plans(records: list[Record]) -> str:
 def decode_growth(records: list[Record]) -> str:
     """Least squares over all cases, relative errors: µs = launch + bytes / bandwidth; and what that says of a case that
     does not fit in one GPU."""
-    found = _values(records, "decode_attention")
+    found = by_case(records, "decode_attention")
     systems = list(dict.fromkeys(system for values in found.values() for system in values if system != "limit"))
     rows = []
     for system in systems:
@@ -142,7 +134,7 @@ def layout_steps(records: list[Record]) -> str:
 
 def layout_host(records: list[Record]) -> str:
     """The host's time for the pages or blocks of a step: median and mean, µs."""
-    medians, means = _values(records, "host_step"), _values(records, "host_step_mean")
+    medians, means = by_case(records, "host_step"), by_case(records, "host_step_mean")
     systems = list(dict.fromkeys(system for values in medians.values() for system in values))
     rows = [[case, *(f"{values[s]:.0f} ({means[case][s]:.0f})" for s in systems)] for case, values in medians.items()]
     return markdown(["case", *(f"{system}, µs" for system in systems)], rows)

@@ -4,42 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from common import markdown, read
+from common import markdown
+from tables_common import Found, Record, best_paged, by_case, ratios, records_of, span
 
-Record = dict[str, Any]
-Found = dict[str, dict[str, float]]
 FOLDER = Path(__file__).parent
 _MISSING = "not measured yet"
 
 
 def _found(experiment: str, metric: str) -> Found:
-    """Case -> system -> value of an experiment's records; of all machines, as no experiment has two with a GPU."""
-    path, found = FOLDER / experiment / "results.jsonl", Found()
-    for record in read(path) if path.exists() else []:
-        if record["metric"] == metric:
-            found.setdefault(record["case"], {})[record["system"]] = record["value"]
-    return found
-
-
-def _ratios(found: Found, over: str, under: str, where: Callable[[str], bool] = lambda case: True) -> list[float]:
-    return [
-        values[over] / values[under] for case, values in found.items() if where(case) and {over, under} <= set(values)
-    ]
-
-
-def _span(ratios: list[float], digits: int = 2) -> str:
-    if not ratios:
-        return _MISSING
-    low, high = f"{min(ratios):.{digits}f}", f"{max(ratios):.{digits}f}"
-    return low if low == high else f"{low} to {high}"
+    return by_case(records_of(FOLDER / experiment), metric)
 
 
 def _all(parts: dict[str, list[float]], digits: int = 2) -> str:
     """``"name span, name span"``, or that nothing of it was measured."""
-    known = {name: ratios for name, ratios in parts.items() if ratios}
-    return ", ".join(f"{name} {_span(ratios, digits)}" for name, ratios in known.items()) or _MISSING
+    known = {name: values for name, values in parts.items() if values}
+    return ", ".join(f"{name} {span(known[name], digits)}" for name in known) or _MISSING
 
 
 def _prefill_kernels() -> list[list[str]]:
@@ -49,7 +29,7 @@ def _prefill_kernels() -> list[list[str]]:
         pairs = {"FA2": ("flash-attn-2", 256), "FlashInfer": ("flashinfer", 16), "FA3": ("flash-attn-3", 16)}
         return _all(
             {
-                f"{name} on {tokens}": _ratios(found, f"{system}-paged-{tokens}", f"{system}-contiguous", where)
+                f"{name} on {tokens}": ratios(found, f"{system}-paged-{tokens}", f"{system}-contiguous", where)
                 for name, (system, tokens) in pairs.items()
             }
         )
@@ -71,10 +51,10 @@ def _prefill() -> list[list[str]]:
     def longest(case: str) -> bool:
         return "total=65536" in case
 
-    paged = {f"blocks of {n}": _ratios(found, f"paged-{n}", "vattn", longest) for n in (16, 256)}
+    paged = {f"blocks of {n}": ratios(found, f"paged-{n}", "vattn", longest) for n in (16, 256)}
     first = {
-        "mapped first": _ratios(found, "vattn-sync-mapping", "vattn-parked"),
-        "while computing": _ratios(found, "vattn", "vattn-parked"),
+        "mapped first": ratios(found, "vattn-sync-mapping", "vattn-parked"),
+        "while computing": ratios(found, "vattn", "vattn-parked"),
     }
     return [
         ["prefill end to end: paged / contiguous", "192k: FA2 1.24 to 1.26 (figure 7)", f"64k, FA3: {_all(paged)}"],
@@ -92,9 +72,9 @@ def _decode() -> list[list[str]]:
     def at_16k(case: str) -> bool:
         return case.endswith("L=16384") and "B=128" not in case
 
-    flash = {"FA2 on 256": _ratios(found, "flash-attn-2-paged-256", "flash-attn-2-contiguous", at_16k)}
-    flash["FA3 on 16"] = _ratios(found, "flash-attn-3-paged-16", "flash-attn-3-contiguous", at_16k)
-    infer = _ratios(found, "flashinfer-tensor-cores-paged-16", "flash-attn-2-contiguous", at_16k)
+    flash = {"FA2 on 256": ratios(found, "flash-attn-2-paged-256", "flash-attn-2-contiguous", at_16k)}
+    flash["FA3 on 16"] = ratios(found, "flash-attn-3-paged-16", "flash-attn-3-contiguous", at_16k)
+    infer = ratios(found, "flashinfer-tensor-cores-paged-16", "flash-attn-2-contiguous", at_16k)
     sizes = [16, 64, 128, 256]
     by_size = {
         name: [
@@ -109,25 +89,20 @@ def _decode() -> list[list[str]]:
             ("FlashInfer (plain)", "flashinfer"),
         )
     }
-    steps = _found("10_layouts", "decode_step")
-    best = [
-        min(time for system, time in values.items() if system.startswith("paged-")) / values["vattn"]
-        for case, values in steps.items()
-        if at_16k(case)
-    ]
+    best = best_paged(_found("10_layouts", "decode_step"), at_16k)
     return [
         ["decode attention at 16k: paged / contiguous, batch 1 to 32", "FA2 about 1 (table 7)", _all(flash)],
-        ["… FlashInfer paged / FA2 contiguous", "step: up to 1.23 (figure 8)", _span(infer)],
+        ["… FlashInfer paged / FA2 contiguous", "step: up to 1.23 (figure 8)", span(infer) if infer else _MISSING],
         [
             "… the paged kernel of the day / FA2 contiguous",
             "vLLM 0.2.7's up to 2.8 (table 7)",
-            _all({"FA3 on 16": _ratios(found, "flash-attn-3-paged-16", "flash-attn-2-contiguous", at_16k)}),
+            _all({"FA3 on 16": ratios(found, "flash-attn-3-paged-16", "flash-attn-2-contiguous", at_16k)}),
         ],
         ["… slowest / fastest block size, 16 to 256 tokens", "vLLM's up to 1.9 (figure 3)", _all(by_size)],
         [
             "decode step at 16k: paged / contiguous",
             "FA2 about 1; vLLM's kernel 1.53 to 1.99 at batch 32 (figure 8)",
-            f"best of FA2, FA3 and all block sizes / vattn: {_span(best, 3)}" if best else _MISSING,
+            f"best of FA2, FA3 and all block sizes / vattn: {span(best, 3)}" if best else _MISSING,
         ],
     ]
 
