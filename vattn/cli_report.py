@@ -87,8 +87,7 @@ def memory_table(fullest: CacheStats, end: CacheStats) -> Table:
     for name, (field, meaning) in rows.items():
         table.add_row(name, *(format_bytes(getattr(stats, field)) for stats in (fullest, end)), meaning)
     names = ("create", "map", "set_access", "unmap", "release")
-    counts = {name: getattr(end, f"num_{name}") for name in names}
-    calls = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+    calls = ", ".join(f"{count} {name}" for name in names if (count := getattr(end, f"num_{name}")))
     table.add_row("driver calls", str(fullest.num_driver_calls), str(end.num_driver_calls), calls)
     return table
 
