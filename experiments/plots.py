@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt
 sys.path.insert(0, str(Path(__file__).parent))
 from common import read
 from plots_layouts import decode_attention, how_it_works, layouts, prefill_attention
-from tables import fields
+from tables_common import fields
 
 FOLDER = Path(__file__).parent
 STYLE = {  # colour, marker

@@ -6,7 +6,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.patches import ConnectionPatch, Rectangle
-from tables import fields
+from tables_common import fields
 
 Record = dict[str, Any]
 LINES = {  # name in the legend: system, colour, marker, line

@@ -16,7 +16,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 from common import markdown, read
-from tables_common import by_case, records_of
+from tables_common import by_case, fields, records_of
 from tables_layouts import LAYOUT_TABLES
 from tables_overview import OVERVIEW_TABLES
 from tables_paper import PAPER_TABLES
@@ -25,11 +25,6 @@ from tables_sharing import SHARING_TABLES
 FOLDER = Path(__file__).parent
 Record = dict[str, Any]
 _MARKED = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-
-
-def fields(case: str) -> dict[str, str]:
-    """``"driver=cuda handle=2MiB release"`` -> its words, those without a value under their own name."""
-    return dict(word.partition("=")[::2] for word in case.split())
 
 
 def number(record: Record | None) -> str:

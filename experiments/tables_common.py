@@ -17,6 +17,11 @@ def records_of(folder: Path, name: str = "results.jsonl") -> list[Record]:
     return read(folder / name) if (folder / name).exists() else []
 
 
+def fields(case: str) -> dict[str, str]:
+    """``"driver=cuda handle=2MiB release"`` -> its words, those without a value under their own name."""
+    return dict(word.partition("=")[::2] for word in case.split())
+
+
 def by_case(records: list[Record], metric: str) -> Found:
     """One metric: case -> system -> value, both in the order of the records."""
     found = Found()

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from common import markdown
-from tables_common import by_case
+from tables_common import by_case, fields
 
 Record = dict[str, Any]
 
@@ -87,7 +87,7 @@ def decode_growth(records: list[Record]) -> str:
 
 
 def _batch_tokens(case: str) -> int:
-    words = dict(word.split("=") for word in case.split() if "=" in word)
+    words = fields(case)
     return int(words["B"]) * int(words["L"])
 
 

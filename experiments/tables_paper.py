@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from common import markdown
-from tables_common import Found, Record, best_paged, by_case, ratios, records_of, span
+from tables_common import Found, Record, best_paged, by_case, fields, ratios, records_of, span
 
 FOLDER = Path(__file__).parent
 _MISSING = "not measured yet"
@@ -41,7 +41,7 @@ def _prefill_kernels() -> list[list[str]]:
 
 
 def _whole(case: str) -> bool:
-    words = dict(word.partition("=")[::2] for word in case.split())
+    words = fields(case)
     return words.get("new") == words["total"]
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from common import markdown
+from tables_common import fields
 
 Record = dict[str, Any]
 _MISSING = "Not measured yet: it takes an NVIDIA GPU.\n"
@@ -13,8 +14,7 @@ _MISSING = "Not measured yet: it takes an NVIDIA GPU.\n"
 
 def _part(records: list[Record], part: str) -> list[tuple[dict[str, str], Record]]:
     """(words of the case, record) of those whose case begins with the name of the part."""
-    split = ((record["case"].split(), record) for record in records)
-    return [(dict(word.partition("=")[::2] for word in words), record) for words, record in split if words[0] == part]
+    return [(fields(record["case"]), record) for record in records if record["case"].split()[0] == part]
 
 
 def _machine(record: Record) -> str:
