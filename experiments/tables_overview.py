@@ -172,6 +172,7 @@ def _layout_rows() -> list[list[str]]:
     admitted = by_case(records_of(FOLDER / "05_capacity"), "sequences")
     fits = admitted["driver=ledger limit=60GiB shape=8B trace=log-normal"]
     best = best_paged(by_case(records_of(FOLDER / "07_decode_attention"), "decode_attention"))
+    prefill = by_case(records_of(FOLDER / "11_prefill"), "prefill")
     return [
         [
             "sequences in 60 GiB, 8B, log-normal lengths",
@@ -183,6 +184,21 @@ def _layout_rows() -> list[list[str]]:
             "its own kernel, on its own layout",
             f"best paged kernel: {span(best)} times as long",
         ],
+        [
+            "a whole decode step, 8B, batch 1 to 64, 1k to 64k tokens",
+            "the same loop, on its own layout",
+            f"best of the blocks: {span(best_paged(by_case(records_of(FOLDER / '10_layouts'), 'decode_step')), 3)} "
+            "times as long",
+        ],
+        *(
+            [
+                f"a whole prefill, 8B, {total:,} tokens, mapping included",
+                f"{found['vattn']:,.0f} ms",
+                f"blocks of 16 tokens {found['paged-16']:,.0f}, of 256 {found['paged-256']:,.0f}",
+            ]
+            for total in (8192, 65536)
+            for found in [prefill[f"8B total={total} chunk=8192"]]
+        ),
     ]
 
 
