@@ -50,7 +50,7 @@ busy, idle = (vattn.KVCache(layout, 4, sys.argv[1], 64 << 20) for _ in range(2))
 held, go_on = threading.Event(), threading.Event()
 
 def inside():
-    with busy._lock, vattn.kv_cache.Uninterrupted():  # as in every operation
+    with busy._turns.lock, vattn.kv_cache.Uninterrupted():  # as in every operation
         held.set()
         go_on.wait()
 

@@ -21,6 +21,7 @@ ROOMS = [
         "stats",
         "undo",
         "interrupts",
+        "turns",
         "triton_support",
         "relaunch",
         "upload",

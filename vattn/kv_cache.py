@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,10 +23,12 @@ from .page_table import OverRead
 from .slots import LIVE, Slots
 from .stats import CacheStats, Event
 from .tensors import BackedRows, tensor_from_address
+from .turns import Turns, in_turn, in_turn_first
 
 __all__ = ["KVCache"]
 
 _CACHES: weakref.WeakSet[KVCache] = weakref.WeakSet()
+_Entered = tuple[Slots, np.ndarray]
 
 
 class KVCache:
@@ -66,7 +67,7 @@ class KVCache:
         over_read_masked: bool = False,
         driver: Driver | None = None,
     ) -> None:
-        self._lock = threading.RLock()
+        self._turns = Turns()
         self._slots_or_none: Slots | None = None
         self._closing = False
         if not isinstance(layout, KVLayout):
@@ -120,20 +121,12 @@ class KVCache:
             OutOfSlots: none is free, or the one named is not.
             ConfigError: there is no such slot.
         """
-        with self._lock, Uninterrupted() as guard:
-            slots = self._slots
-            if expect_len is not None:
-                expect_len = require_int("expect_len", expect_len, 0, self.layout.max_seq_len)
-            if slot is None:
-                slot = self._free_slot(slots.find_free(expect_len))
-            else:
-                slot = require_int("slot", slot, 0, self.max_slots - 1)
-                if not slots.is_free(slot):
-                    raise OutOfSlots(f"slot {slot} belongs to a sequence; release it first, or take another")
-            slots.start(slot)
-            guard.undo = partial(slots.end, slot)
+        with Uninterrupted() as guard:
+            slot = self._acquire(slot, expect_len)
+            guard.undo = partial(self._end, slot)
             return slot
 
+    @in_turn
     def ensure(self, slot: int, seq_len: int) -> None:
         """Back rows ``[0, seq_len)`` of a slot; new rows are private and writable. Never shrinks.
 
@@ -144,16 +137,16 @@ class KVCache:
             ConfigError: the slot is not live; ``seq_len`` is negative or beyond ``layout.max_seq_len``; a shared page
                 must be copied while a step is open on the slot; or a page must be mapped during graph capture.
         """
-        with self._lock:
-            slots = self._slots
-            slot = self._live(slot)
-            seq_len = require_int("seq_len", seq_len, 0, self.layout.max_seq_len)
-            if seq_len > slots.reach[slot]:
-                with Uninterrupted():
-                    slots.grow([(slot, seq_len)])
-            elif seq_len > slots.seq_len[slot]:
-                slots.seq_len[slot] = seq_len
+        slots = self._slots
+        slot = self._live(slot)
+        seq_len = require_int("seq_len", seq_len, 0, self.layout.max_seq_len)
+        if seq_len > slots.reach[slot]:
+            with Uninterrupted():
+                slots.grow([(slot, seq_len)])
+        elif seq_len > slots.seq_len[slot]:
+            slots.seq_len[slot] = seq_len
 
+    @in_turn
     def ensure_batch(
         self, slots: Sequence[int] | np.ndarray, seq_lens: Sequence[int] | np.ndarray, *, wait: bool = True
     ) -> None:
@@ -166,24 +159,23 @@ class KVCache:
         Raises:
             OutOfPages, ConfigError: as ``ensure``; ConfigError too when a slot is named twice.
         """
-        with self._lock:
-            state = self._slots
-            index, rows = self._live_batch(slots), int_array("seq_lens", seq_lens)
-            if index.shape != rows.shape:
-                raise ConfigError(f"slots and seq_lens must be of one length, got {index.size} and {rows.size}")
-            if not index.size:
-                return
-            if rows.min() < 0 or rows.max() > self.layout.max_seq_len:
-                wrong = rows[(rows < 0) | (rows > self.layout.max_seq_len)][0]
-                raise ConfigError(f"seq_lens must be at least 0 and at most {self.layout.max_seq_len}, got {wrong}")
-            short = np.flatnonzero(rows > state.reach[index])
-            longer = np.maximum(state.seq_len[index], rows)
-            if short.size:
-                with Uninterrupted():
-                    state.grow(list(zip(index[short].tolist(), rows[short].tolist(), strict=True)), wait)
-                    state.seq_len[index] = longer
-            else:
+        state = self._slots
+        index, rows = self._live_batch(slots), int_array("seq_lens", seq_lens)
+        if index.shape != rows.shape:
+            raise ConfigError(f"slots and seq_lens must be of one length, got {index.size} and {rows.size}")
+        if not index.size:
+            return
+        if rows.min() < 0 or rows.max() > self.layout.max_seq_len:
+            wrong = rows[(rows < 0) | (rows > self.layout.max_seq_len)][0]
+            raise ConfigError(f"seq_lens must be at least 0 and at most {self.layout.max_seq_len}, got {wrong}")
+        short = np.flatnonzero(rows > state.reach[index])
+        longer = np.maximum(state.seq_len[index], rows)
+        if short.size:
+            with Uninterrupted():
+                state.grow(list(zip(index[short].tolist(), rows[short].tolist(), strict=True)), wait)
                 state.seq_len[index] = longer
+        else:
+            state.seq_len[index] = longer
 
     def fork(self, slot: int, seq_len: int | None = None, into: int | None = None) -> int:
         """A new slot whose first ``seq_len`` rows (None: all) are those of ``slot``, sharing every whole page of them.
@@ -198,29 +190,19 @@ class KVCache:
             OutOfSlots, OutOfPages: as ``acquire`` and ``ensure``.
             ConfigError: ``seq_len`` is negative or beyond the slot's own.
         """
-        with self._lock, Uninterrupted() as guard:
-            slots = self._slots
-            slot = self._live(slot)
-            rows = self._rows_of("fork", slot, slots.seq_len[slot] if seq_len is None else seq_len)
-            if rows:
-                slots.refuse_capture("fork")  # before there is a child to take back
-            child = self.acquire(self._free_slot(slots.find_free(to_share=True)) if into is None else into)
-            try:
-                if rows:
-                    slots.fork(slot, child, rows)
-            except BaseException:
-                slots.end(child)
-                raise
-            guard.undo = partial(slots.end, child)
+        with Uninterrupted() as guard:
+            child = self._fork(slot, seq_len, into)
+            guard.undo = partial(self._end, child)
             return child
 
+    @in_turn
     def truncate(self, slot: int, seq_len: int) -> None:
         """Shorten a sequence and give back every whole page past it.
 
         Raises:
             ConfigError: ``seq_len`` is negative or beyond the slot's own.
         """
-        with self._lock, Uninterrupted():
+        with Uninterrupted():
             slots = self._slots
             slot = self._live(slot)
             slots.truncate(slot, self._rows_of("truncate", slot, seq_len))
@@ -231,9 +213,10 @@ class KVCache:
         Its pages stay mapped for the next sequence of the slot, which finds them zeroed, until they are needed
         elsewhere. No driver call, and no waiting.
         """
-        with self._lock, Uninterrupted():
-            self._slots.end(self._live(slot))
+        with Uninterrupted():
+            self._end(slot)
 
+    @in_turn
     def make_writable(self, slot: int, start: int, end: int) -> None:
         """Give the slot private copies of the shared pages under rows ``[start, end)``.
 
@@ -241,7 +224,7 @@ class KVCache:
             OutOfPages: no pages for the copies.
             ConfigError: the rows are not within ``[0, seq_len(slot))``, or a step is open on the slot.
         """
-        with self._lock, Uninterrupted():
+        with Uninterrupted():
             slots = self._slots
             slot = self._live(slot)
             start, end = require_int("start", start, 0), self._rows_of("make_writable", slot, end)
@@ -250,10 +233,10 @@ class KVCache:
             if start < end:
                 slots.make_writable(slot, start, end)
 
+    @in_turn
     def seq_len(self, slot: int) -> int:
         """Rows backed on request."""
-        with self._lock:
-            return int(self._slots.seq_len[self._live(slot)])
+        return int(self._slots.seq_len[self._live(slot)])
 
     # -- tensors -------------------------------------------------------------------------------------------------
     def k(self, layer: int) -> torch.Tensor:
@@ -270,6 +253,7 @@ class KVCache:
         """V of every slot, ``[max_slots, max_seq_len, num_kv_heads, v_head_dim]``; the same caution as for ``k``."""
         return self._view(self._v, layer)
 
+    @in_turn
     def rows(self, slot: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(k, v) of one sequence, each ``[seq_len, num_kv_heads, head_dim]``; safe for every torch operation.
 
@@ -277,10 +261,9 @@ class KVCache:
         sequences: ``make_writable`` first. What copies a whole storage (``torch.save``, ``copy.deepcopy``) copies what
         lies between these rows as well, other layers' above all: ``clone`` first.
         """
-        with self._lock:
-            rows, k, v = self.seq_len(slot), self.k(layer), self.v(layer)
-            backed_k, backed_v = self._backed_rows.of(slot, layer, int(self._slots.reach[slot]), k, v)
-            return backed_k[:rows], backed_v[:rows]
+        rows, k, v = int(self._slots.seq_len[self._live(slot)]), self.k(layer), self.v(layer)
+        backed_k, backed_v = self._backed_rows.of(slot, layer, int(self._slots.reach[slot]), k, v)
+        return backed_k[:rows], backed_v[:rows]
 
     # -- launching work ------------------------------------------------------------------------------------------
     @contextmanager
@@ -296,53 +279,61 @@ class KVCache:
             OutOfPages: rows past the end that kernels read unmasked lie on a shared page, after ``truncate``, and there
                 is no page to copy it to.
         """
-        entered: list[tuple[Slots, np.ndarray]] = []
+        entered: list[_Entered] = []
         try:
-            with self._lock, Uninterrupted():
-                state = self._slots
-                state.refuse_capture("step() itself")
-                wanted = self._live_batch(slots).copy()  # the caller may change his while the step is open
-                state.clean_over_read(wanted)
-                state.work.enter(wanted)
-                entered.append((state, wanted))
+            with Uninterrupted():
+                self._enter(slots, entered)
             yield
         finally:
             try:
-                self._leave(entered)
+                with Uninterrupted():
+                    self._leave(entered)
             except KeyboardInterrupt:  # it may have come before it could be put off
-                self._leave(entered)
+                with Uninterrupted():
+                    self._leave(entered)
                 raise
 
-    def _leave(self, entered: list[tuple[Slots, np.ndarray]]) -> None:
-        with Uninterrupted(), self._lock:
-            if entered:
-                state, slots = entered.pop()
-                state.work.leave(slots)
-                state.finish_deferred(wait=False)
+    @in_turn_first
+    def _enter(self, slots: Sequence[int] | np.ndarray, entered: list[_Entered]) -> None:
+        state = self._slots
+        state.refuse_capture("step() itself")
+        wanted = self._live_batch(slots).copy()  # the caller may change his while the step is open
+        state.clean_over_read(wanted)
+        state.work.enter(wanted)
+        entered.append((state, wanted))
+
+    @in_turn_first
+    def _leave(self, entered: list[_Entered]) -> None:
+        if entered:
+            state, slots = entered.pop()
+            state.work.leave(slots)
+            state.finish_deferred(wait=False)
 
     # -- looking -------------------------------------------------------------------------------------------------
+    @in_turn
     def stats(self) -> CacheStats:
         """A snapshot of what the cache has reserved, mapped and used."""
-        with self._lock:
-            return cache_stats(self._slots, self.layout.bytes_per_token)
+        return cache_stats(self._slots, self.layout.bytes_per_token)
 
+    @in_turn
     def events(self) -> tuple[Event, ...]:
         """The newest driver calls, oldest first."""
-        with self._lock:
-            return self._slots.driver.log.snapshot()
+        return self._slots.driver.log.snapshot()
 
+    @in_turn
     def check_integrity(self) -> None:
         """Raise AssertionError where slots, pages or the system's own count of them do not agree."""
-        with self._lock, Uninterrupted():  # the collector may end a loop, whose pages would go meanwhile
+        with Uninterrupted():  # the collector may end a loop, whose pages would go meanwhile
             check_integrity(self._slots)
 
     # -- memory and the end --------------------------------------------------------------------------------------
+    @in_turn
     def trim(self, keep_bytes: int = 0) -> int:
         """Give free and parked pages back to the driver, but for ``keep_bytes`` of them, which are free then.
 
         Waits for the work of released sequences. Returns the bytes given back.
         """
-        with self._lock, Uninterrupted():
+        with Uninterrupted():
             slots = self._slots
             keep_bytes = require_int("keep_bytes", keep_bytes, 0)
             if not self.driver.is_capturing():
@@ -351,6 +342,7 @@ class KVCache:
                 slots.backing.clear_strays()
             return slots.backing.pool.trim(keep_bytes)
 
+    @in_turn
     def close(self) -> None:
         """Wait for the work on the device, then free every page. Idempotent; later use raises ConfigError.
 
@@ -360,7 +352,7 @@ class KVCache:
             ConfigError: a step is open.
             DriverError: something could not be freed; calling ``close`` again tries what is left.
         """
-        with self._lock, Uninterrupted():
+        with Uninterrupted():
             if self._slots_or_none is None or os.getpid() != self._pid:  # a forked child has nothing to free
                 return
             slots = self._slots_or_none
@@ -389,6 +381,41 @@ class KVCache:
         state = "closed" if self._slots_or_none is None else f"device={self.device}, page_bytes={self.page_bytes}"
         return f"KVCache({self.layout!r}, max_slots={self.max_slots}, {state})"
 
+    # -- taking and ending slots ---------------------------------------------------------------------------------
+    @in_turn
+    def _acquire(self, slot: int | None, expect_len: int | None) -> int:
+        slots = self._slots
+        if expect_len is not None:
+            expect_len = require_int("expect_len", expect_len, 0, self.layout.max_seq_len)
+        if slot is None:
+            slot = self._free_slot(slots.find_free(expect_len))
+        slot = self._require_free(slot)
+        slots.start(slot)
+        return slot
+
+    @in_turn
+    def _fork(self, slot: int, seq_len: int | None, into: int | None) -> int:
+        slots = self._slots
+        slot = self._live(slot)
+        rows = self._rows_of("fork", slot, slots.seq_len[slot] if seq_len is None else seq_len)
+        if rows:
+            slots.refuse_capture("fork")  # before there is a child to take back
+        if into is None:
+            into = self._free_slot(slots.find_free(to_share=True))
+        child = self._require_free(into)
+        slots.start(child)
+        try:
+            if rows:
+                slots.fork(slot, child, rows)
+        except BaseException:
+            slots.end(child)
+            raise
+        return child
+
+    @in_turn
+    def _end(self, slot: int) -> None:
+        self._slots.end(self._live(slot))
+
     # -- checking arguments --------------------------------------------------------------------------------------
     @property
     def _slots(self) -> Slots:
@@ -411,6 +438,12 @@ class KVCache:
     def _free_slot(self, slot: int | None) -> int:
         if slot is None:
             raise OutOfSlots(f"all {self.max_slots} slots belong to sequences; release one, or raise max_slots")
+        return slot
+
+    def _require_free(self, slot: int) -> int:
+        slot = require_int("slot", slot, 0, self.max_slots - 1)
+        if not self._slots.is_free(slot):
+            raise OutOfSlots(f"slot {slot} belongs to a sequence; release it first, or take another")
         return slot
 
     def _live(self, slot: int) -> int:
@@ -446,7 +479,7 @@ class KVCache:
 def _begin_in_a_child() -> None:
     """After a fork: a lock may be held by a thread that is not here. What it guards is refused to a child anyway."""
     for cache in tuple(_CACHES):
-        cache._lock = threading.RLock()
+        cache._turns = Turns()
 
 
 os.register_at_fork(after_in_child=_begin_in_a_child)

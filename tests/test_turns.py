@@ -1,0 +1,144 @@
+"""Threads that wait for a cache get into it before the one that has just been there."""
+
+from __future__ import annotations
+
+import signal
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+import vattn
+from vattn.turns import Turns, in_turn, in_turn_first
+
+
+class Room:
+    def __init__(self) -> None:
+        self._turns = Turns()
+        self.num_done = 0
+
+    @in_turn
+    def work(self) -> None:
+        time.sleep(0.002)
+        self.num_done += 1
+
+    @in_turn_first
+    def hurry(self) -> int:
+        return self.num_done
+
+
+@contextmanager
+def over_and_over(work: Callable[[], object]) -> Iterator[None]:
+    """A thread that does nothing else."""
+    end = threading.Event()
+    failures: list[BaseException] = []
+
+    def loop() -> None:
+        try:
+            while not end.is_set():
+                work()
+        except BaseException as failure:
+            failures.append(failure)
+
+    thread = threading.Thread(target=loop)
+    thread.start()
+    try:
+        yield
+    finally:
+        end.set()
+        thread.join()
+    assert not failures, failures
+
+
+@pytest.mark.parametrize("call", [Room.work, Room.hurry])
+def test_who_waits_comes_next(call: Callable[[Room], object]) -> None:
+    room = Room()
+    overtaken = []
+    with over_and_over(room.work):
+        while room.num_done < 3:
+            time.sleep(0.001)
+        for _ in range(20):
+            before = room.num_done
+            call(room)
+            overtaken.append(room.num_done - before - (call is Room.work))
+            time.sleep(0.001)
+    assert statistics.median(overtaken) <= 1, overtaken  # the one that was inside; a plain lock: tens of them
+
+
+@pytest.mark.parametrize("operation", ["step", "ensure"])
+def test_a_thread_that_maps_does_not_keep_a_step_waiting(operation: str) -> None:
+    layout = vattn.KVLayout(4, 8, 128, 4096, torch.bfloat16)
+    num_done = 0
+    with vattn.KVCache(layout, 4, "cpu", memory_limit=256 << 20, page_bytes=65536) as cache:
+        mine = cache.acquire()
+        cache.ensure(mine, 16)
+
+        def churn() -> None:
+            nonlocal num_done
+            slot = cache.acquire()
+            for rows in range(256, 4097, 256):
+                cache.ensure(slot, rows)
+                num_done += 1
+            cache.release(slot)
+            cache.trim(keep_bytes=256 << 20)
+
+        overtaken = []
+        with over_and_over(churn):
+            while num_done < 3:
+                time.sleep(0.001)
+            for i in range(40):
+                before = num_done
+                if operation == "step":
+                    with cache.step([mine]):
+                        overtaken.append(num_done - before)
+                else:
+                    cache.ensure(mine, 17 + i)
+                    overtaken.append(num_done - before)
+                time.sleep(0.002)
+        cache.check_integrity()
+        assert statistics.median(overtaken) <= 2, overtaken
+
+
+def test_who_waits_in_vain_keeps_nobody() -> None:
+    room = Room()
+    room._turns.waiting.add(-1)  # a thread that never comes
+    start = time.perf_counter()
+    room.work()
+    assert time.perf_counter() - start < 1.0
+    assert room.num_done == 1
+
+
+def test_an_interrupt_while_waiting_leaves_the_line() -> None:
+    """Ctrl-C in an operation that waits for another thread's: it waits no more, and neither does anyone for it."""
+    with vattn.KVCache(vattn.KVLayout(1, 1, 64, 64, torch.float32), 1, "cpu", memory_limit=8 << 20) as cache:
+        slot = cache.acquire()
+        inside, leave = threading.Event(), threading.Event()
+
+        def stay() -> None:
+            with cache._turns.lock:
+                inside.set()
+                leave.wait(30)
+
+        def interrupt() -> None:
+            deadline = time.monotonic() + 30
+            while not cache._turns.waiting and time.monotonic() < deadline:
+                time.sleep(0.001)
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+        threads = [threading.Thread(target=stay), threading.Thread(target=interrupt)]
+        threads[0].start()
+        inside.wait(30)
+        threads[1].start()
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                cache.seq_len(slot)
+            assert not cache._turns.waiting
+        finally:
+            leave.set()
+            for thread in threads:
+                thread.join()
+        assert cache.seq_len(slot) == 0
