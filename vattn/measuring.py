@@ -24,7 +24,7 @@ __all__ = ["candidates", "graph_us", "measure_attention", "measure_linear", "mea
 PREFILL_BACKENDS = ("flash-attn-3", "flash-attn-2", "torch-varlen")
 _BUSY_CYCLES = 2_000_000  # of waiting on the GPU, about a millisecond, while the host launches what is timed
 _MIN_GAIN = 1.01  # a kernel has to beat cuBLAS by this much: measurements have noise
-_COLD_BYTES = 400 << 20  # of weights, or of K and V, to go through, so that none are left in the L2 cache
+_COLD_BYTES = 400 << 20  # of weights to go through, so that none are left in the L2 cache
 
 
 def _dots(*tiles: tuple[int, int, int, int], splits: Sequence[int] = (1, 2, 4)) -> list[LinearConfig]:
@@ -200,9 +200,7 @@ def measure_attention(
     """
     records = []
     for batch, context in cases:
-        # Enough layers that none of their K and V are left in the L2 cache when a replay comes back to them.
-        layer_bytes = batch * context * num_kv_heads * head_dim * 2 * dtype.itemsize
-        num_layers = max(4, min(32, -(-_COLD_BYTES // layer_bytes)))
+        num_layers = _layers_of(batch * context * num_kv_heads * head_dim * 2 * dtype.itemsize, device)
         layout = KVLayout(num_layers, num_kv_heads, head_dim, context + 64, dtype)
         margin = max(backend.over_read_tokens for backend in decode_backends())
         with KVCache(layout, batch, device, over_read_tokens=margin) as cache:
@@ -263,7 +261,8 @@ def measure_prefill(
     records = []
     names = [name for name in PREFILL_BACKENDS if get(name).supports(device, dtype, head_dim) is None]
     for new, total in cases:
-        layout = KVLayout(4, num_kv_heads, head_dim, total + 256, dtype)
+        num_layers = _layers_of(total * num_kv_heads * head_dim * 2 * dtype.itemsize, device)
+        layout = KVLayout(num_layers, num_kv_heads, head_dim, total + 256, dtype)
         margin = max((get(name).over_read_tokens for name in names), default=0)
         with KVCache(layout, 1, device, over_read_tokens=margin) as cache:
             slot = cache.acquire()
@@ -294,6 +293,14 @@ def measure_prefill(
         report(record)
         records.append(record)
     return records
+
+
+def _layers_of(layer_bytes: int, device: torch.device) -> int:
+    """As many layers as a model has, or fit into half of the free memory: those of a token lie side by side, and how
+    far its neighbour is changes what kernels take. Where a layer is small, that also keeps the L2 cache cold.
+    """
+    free_bytes, _ = torch.cuda.mem_get_info(device)
+    return max(4, min(32, free_bytes // 2 // layer_bytes))
 
 
 def _attend(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -33,17 +34,20 @@ class Beside:
         pages_per_s: put behind its sequences: mapped, shared or taken over.
         parks: whether released sequences leave their pages mapped; else all are unmapped, and mapped again.
         forks: whether every second sequence shares the first half of another.
+        switch_ms: of ``sys.setswitchinterval`` meanwhile, after which a thread that runs Python lets others; None: 5.
     """
 
     where: str
     pages_per_s: int
     parks: bool
     forks: bool = True
+    switch_ms: float | None = None
 
     @property
     def system(self) -> str:
         how = ("parked" if self.parks else "mapping") + ("" if self.forks else "-no-forks")
-        return f"{self.where}-{how}-{self.pages_per_s}"
+        switch = "" if self.switch_ms is None else f"-switch-{self.switch_ms:g}ms"
+        return f"{self.where}-{how}-{self.pages_per_s}{switch}"
 
 
 BESIDE = (
@@ -53,6 +57,7 @@ BESIDE = (
     Beside("same-cache", 10_000, parks=False),
     Beside("own-cache", 10_000, parks=False),
     Beside("ledger", 10_000, parks=False),
+    Beside("ledger", 10_000, parks=False, switch_ms=0.5),
 )
 
 
@@ -78,6 +83,7 @@ class Churn:
         self._stop = threading.Event()
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._work, name="churn")
+        self._switch_s = sys.getswitchinterval()
 
     def _cycle(self) -> None:
         parent = self.cache.acquire(expect_len=ROWS)
@@ -114,12 +120,15 @@ class Churn:
             self._failure = failure
 
     def __enter__(self) -> Churn:
+        if self.beside.switch_ms is not None:
+            sys.setswitchinterval(self.beside.switch_ms / 1e3)
         self._thread.start()
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._stop.set()
         self._thread.join()
+        sys.setswitchinterval(self._switch_s)
         if self._failure is not None and error is None:
             raise self._failure
 

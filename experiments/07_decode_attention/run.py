@@ -30,6 +30,7 @@ NEEDS = ("cuda",)
 READ_BYTES_PER_S = 3.03e12  # read-only, measured on an H100
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 32, 8, 128
 COLD_BYTES = 400 << 20  # of K and V to go through, so that none are left in the L2 cache
+NUM_LAYERS, CACHE_BYTES = 32, 40e9  # of vattn's cache: a whole model's, interleaved, or as many as this memory holds
 BLOCK_TOKENS = (16, 64, 128, 256)
 CASES = [(b, n) for b in (1, 8, 32, 128) for n in (1024, 4096, 16384, 65536) if b * n <= 1 << 21]
 CONTIGUOUS = ("flash-attn-2", "flash-attn-3", "triton-decode")
@@ -48,8 +49,9 @@ def reference(cache: KVCache, q: torch.Tensor, slots: list[int], chosen: list[in
     return torch.stack(out)
 
 
-def over_vattn(cache: KVCache, q: torch.Tensor, batch: DecodeBatch) -> Iterator[tuple[str, Launch]]:
+def over_vattn(cache: KVCache, layers: list[int], q: torch.Tensor, batch: DecodeBatch) -> Iterator[tuple[str, Launch]]:
     """The backend that vattn takes by itself, then each by name."""
+    views = [(cache.k(layer), cache.v(layer)) for layer in layers]
     length = batch.max_end - 64
     chosen = default_decode(cache.layout, q.device, batch.batch_size, length, NUM_HEADS)
     for system, backend in (("vattn", chosen), *((f"vattn-{name}", get(name)) for name in CONTIGUOUS)):
@@ -57,37 +59,37 @@ def over_vattn(cache: KVCache, q: torch.Tensor, batch: DecodeBatch) -> Iterator[
             print(f"{system}: {reason}")
             continue
         bound = bind(backend)
-        yield system, lambda layer, bound=bound: bound(q, cache.k(layer), cache.v(layer), batch, scale=HEAD_DIM**-0.5)
+        yield system, lambda index, bound=bound: bound(q, *views[index], batch, scale=HEAD_DIM**-0.5)
 
 
-def over_tensors(cache: KVCache, slots: list[int], q: torch.Tensor, length: int) -> Iterator[tuple[str, Launch]]:
+def over_tensors(
+    cache: KVCache, layers: list[int], slots: list[int], q: torch.Tensor, length: int
+) -> Iterator[tuple[str, Launch]]:
     """Copies of K and V in ordinary memory, a tensor each of every layer: what the kernels were written for."""
-    pairs = [
-        tuple(torch.stack([cache.rows(slot, layer)[i] for slot in slots]) for i in range(2))
-        for layer in cache.layout.layers
-    ]
+    pairs = [tuple(torch.stack([cache.rows(slot, layer)[i] for slot in slots]) for i in range(2)) for layer in layers]
     order = torch.arange(len(slots), dtype=torch.int32, device=q.device)
     batch = DecodeBatch(order, torch.full_like(order, length - 1), torch.full_like(order, length), length)
     for name in CONTIGUOUS[:2]:
         if get(name).supports(q.device, q.dtype, HEAD_DIM) is None:
             yield (
                 f"{name}-contiguous",
-                lambda layer, name=name: get(name)(q, *pairs[layer], batch, scale=HEAD_DIM**-0.5),
+                lambda index, name=name: get(name)(q, *pairs[index], batch, scale=HEAD_DIM**-0.5),
             )
 
 
 def over_blocks(
-    cache: KVCache, slots: list[int], q: torch.Tensor, length: int, block_tokens: int
+    cache: KVCache, layers: list[int], slots: list[int], q: torch.Tensor, length: int, block_tokens: int
 ) -> Iterator[tuple[str, Launch]]:
     """The same K and V in blocks, which lie in any order."""
     size, blocks = len(slots), len(slots) * -(-length // block_tokens)
-    with PagedKVCache(cache.layout, size, q.device, num_blocks=blocks, block_tokens=block_tokens) as paged:
+    layout = KVLayout(len(layers), NUM_KV_HEADS, HEAD_DIM, cache.layout.max_seq_len, q.dtype)
+    with PagedKVCache(layout, size, q.device, num_blocks=blocks, block_tokens=block_tokens) as paged:
         random.Random(0).shuffle(paged._free)
         for slot in slots:
             target = paged.acquire()
             paged.ensure(target, length)
-            for layer in cache.layout.layers:
-                paged.write(target, layer, *cache.rows(slot, layer))
+            for index, layer in enumerate(layers):
+                paged.write(target, index, *cache.rows(slot, layer))
         with paged.step(range(size)):
             pass
         order = torch.arange(size, dtype=torch.int32, device=q.device)
@@ -123,7 +125,9 @@ PLANS: dict[str, list[float]] = {}
 def run_case(records: Records, size: int, length: int) -> None:
     case = f"8B B={size} L={length}"
     layer_bytes = size * length * NUM_KV_HEADS * HEAD_DIM * 4
-    num_layers = max(2, min(32, -(-COLD_BYTES // layer_bytes)))
+    num_layers = max(2, min(NUM_LAYERS, int(CACHE_BYTES // layer_bytes)))
+    num_timed = max(2, min(num_layers, -(-COLD_BYTES // layer_bytes)))
+    layers = [i * num_layers // num_timed for i in range(num_timed)]  # of the cache: those that are read
     records.add(case, "limit", "decode_attention", "us", [layer_bytes / READ_BYTES_PER_S * 1e6])
     layout = KVLayout(num_layers, NUM_KV_HEADS, HEAD_DIM, length + 64, torch.bfloat16)
     margin = max(backend.over_read_tokens for backend in decode_backends())
@@ -133,23 +137,23 @@ def run_case(records: Records, size: int, length: int) -> None:
         random.Random(1).shuffle(slots)
         cache.ensure_batch(slots, [length] * size)
         for slot in slots:
-            for layer in range(num_layers):
+            for layer in layers:
                 for rows in cache.rows(slot, layer):
                     rows.normal_(generator=generator)
         q = torch.randn(size, NUM_HEADS, HEAD_DIM, device="cuda", dtype=torch.bfloat16, generator=generator)
         index = torch.tensor(slots, dtype=torch.int32, device="cuda")
         batch = DecodeBatch(index, torch.full_like(index, length - 1), torch.full_like(index, length), length + 64)
         chosen = sorted({0, size // 2, size - 1})
-        expected = reference(cache, q, slots, chosen, num_layers - 1)
+        expected = reference(cache, q, slots, chosen, layers[-1])
 
         def record(system: str, launch: Launch) -> None:
-            found = launch(num_layers - 1)[chosen].float()
+            found = launch(num_timed - 1)[chosen].float()
             error = (found - expected).abs().max().item()
             assert error < 2e-2 * expected.abs().max().item() + 1e-3, f"{case} {system}: off by {error}"
-            records.add(case, system, "decode_attention", "us", replays_us(launch, num_layers, 20))
+            records.add(case, system, "decode_attention", "us", replays_us(launch, num_timed, 20))
 
-        sources = [over_vattn(cache, q, batch), over_tensors(cache, slots, q, length)]
-        sources += [over_blocks(cache, slots, q, length, block_tokens) for block_tokens in BLOCK_TOKENS]
+        sources = [over_vattn(cache, layers, q, batch), over_tensors(cache, layers, slots, q, length)]
+        sources += [over_blocks(cache, layers, slots, q, length, block_tokens) for block_tokens in BLOCK_TOKENS]
         for number, source in enumerate(sources):
             with records.going_on(f"{case} source {number}"):
                 for system, launch in source:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import argparse
 import gc
+import random
 import statistics
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,7 +34,9 @@ PAGED = {"flash-attn-3": (16, 64, 128, 256), "flash-attn-2": (256,), "flashinfer
 SCALE = HEAD_DIM**-0.5
 NUM_LAYERS = 32  # of the cache; what is timed is one of them
 MAPPED_TOO = (16384, 32768, 65536)  # whole prompts timed with mapping beside them as well
-BUSY_CYCLES = 2_000_000  # of waiting on the GPU, a millisecond, while the host launches what is timed
+BUSY_CYCLES, BUSY_MS = 2_000_000, 1.0  # of waiting on the GPU while the host launches what is timed
+PAGE_TOKENS = 16
+BESIDE_PAGES, BESIDE_STEP = 4096, 8  # that are mapped beside, at most, and at a time
 
 Launch = Callable[[], torch.Tensor]
 
@@ -148,40 +152,53 @@ def timed(launch: Launch, busy: bool = True) -> tuple[torch.cuda.Event, torch.cu
 
 
 @contextmanager
-def mapping_beside() -> Iterator[list[int]]:
-    """Another sequence's pages come and go meanwhile, as fast as a thread can; yields how many came."""
+def mapping_beside(cache: KVCache) -> Iterator[list[int]]:
+    """A sequence of another cache gets pages meanwhile, as fast as a thread can map them; yields how many it got.
+
+    They were another's: mapped, and zeroed on a stream of the thread's. It never waits for the GPU, as it would have to
+    for unmapping: the zeroing comes when the kernel leaves room for it.
+    """
     pages, done = [0], threading.Event()
-    with KVCache(KVLayout(NUM_LAYERS, NUM_KV_HEADS, HEAD_DIM, 4096, torch.bfloat16), 1, "cuda") as cache:
-        cache.ensure(cache.acquire(), 4096)
+    slot = cache.acquire()
 
-        def churn() -> None:
-            with torch.cuda.stream(torch.cuda.Stream()):
-                while not done.is_set():
-                    cache.truncate(0, 0)
-                    cache.ensure(0, 1024)
-                    pages[0] += 1024 // 16
+    def grow() -> None:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            while not done.is_set() and pages[0] < BESIDE_PAGES:
+                cache.ensure(slot, (pages[0] + BESIDE_STEP) * PAGE_TOKENS)
+                pages[0] += BESIDE_STEP
 
-        thread = threading.Thread(target=churn)
-        thread.start()
-        try:
-            yield pages
-        finally:
-            done.set()
-            thread.join()
+    thread = threading.Thread(target=grow)
+    thread.start()
+    try:
+        while not pages[0]:
+            time.sleep(1e-4)
+        yield pages
+    finally:
+        done.set()
+        thread.join()
+        torch.cuda.synchronize()
+        cache.truncate(slot, 0)
+        cache.release(slot)
 
 
 def run_mapping(records: Records, cache: KVCache, slot: int, total: int, launch: Launch) -> None:
     """The same with mapping: beside it, and before it, of which a layer bears its share."""
     case, beside, kernel, rates = f"8B new={total} total={total}", [], [], []
-    for _ in range(6):
-        kernel.append(timed(launch))
-        torch.cuda.synchronize()
-        with mapping_beside() as pages:
-            before = pages[0]
-            start, end = timed(launch)
+    others = KVLayout(NUM_LAYERS, NUM_KV_HEADS, HEAD_DIM, BESIDE_PAGES * PAGE_TOKENS, torch.bfloat16)
+    with KVCache(others, 1, "cuda", memory_limit=BESIDE_PAGES << 21) as other:
+        other.ensure(other.acquire(), others.max_seq_len)  # makes the pages
+        other.truncate(0, 0)
+        other.release(0)
+        for _ in range(6):
+            kernel.append(timed(launch))
             torch.cuda.synchronize()
-            rates.append((pages[0] - before) / (start.elapsed_time(end) + 1))
-        beside.append((start, end))
+            with mapping_beside(other) as pages:
+                before = pages[0]
+                start, end = timed(launch)
+                end.synchronize()
+                assert pages[0] < BESIDE_PAGES, "the pages ran out before the kernel had ended"
+                rates.append((pages[0] - before) / (start.elapsed_time(end) + BUSY_MS))
+            beside.append((start, end))
     alone = [start.elapsed_time(end) for start, end in kernel]
     records.add(case, "vattn-mapping-beside", "prefill_attention", "ms", [s.elapsed_time(e) for s, e in beside])
     records.add(
@@ -217,10 +234,10 @@ def run_shape(records: Records, new: int, total: int) -> None:
                     systems[system] = launch
         events: dict[str, list[Any]] = {system: [] for system in systems}
         order = list(systems)
-        # In turn, and each at every place: a hot GPU is slower, and what ran before says how hot it is.
-        for index in range(len(order) if flops(new, total) < 40e12 else 4):
-            shift = index * max(1, len(order) // 4) % len(order)
-            for system in order[shift:] + order[:shift]:
+        # In turn, in an order drawn anew each time: a hot GPU is slower, and what ran before says how hot it is.
+        drawn = random.Random(new + total)
+        for _ in range(len(order) if flops(new, total) < 40e12 else 4):
+            for system in drawn.sample(order, len(order)):
                 events[system].append(timed(systems[system]))
         torch.cuda.synchronize()
         for system, pairs in events.items():

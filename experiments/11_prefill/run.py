@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import argparse
 import gc
+import random
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,8 @@ CHUNK = 8192
 FIRST_CHUNK = 2048  # where pages are mapped meanwhile: long enough to hide those of the other 6,144 tokens
 SUPER_PAGE_BYTES = 16 << 20
 ROUNDS = 4  # the first one makes pages, the others use them again
+
+Prompt = Callable[[], tuple[float, torch.Tensor]]  # computes one: milliseconds, and the logits of its last token
 
 
 def flops(model: Llama, total: int) -> float:
@@ -111,58 +115,96 @@ def prefill_ms(launch: Callable[[int, int], None], prepare: Callable[[int], None
     return (time.perf_counter() - begin) * 1e3
 
 
-def run_vattn(
-    model: Llama, tokens: torch.Tensor, kind: str, page_bytes: int | None = None, rounds: int = ROUNDS
-) -> tuple[list[float], torch.Tensor]:
-    """(milliseconds of each round, logits of the last token)."""
+@contextmanager
+def over_vattn(model: Llama, tokens: torch.Tensor, kind: str, page_bytes: int | None = None) -> Iterator[Prompt]:
     total, backend = len(tokens), get("flash-attn-3")
     layout, margin = model.kv_layout(total + 256), backend.over_read_tokens
-    with KVCache(layout, 1, model.device, page_bytes=page_bytes, over_read_tokens=margin) as cache:
-        samples = []
-        for _ in range(rounds):
+    limit = total * layout.bytes_per_token + (64 << 20)  # others' pages have to fit beside it
+    with KVCache(layout, 1, model.device, limit, page_bytes=page_bytes, over_read_tokens=margin) as cache:
+
+        def prompt() -> tuple[float, torch.Tensor]:
             slot = cache.acquire()
             logits = torch.empty(0)
 
-            def launch(start: int, end: int, slot: int = slot) -> None:
+            def launch(start: int, end: int) -> None:
                 nonlocal logits
                 batch = AttentionBatch.build([slot], [end - start], [end], model.device)
                 with cache.step([slot]):
                     logits = model(tokens[start:end], batch, cache, backend)
 
-            samples.append(
-                prefill_ms(launch, lambda end, slot=slot: cache.ensure(slot, end), total, kind == "overlapped")
-            )
+            took = prefill_ms(launch, lambda end: cache.ensure(slot, end), total, kind == "overlapped")
             if kind != "parked":
                 cache.truncate(slot, 0)  # unmapped, and free for any slot
             cache.release(slot)
-    return samples, logits
+            return took, logits
+
+        yield prompt
 
 
-def run_paged(model: Llama, tokens: torch.Tensor, block_tokens: int) -> tuple[list[float], torch.Tensor]:
-    """The same over blocks."""
+@contextmanager
+def over_blocks(model: Llama, tokens: torch.Tensor, block_tokens: int) -> Iterator[Prompt]:
     total = len(tokens)
     blocks = -(-total // block_tokens) + 1
     with PagedKVCache(
         model.kv_layout(total + 256), 1, model.device, num_blocks=blocks, block_tokens=block_tokens
     ) as cache:
-        prefill, samples = PagedPrefill(cache), []
-        for _ in range(ROUNDS):
+        prefill = PagedPrefill(cache)
+
+        def prompt() -> tuple[float, torch.Tensor]:
             slot = cache.acquire()
             logits = torch.empty(0)
 
-            def prepare(end: int, slot: int = slot) -> None:
+            def prepare(end: int) -> None:
                 cache.ensure(slot, end)
                 with cache.step([slot]):
                     pass
 
-            def launch(start: int, end: int, slot: int = slot) -> None:
+            def launch(start: int, end: int) -> None:
                 nonlocal logits
                 batch = AttentionBatch.build([slot], [end - start], [end], model.device)
                 logits = model(tokens[start:end], batch, prefill, prefill)  # type: ignore[arg-type]
 
-            samples.append(prefill_ms(launch, prepare, total, False))
+            took = prefill_ms(launch, prepare, total, False)
             cache.release(slot)
-    return samples, logits
+            return took, logits
+
+        yield prompt
+
+
+def run_case(records: Records, model: Llama, tokens: torch.Tensor) -> None:
+    """All systems side by side, in turn, in an order drawn anew each round: a hot GPU is slower."""
+    case = f"8B total={len(tokens)} chunk={CHUNK}"
+    records.add(case, "limit", "prefill", "ms", [flops(model, len(tokens)) / DENSE_FLOPS * 1e3])
+    with over_vattn(model, tokens, "parked") as warm_up:  # kernels are loaded, and the GPU is warm
+        _, expected = warm_up()
+    with ExitStack() as stack:
+        prompts: dict[str, Prompt] = {
+            system: stack.enter_context(opened)
+            for system, opened in {
+                "vattn-parked": over_vattn(model, tokens, "parked"),
+                "vattn": over_vattn(model, tokens, "overlapped"),
+                "vattn-sync-mapping": over_vattn(model, tokens, "sync"),
+                "vattn-16MiB-pages": over_vattn(model, tokens, "overlapped", SUPER_PAGE_BYTES),
+                "paged-16": over_blocks(model, tokens, 16),
+                "paged-256": over_blocks(model, tokens, 256),
+            }.items()
+        }
+        samples: dict[str, list[float]] = {system: [] for system in prompts}
+        order = list(prompts)
+        drawn = random.Random(len(tokens))
+        for _ in range(ROUNDS):
+            for system in drawn.sample(order, len(order)):
+                with records.going_on(f"{case} {system}"):
+                    took, logits = prompts[system]()
+                    error = (logits.float() - expected.float()).abs().max().item()
+                    assert error < 2e-2 * expected.abs().max().item(), f"{case} {system}: off by {error}"
+                    samples[system].append(took)
+    for system, found in samples.items():
+        records.add(case, system, "prefill", "ms", found[1:])
+        records.add(case, system, "prefill_first", "ms", found[:1])
+    gc.collect()
+    torch.cuda.empty_cache()
+    records.write()
 
 
 def main() -> None:
@@ -175,32 +217,9 @@ def main() -> None:
     model = Llama.random(LlamaConfig.from_hf(hf_shape("8B")), device="cuda", dtype=torch.bfloat16)
     generator = torch.Generator("cuda").manual_seed(0)
     for total in TOTALS[: 2 if options.quick else None]:
-        case = f"8B total={total} chunk={CHUNK}"
-        records.add(case, "limit", "prefill", "ms", [flops(model, total) / DENSE_FLOPS * 1e3])
         tokens = torch.randint(0, model.config.vocab_size, (total,), device="cuda", generator=generator)
-        systems: dict[str, Callable[[], tuple[list[float], torch.Tensor]]] = {
-            "vattn-parked": lambda: run_vattn(model, tokens, "parked"),  # noqa: B023
-            "vattn": lambda: run_vattn(model, tokens, "overlapped"),  # noqa: B023
-            "vattn-sync-mapping": lambda: run_vattn(model, tokens, "sync"),  # noqa: B023
-            "vattn-16MiB-pages": lambda: run_vattn(model, tokens, "overlapped", SUPER_PAGE_BYTES),  # noqa: B023
-            "paged-16": lambda: run_paged(model, tokens, 16),  # noqa: B023
-            "paged-256": lambda: run_paged(model, tokens, 256),  # noqa: B023
-        }
         with torch.inference_mode():
-            with records.going_on(f"{case} warm-up"):  # kernels are loaded, and the GPU is as hot as it will be
-                run_vattn(model, tokens, "parked", rounds=2)
-            expected = None
-            for system, run in systems.items():
-                with records.going_on(f"{case} {system}"):
-                    samples, logits = run()
-                    expected = logits.float() if expected is None else expected
-                    error = (logits.float() - expected).abs().max().item()
-                    assert error < 2e-2 * expected.abs().max().item(), f"{case} {system}: off by {error}"
-                    records.add(case, system, "prefill", "ms", samples[1:])
-                    records.add(case, system, "prefill_first", "ms", samples[:1])
-                gc.collect()
-                torch.cuda.empty_cache()
-        records.write()
+            run_case(records, model, tokens)
     records.end()
 
 
