@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from vattn.attention import AttentionBackend, AttentionBatch
+from vattn.errors import ConfigError
 from vattn.layout import KVLayout, LayerGroup
 
 from .config import LlamaConfig
@@ -255,7 +256,12 @@ class Llama(nn.Module):
 
         Returns:
             Logits in the weights' dtype, ``[batch, vocab_size]``; ``[T, vocab_size]`` with ``all_logits``.
+
+        Raises:
+            ConfigError: the batch has ``starts``: rows of padding.
         """
+        if batch.starts is not None:
+            raise ConfigError("this model takes packed tokens: a batch without starts, that is without padding")
         x = self.embed_tokens(tokens)
         cos, sin = self.rope(batch.token_positions)
         for layer in self.layers:

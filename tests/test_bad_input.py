@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import torch
 
 import vattn
 from vattn import ConfigError, KVCache, KVLayout, OutOfSlots
+from vattn.driver import HostDriver
 from vattn.driver.cuda import unavailable
 
 MAX_SLOTS, MAX_SEQ_LEN, SEQ_LEN = 4, 4096, 1500
@@ -298,6 +301,17 @@ def test_cuda_where_there_is_none(device):
 @pytest.mark.parametrize("device", ["cuda:99", 99, torch.device("cuda:99")])
 def test_a_cuda_device_too_many(device):
     refuse_to_open("99", device=device)
+
+
+@pytest.mark.parametrize("driver", ["ledger", "", 0, HostDriver], ids=repr)
+def test_drivers(driver):
+    refuse_to_open("driver", "LedgerDriver", driver=driver)
+
+
+@pytest.mark.parametrize("copy_of", [copy.copy, copy.deepcopy, pickle.dumps], ids=lambda each: each.__name__)
+def test_a_cache_is_not_copied(cache, copy_of):
+    with pytest.raises(TypeError, match="rows"):
+        copy_of(cache)
 
 
 @pytest.mark.parametrize("layout", [None, {}, "8B", KVLayout, LAYOUT.groups[0]], ids=repr)

@@ -6,6 +6,8 @@ failed assertion, not a fault.
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from stream_driver import StreamDriver
@@ -319,3 +321,73 @@ def test_mapping_ahead_does_not_wait(cache, driver, how):
     driver.synchronize()
     cache.ensure_batch([other], [4 * 64], wait=False)
     assert driver.num_waits == 0
+
+
+# -- waiting is nobody else's -----------------------------------------------------------------------------------------
+def blocks(cache: vattn.KVCache, other: int) -> list[bool]:
+    """Work on the current stream during which another thread calls the cache; whether it came through."""
+    found: list[bool] = []
+
+    def work() -> None:
+        thread = threading.Thread(target=cache.ensure, args=(other, 1), daemon=True)
+        thread.start()
+        thread.join(5)
+        found.append(not thread.is_alive())
+
+    cache.driver.launch(work)
+    return found
+
+
+@pytest.mark.parametrize(
+    "operation", ["truncate", "truncate in use elsewhere", "trim", "ensure", "make_writable", "fork"]
+)
+def test_others_use_the_cache_while_one_waits_for_the_gpu(cache, driver, operation):
+    other = new(cache, 1)
+    if operation == "make_writable":
+        slot = new(cache, 64)
+        cache.fork(slot)
+    elif operation == "fork":  # into a slot whose parked pages have to go first
+        parent, slot = new(cache, 64), new(cache, 64)
+    else:
+        slot = new(cache, 128)
+    with driver.stream(1 if operation == "truncate in use elsewhere" else 0), cache.step([slot]):
+        found = blocks(cache, other)
+    if operation.startswith("truncate"):
+        cache.truncate(slot, 0)
+    elif operation == "trim":
+        cache.release(slot)
+        assert cache.trim() == 2 * PAGE
+    elif operation == "ensure":  # of the four pages one is other's, two are the slot's
+        cache.release(slot)
+        cache.ensure(cache.acquire(5), 3 * 64)
+    elif operation == "make_writable":
+        cache.make_writable(slot, 0, 1)
+    else:
+        cache.release(slot)
+        cache.fork(parent, into=slot)
+    assert found == [True]
+    assert driver.num_waits >= 1
+
+
+def test_new_work_of_others_does_not_keep_one_waiting_for_ever(cache, driver):
+    """Each time that it has waited there is more; in the end it waits where no more can come."""
+    slot = new(cache, 128)
+    threads: list[threading.Thread] = []
+    end = threading.Event()
+
+    def again() -> None:
+        if len(threads) < 100 and not end.is_set():
+            threads.append(threading.Thread(target=submit))
+            threads[-1].start()
+            threads[-1].join(0.2)  # it cannot, once the lock is kept
+
+    def submit() -> None:
+        with cache.step([slot]):
+            driver.launch(again)
+
+    submit()
+    cache.truncate(slot, 0)
+    end.set()
+    for thread in threads:
+        thread.join()
+    assert 1 < len(threads) < 10

@@ -39,6 +39,7 @@ ROOMS = [
     ),
     *(
         "slots",
+        "slot_arguments",
         "accounts",
         "kv_cache",
         "mapper",

@@ -82,6 +82,17 @@ def test_last_logits_are_those_of_all_logits() -> None:
     torch.testing.assert_close(last, every[[2, 10]])
 
 
+def test_rows_of_padding_are_refused() -> None:
+    """They would move every row that is written."""
+    model = small_model()
+    with open_cache(model) as cache:
+        slot = cache.acquire()
+        cache.ensure(slot, 8)
+        batch = AttentionBatch((slot,), (3,), (3,), model.device, starts=(5,))
+        with pytest.raises(ConfigError, match="padding"):
+            model(torch.tensor([1, 2, 3]), batch, cache, get("sdpa"))
+
+
 def test_forked_sequences_go_their_own_ways() -> None:
     """A child that shares its parent's pages continues as if it had computed the prefix itself."""
     model = small_model()

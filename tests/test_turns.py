@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import vattn
-from vattn.turns import Turns, in_turn, in_turn_first
+from vattn.turns import Turns, in_turn
 
 
 class Room:
@@ -21,12 +21,12 @@ class Room:
         self._turns = Turns()
         self.num_done = 0
 
-    @in_turn
+    @in_turn()
     def work(self) -> None:
         time.sleep(0.002)
         self.num_done += 1
 
-    @in_turn_first
+    @in_turn(urgent=True)
     def hurry(self) -> int:
         return self.num_done
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .driver import Driver, Fence
+from .turns import Turns
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +68,10 @@ class WorkTracker:
     Every step of every slot comes by here, so slots are arrays and a call costs the same for one and for a thousand.
     """
 
-    def __init__(self, driver: Driver, max_slots: int) -> None:
+    def __init__(self, driver: Driver, max_slots: int, turns: Turns) -> None:
         self._driver = driver
         self._max_slots = max_slots
+        self._turns = turns
         self._open_steps = np.zeros(max_slots, np.int64)
         self._streams: dict[int, _Stream] = {}
 
@@ -119,15 +121,23 @@ class WorkTracker:
         return not self.is_open(slot) and self.epoch(slot).done()
 
     def wait(self, slot: int) -> None:
-        """Block the host until the submitted work on the slot has ended. The slot has no open step."""
-        self.epoch(slot).wait()
+        """Block the host until the submitted work on the slot has ended. The slot has no open step.
+
+        Raises:
+            MustWait: it has not, and the operation waits outside; as the others that wait.
+        """
+        self._turns.wait_for(self.epoch(slot))
         for stream in self._streams.values():
             stream.newest[slot] = 0
 
     def wait_for_current_stream(self) -> None:
         """Block the host until everything submitted to the current stream has ended."""
         if fence := self._driver.fence():
-            fence.wait()
+            self._turns.wait_for(fence)
+
+    def wait_for(self, epoch: Epoch) -> None:
+        """Block the host until an epoch is over."""
+        self._turns.wait_for(epoch)
 
     def _stream(self, fence: Fence) -> _Stream:
         stream = self._streams.get(fence.stream)

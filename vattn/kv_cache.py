@@ -16,14 +16,15 @@ from .accounts import cache_stats, check_integrity
 from .arguments import int_array, is_int, require_int
 from .backing import Backing, choose_memory_limit, choose_page_bytes
 from .driver import Driver, open_driver
-from .errors import ConfigError, OutOfSlots
+from .errors import ConfigError
 from .interrupts import Uninterrupted
 from .layout import KVLayout
 from .page_table import OverRead
-from .slots import LIVE, Slots
+from .slot_arguments import found_slot, free_slot, live_slot, live_slots, rows_of
+from .slots import Slots
 from .stats import CacheStats, Event
 from .tensors import BackedRows, tensor_from_address
-from .turns import Turns, in_turn, in_turn_first
+from .turns import Turns, in_turn
 
 __all__ = ["KVCache"]
 
@@ -36,7 +37,7 @@ class KVCache:
 
     A slot owns a fixed address range for ``layout.max_seq_len`` tokens; physical pages come as its sequence grows, go
     when it is truncated, and after its release stay for the slot's next sequence until they are needed elsewhere. Every
-    method is thread-safe; one that fails leaves everything as it was.
+    method is thread-safe: threads take turns. One that fails leaves everything as it was.
 
     Args:
         layout: shape of the model's K and V.
@@ -80,7 +81,10 @@ class KVCache:
             page_bytes = require_int("page_bytes", page_bytes, 1)
         self.over_read_tokens = require_int("over_read_tokens", over_read_tokens, 0)
         self.over_read_masked = bool(over_read_masked) or not over_read_tokens
-        driver = driver or open_driver(device)
+        if driver is None:
+            driver = open_driver(device)
+        elif isinstance(driver, type) or not callable(getattr(driver, "reserve", None)):
+            raise ConfigError(f"driver must be a vattn.driver.Driver, LedgerDriver(1 << 40) for one, got {driver!r}")
         try:
             self.page_bytes = choose_page_bytes(driver, page_bytes)
             self.memory_limit = choose_memory_limit(driver, memory_limit, self.page_bytes)
@@ -102,9 +106,8 @@ class KVCache:
                     for layer, tensor in tensors.items():
                         views[layer] = base.as_strided(tensor.shape, tensor.strides, tensor.offset)
         self._backed_rows = BackedRows(backing)
-        self._marks = np.zeros(self.max_slots, np.int64)  # scratch, to find a slot named twice
         self._pid = os.getpid()
-        self._slots_or_none = Slots(backing, driver, self.max_slots, layout.max_seq_len)
+        self._slots_or_none = Slots(backing, driver, self.max_slots, layout.max_seq_len, self._turns)
         _CACHES.add(self)
 
     # -- sequences -----------------------------------------------------------------------------------------------
@@ -126,7 +129,7 @@ class KVCache:
             guard.undo = partial(self._end, slot)
             return slot
 
-    @in_turn
+    @in_turn(leaves=True)
     def ensure(self, slot: int, seq_len: int) -> None:
         """Back rows ``[0, seq_len)`` of a slot; new rows are private and writable. Never shrinks.
 
@@ -138,7 +141,7 @@ class KVCache:
                 must be copied while a step is open on the slot; or a page must be mapped during graph capture.
         """
         slots = self._slots
-        slot = self._live(slot)
+        slot = live_slot(slots, slot)
         seq_len = require_int("seq_len", seq_len, 0, self.layout.max_seq_len)
         if seq_len > slots.reach[slot]:
             with Uninterrupted():
@@ -146,7 +149,7 @@ class KVCache:
         elif seq_len > slots.seq_len[slot]:
             slots.seq_len[slot] = seq_len
 
-    @in_turn
+    @in_turn(leaves=True)
     def ensure_batch(
         self, slots: Sequence[int] | np.ndarray, seq_lens: Sequence[int] | np.ndarray, *, wait: bool = True
     ) -> None:
@@ -160,7 +163,7 @@ class KVCache:
             OutOfPages, ConfigError: as ``ensure``; ConfigError too when a slot is named twice.
         """
         state = self._slots
-        index, rows = self._live_batch(slots), int_array("seq_lens", seq_lens)
+        index, rows = live_slots(state, slots), int_array("seq_lens", seq_lens)
         if index.shape != rows.shape:
             raise ConfigError(f"slots and seq_lens must be of one length, got {index.size} and {rows.size}")
         if not index.size:
@@ -195,7 +198,7 @@ class KVCache:
             guard.undo = partial(self._end, child)
             return child
 
-    @in_turn
+    @in_turn(leaves=True)
     def truncate(self, slot: int, seq_len: int) -> None:
         """Shorten a sequence and give back every whole page past it.
 
@@ -204,8 +207,8 @@ class KVCache:
         """
         with Uninterrupted():
             slots = self._slots
-            slot = self._live(slot)
-            slots.truncate(slot, self._rows_of("truncate", slot, seq_len))
+            slot = live_slot(slots, slot)
+            slots.truncate(slot, rows_of(slots, slot, seq_len, "truncate"))
 
     def release(self, slot: int) -> None:
         """End a sequence. Its slot is free at once; while a step is open on it, when that step is left.
@@ -216,7 +219,7 @@ class KVCache:
         with Uninterrupted():
             self._end(slot)
 
-    @in_turn
+    @in_turn(leaves=True)
     def make_writable(self, slot: int, start: int, end: int) -> None:
         """Give the slot private copies of the shared pages under rows ``[start, end)``.
 
@@ -226,17 +229,18 @@ class KVCache:
         """
         with Uninterrupted():
             slots = self._slots
-            slot = self._live(slot)
-            start, end = require_int("start", start, 0), self._rows_of("make_writable", slot, end)
+            slot = live_slot(slots, slot)
+            start, end = require_int("start", start, 0), rows_of(slots, slot, end, "make_writable")
             if start > end:
                 raise ConfigError(f"start must be at most end, got {start} and {end}")
             if start < end:
                 slots.make_writable(slot, start, end)
 
-    @in_turn
+    @in_turn()
     def seq_len(self, slot: int) -> int:
         """Rows backed on request."""
-        return int(self._slots.seq_len[self._live(slot)])
+        slots = self._slots
+        return int(slots.seq_len[live_slot(slots, slot)])
 
     # -- tensors -------------------------------------------------------------------------------------------------
     def k(self, layer: int) -> torch.Tensor:
@@ -253,7 +257,7 @@ class KVCache:
         """V of every slot, ``[max_slots, max_seq_len, num_kv_heads, v_head_dim]``; the same caution as for ``k``."""
         return self._view(self._v, layer)
 
-    @in_turn
+    @in_turn()
     def rows(self, slot: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(k, v) of one sequence, each ``[seq_len, num_kv_heads, head_dim]``; safe for every torch operation.
 
@@ -261,8 +265,9 @@ class KVCache:
         sequences: ``make_writable`` first. What copies a whole storage (``torch.save``, ``copy.deepcopy``) copies what
         lies between these rows as well, other layers' above all: ``clone`` first.
         """
-        rows, k, v = int(self._slots.seq_len[self._live(slot)]), self.k(layer), self.v(layer)
-        backed_k, backed_v = self._backed_rows.of(slot, layer, int(self._slots.reach[slot]), k, v)
+        slots = self._slots
+        rows, k, v = int(slots.seq_len[live_slot(slots, slot)]), self.k(layer), self.v(layer)
+        backed_k, backed_v = self._backed_rows.of(slot, layer, int(slots.reach[slot]), k, v)
         return backed_k[:rows], backed_v[:rows]
 
     # -- launching work ------------------------------------------------------------------------------------------
@@ -293,16 +298,16 @@ class KVCache:
                     self._leave(entered)
                 raise
 
-    @in_turn_first
+    @in_turn(urgent=True, leaves=True)
     def _enter(self, slots: Sequence[int] | np.ndarray, entered: list[_Entered]) -> None:
         state = self._slots
         state.refuse_capture("step() itself")
-        wanted = self._live_batch(slots).copy()  # the caller may change his while the step is open
+        wanted = live_slots(state, slots).copy()  # the caller may change his while the step is open
         state.clean_over_read(wanted)
         state.work.enter(wanted)
         entered.append((state, wanted))
 
-    @in_turn_first
+    @in_turn(urgent=True)
     def _leave(self, entered: list[_Entered]) -> None:
         if entered:
             state, slots = entered.pop()
@@ -310,24 +315,24 @@ class KVCache:
             state.finish_deferred(wait=False)
 
     # -- looking -------------------------------------------------------------------------------------------------
-    @in_turn
+    @in_turn()
     def stats(self) -> CacheStats:
         """A snapshot of what the cache has reserved, mapped and used."""
         return cache_stats(self._slots, self.layout.bytes_per_token)
 
-    @in_turn
+    @in_turn()
     def events(self) -> tuple[Event, ...]:
         """The newest driver calls, oldest first."""
         return self._slots.driver.log.snapshot()
 
-    @in_turn
+    @in_turn()
     def check_integrity(self) -> None:
         """Raise AssertionError where slots, pages or the system's own count of them do not agree."""
         with Uninterrupted():  # the collector may end a loop, whose pages would go meanwhile
             check_integrity(self._slots)
 
     # -- memory and the end --------------------------------------------------------------------------------------
-    @in_turn
+    @in_turn(leaves=True)
     def trim(self, keep_bytes: int = 0) -> int:
         """Give free and parked pages back to the driver, but for ``keep_bytes`` of them, which are free then.
 
@@ -342,7 +347,7 @@ class KVCache:
                 slots.backing.clear_strays()
             return slots.backing.pool.trim(keep_bytes)
 
-    @in_turn
+    @in_turn()
     def close(self) -> None:
         """Wait for the work on the device, then free every page. Idempotent; later use raises ConfigError.
 
@@ -377,32 +382,37 @@ class KVCache:
     ) -> None:
         self.close()
 
+    def __reduce__(self) -> str:
+        raise TypeError(
+            "a KVCache is memory of this process and cannot be copied or pickled: clone what rows() returns, or fork()"
+        )
+
     def __repr__(self) -> str:
         state = "closed" if self._slots_or_none is None else f"device={self.device}, page_bytes={self.page_bytes}"
         return f"KVCache({self.layout!r}, max_slots={self.max_slots}, {state})"
 
     # -- taking and ending slots ---------------------------------------------------------------------------------
-    @in_turn
+    @in_turn()
     def _acquire(self, slot: int | None, expect_len: int | None) -> int:
         slots = self._slots
         if expect_len is not None:
             expect_len = require_int("expect_len", expect_len, 0, self.layout.max_seq_len)
         if slot is None:
-            slot = self._free_slot(slots.find_free(expect_len))
-        slot = self._require_free(slot)
+            slot = found_slot(slots, slots.find_free(expect_len))
+        slot = free_slot(slots, slot)
         slots.start(slot)
         return slot
 
-    @in_turn
+    @in_turn(leaves=True)
     def _fork(self, slot: int, seq_len: int | None, into: int | None) -> int:
         slots = self._slots
-        slot = self._live(slot)
-        rows = self._rows_of("fork", slot, slots.seq_len[slot] if seq_len is None else seq_len)
+        slot = live_slot(slots, slot)
+        rows = rows_of(slots, slot, slots.seq_len[slot] if seq_len is None else seq_len, "fork")
         if rows:
             slots.refuse_capture("fork")  # before there is a child to take back
         if into is None:
-            into = self._free_slot(slots.find_free(to_share=True))
-        child = self._require_free(into)
+            into = found_slot(slots, slots.find_free(to_share=True))
+        child = free_slot(slots, into)
         slots.start(child)
         try:
             if rows:
@@ -412,11 +422,12 @@ class KVCache:
             raise
         return child
 
-    @in_turn
+    @in_turn()
     def _end(self, slot: int) -> None:
-        self._slots.end(self._live(slot))
+        slots = self._slots
+        slots.end(live_slot(slots, slot))
 
-    # -- checking arguments --------------------------------------------------------------------------------------
+    # -- what everything begins with ---------------------------------------------------------------------------------
     @property
     def _slots(self) -> Slots:
         slots = self._slots_or_none
@@ -434,46 +445,6 @@ class KVCache:
         if tensor is None:
             raise ConfigError(f"layer must be one of {list(self.layout.layers)}, got {layer!r}")
         return tensor
-
-    def _free_slot(self, slot: int | None) -> int:
-        if slot is None:
-            raise OutOfSlots(f"all {self.max_slots} slots belong to sequences; release one, or raise max_slots")
-        return slot
-
-    def _require_free(self, slot: int) -> int:
-        slot = require_int("slot", slot, 0, self.max_slots - 1)
-        if not self._slots.is_free(slot):
-            raise OutOfSlots(f"slot {slot} belongs to a sequence; release it first, or take another")
-        return slot
-
-    def _live(self, slot: int) -> int:
-        slot = require_int("slot", slot, 0, self.max_slots - 1)
-        if self._slots.state[slot] != LIVE:
-            raise ConfigError(f"slot {slot} holds no sequence: it was released, or never acquired")
-        return slot
-
-    def _live_batch(self, slots: Sequence[int] | np.ndarray) -> np.ndarray:
-        index = int_array("slots", slots)
-        if not index.size:
-            return index
-        if index.min() < 0 or index.max() >= self.max_slots:
-            wrong = index[(index < 0) | (index >= self.max_slots)][0]
-            raise ConfigError(f"slots must be at least 0 and at most {self.max_slots - 1}, got {wrong}")
-        live = self._slots.state[index] == LIVE
-        if not live.all():
-            raise ConfigError(f"slot {index[~live][0]} holds no sequence: it was released, or never acquired")
-        order = np.arange(index.size)
-        self._marks[index] = order
-        twice = self._marks[index] != order
-        if twice.any():
-            raise ConfigError(f"slot {index[twice][0]} is listed twice")
-        return index
-
-    def _rows_of(self, operation: str, slot: int, seq_len: int) -> int:
-        rows = require_int("seq_len", seq_len, 0)
-        if rows > self._slots.seq_len[slot]:
-            raise ConfigError(f"{operation}: slot {slot} has {self._slots.seq_len[slot]} rows, so {rows} is too many")
-        return rows
 
 
 def _begin_in_a_child() -> None:

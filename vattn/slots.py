@@ -14,6 +14,7 @@ from .driver import Driver
 from .epochs import WorkTracker
 from .errors import ConfigError, DriverError, OutOfPages
 from .plans import Growth, Plan, Sharing
+from .turns import Turns
 from .undo import Undo
 
 FREE, LIVE, RETIRED = 0, 1, 2  # retired: released while a step is open on it
@@ -29,15 +30,17 @@ class Slots:
         seq_len: per slot, rows backed on request.
         reach: per slot, rows that it can grow to without a driver call: mapped, private, and no one else's data.
         to_shrink: live slots with pages past their rows, to be taken later.
+        marks: per slot, scratch to find one that is named twice.
     """
 
-    def __init__(self, backing: Backing, driver: Driver, max_slots: int, max_seq_len: int) -> None:
+    def __init__(self, backing: Backing, driver: Driver, max_slots: int, max_seq_len: int, turns: Turns) -> None:
         self.backing = backing
         self.table = backing.table
         self.parking = backing.table.parking
         self.driver = driver
-        self.work = WorkTracker(driver, max_slots)
-        self.max_seq_len = max_seq_len
+        self.work = WorkTracker(driver, max_slots, turns)
+        self.max_slots, self.max_seq_len = max_slots, max_seq_len
+        self.marks = np.zeros(max_slots, np.int64)
         self.state = np.zeros(max_slots, np.int8)
         self.seq_len = np.zeros(max_slots, np.int64)
         self.reach = np.zeros(max_slots, np.int64)
@@ -162,7 +165,7 @@ class Slots:
     def _await_epochs(self, plan: Plan) -> None:
         """Parked pages are unmapped when the work that used them has ended, and scrubbed behind it."""
         for slot in plan.slots_unparked:
-            self.parking.epochs[slot].wait()
+            self.work.wait_for(self.parking.epochs[slot])
         self.work.order_behind(self.parking.epochs[slot] for slot in plan.slots_adopting)
 
     # -- giving back ---------------------------------------------------------------------------------------------
@@ -273,7 +276,7 @@ class Slots:
                     return found
                 if (slot in sparing) != spared or not (busy or epoch.done()):
                     continue
-                epoch.wait()
+                self.work.wait_for(epoch)
                 while len(free) < target and slot in self.parking.epochs:
                     with Undo() as undo:
                         taken, tops = self.parking.unpark(slot, target - len(free), undo)

@@ -1,4 +1,4 @@
-"""Turns at a lock: a thread that waits for it comes before one that has just had it."""
+"""Turns at a lock: who waits for it comes before who has just had it, and nobody waits for a GPU in it."""
 
 from __future__ import annotations
 
@@ -6,11 +6,27 @@ import threading
 import time
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
+
+__all__ = ["MustWait", "Turns", "in_turn"]
 
 _LET_IN_S, _LET_IN_TIMES = 50e-6, 20
+_LEAVE_TIMES = 2
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+class _Work(Protocol):
+    def done(self) -> bool: ...
+    def wait(self) -> None: ...
+
+
+class MustWait(Exception):
+    """Raised in a turn, before anything was done: it can go on when ``work`` has ended."""
+
+    def __init__(self, work: _Work) -> None:
+        super().__init__()
+        self.work = work
 
 
 class Turns:
@@ -24,13 +40,15 @@ class Turns:
     Attributes:
         lock: the lock itself.
         waiting: the threads that wait for it.
+        may_leave: whether the turn that is on can be left to wait, by ``wait_for``, and taken again.
     """
 
-    __slots__ = ("lock", "waiting")
+    __slots__ = ("lock", "may_leave", "waiting")
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.waiting: set[int] = set()
+        self.may_leave = False
 
     def let_others_in(self) -> None:
         """Wait until nobody waits any more, or long enough."""
@@ -39,33 +57,48 @@ class Turns:
             if not self.waiting:
                 return
 
+    def wait_for(self, work: _Work) -> None:
+        """Block until some work has ended; without the lock, if the turn can begin again.
 
-def _in_turn(method: _Method, urgent: bool) -> _Method:
-    @wraps(method)
-    def locked(self: Any, *args: Any, **kwargs: Any) -> Any:
-        turns: Turns = self._turns
-        if turns.waiting and not urgent:
-            turns.let_others_in()
-        thread = threading.get_ident()
-        try:
-            turns.waiting.add(thread)
-            with turns.lock:
-                turns.waiting.discard(thread)
-                return method(self, *args, **kwargs)
-        finally:
-            turns.waiting.discard(thread)  # a signal's handler may have raised before
-
-    return cast(_Method, locked)
+        Raises:
+            MustWait: it can, and the work goes on.
+        """
+        if self.may_leave and not work.done():
+            raise MustWait(work)
+        work.wait()
 
 
-def in_turn(method: _Method) -> _Method:
-    """Run a method of an object that has ``_turns`` with the lock, after those who wait for it.
+def in_turn(*, urgent: bool = False, leaves: bool = False) -> Callable[[_Method], _Method]:
+    """Run a method of an object that has ``_turns`` with the lock. Not for use from within another such method.
 
-    Not for use from within another: it would let others in who cannot come.
+    Args:
+        urgent: as soon as the lock is free; otherwise after those who wait for it.
+        leaves: where the method has to wait for work on a GPU, leave the lock to others meanwhile and call it again. It
+            has done nothing by then that matters. Others may give that GPU new work, so the third time it keeps it.
     """
-    return _in_turn(method, urgent=False)
 
+    def decorate(method: _Method) -> _Method:
+        @wraps(method)
+        def locked(self: Any, *args: Any, **kwargs: Any) -> Any:
+            turns: Turns = self._turns
+            thread = threading.get_ident()
+            leaves_left = _LEAVE_TIMES if leaves else 0
+            while True:
+                if turns.waiting and not urgent:
+                    turns.let_others_in()
+                try:
+                    turns.waiting.add(thread)
+                    with turns.lock:
+                        turns.waiting.discard(thread)
+                        turns.may_leave = leaves_left > 0
+                        return method(self, *args, **kwargs)
+                except MustWait as busy:
+                    work = busy.work
+                finally:
+                    turns.waiting.discard(thread)  # a signal's handler may have raised before
+                leaves_left -= 1
+                work.wait()
 
-def in_turn_first(method: _Method) -> _Method:
-    """The same for what a GPU waits for: as soon as the lock is free."""
-    return _in_turn(method, urgent=True)
+        return cast(_Method, locked)
+
+    return decorate
