@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import islice
 
-import numpy as np
-
 from .driver import Driver
 from .layout import Lane
 from .pages import Page, PhysicalPagePool
@@ -198,15 +196,12 @@ class PageTable(Planner):
             ends[slot] = end
 
     # -- looking -------------------------------------------------------------------------------------------------
-    def rows_of_whole_pages(self, rows: np.ndarray) -> np.ndarray:
-        """For each count of rows, how many there are to the end of the pages that they need."""
+    def rows_of_whole_pages(self, rows: int, limit: int) -> int:
+        """How many rows there are to the end of the pages that so many need, ``limit`` at most."""
         page_bytes = self.page_bytes
-        return np.minimum.reduce(
-            [
-                -(-rows * lane.row_bytes // page_bytes) * page_bytes // lane.row_bytes
-                for lane in {lane.row_bytes: lane for _, lane in self.lanes}.values()
-            ]
-        )
+        for row_bytes in self._row_bytes:
+            limit = min(limit, -(-rows * row_bytes // page_bytes) * page_bytes // row_bytes)
+        return limit
 
     def private_rows(self, slot: int, rows: int) -> int:
         """Up to which row the slot could grow from ``rows`` without a driver call; at least ``rows``."""

@@ -33,6 +33,7 @@ class Planner:
         self._origins = [reservation.address + lane.offset_bytes for reservation, lane in lanes]
         self._lane_at = sorted(range(len(lanes)), key=self._origins.__getitem__)
         self._sorted_origins = sorted(self._origins)
+        self._row_bytes = sorted({lane.row_bytes for _, lane in lanes})
 
     def growth(self, slot: int, start: int, end: int, keep_rows: int, growth: Growth) -> None:
         """Add to ``growth`` what makes rows ``[start, end)`` of a slot backed and private, those past them readable.

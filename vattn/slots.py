@@ -96,16 +96,16 @@ class Slots:
         Args:
             wait: whether the host may wait for the GPU to be done with pages.
         """
-        slots = [slot for slot, _ in requests]
-        old = self.seq_len[slots].tolist()
-        targets = [(slot, start, end, start) for (slot, end), start in zip(requests, old, strict=True)]
+        old = self.seq_len
+        targets = [(slot, start := int(old[slot]), end, start) for slot, end in requests]
         self._with_room(partial(self._plan_growth, targets), partial(self._grow, targets), wait)
-        ends = np.fromiter((end for _, end in requests), np.int64, len(requests))
-        self.seq_len[slots] = ends
-        if self._stale_to or self.table.over_read.tokens:
-            self.reach[slots] = [self._reach_of(slot, end) for slot, end in requests]
-        else:  # every page under these rows is private now, to its end
-            self.reach[slots] = np.minimum(self.table.rows_of_whole_pages(ends), self.max_seq_len)
+        look = self._stale_to or self.table.over_read.tokens
+        for slot, end in requests:
+            self.seq_len[slot] = end
+            if look:
+                self.reach[slot] = self._reach_of(slot, end)
+            else:  # every page under these rows is private now, to its end
+                self.reach[slot] = self.table.rows_of_whole_pages(end, self.max_seq_len)
 
     def make_writable(self, slot: int, start: int, end: int) -> None:
         """Copy the shared pages under rows ``[start, end)``, whole as far as the sequence goes."""
