@@ -6,6 +6,7 @@ Tables stand between ``<!-- table NAME -->`` and ``<!-- end -->``; the function 
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import statistics
 import sys
@@ -46,26 +47,34 @@ def cards(records: list[Record]) -> str:
     return "".join(f"* {line}\n" for line in seen.values())
 
 
+def _within(values: list[float], share: float) -> float:
+    """What this share of the values does not exceed."""
+    return sorted(values)[math.ceil(share * len(values)) - 1]
+
+
 def again(records: list[Record]) -> str:
-    """How far a second run was from the first, by metric."""
+    """By metric: the spread within the first run, (p80 - p20) / median, and how far a second run was from it."""
     ratios: dict[str, list[tuple[float, Record]]] = {}
     for record in records:
         if "again" in record and record["value"] and record["system"] != "limit":
             ratios.setdefault(record["metric"], []).append((record["again"] / record["value"], record))
     rows = []
     for metric, pairs in ratios.items():
-        apart = sorted(abs(ratio - 1) for ratio, _ in pairs)
+        apart = [abs(ratio - 1) for ratio, _ in pairs]
+        spread = [(record["p80"] - record["p20"]) / record["value"] for _, record in pairs]
         ratio, record = max(pairs, key=lambda pair: abs(pair[0] - 1))
         rows.append(
             [
                 metric,
                 str(len(pairs)),
+                f"{_within(spread, 0.5):.1%}, {_within(spread, 0.9):.1%}" if any(spread) else "–",
                 f"{statistics.median(ratio for ratio, _ in pairs):.3f}",
-                f"{apart[int(0.9 * (len(apart) - 1))]:.1%}",
+                f"{_within(apart, 0.9):.1%}",
                 f"{ratio:.3f} ({record['case']}, {record['system']})",
             ]
         )
-    header = ["metric", "figures", "second / first, median", "nine of ten within", "furthest apart"]
+    header = ["metric", "figures", "20th to 80th percentile of the median: half, nine of ten within"]
+    header += ["second / first, median", "nine of ten within", "furthest apart"]
     return markdown(header, rows) if rows else ""
 
 
@@ -299,6 +308,8 @@ def render(folder: Path) -> str:
         if place in places:
             places[place]["again"] = record["value"]
     text = (folder / "README.md").read_text()
+    if not records and (folder / "run.py").exists():  # not measured yet, or not any more
+        return _MARKED.sub(lambda match: match[1] + match[3], text)
     return _MARKED.sub(lambda match: match[1] + TABLES[match[2]](records) + match[3], text)
 
 
@@ -317,8 +328,6 @@ def main() -> int:
         folder = readme.parent
         if not readme.exists():
             continue  # a copy of the experiments alone
-        if not (folder / "results.jsonl").exists() and (folder / "run.py").exists():
-            continue  # not measured yet
         text = render(folder)
         if text != readme.read_text():
             stale.append(str(readme))

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
+import tables
 import tables_overview
 import tables_paper
 
@@ -95,3 +96,18 @@ def test_a_run_cut_short_has_no_headline(folder):
     (folder / "04_decode" / "README.md").write_text("# How near?\n")
     write(folder, "04_decode", "decode_step", {"8B B=1 L=1024": {"vattn": 2.0}})
     assert cells(tables_overview.overview([]), "[04_decode]")[1] == "–"
+
+
+def test_records_that_are_thrown_away_take_their_tables_along(folder):
+    write(folder, "08_prefill", "prefill_first", {"8B total=2": {"vattn": 1.0}})
+    (folder / "08_prefill" / "run.py").touch()
+    readme = folder / "08_prefill" / "README.md"
+    readme.write_text("# Why?\n\n<!-- table layout_prefill_first -->\n<!-- end -->\n\nThe end.\n")
+    made = tables.render(folder / "08_prefill")
+    assert "1.0" in made
+    readme.write_text(made)
+    (folder / "08_prefill" / "results.jsonl").unlink()
+    assert (
+        tables.render(folder / "08_prefill")
+        == "# Why?\n\n<!-- table layout_prefill_first -->\n<!-- end -->\n\nThe end.\n"
+    )

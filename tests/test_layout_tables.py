@@ -75,8 +75,8 @@ def test_a_fit_of_growth_finds_what_made_it():
 
 def test_a_second_run_is_compared_by_metric():
     first = records("prefill", limit=1.0, vattn=2.0, paged_16=4.0)
-    for record, again in zip(first, (1.0, 2.1, 3.2), strict=True):
-        record["again"] = again
+    for record, again, spread in zip(first, (1.0, 2.1, 3.2), (0.0, 0.5, 0.1), strict=True):
+        record |= {"again": again, "p20": record["value"] - spread / 2, "p80": record["value"] + spread / 2}
     table = tables.again(first)
-    assert "| prefill | 2 |" in table
+    assert "| prefill | 2 | 2.5%, 25.0% |" in table
     assert "0.800 (8B B=1 L=1024, paged-16)" in table
