@@ -102,7 +102,8 @@ def test_records_that_are_thrown_away_take_their_tables_along(folder):
     write(folder, "08_prefill", "prefill_first", {"8B total=2": {"vattn": 1.0}})
     (folder / "08_prefill" / "run.py").touch()
     readme = folder / "08_prefill" / "README.md"
-    readme.write_text("# Why?\n\n<!-- table layout_prefill_first -->\n<!-- end -->\n\nThe end.\n")
+    empty = "# Why?\n\n<!-- table layout_prefill_first -->\n<!-- end -->\n\nThe end.\n"
+    readme.write_text(empty)
     made = tables.render(folder / "08_prefill")
     assert "1.0" in made
     readme.write_text(made)
