@@ -369,6 +369,18 @@ def test_others_use_the_cache_while_one_waits_for_the_gpu(cache, driver, operati
     assert driver.num_waits >= 1
 
 
+def test_trim_waits_for_all_at_once(cache, driver):
+    other = new(cache, 1)
+    found = []
+    for slot in (3, 4, 5):  # more than an operation leaves the cache for
+        new(cache, 64, slot)
+        with driver.stream(slot), cache.step([slot]):
+            found.append(blocks(cache, other))
+        cache.release(slot)
+    assert cache.trim() == 3 * PAGE
+    assert found == [[True]] * 3
+
+
 def test_new_work_of_others_does_not_keep_one_waiting_for_ever(cache, driver):
     """Each time that it has waited there is more; in the end it waits where no more can come."""
     slot = new(cache, 128)
@@ -391,3 +403,53 @@ def test_new_work_of_others_does_not_keep_one_waiting_for_ever(cache, driver):
     for thread in threads:
         thread.join()
     assert 1 < len(threads) < 10
+
+
+@pytest.mark.parametrize("operation", ["truncate", "ensure", "ensure_batch", "make_writable", "fork"])
+def test_a_slot_that_has_changed_hands_meanwhile_is_let_be(cache, driver, operation):
+    slot, other = new(cache, 64), new(cache, 64)
+    cache.fork(slot, into=5)  # so that growing past a cut and writing take copies
+
+    def change_hands() -> None:
+        cache.release(slot)
+        cache.ensure(cache.acquire(slot), 10)
+
+    if operation == "fork":
+        with driver.stream(1), cache.step([other]):
+            driver.launch(change_hands)
+        cache.release(other)
+    else:
+        cache.truncate(slot, 20)
+        with cache.step([slot]):
+            driver.launch(change_hands)
+    with pytest.raises(vattn.ConfigError, match=f"slot {slot} holds no sequence"):
+        {
+            "truncate": lambda: cache.truncate(slot, 0),
+            "ensure": lambda: cache.ensure(slot, 30),
+            "ensure_batch": lambda: cache.ensure_batch([slot], [30]),
+            "make_writable": lambda: cache.make_writable(slot, 0, 10),
+            "fork": lambda: cache.fork(slot, into=other),
+        }[operation]()
+    assert cache.seq_len(slot) == 10
+    cache.check_integrity()
+
+
+def test_truncate_waits_for_what_was_on_the_stream_when_it_began(cache, driver):
+    slot = new(cache, 128)
+    with driver.stream(1), cache.step([slot]):
+        driver.launch(lambda: driver.streams[0].queue.append(lambda: None))  # another thread's, on the caller's stream
+    cache.truncate(slot, 0)
+    assert num_left(driver, 0) == 1
+
+
+def test_fork_waits_for_the_pages_in_its_way_and_not_for_the_callers_stream(cache, driver):
+    parent, slot = new(cache, 64), new(cache, 64)
+    with driver.stream(1), cache.step([slot]):
+        found = launch(cache, slot, 64)
+    with driver.stream(1):
+        cache.release(slot)
+    driver.run(0)
+    driver.launch(lambda: None)
+    assert cache.fork(parent, into=slot) == slot
+    assert found == [True]
+    assert num_left(driver, 0) == 1

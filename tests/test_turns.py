@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import statistics
 import threading
@@ -142,3 +143,95 @@ def test_an_interrupt_while_waiting_leaves_the_line() -> None:
             for thread in threads:
                 thread.join()
         assert cache.seq_len(slot) == 0
+
+
+def test_a_turn_within_a_turn_lets_nobody_in() -> None:
+    """A finaliser's: nobody can come."""
+
+    class Nested(Room):
+        @in_turn()
+        def outer(self) -> float:
+            self._turns.waiting.add(-1)
+            start = time.perf_counter()
+            for _ in range(100):
+                self.hurry()
+                self.light()
+            return time.perf_counter() - start
+
+        @in_turn()
+        def light(self) -> None: ...
+
+    assert Nested().outer() < 0.05  # a millisecond each otherwise
+
+
+def test_the_collector_runs_while_threads_take_turns() -> None:
+    num_collected, end = 0, threading.Event()
+
+    def count(phase: str, info: dict[str, int]) -> None:
+        nonlocal num_collected
+        num_collected += phase == "stop"
+
+    def work(slot: int) -> None:
+        while not end.is_set():
+            for _ in range(20):
+                cycle: list[object] = []
+                cycle.append(cycle)
+            with cache.step([slot]):
+                pass
+            cache.release(cache.acquire())
+
+    layout = vattn.KVLayout(1, 1, 64, 64, torch.float32)
+    with vattn.KVCache(layout, 12, "cpu", memory_limit=8 << 20) as cache:
+        threads = [threading.Thread(target=work, args=(cache.acquire(),)) for _ in range(4)]
+        gc.collect()
+        gc.callbacks.append(count)
+        try:
+            for thread in threads:
+                thread.start()
+            deadline = time.monotonic() + 20
+            while num_collected < 20 and time.monotonic() < deadline:
+                time.sleep(0.01)
+        finally:
+            gc.callbacks.remove(count)
+            end.set()
+            for thread in threads:
+                thread.join()
+    assert num_collected >= 20
+
+
+@pytest.mark.parametrize("look", ["stats", "seq_len", "rows", "events"])
+def test_the_collector_ends_no_mapper_in_a_turn(look: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ending it waits for its thread, which may wait for this very turn to end."""
+    collected: list[int] = []
+    gc.callbacks.append(lambda phase, info: collected.append(threading.get_ident()))
+    threshold = gc.get_threshold()
+    with vattn.KVCache(vattn.KVLayout(1, 1, 64, 64, torch.float32), 1, "cpu", memory_limit=8 << 20) as cache:
+        slot = cache.acquire()
+        cache.ensure(slot, 1)
+
+        def allocate() -> None:
+            collected.clear()
+            gc.set_threshold(1, 1, 1)
+            junk = [[i] for i in range(1000)]
+            gc.set_threshold(*threshold)
+            assert junk
+            inside.append(len(collected))
+
+        inside: list[int] = []
+        live_slots = vattn.kv_cache.KVCache._slots
+        monkeypatch.setattr(
+            vattn.kv_cache.KVCache, "_slots", property(lambda self: (allocate(), live_slots.fget(self))[1])
+        )
+        try:
+            {
+                "stats": cache.stats,
+                "seq_len": lambda: cache.seq_len(slot),
+                "rows": lambda: cache.rows(slot, 0),
+                "events": cache.events,
+            }[look]()
+        finally:
+            monkeypatch.undo()
+            gc.callbacks.pop()
+            gc.set_threshold(*threshold)
+    assert inside
+    assert not any(inside)

@@ -120,24 +120,29 @@ class WorkTracker:
         """Whether no work can touch the slot's pages any more; never waits."""
         return not self.is_open(slot) and self.epoch(slot).done()
 
-    def wait(self, slot: int) -> None:
-        """Block the host until the submitted work on the slot has ended. The slot has no open step.
+    def wait(self, slots: Sequence[int], current_stream: bool) -> None:
+        """Block the host until the submitted work on some slots has ended. They have no open step.
+
+        Args:
+            current_stream: and all that was on the current stream when the operation began.
 
         Raises:
             MustWait: it has not, and the operation waits outside; as the others that wait.
         """
-        self._turns.wait_for(self.epoch(slot))
+        fences = [fence for slot in slots for fence in self.epoch(slot).fences]
+        if current_stream:
+            turn = self._turns.turn
+            assert turn is not None
+            turn.fence = turn.fence or self._driver.fence()
+            if turn.fence:
+                fences.append(turn.fence)
+        self._turns.wait_for(Epoch(tuple(fences)))
         for stream in self._streams.values():
-            stream.newest[slot] = 0
+            stream.newest[slots] = 0
 
-    def wait_for_current_stream(self) -> None:
-        """Block the host until everything submitted to the current stream has ended."""
-        if fence := self._driver.fence():
-            self._turns.wait_for(fence)
-
-    def wait_for(self, epoch: Epoch) -> None:
+    def wait_for(self, epoch: Epoch, progress: bool = False) -> None:
         """Block the host until an epoch is over."""
-        self._turns.wait_for(epoch)
+        self._turns.wait_for(epoch, progress)
 
     def _stream(self, fence: Fence) -> _Stream:
         stream = self._streams.get(fence.stream)

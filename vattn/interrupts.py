@@ -89,14 +89,19 @@ class Uninterrupted:
     Other signals are not put off: a handler of theirs should note what came, not raise, as it would in the middle of
     any operation. Only the main thread runs signal handlers; in others there is no SIGINT to put off.
 
+    Args:
+        collector: put the garbage collector off too. Not while waiting for a lock: where many threads wait it might
+            never run then.
+
     Attributes:
         undo: set inside the block; called when a SIGINT came and the block would hand out something that its caller
             then never gets to see.
     """
 
-    __slots__ = ("_frame", "_handler", "_noted", "undo")
+    __slots__ = ("_collector", "_frame", "_handler", "_noted", "undo")
 
-    def __init__(self) -> None:
+    def __init__(self, *, collector: bool = True) -> None:
+        self._collector = collector
         self._handler: _Handler | None = None
         self._noted = False
         self._frame: FrameType | None = None
@@ -112,7 +117,8 @@ class Uninterrupted:
             if callable(handler) and not isinstance(getattr(handler, "__self__", None), Uninterrupted):
                 self._handler = handler
                 _signal.signal(_SIGINT, self._note)
-        _pause.enter()
+        if self._collector:
+            _pause.enter()
         return self
 
     def __exit__(
@@ -124,7 +130,8 @@ class Uninterrupted:
                 undo()
                 undo = None
         finally:
-            _pause.leave()
+            if self._collector:
+                _pause.leave()
             if self._handler is not None:
                 try:
                     _signal.signal(_SIGINT, self._handler)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from types import TracebackType
 
@@ -124,9 +124,9 @@ class KVCache:
             OutOfSlots: none is free, or the one named is not.
             ConfigError: there is no such slot.
         """
-        with Uninterrupted() as guard:
+        with Uninterrupted(collector=False) as guard:
             slot = self._acquire(slot, expect_len)
-            guard.undo = partial(self._end, slot)
+            guard.undo = partial(self._take_back, slot)
             return slot
 
     @in_turn(leaves=True)
@@ -144,8 +144,7 @@ class KVCache:
         slot = live_slot(slots, slot)
         seq_len = require_int("seq_len", seq_len, 0, self.layout.max_seq_len)
         if seq_len > slots.reach[slot]:
-            with Uninterrupted():
-                slots.grow([(slot, seq_len)])
+            slots.grow([(slot, seq_len)])
         elif seq_len > slots.seq_len[slot]:
             slots.seq_len[slot] = seq_len
 
@@ -174,9 +173,8 @@ class KVCache:
         short = np.flatnonzero(rows > state.reach[index])
         longer = np.maximum(state.seq_len[index], rows)
         if short.size:
-            with Uninterrupted():
-                state.grow(list(zip(index[short].tolist(), rows[short].tolist(), strict=True)), wait)
-                state.seq_len[index] = longer
+            state.grow(list(zip(index[short].tolist(), rows[short].tolist(), strict=True)), wait)
+            state.seq_len[index] = longer
         else:
             state.seq_len[index] = longer
 
@@ -193,9 +191,9 @@ class KVCache:
             OutOfSlots, OutOfPages: as ``acquire`` and ``ensure``.
             ConfigError: ``seq_len`` is negative or beyond the slot's own.
         """
-        with Uninterrupted() as guard:
+        with Uninterrupted(collector=False) as guard:
             child = self._fork(slot, seq_len, into)
-            guard.undo = partial(self._end, child)
+            guard.undo = partial(self._take_back, child)
             return child
 
     @in_turn(leaves=True)
@@ -205,19 +203,19 @@ class KVCache:
         Raises:
             ConfigError: ``seq_len`` is negative or beyond the slot's own.
         """
-        with Uninterrupted():
-            slots = self._slots
-            slot = live_slot(slots, slot)
-            slots.truncate(slot, rows_of(slots, slot, seq_len, "truncate"))
+        slots = self._slots
+        slot = live_slot(slots, slot)
+        slots.truncate(slot, rows_of(slots, slot, seq_len, "truncate"))
 
+    @in_turn()
     def release(self, slot: int) -> None:
         """End a sequence. Its slot is free at once; while a step is open on it, when that step is left.
 
         Its pages stay mapped for the next sequence of the slot, which finds them zeroed, until they are needed
         elsewhere. No driver call, and no waiting.
         """
-        with Uninterrupted():
-            self._end(slot)
+        slots = self._slots
+        slots.end(live_slot(slots, slot))
 
     @in_turn(leaves=True)
     def make_writable(self, slot: int, start: int, end: int) -> None:
@@ -227,14 +225,13 @@ class KVCache:
             OutOfPages: no pages for the copies.
             ConfigError: the rows are not within ``[0, seq_len(slot))``, or a step is open on the slot.
         """
-        with Uninterrupted():
-            slots = self._slots
-            slot = live_slot(slots, slot)
-            start, end = require_int("start", start, 0), rows_of(slots, slot, end, "make_writable")
-            if start > end:
-                raise ConfigError(f"start must be at most end, got {start} and {end}")
-            if start < end:
-                slots.make_writable(slot, start, end)
+        slots = self._slots
+        slot = live_slot(slots, slot)
+        start, end = require_int("start", start, 0), rows_of(slots, slot, end, "make_writable")
+        if start > end:
+            raise ConfigError(f"start must be at most end, got {start} and {end}")
+        if start < end:
+            slots.make_writable(slot, start, end)
 
     @in_turn()
     def seq_len(self, slot: int) -> int:
@@ -286,15 +283,13 @@ class KVCache:
         """
         entered: list[_Entered] = []
         try:
-            with Uninterrupted():
-                self._enter(slots, entered)
+            self._enter(slots, entered)
             yield
         finally:
             try:
-                with Uninterrupted():
-                    self._leave(entered)
+                self._leave(entered)
             except KeyboardInterrupt:  # it may have come before it could be put off
-                with Uninterrupted():
+                with Uninterrupted(collector=False):
                     self._leave(entered)
                 raise
 
@@ -328,8 +323,7 @@ class KVCache:
     @in_turn()
     def check_integrity(self) -> None:
         """Raise AssertionError where slots, pages or the system's own count of them do not agree."""
-        with Uninterrupted():  # the collector may end a loop, whose pages would go meanwhile
-            check_integrity(self._slots)
+        check_integrity(self._slots)
 
     # -- memory and the end --------------------------------------------------------------------------------------
     @in_turn(leaves=True)
@@ -338,14 +332,14 @@ class KVCache:
 
         Waits for the work of released sequences. Returns the bytes given back.
         """
-        with Uninterrupted():
-            slots = self._slots
-            keep_bytes = require_int("keep_bytes", keep_bytes, 0)
-            if not self.driver.is_capturing():
-                slots.finish_deferred(wait=False)
-                slots.unpark(len(slots.backing.pool.pages))
-                slots.backing.clear_strays()
-            return slots.backing.pool.trim(keep_bytes)
+        slots = self._slots
+        keep_bytes = require_int("keep_bytes", keep_bytes, 0)
+        if not self.driver.is_capturing():
+            slots.finish_deferred(wait=False)
+            slots.work.wait_for(slots.parking.epoch(slots.parking.epochs))
+            slots.unpark(len(slots.backing.pool.pages))
+            slots.backing.clear_strays()
+        return slots.backing.pool.trim(keep_bytes)
 
     @in_turn()
     def close(self) -> None:
@@ -357,21 +351,20 @@ class KVCache:
             ConfigError: a step is open.
             DriverError: something could not be freed; calling ``close`` again tries what is left.
         """
-        with Uninterrupted():
-            if self._slots_or_none is None or os.getpid() != self._pid:  # a forked child has nothing to free
-                return
-            slots = self._slots_or_none
-            if slots.work.any_open:
-                raise ConfigError("close() inside step(): leave the step first")
-            self._k.clear()
-            self._v.clear()
-            self._backed_rows = BackedRows(None)
-            self._closing = True
-            try:
-                slots.backing.close()
-            finally:
-                if slots.backing.closed:
-                    self._slots_or_none = None
+        if self._slots_or_none is None or os.getpid() != self._pid:  # a forked child has nothing to free
+            return
+        slots = self._slots_or_none
+        if slots.work.any_open:
+            raise ConfigError("close() inside step(): leave the step first")
+        self._k.clear()
+        self._v.clear()
+        self._backed_rows = BackedRows(None)
+        self._closing = True
+        try:
+            slots.backing.close()
+        finally:
+            if slots.backing.closed:
+                self._slots_or_none = None
 
     def __enter__(self) -> KVCache:
         self._slots  # noqa: B018 - says so where the cache is closed
@@ -413,19 +406,15 @@ class KVCache:
         if into is None:
             into = found_slot(slots, slots.find_free(to_share=True))
         child = free_slot(slots, into)
-        slots.start(child)
-        try:
-            if rows:
-                slots.fork(slot, child, rows)
-        except BaseException:
-            slots.end(child)
-            raise
+        if rows:
+            slots.fork(slot, child, rows)
+        else:
+            slots.start(child)
         return child
 
-    @in_turn()
-    def _end(self, slot: int) -> None:
-        slots = self._slots
-        slots.end(live_slot(slots, slot))
+    def _take_back(self, slot: int) -> None:
+        with suppress(ConfigError):  # somebody has closed the cache meanwhile
+            self.release(slot)
 
     # -- what everything begins with ---------------------------------------------------------------------------------
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -106,6 +106,11 @@ class Parking:
         """Take a slot with nothing parked out of the line."""
         if not self.any_in(slot):
             self.epochs.pop(slot, None)
+
+    def epoch(self, slots: Iterable[int]) -> Epoch:
+        """That of everything parked in some slots."""
+        fences = {id(fence): fence for slot in slots for fence in self.epochs[slot].fences}
+        return Epoch(tuple(fences.values()))
 
     # -- looking -------------------------------------------------------------------------------------------------
     def pages_of(self, slot: int) -> Iterator[tuple[int, Page]]:

@@ -40,7 +40,7 @@ def free_slot(slots: Slots, slot: int) -> int:
 def live_slot(slots: Slots, slot: int) -> int:
     """A slot with a sequence; ConfigError otherwise."""
     slot = require_int("slot", slot, 0, slots.max_slots - 1)
-    if slots.state[slot] != LIVE:
+    if slots.state[slot] != LIVE or slots.changed_hands(slot):
         raise ConfigError(f"slot {slot} holds no sequence: it was released, or never acquired")
     return slot
 
@@ -53,7 +53,7 @@ def live_slots(slots: Slots, named: Sequence[int] | np.ndarray) -> np.ndarray:
     if index.min() < 0 or index.max() >= slots.max_slots:
         wrong = index[(index < 0) | (index >= slots.max_slots)][0]
         raise ConfigError(f"slots must be at least 0 and at most {slots.max_slots - 1}, got {wrong}")
-    live = slots.state[index] == LIVE
+    live = (slots.state[index] == LIVE) & ~np.asarray(slots.changed_hands(index))
     if not live.all():
         raise ConfigError(f"slot {index[~live][0]} holds no sequence: it was released, or never acquired")
     order = np.arange(index.size)

@@ -38,7 +38,10 @@ class Slots:
         self.table = backing.table
         self.parking = backing.table.parking
         self.driver = driver
+        self.turns = turns
         self.work = WorkTracker(driver, max_slots, turns)
+        self._num_started = np.zeros(max_slots, np.int64)
+        turns.snapshot = self._num_started.copy
         self.max_slots, self.max_seq_len = max_slots, max_seq_len
         self.marks = np.zeros(max_slots, np.int64)
         self.state = np.zeros(max_slots, np.int8)
@@ -49,6 +52,11 @@ class Slots:
         self._stale_to: dict[int, int] = {}
         self.num_oom = 0
         self.to_shrink: set[int] = set()
+
+    def changed_hands(self, slots: int | np.ndarray) -> bool | np.ndarray:
+        """Whether other sequences are in the slots than when this call left its first turn to wait for the GPU."""
+        before = None if self.turns.turn is None else self.turns.turn.before
+        return False if before is None else before[slots] != self._num_started[slots]
 
     def with_state(self, state: int) -> list[int]:
         return np.flatnonzero(self.state == state).tolist()
@@ -71,6 +79,7 @@ class Slots:
 
     def start(self, slot: int) -> None:
         self.state[slot] = LIVE
+        self._num_started[slot] += 1
         self.seq_len[slot] = self.reach[slot] = 0
         self._stale_to.pop(slot, None)
 
@@ -131,9 +140,7 @@ class Slots:
 
     def _grow(self, targets: list[tuple[int, int, int, int]], growth: Growth) -> None:
         if growth.slots_with_shared:
-            for slot in growth.slots_with_shared:
-                self.work.wait(slot)
-            self.work.wait_for_current_stream()
+            self.work.wait(list(growth.slots_with_shared), current_stream=True)
         self._await_epochs(growth)
         stale = [slot for slot, *_ in targets if slot in self._stale_to]
         with self._transaction([slot for slot, *_ in targets]) as undo:
@@ -147,9 +154,10 @@ class Slots:
             self.work.submitted([*(slot for slot, *_ in targets), *growth.slots_read])
 
     def fork(self, parent: int, child: int, rows: int) -> None:
-        """Make an empty live slot share the parent's first rows."""
+        """Begin a sequence in a free slot that shares the parent's first rows."""
         self.work.order_current_stream([parent])
         self._with_room(partial(self.table.sharing, parent, child, rows), partial(self._share, parent, child, rows))
+        self.start(child)
         self.seq_len[child] = rows
         self._measure_reach(child)
 
@@ -164,8 +172,7 @@ class Slots:
 
     def _await_epochs(self, plan: Plan) -> None:
         """Parked pages are unmapped when the work that used them has ended, and scrubbed behind it."""
-        for slot in plan.slots_unparked:
-            self.work.wait_for(self.parking.epochs[slot])
+        self.work.wait_for(self.parking.epoch(plan.slots_unparked))
         self.work.order_behind(self.parking.epochs[slot] for slot in plan.slots_adopting)
 
     # -- giving back ---------------------------------------------------------------------------------------------
@@ -224,9 +231,7 @@ class Slots:
     def _shrink_now(self, slot: int, rows: int, deferred: bool = False) -> None:
         if self.table.has_pages_past(slot, rows):
             self.refuse_capture("unmapping a page")
-            self.work.wait(slot)
-            if not deferred:  # else a fence was set when the caller asked for it
-                self.work.wait_for_current_stream()
+            self.work.wait([slot], current_stream=not deferred)  # then a fence was set when the caller asked for it
             with self._transaction([slot]) as undo:
                 taken = self.table.shrink(slot, rows, undo)
             self.table.finish_shrink(slot, rows, taken)
@@ -276,7 +281,7 @@ class Slots:
                     return found
                 if (slot in sparing) != spared or not (busy or epoch.done()):
                     continue
-                self.work.wait_for(epoch)
+                self.work.wait_for(epoch, progress=found)
                 while len(free) < target and slot in self.parking.epochs:
                     with Undo() as undo:
                         taken, tops = self.parking.unpark(slot, target - len(free), undo)

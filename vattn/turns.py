@@ -8,9 +8,11 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any, Protocol, TypeVar, cast
 
-__all__ = ["MustWait", "Turns", "in_turn"]
+from .interrupts import Uninterrupted
 
-_LET_IN_S, _LET_IN_TIMES = 50e-6, 20
+__all__ = ["MustWait", "Turn", "Turns", "in_turn"]
+
+_LET_IN_S, _POLL_S = 1e-3, 50e-6
 _LEAVE_TIMES = 2
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
@@ -22,11 +24,32 @@ class _Work(Protocol):
 
 
 class MustWait(Exception):
-    """Raised in a turn, before anything was done: it can go on when ``work`` has ended."""
+    """Raised in a turn, with everything as it was: it can go on when ``work`` has ended.
 
-    def __init__(self, work: _Work) -> None:
+    Attributes:
+        progress: whether the turn has got something out of waiting before, and so does not wait in vain.
+    """
+
+    def __init__(self, work: _Work, progress: bool) -> None:
         super().__init__()
-        self.work = work
+        self.work, self.progress = work, progress
+
+
+class Turn:
+    """A call, from its first turn at the lock to its last.
+
+    Attributes:
+        leaves_left: how often it may still leave the lock to wait for a GPU.
+        before: the snapshot of when it first left; None if it has not.
+        fence: behind what was on its stream when it began; what comes later is others'. None until it is asked for.
+    """
+
+    __slots__ = ("before", "fence", "leaves_left")
+
+    def __init__(self, leaves_left: int) -> None:
+        self.leaves_left = leaves_left
+        self.before: Any = None
+        self.fence: Any = None
 
 
 class Turns:
@@ -34,45 +57,51 @@ class Turns:
 
     A lock of Python's goes to whoever asks first once it is free, which is the thread that gave it up and goes on: one
     that does nothing but map pages kept a decode step waiting through a hundred operations, half a second. So those
-    that wait say so, and a thread that finds others waiting lets them in before it asks. It does so for a millisecond
-    or two, no longer: this is politeness, nothing is built on it.
+    that wait say so, and a thread that finds others waiting lets them in before it asks. It does so for a millisecond,
+    no longer: this is politeness, nothing is built on it.
 
     Attributes:
         lock: the lock itself.
-        waiting: the threads that wait for it.
-        may_leave: whether the turn that is on can be left to wait, by ``wait_for``, and taken again.
+        owner, turn: the thread that has it, and its call; None while it is free.
+        waiting, hurrying: the threads that wait for it, and those of them that a GPU waits for.
+        snapshot: tells how things are that may be others' when a call goes on.
     """
 
-    __slots__ = ("lock", "may_leave", "waiting")
+    __slots__ = ("hurrying", "lock", "owner", "snapshot", "turn", "waiting")
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
+        self.owner: int | None = None
+        self.turn: Turn | None = None
         self.waiting: set[int] = set()
-        self.may_leave = False
+        self.hurrying: set[int] = set()
+        self.snapshot: Callable[[], Any] = lambda: None
 
-    def let_others_in(self) -> None:
-        """Wait until nobody waits any more, or long enough."""
-        for _ in range(_LET_IN_TIMES):
-            time.sleep(_LET_IN_S)
-            if not self.waiting:
-                return
-
-    def wait_for(self, work: _Work) -> None:
+    def wait_for(self, work: _Work, progress: bool = False) -> None:
         """Block until some work has ended; without the lock, if the turn can begin again.
 
         Raises:
             MustWait: it can, and the work goes on.
         """
-        if self.may_leave and not work.done():
-            raise MustWait(work)
+        if self.turn is not None and self.turn.leaves_left > 0 and not work.done():
+            if self.turn.before is None:
+                self.turn.before = self.snapshot()
+            raise MustWait(work, progress)
         work.wait()
 
 
+def _let_in(others: set[int]) -> None:
+    """Wait until nobody of them waits any more, or long enough."""
+    end = time.perf_counter() + _LET_IN_S
+    while others and time.perf_counter() < end:
+        time.sleep(_POLL_S)
+
+
 def in_turn(*, urgent: bool = False, leaves: bool = False) -> Callable[[_Method], _Method]:
-    """Run a method of an object that has ``_turns`` with the lock. Not for use from within another such method.
+    """Run a method of an object that has ``_turns`` with the lock, uninterrupted.
 
     Args:
-        urgent: as soon as the lock is free; otherwise after those who wait for it.
+        urgent: before those who wait and are not urgent too; otherwise after all who wait.
         leaves: where the method has to wait for work on a GPU, leave the lock to others meanwhile and call it again. It
             has done nothing by then that matters. Others may give that GPU new work, so the third time it keeps it.
     """
@@ -82,21 +111,30 @@ def in_turn(*, urgent: bool = False, leaves: bool = False) -> Callable[[_Method]
         def locked(self: Any, *args: Any, **kwargs: Any) -> Any:
             turns: Turns = self._turns
             thread = threading.get_ident()
-            leaves_left = _LEAVE_TIMES if leaves else 0
+            turn = Turn(_LEAVE_TIMES if leaves else 0)
+            others = turns.hurrying if urgent else turns.waiting
             while True:
-                if turns.waiting and not urgent:
-                    turns.let_others_in()
+                if others and turns.owner != thread:  # a finaliser may call in the middle of this thread's own turn
+                    _let_in(others)
                 try:
                     turns.waiting.add(thread)
-                    with turns.lock:
+                    if urgent:
+                        turns.hurrying.add(thread)
+                    with turns.lock, Uninterrupted():
                         turns.waiting.discard(thread)
-                        turns.may_leave = leaves_left > 0
-                        return method(self, *args, **kwargs)
+                        turns.hurrying.discard(thread)
+                        outer = turns.owner, turns.turn
+                        turns.owner, turns.turn = thread, turn
+                        try:
+                            return method(self, *args, **kwargs)
+                        finally:
+                            turns.owner, turns.turn = outer
                 except MustWait as busy:
                     work = busy.work
-                finally:
-                    turns.waiting.discard(thread)  # a signal's handler may have raised before
-                leaves_left -= 1
+                    turn.leaves_left -= not busy.progress
+                finally:  # a signal's handler may have raised before
+                    turns.waiting.discard(thread)
+                    turns.hurrying.discard(thread)
                 work.wait()
 
         return cast(_Method, locked)
