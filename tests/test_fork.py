@@ -7,10 +7,20 @@ import sys
 
 import pytest
 
+_REFUSES = """
+def refuses(call):
+    try:
+        call()
+    except vattn.ConfigError as error:
+        assert "process" in str(error), error
+    else:
+        raise AssertionError("a forked child used the cache")
+"""
+
 
 def run(script, *arguments):
-    """In a process of its own, whose end is the children's too."""
-    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", script, *arguments]
+    """In a process of its own, whose end is the children's too; the script has ``refuses``."""
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", _REFUSES + script, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
 
@@ -24,12 +34,7 @@ view = cache.rows(slot, 1)[0].fill_(7.0)
 if (pid := os.fork()) == 0:
     calls = (cache.stats, cache.acquire, lambda: cache.ensure(slot, 4000), lambda: cache.release(slot), cache.trim)
     for call in (*calls, lambda: cache.k(0), lambda: cache.fork(slot), lambda: cache.truncate(slot, 1)):
-        try:
-            call()
-        except vattn.ConfigError as error:
-            assert "process" in str(error), error
-        else:
-            raise AssertionError("a forked child used the cache")
+        refuses(call)
     cache.close()  # has nothing to close here
     sys.exit(0)
 assert os.waitpid(pid, 0)[1] == 0
@@ -53,14 +58,6 @@ def inside():
     with busy._turns.lock, vattn.kv_cache.Uninterrupted():  # as in every operation
         held.set()
         go_on.wait()
-
-def refuses(call):
-    try:
-        call()
-    except vattn.ConfigError as error:
-        assert "process" in str(error), error
-    else:
-        raise AssertionError("a forked child used the cache")
 
 worker = threading.Thread(target=inside)
 worker.start()

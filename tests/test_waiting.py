@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 
 import pytest
-from watchful_driver import LAYOUT, PAGE, WatchfulDriver, launch, new, num_left
+from watchful_driver import PAGE, WatchfulDriver, launch, new, num_left, watched_cache
 
 import vattn
 
@@ -17,11 +17,8 @@ def driver():
 
 @pytest.fixture
 def cache(driver):
-    with vattn.KVCache(LAYOUT, 6, memory_limit=4 * PAGE, page_bytes=PAGE, driver=driver) as cache:
+    with watched_cache(driver) as cache:
         yield cache
-        driver.synchronize()
-        assert not driver.late, "the cache's own work found its pages gone"
-        cache.check_integrity()
 
 
 def blocks(cache: vattn.KVCache, other: int) -> list[bool]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from stream_driver import StreamDriver
 
@@ -30,6 +33,16 @@ class WatchfulDriver(StreamDriver):
             perform(*addresses, size_bytes)
         else:
             self.late.append(addresses)
+
+
+@contextmanager
+def watched_cache(driver: WatchfulDriver) -> Iterator[vattn.KVCache]:
+    """Of six slots and four pages; its own work must have found its pages."""
+    with vattn.KVCache(LAYOUT, 6, memory_limit=4 * PAGE, page_bytes=PAGE, driver=driver) as cache:
+        yield cache
+        driver.synchronize()
+        assert not driver.late, "the cache's own work found its pages gone"
+        cache.check_integrity()
 
 
 def new(cache: vattn.KVCache, rows: int, slot: int | None = None) -> int:

@@ -140,10 +140,6 @@ class WorkTracker:
         for stream in self._streams.values():
             stream.newest[slots] = 0
 
-    def wait_for(self, epoch: Epoch, progress: bool = False) -> None:
-        """Block the host until an epoch is over."""
-        self._turns.wait_for(epoch, progress)
-
     def _stream(self, fence: Fence) -> _Stream:
         stream = self._streams.get(fence.stream)
         if stream is None:

@@ -174,9 +174,7 @@ class KVCache:
         longer = np.maximum(state.seq_len[index], rows)
         if short.size:
             state.grow(list(zip(index[short].tolist(), rows[short].tolist(), strict=True)), wait)
-            state.seq_len[index] = longer
-        else:
-            state.seq_len[index] = longer
+        state.seq_len[index] = longer
 
     def fork(self, slot: int, seq_len: int | None = None, into: int | None = None) -> int:
         """A new slot whose first ``seq_len`` rows (None: all) are those of ``slot``, sharing every whole page of them.
@@ -336,7 +334,7 @@ class KVCache:
         keep_bytes = require_int("keep_bytes", keep_bytes, 0)
         if not self.driver.is_capturing():
             slots.finish_deferred(wait=False)
-            slots.work.wait_for(slots.parking.epoch(slots.parking.epochs))
+            self._turns.wait_for(slots.parking.epoch(slots.parking.epochs))
             slots.unpark(len(slots.backing.pool.pages))
             slots.backing.clear_strays()
         return slots.backing.pool.trim(keep_bytes)

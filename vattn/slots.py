@@ -172,7 +172,7 @@ class Slots:
 
     def _await_epochs(self, plan: Plan) -> None:
         """Parked pages are unmapped when the work that used them has ended, and scrubbed behind it."""
-        self.work.wait_for(self.parking.epoch(plan.slots_unparked))
+        self.turns.wait_for(self.parking.epoch(plan.slots_unparked))
         self.work.order_behind(self.parking.epochs[slot] for slot in plan.slots_adopting)
 
     # -- giving back ---------------------------------------------------------------------------------------------
@@ -281,7 +281,7 @@ class Slots:
                     return found
                 if (slot in sparing) != spared or not (busy or epoch.done()):
                     continue
-                self.work.wait_for(epoch, progress=found)
+                self.turns.wait_for(epoch, progress=found)
                 while len(free) < target and slot in self.parking.epochs:
                     with Undo() as undo:
                         taken, tops = self.parking.unpark(slot, target - len(free), undo)
