@@ -66,7 +66,7 @@ def test_others_use_the_cache_while_one_waits_for_the_gpu(cache, driver, operati
     assert driver.num_waits >= 1
 
 
-def test_trim_waits_for_all_at_once(cache, driver):
+def test_trim_waits_for_one_after_another(cache, driver):
     other = new(cache, 1)
     found = []
     for slot in (3, 4, 5):  # more than an operation leaves the cache for

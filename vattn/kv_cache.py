@@ -334,7 +334,6 @@ class KVCache:
         keep_bytes = require_int("keep_bytes", keep_bytes, 0)
         if not self.driver.is_capturing():
             slots.finish_deferred(wait=False)
-            self._turns.wait_for(slots.parking.epoch(slots.parking.epochs))
             slots.unpark(len(slots.backing.pool.pages))
             slots.backing.clear_strays()
         return slots.backing.pool.trim(keep_bytes)
