@@ -43,11 +43,15 @@ def is_all(cache: vattn.KVCache, slot: int, value: float) -> bool:
 
 
 def park(cache: vattn.KVCache, *sizes: int) -> None:
-    """Leave so many pages in slots 0, 1, …, the first the least recently."""
+    """Leave so many pages in slots 0, 1, …, the first the least recently, with no work left that may touch them.
+
+    Those still in use come last where pages are short, and are waited for: other pages go, and other calls are made.
+    """
     for slot, pages in enumerate(sizes):
         new(cache, pages, slot)
     for slot in range(len(sizes)):
         cache.release(slot)
+    cache.driver.synchronize()
 
 
 def pages(cache: vattn.KVCache) -> tuple[int, int, int]:
