@@ -107,6 +107,24 @@ def prefill_kernels(records: list[Record]) -> str:
     return _grid(records, "prefill_attention", "ms", 3, r"(?!vattn).*-paged-\d+", columns)
 
 
+def prefill_mapping(records: list[Record]) -> str:
+    """With another prompt's pages mapped beside it: ratios within a round, their medians and spread; and how many."""
+    found: dict[str, dict[tuple[str, str], Record]] = {}
+    for record in records:
+        if record["metric"] in ("prefill_attention_ratio", "mapping"):
+            found.setdefault(record["case"], {})[record["system"], record["metric"]] = record
+    keys = [
+        ("vattn-mapping-beside", "mapping"),
+        ("vattn-mapping-beside", "prefill_attention_ratio"),
+        ("flash-attn-3-paged-16", "prefill_attention_ratio"),
+    ]
+    rows = [
+        [case, *(f"{r['value']:.3f} ({r['p20']:.3f}–{r['p80']:.3f})" if (r := cells.get(k)) else "–" for k in keys)]
+        for case, cells in found.items()
+    ]
+    return markdown(["case", "pages mapped a ms", "vattn beside / alone", "FA3 paged 16 / vattn beside"], rows)
+
+
 def prefill_calls(records: list[Record]) -> str:
     """One call over fresh pages: ms, with the spread."""
     rows = [
@@ -161,7 +179,7 @@ def layout_prefill_first(records: list[Record]) -> str:
 LAYOUT_TABLES: dict[str, Callable[[list[Record]], str]] = {
     function.__name__: function
     for function in (
-        *(decode_kernels, decode_plans, decode_growth, prefill_kernels, prefill_calls),
+        *(decode_kernels, decode_plans, decode_growth, prefill_kernels, prefill_mapping, prefill_calls),
         *(layout_steps, layout_host, layout_prefill, layout_prefill_first),
     )
 }

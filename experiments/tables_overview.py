@@ -173,6 +173,8 @@ def _layout_rows() -> list[list[str]]:
     fits = admitted["driver=ledger limit=60GiB shape=8B trace=log-normal"]
     best = best_paged(by_case(records_of(FOLDER / "07_decode_attention"), "decode_attention"))
     prefill = by_case(records_of(FOLDER / "11_prefill"), "prefill")
+    kernels = by_case(records_of(FOLDER / "08_prefill_attention"), "prefill_attention")
+    small, large = (ratios(kernels, f"flash-attn-3-paged-{tokens}", "vattn") for tokens in (16, 256))
     return [
         [
             "sequences in 60 GiB, 8B, log-normal lengths",
@@ -189,6 +191,11 @@ def _layout_rows() -> list[list[str]]:
             "the same loop, on its own layout",
             f"best of the blocks: {span(best_paged(by_case(records_of(FOLDER / '10_layouts'), 'decode_step')), 3)} "
             "times as long",
+        ],
+        [
+            "attention of a prompt, or of a chunk of one, 2k to 192k tokens",
+            "FlashAttention-3, on its layout",
+            f"blocks of 16 tokens: {span(small)} times as long, of 256: {span(large)}",
         ],
         *(
             [

@@ -123,10 +123,12 @@ def sharing_beside(records: list[Record]) -> str:
             _cell(cells.get("churn_rate"), 0),
             *(_cell(cells.get(name), 3) for name in ("decode_step", "decode_step_p99", "decode_step_max")),
             *(_cell(cells.get(name), 3) for name in ("p50_ratio", "p99_ratio")),
+            f"{blocks['p20']:.3f}–{blocks['p80']:.3f}" if (blocks := cells.get("block_p99_ratio")) else "–",
         ]
         for key, cells in found.items()
     ]
     header = ["machine", "beside", "pages/s", "p50, ms", "p99, ms", "longest, ms", "p50 ratio", "p99 ratio"]
+    header.append("p99 ratio of its blocks, 20th to 80th percentile")
     return markdown(header, rows) if rows else _MISSING
 
 

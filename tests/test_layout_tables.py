@@ -80,3 +80,15 @@ def test_a_second_run_is_compared_by_metric():
     table = tables.again(first)
     assert "| prefill | 2 | 2.5%, 25.0% |" in table
     assert "0.800 (8B B=1 L=1024, paged-16)" in table
+
+
+def test_mapping_beside_a_prefill_is_a_row_of_ratios():
+    spread = {"p20": 0.9, "p80": 1.3}
+    found = [
+        {**records("mapping", vattn_mapping_beside=7.0)[0], **spread},
+        {**records("prefill_attention_ratio", vattn_mapping_beside=1.001)[0], **spread},
+        {**records("prefill_attention_ratio", flash_attn_3_paged_16=1.14)[0], **spread},
+    ]
+    row = "| 8B B=1 L=1024 | 7.000 (0.900–1.300) | 1.001 (0.900–1.300) | 1.140 (0.900–1.300) |"
+    assert tables_layouts.prefill_mapping(found).splitlines()[2] == row
+    assert last_cell(tables_layouts.prefill_mapping(found[:2])) == "–"

@@ -222,5 +222,6 @@ def run_beside(
         records.add(case, system, "decode_step_max", "ms", [max(samples)])
         records.add(case, system, "p50_ratio", "ratio", [float(np.median(samples) / np.median(base))])
         records.add(case, system, "p99_ratio", "ratio", [p99(samples) / p99(base)])
+        records.add(case, system, "block_p99_ratio", "ratio", [p99(list(block)) / p99(base) for block in found])
         if rates[system]:
             records.add(case, system, "churn_rate", "pages/s", rates[system])

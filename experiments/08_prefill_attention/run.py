@@ -8,37 +8,28 @@ from __future__ import annotations
 import argparse
 import gc
 import random
-import statistics
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from common import Records, time_us
+from common import Records
+from mapped import HEAD_DIM, NUM_KV_HEADS, NUM_LAYERS, Launch, run_mapping, timed
 
 from vattn import KVCache, KVLayout
 from vattn.attention import AttentionBatch, get
 
 NEEDS = ("cuda",)
 DENSE_FLOPS = 989e12  # bfloat16, an H100 SXM's data sheet
-NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 32, 8, 128
+NUM_HEADS = 32
 WHOLE = (2048, 8192, 16384, 32768, 65536, 131072, 196608)
 CHUNKS = [(new, total) for total in (32768, 131072) for new in (2048, 4096, 8192, 16384)]
 PAGED = {"flash-attn-3": (16, 64, 128, 256), "flash-attn-2": (256,), "flashinfer": (16,)}
 SCALE = HEAD_DIM**-0.5
-NUM_LAYERS = 32  # of the cache; what is timed is one of them
-MAPPED_TOO = (16384, 32768, 65536)  # whole prompts timed with mapping beside them as well
-BUSY_CYCLES, BUSY_MS = 2_000_000, 1.0  # of waiting on the GPU while the host launches what is timed
-PAGE_TOKENS = 16
-BESIDE_PAGES, BESIDE_STEP = 4096, 8  # that are mapped beside, at most, and at a time
-
-Launch = Callable[[], torch.Tensor]
+MAPPED_TOO = 16384  # whole prompts from here on are timed with mapping as well
 
 
 def shapes() -> list[tuple[int, int]]:
@@ -140,80 +131,6 @@ def launches(cache: KVCache, slot: int, layer: int, q: torch.Tensor) -> Iterator
         yield f"flashinfer-paged-{block_tokens}", lambda paged=paged, pools=pools: paged.run(q, pools)
 
 
-def timed(launch: Launch, busy: bool = True) -> tuple[torch.cuda.Event, torch.cuda.Event]:
-    """Events around a launch. ``busy``: the GPU has something to do until the host is done launching."""
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    if busy:
-        torch.cuda._sleep(BUSY_CYCLES)
-    start.record()
-    launch()
-    end.record()
-    return start, end
-
-
-@contextmanager
-def mapping_beside(cache: KVCache) -> Iterator[list[int]]:
-    """A sequence of another cache gets pages meanwhile, as fast as a thread can map them; yields how many it got.
-
-    They were another's: mapped, and zeroed on a stream of the thread's. It never waits for the GPU, as it would have to
-    for unmapping: the zeroing comes when the kernel leaves room for it.
-    """
-    pages, done = [0], threading.Event()
-    slot = cache.acquire()
-
-    def grow() -> None:
-        with torch.cuda.stream(torch.cuda.Stream()):
-            while not done.is_set() and pages[0] < BESIDE_PAGES:
-                cache.ensure(slot, (pages[0] + BESIDE_STEP) * PAGE_TOKENS)
-                pages[0] += BESIDE_STEP
-
-    thread = threading.Thread(target=grow)
-    thread.start()
-    try:
-        while not pages[0]:
-            time.sleep(1e-4)
-        yield pages
-    finally:
-        done.set()
-        thread.join()
-        torch.cuda.synchronize()
-        cache.truncate(slot, 0)
-        cache.release(slot)
-
-
-def run_mapping(records: Records, cache: KVCache, slot: int, total: int, launch: Launch) -> None:
-    """The same with mapping: beside it, and before it, of which a layer bears its share."""
-    case, beside, kernel, rates = f"8B new={total} total={total}", [], [], []
-    others = KVLayout(NUM_LAYERS, NUM_KV_HEADS, HEAD_DIM, BESIDE_PAGES * PAGE_TOKENS, torch.bfloat16)
-    with KVCache(others, 1, "cuda", memory_limit=BESIDE_PAGES << 21) as other:
-        other.ensure(other.acquire(), others.max_seq_len)  # makes the pages
-        other.truncate(0, 0)
-        other.release(0)
-        for _ in range(6):
-            kernel.append(timed(launch))
-            torch.cuda.synchronize()
-            with mapping_beside(other) as pages:
-                before = pages[0]
-                start, end = timed(launch)
-                end.synchronize()
-                assert pages[0] < BESIDE_PAGES, "the pages ran out before the kernel had ended"
-                rates.append((pages[0] - before) / (start.elapsed_time(end) + BUSY_MS))
-            beside.append((start, end))
-    alone = [start.elapsed_time(end) for start, end in kernel]
-    records.add(case, "vattn-mapping-beside", "prefill_attention", "ms", [s.elapsed_time(e) for s, e in beside])
-    records.add(
-        case,
-        "vattn-mapping-beside",
-        "prefill_attention_ratio",
-        "1",
-        [one[0].elapsed_time(one[1]) / other for one, other in zip(beside, alone, strict=True)],
-    )
-    records.add(case, "vattn-mapping-beside", "mapping", "pages/ms", rates)
-    us = time_us(lambda: cache.ensure(slot, total), 5, before=lambda: cache.truncate(slot, 0))
-    inline = [statistics.median(alone) + each / 1e3 / NUM_LAYERS for each in us]
-    records.add(case, "vattn-mapping-inline", "prefill_attention", "ms", inline)
-
-
 def run_shape(records: Records, new: int, total: int) -> None:
     case = f"8B new={new} total={total}"
     records.add(case, "limit", "prefill_attention", "ms", [flops(new, total) / DENSE_FLOPS * 1e3])
@@ -242,9 +159,9 @@ def run_shape(records: Records, new: int, total: int) -> None:
         torch.cuda.synchronize()
         for system, pairs in events.items():
             records.add(case, system, "prefill_attention", "ms", [start.elapsed_time(end) for start, end in pairs])
-        if new == total and total in MAPPED_TOO and "vattn" in systems:
+        if new == total >= MAPPED_TOO and "vattn" in systems:
             with records.going_on(f"{case} mapping"):
-                run_mapping(records, cache, slot, total, systems["vattn"])
+                run_mapping(records, cache, slot, total, systems)
         del systems
     gc.collect()
     torch.cuda.empty_cache()
