@@ -54,6 +54,7 @@ BESIDE = (
     Beside("same-cache", 1000, parks=True, forks=False),
     Beside("same-cache", 1000, parks=True),
     Beside("same-cache", 1000, parks=False),
+    Beside("same-cache", 1000, parks=False, forks=False),
     Beside("same-cache", 10_000, parks=False),
     Beside("own-cache", 10_000, parks=False),
     Beside("ledger", 10_000, parks=False),
