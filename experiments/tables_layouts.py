@@ -95,8 +95,6 @@ def prefill_kernels(records: list[Record]) -> str:
     """Attention of prefill, a layer: ms, and the limit's share of them."""
     columns = {
         "vattn": "vattn",
-        "vattn, mapping beside": "vattn-mapping-beside",
-        "vattn, mapping inline": "vattn-mapping-inline",
         "FA3 contiguous": "flash-attn-3-contiguous",
         "FA3 paged 16": "flash-attn-3-paged-16",
         "FA3 paged 128": "flash-attn-3-paged-128",
@@ -108,21 +106,26 @@ def prefill_kernels(records: list[Record]) -> str:
 
 
 def prefill_mapping(records: list[Record]) -> str:
-    """With another prompt's pages mapped beside it: ratios within a round, their medians and spread; and how many."""
+    """With another prompt's pages mapped beside it: how many, and ratios within a round; and with its own before it.
+    Medians and spread."""
+    beside, inline = "vattn-mapping-beside", "vattn-mapping-inline"
+    keys = [
+        (beside, "mapping"),
+        (beside, "prefill_attention"),
+        (beside, "prefill_attention_ratio"),
+        ("flash-attn-3-paged-16", "prefill_attention_ratio"),
+        (inline, "prefill_attention"),
+    ]
     found: dict[str, dict[tuple[str, str], Record]] = {}
     for record in records:
-        if record["metric"] in ("prefill_attention_ratio", "mapping"):
-            found.setdefault(record["case"], {})[record["system"], record["metric"]] = record
-    keys = [
-        ("vattn-mapping-beside", "mapping"),
-        ("vattn-mapping-beside", "prefill_attention_ratio"),
-        ("flash-attn-3-paged-16", "prefill_attention_ratio"),
-    ]
+        if (key := (record["system"], record["metric"])) in keys:
+            found.setdefault(record["case"], {})[key] = record
     rows = [
         [case, *(f"{r['value']:.3f} ({r['p20']:.3f}–{r['p80']:.3f})" if (r := cells.get(k)) else "–" for k in keys)]
         for case, cells in found.items()
     ]
-    return markdown(["case", "pages mapped a ms", "vattn beside / alone", "FA3 paged 16 / vattn beside"], rows)
+    header = ["case", "pages mapped a ms", "vattn beside, ms", "beside / alone", "FA3 paged 16 / vattn beside"]
+    return markdown([*header, "vattn inline, ms"], rows)
 
 
 def prefill_calls(records: list[Record]) -> str:

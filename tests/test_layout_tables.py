@@ -88,7 +88,12 @@ def test_mapping_beside_a_prefill_is_a_row_of_ratios():
         {**records("mapping", vattn_mapping_beside=7.0)[0], **spread},
         {**records("prefill_attention_ratio", vattn_mapping_beside=1.001)[0], **spread},
         {**records("prefill_attention_ratio", flash_attn_3_paged_16=1.14)[0], **spread},
+        {**records("prefill_attention", vattn_mapping_inline=4.5)[0], **spread},
+        {**records("prefill_attention", vattn=3.0)[0], **spread},
     ]
-    row = "| 8B B=1 L=1024 | 7.000 (0.900–1.300) | 1.001 (0.900–1.300) | 1.140 (0.900–1.300) |"
-    assert tables_layouts.prefill_mapping(found).splitlines()[2] == row
+    cells = [
+        "8B B=1 L=1024",
+        *("–" if x is None else f"{x} (0.900–1.300)" for x in ("7.000", None, "1.001", "1.140", "4.500")),
+    ]
+    assert tables_layouts.prefill_mapping(found).splitlines()[2] == f"| {' | '.join(cells)} |"
     assert last_cell(tables_layouts.prefill_mapping(found[:2])) == "–"

@@ -7,7 +7,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from common import Records, time_us
@@ -86,16 +86,14 @@ def run_mapping(records: Records, cache: KVCache, slot: int, total: int, systems
             for name in drawn.sample(list(calls), len(calls)):
                 torch.cuda.synchronize()
                 time.sleep(PAUSE_S)
-                if name == "vattn-mapping-beside":
-                    with mapping_beside(other) as pages:
-                        before = pages[0]
-                        start, end = timed(calls[name])
-                        end.synchronize()
-                        rates.append((pages[0] - before) / (start.elapsed_time(end) + BUSY_MS))
-                else:
+                with mapping_beside(other) if name == "vattn-mapping-beside" else nullcontext([0]) as pages:
+                    before = pages[0]
                     start, end = timed(calls[name])
                     end.synchronize()
+                    num_mapped = pages[0] - before
                 ms[name].append(start.elapsed_time(end))
+                if name == "vattn-mapping-beside":
+                    rates.append(num_mapped / (ms[name][-1] + BUSY_MS))
     beside = ms["vattn-mapping-beside"]
     records.add(case, "vattn-mapping-beside", "prefill_attention", "ms", beside)
     for name, over, under in (("vattn-mapping-beside", beside, ms["vattn"]), (PEER, ms.get(PEER, ()), beside)):
