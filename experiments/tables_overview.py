@@ -45,7 +45,7 @@ def _capacity(records: list[Record]) -> str:
 
 def _sharing(records: list[Record]) -> str:
     calls = by_case(records, "calls_mean")["serving lengths=bounded limit=4"]["vattn"]
-    return f"{calls:.3f} driver calls a request where every slot can keep what it has"
+    return f"{calls:.3f} driver calls a request of bounded length where every slot can keep what it has"
 
 
 def _decode_attention(records: list[Record]) -> str:

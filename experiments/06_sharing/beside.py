@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import sys
 import threading
 import time
@@ -188,7 +189,7 @@ def p99(samples: Sequence[float]) -> float:
 def run_beside(
     records: Records, model: Llama, ops: Ops, batch: int = 32, length: int = 1024, steps: int = 500, rounds: int = 4
 ) -> None:
-    """Blocks in turn, the order shifted from round to round. ``none`` comes twice: how far its two differ is noise."""
+    """Blocks in turn, in an order drawn anew for each round. ``none`` comes twice: how far its two differ is noise."""
     case = f"beside 8B B={batch} L={length} steps={rounds * steps}"
     systems: dict[str, Beside | None] = {"none": None, **{each.system: each for each in BESIDE}, "none-again": None}
     blocks: dict[str, list[list[float]]] = {system: [] for system in systems}
@@ -201,9 +202,7 @@ def run_beside(
         caches = {"same-cache": loop.cache, "own-cache": own, "ledger": ledger}
         _block(loop, slots, length, steps)  # makes the pages
         for number in range(rounds):
-            order = list(systems)
-            shift = number * len(order) // rounds
-            for system in order[shift:] + order[:shift]:
+            for system in random.Random(f"{records.path.stem} {number}").sample(list(systems), len(systems)):
                 beside = systems[system]
                 if beside is None:
                     blocks[system].append(_block(loop, slots, length, steps))

@@ -191,7 +191,7 @@ def run_case(records: Records, model: Llama, tokens: torch.Tensor) -> None:
         }
         samples: dict[str, list[float]] = {system: [] for system in prompts}
         order = list(prompts)
-        drawn = random.Random(len(tokens))
+        drawn = random.Random(f"{records.path.stem} {len(tokens)}")  # a second run has other orders
         for _ in range(ROUNDS):
             for system in drawn.sample(order, len(order)):
                 with records.going_on(f"{case} {system}"):
