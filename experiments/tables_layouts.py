@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from common import markdown
-from tables_common import by_case, fields
+from tables_common import by_case, fields, records_of
+from traces import SHAPES
 
 Record = dict[str, Any]
+WEIGHTS_70B = 2 * (70_553_706_496 - 128_256 * 8_192)  # bytes that a step reads, bfloat16: all but the input embedding
 
 
 def _grid(records: list[Record], metric: str, unit: str, digits: int, ratio: str, columns: dict[str, str]) -> str:
@@ -153,6 +156,60 @@ def layout_steps(records: list[Record]) -> str:
     return _grid(records, "decode_step", "ms", 3, "paged-.*", columns)
 
 
+def step_growth(records: list[Record], smaller: list[Record] | None = None) -> str:
+    """Least squares over all cases, relative errors: ms = factor x limit + layers x (fixed + batch x each); and what
+    that says of cases that do not fit in one GPU.
+
+    Args:
+        smaller: records of models of other shapes, by default experiment 04's of the 1B. Without them a layer's part
+            and a step's cannot be told apart.
+    """
+    if smaller is None:
+        smaller = [r for r in records_of(Path(__file__).parent / "04_decode") if r["case"].startswith("1B ")]
+    found = by_case([*records, *smaller], "decode_step")
+    shapes = {case: (case.split()[0], int(fields(case)["B"]), _batch_tokens(case)) for case in found}
+    limits = np.array([(tokens, found[case]["limit"]) for case, (name, _, tokens) in shapes.items() if name == "8B"]).T
+    ms_a_token, _ = np.polyfit(*limits, 1)
+    ms_a_byte = ms_a_token / kv_bytes("8B")
+    far = {
+        ("8B", 128, 65536): np.polyval(np.polyfit(*limits, 1), 128 * 65536),
+        ("70B/8", 64, 4096): ms_a_byte * (WEIGHTS_70B / 8 + 64 * 4096 * kv_bytes("70B/8")),
+    }
+    rows = []
+    systems = dict.fromkeys(system for values in found.values() for system in values if system != "limit")
+    for system in sorted(systems, key=lambda name: name != "vattn"):
+        cases = [case for case, values in found.items() if system in values]
+        if len(cases) < 6:
+            continue
+        design = np.array([_terms(found[case]["limit"], *shapes[case][:2]) for case in cases])
+        ms = np.array([found[case][system] for case in cases])
+        parts, *_ = np.linalg.lstsq(design / ms[:, None], np.ones(len(ms)), rcond=None)
+        names = sorted({shapes[case][0] for case in cases}, reverse=True)
+        rows.append(
+            [
+                system,
+                ", ".join(names),
+                *(f"{part:.{digits}f}" for part, digits in zip(parts * (1, 1e3, 1e3), (3, 1, 2), strict=True)),
+                f"{np.abs(design @ parts / ms - 1).max():.1%}",
+                *(f"{parts @ _terms(limit, *case[:2]):,.1f}" for case, limit in far.items()),
+            ]
+        )
+    header = ["system", "fitted to", "times the limit", "and a layer, µs", "and a sequence in a layer, µs"]
+    header += ["largest error of the fit", "8B, 128 × 65,536, ms", "70B on 8 GPUs, 64 × 4,096, ms"]
+    return markdown(header, rows)
+
+
+def _terms(limit: float, name: str, batch: int) -> tuple[float, float, float]:
+    layers = SHAPES[name][0]
+    return limit, layers, layers * batch
+
+
+def kv_bytes(name: str) -> int:
+    """Of a token, in all layers, bfloat16."""
+    layers, num_kv_heads, head_dim = SHAPES[name]
+    return layers * 2 * num_kv_heads * head_dim * 2
+
+
 def layout_host(records: list[Record]) -> str:
     """The host's time for the pages or blocks of a step: median and mean, µs."""
     medians, means = by_case(records, "host_step"), by_case(records, "host_step_mean")
@@ -183,6 +240,6 @@ LAYOUT_TABLES: dict[str, Callable[[list[Record]], str]] = {
     function.__name__: function
     for function in (
         *(decode_kernels, decode_plans, decode_growth, prefill_kernels, prefill_mapping, prefill_calls),
-        *(layout_steps, layout_host, layout_prefill, layout_prefill_first),
+        *(layout_steps, step_growth, layout_host, layout_prefill, layout_prefill_first),
     )
 }

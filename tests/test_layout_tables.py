@@ -73,6 +73,32 @@ def test_a_fit_of_growth_finds_what_made_it():
     assert "| 7.0 | 3.00 | 0% |" in row
 
 
+def steps_of(name, layers, kv_bytes, weights, batches, system, parts):
+    """Steps at 3 TB/s that take exactly these parts: of the limit, ms a layer, ms a sequence in a layer."""
+    for batch in batches:
+        for length in (1024, 4096):
+            limit = (weights + batch * length * kv_bytes) / 3e9
+            ms = parts[0] * limit + layers * (parts[1] + batch * parts[2])
+            case = {"case": f"{name} B={batch} L={length}", "metric": "decode_step"}
+            yield from ({**case, "system": system, "value": ms}, {**case, "system": "limit", "value": limit})
+
+
+def test_a_fit_of_steps_tells_layers_and_sequences_apart():
+    parts = (1.02, 0.016, 0.0005)
+    larger = list(steps_of("8B", 32, 131072, 15e9, (1, 8, 64), "vattn", parts))
+    smaller = list(steps_of("1B", 16, 32768, 2.5e9, (1, 16), "vattn", parts))
+    row = tables_layouts.step_growth(larger, smaller).splitlines()[2]
+    far = 1.02 * (15e9 + 128 * 65536 * 131072) / 3e9 + 32 * (0.016 + 128 * 0.0005)
+    sharded = 1.02 * (tables_layouts.WEIGHTS_70B / 8 + 64 * 4096 * 40960) / 3e9 + 80 * (0.016 + 64 * 0.0005)
+    assert row == f"| vattn | 8B, 1B | 1.020 | 16.0 | 0.50 | 0.0% | {far:,.1f} | {sharded:.1f} |"
+    assert "| 8B | 1.020 |" in tables_layouts.step_growth(larger, [])
+
+
+def test_steps_of_the_smaller_model_come_from_its_own_experiment():
+    made = list(steps_of("8B", 32, 131072, 15e9, (1, 8, 64), "vattn", (1.0, 0.016, 0.0005)))
+    assert "| vattn | 8B, 1B |" in tables_layouts.step_growth(made)
+
+
 def test_a_second_run_is_compared_by_metric():
     first = records("prefill", limit=1.0, vattn=2.0, paged_16=4.0)
     for record, again, spread in zip(first, (1.0, 2.1, 3.2), (0.0, 0.5, 0.1), strict=True):
