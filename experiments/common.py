@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -66,6 +67,10 @@ class Records:
         self.card = machine_card()
         self.records: list[dict[str, Any]] = []
         self.failures: list[str] = []
+
+    def drawn(self, case: str) -> random.Random:
+        """For the order in which a case's systems take turns: the same every time, another in a second run."""
+        return random.Random(f"{self.path.stem} {case}")
 
     def add(self, case: str, system: str, metric: str, unit: str, samples: Sequence[float]) -> None:
         """One record; its value is the median of the samples."""

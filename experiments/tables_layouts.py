@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from common import markdown
 from tables_common import by_case, fields, records_of
-from traces import SHAPES
+from traces import MAX_SEQ_LEN, SHAPES
+
+from vattn import KVLayout
 
 Record = dict[str, Any]
 WEIGHTS_70B = 2 * (70_553_706_496 - 128_256 * 8_192)  # bytes that a step reads, bfloat16: all but the input embedding
@@ -167,13 +170,13 @@ def step_growth(records: list[Record], smaller: list[Record] | None = None) -> s
     if smaller is None:
         smaller = [r for r in records_of(Path(__file__).parent / "04_decode") if r["case"].startswith("1B ")]
     found = by_case([*records, *smaller], "decode_step")
-    shapes = {case: (case.split()[0], int(fields(case)["B"]), _batch_tokens(case)) for case in found}
-    limits = np.array([(tokens, found[case]["limit"]) for case, (name, _, tokens) in shapes.items() if name == "8B"]).T
-    ms_a_token, _ = np.polyfit(*limits, 1)
-    ms_a_byte = ms_a_token / kv_bytes("8B")
+    shapes = {case: (case.split()[0], int(fields(case)["B"])) for case in found}
+    limits = np.array([(_batch_tokens(case), found[case]["limit"]) for case in found if shapes[case][0] == "8B"]).T
+    ms_a_token, weights_ms = np.polyfit(*limits, 1)
+    sharded_bytes = WEIGHTS_70B / 8 + 64 * 4096 * _kv_bytes("70B/8")
     far = {
-        ("8B", 128, 65536): np.polyval(np.polyfit(*limits, 1), 128 * 65536),
-        ("70B/8", 64, 4096): ms_a_byte * (WEIGHTS_70B / 8 + 64 * 4096 * kv_bytes("70B/8")),
+        ("8B", 128): weights_ms + ms_a_token * 128 * 65536,
+        ("70B/8", 64): ms_a_token / _kv_bytes("8B") * sharded_bytes,
     }
     rows = []
     systems = dict.fromkeys(system for values in found.values() for system in values if system != "limit")
@@ -181,7 +184,7 @@ def step_growth(records: list[Record], smaller: list[Record] | None = None) -> s
         cases = [case for case, values in found.items() if system in values]
         if len(cases) < 6:
             continue
-        design = np.array([_terms(found[case]["limit"], *shapes[case][:2]) for case in cases])
+        design = np.array([_terms(found[case]["limit"], *shapes[case]) for case in cases])
         ms = np.array([found[case][system] for case in cases])
         parts, *_ = np.linalg.lstsq(design / ms[:, None], np.ones(len(ms)), rcond=None)
         names = sorted({shapes[case][0] for case in cases}, reverse=True)
@@ -191,7 +194,7 @@ def step_growth(records: list[Record], smaller: list[Record] | None = None) -> s
                 ", ".join(names),
                 *(f"{part:.{digits}f}" for part, digits in zip(parts * (1, 1e3, 1e3), (3, 1, 2), strict=True)),
                 f"{np.abs(design @ parts / ms - 1).max():.1%}",
-                *(f"{parts @ _terms(limit, *case[:2]):,.1f}" for case, limit in far.items()),
+                *(f"{parts @ _terms(limit, *shape):,.1f}" for shape, limit in far.items()),
             ]
         )
     header = ["system", "fitted to", "times the limit", "and a layer, µs", "and a sequence in a layer, µs"]
@@ -204,10 +207,9 @@ def _terms(limit: float, name: str, batch: int) -> tuple[float, float, float]:
     return limit, layers, layers * batch
 
 
-def kv_bytes(name: str) -> int:
-    """Of a token, in all layers, bfloat16."""
-    layers, num_kv_heads, head_dim = SHAPES[name]
-    return layers * 2 * num_kv_heads * head_dim * 2
+def _kv_bytes(name: str) -> int:
+    """Of a token, in all layers."""
+    return KVLayout(*SHAPES[name], MAX_SEQ_LEN, torch.bfloat16).bytes_per_token
 
 
 def layout_host(records: list[Record]) -> str:

@@ -95,6 +95,17 @@ def test_a_part_is_measured_anew_and_the_others_stay(tmp_path):
     assert run(None, 3.0) == {"one x=1": 3, "two x=1": 3}
 
 
+def test_a_second_run_takes_turns_in_other_orders(monkeypatch):
+    def order(case):
+        return Records("06_sharing").drawn(case).sample(range(10), 10)
+
+    first = order("one")
+    assert order("one") == first
+    assert order("two") != first
+    monkeypatch.setenv("VATTN_AGAIN", "1")
+    assert order("one") != first
+
+
 @pytest.mark.parametrize("name", SHARING_TABLES)
 def test_tables_of_no_records(name):
     assert SHARING_TABLES[name]([]).endswith("\n")

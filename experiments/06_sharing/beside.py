@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import sys
 import threading
 import time
@@ -201,8 +200,9 @@ def run_beside(
         ledger = stack.enter_context(KVCache(others, NUM_OTHERS, driver=LedgerDriver(1 << 40), memory_limit=2 << 30))
         caches = {"same-cache": loop.cache, "own-cache": own, "ledger": ledger}
         _block(loop, slots, length, steps)  # makes the pages
-        for number in range(rounds):
-            for system in random.Random(f"{records.path.stem} {number}").sample(list(systems), len(systems)):
+        drawn = records.drawn(case)
+        for _ in range(rounds):
+            for system in drawn.sample(list(systems), len(systems)):
                 beside = systems[system]
                 if beside is None:
                     blocks[system].append(_block(loop, slots, length, steps))

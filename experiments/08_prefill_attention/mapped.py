@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import statistics
 import threading
 import time
@@ -76,7 +75,7 @@ def run_mapping(records: Records, cache: KVCache, slot: int, total: int, systems
         calls[PEER] = systems[PEER]
     ms: dict[str, list[float]] = {name: [] for name in calls}
     rates = []
-    drawn = random.Random(f"{records.path.stem} {total}")  # a second run has other orders
+    drawn = records.drawn(f"mapping {case}")
     others = KVLayout(NUM_LAYERS, NUM_KV_HEADS, HEAD_DIM, total, torch.bfloat16)
     with KVCache(others, 1, "cuda", memory_limit=total // PAGE_TOKENS << 21) as other:
         other.ensure(other.acquire(), total)  # makes the pages

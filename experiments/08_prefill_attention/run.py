@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import random
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -152,7 +151,7 @@ def run_shape(records: Records, new: int, total: int) -> None:
         events: dict[str, list[Any]] = {system: [] for system in systems}
         order = list(systems)
         # In turn, in an order drawn anew each time: a hot GPU is slower, and what ran before says how hot it is.
-        drawn = random.Random(f"{records.path.stem} {new} {total}")  # a second run has other orders
+        drawn = records.drawn(case)
         for _ in range(len(order) if flops(new, total) < 40e12 else 4):
             for system in drawn.sample(order, len(order)):
                 events[system].append(timed(systems[system]))

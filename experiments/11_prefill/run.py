@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import random
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -191,7 +190,7 @@ def run_case(records: Records, model: Llama, tokens: torch.Tensor) -> None:
         }
         samples: dict[str, list[float]] = {system: [] for system in prompts}
         order = list(prompts)
-        drawn = random.Random(f"{records.path.stem} {len(tokens)}")  # a second run has other orders
+        drawn = records.drawn(case)
         for _ in range(ROUNDS):
             for system in drawn.sample(order, len(order)):
                 with records.going_on(f"{case} {system}"):
