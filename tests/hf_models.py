@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import transformers
 from transformers import PreTrainedModel
+
+from vattn.hf import VirtualCache
 
 VOCABULARY, NEW_TOKENS, MAX_LENGTH = 97, 40, 160
 PROMPT_LENGTH = 11
@@ -218,6 +221,15 @@ def run(model: PreTrainedModel, mode: str, cache: Any) -> torch.Tensor:
         return model.generate(tokens, max_new_tokens=max_new_tokens, past_key_values=cache, **options)
 
     return MODES[mode](generate)
+
+
+@contextmanager
+def checked_cache(model: PreTrainedModel) -> Iterator[VirtualCache]:
+    """A cache of small pages, whose books are held against its pages at the end."""
+    with VirtualCache(model.config, max_length=MAX_LENGTH, page_bytes=4096) as past:
+        yield past
+        if past.kv_cache:
+            past.kv_cache.check_integrity()
 
 
 def logits(model: PreTrainedModel, tokens: torch.Tensor, past: Any = None, **options: Any) -> torch.Tensor:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 transformers = pytest.importorskip("transformers")
-from hf_models import close, make_model, prompt  # noqa: E402
+from hf_models import checked_cache, close, make_model, prompt  # noqa: E402
 from hypothesis import given  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from transformers import DynamicCache  # noqa: E402
@@ -28,10 +28,8 @@ def model():
 
 @pytest.fixture
 def past(model):
-    with VirtualCache(model.config, max_length=160, page_bytes=4096) as past:
+    with checked_cache(model) as past:
         yield past
-        if past.kv_cache:
-            past.kv_cache.check_integrity()
 
 
 def new_rows(batch: int, length: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 transformers = pytest.importorskip("transformers")
-from hf_models import MAX_LENGTH, close, logits, make_model, prompt  # noqa: E402
+from hf_models import MAX_LENGTH, checked_cache, close, logits, make_model, prompt  # noqa: E402
 from transformers import DynamicCache  # noqa: E402
 
 from vattn import CacheStats  # noqa: E402
@@ -31,10 +31,8 @@ def windowed():
 
 @pytest.fixture
 def past(model):
-    with VirtualCache(model.config, max_length=MAX_LENGTH, page_bytes=4096) as past:
+    with checked_cache(model) as past:
         yield past
-        if past.kv_cache:
-            past.kv_cache.check_integrity()
 
 
 # -- what a cache does -----------------------------------------------------------------------------------------------
