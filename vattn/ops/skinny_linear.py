@@ -173,6 +173,9 @@ def _kernel() -> Any:
             if not DOT:
                 gdc_launch_dependents()
             gdc_wait()
+        # The bias is added by the first split alone. Written as a bound: Triton 3.9's interpreter refuses a mask that
+        # joins a block with a scalar.
+        biased = tl.where(split == 0, outputs, 0)
         up = outputs.to(tl.int64) * weight_stride  # from a gate's row to that of the other half
         if DOT:
             x_at = x_ptr + m[None, :] * x_stride + k[:, None]
@@ -200,7 +203,7 @@ def _kernel() -> Any:
             if PDL:
                 gdc_launch_dependents()
             if HAS_BIAS:
-                bias = tl.load(bias_ptr + n, mask=(n < outputs) & (split == 0), other=0.0)
+                bias = tl.load(bias_ptr + n, mask=n < biased, other=0.0)
                 sums += bias.to(tl.float32)[:, None]
                 if SWIGLU:
                     up_sums += tl.load(bias_ptr + outputs + n, mask=n < outputs, other=0.0).to(tl.float32)[:, None]
@@ -230,7 +233,7 @@ def _kernel() -> Any:
                 products += weight.to(tl.float32) * x
             sum_ = tl.sum(products, axis=1)
             if HAS_BIAS:
-                sum_ += tl.load(bias_ptr + n, mask=(n < outputs) & (split == 0), other=0.0).to(tl.float32)
+                sum_ += tl.load(bias_ptr + n, mask=n < biased, other=0.0).to(tl.float32)
             if SWIGLU:
                 up_sum = tl.sum(up_products, axis=1)
                 if HAS_BIAS:
