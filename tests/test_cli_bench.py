@@ -33,7 +33,6 @@ def folder(tmp_path: Path) -> Path:
     folder.mkdir()
     for path in EXPERIMENTS.glob("*.py"):
         shutil.copy(path, folder)
-    (folder / "plots.py").write_text("print('plots drawn')")
     for name, needs, then in (
         ("01_quick", "", ""),
         ("02_broken", "", "raise SystemExit(3)"),
