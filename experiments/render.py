@@ -17,7 +17,7 @@ import sys
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 import table
@@ -62,8 +62,8 @@ def again(records: list[Record]) -> str:
 
 
 @cache
-def report(folder: Path) -> ModuleType | None:
-    """The ``report.py`` of a folder; None where there is none."""
+def report(folder: Path) -> Any:
+    """The module ``report.py`` of a folder; None where there is none."""
     if not (folder / "report.py").exists():
         return None
     sys.path.append(str(folder))  # a report may have modules of its own beside it

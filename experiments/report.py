@@ -28,40 +28,38 @@ def overview(_: list[Record]) -> str:
 def results(_: list[Record]) -> str:
     """vattn's figure beside those of what one would take instead, losses among them."""
     memory, fits = "03 peak_memory:B=8:L=32768", "05 sequences:driver=ledger:shape=8B:trace=log-normal"
-    short, long = "11 prefill:total=8192", "11 prefill:total=65536"
+    dynamic, static = (marked(f"{memory} transformers-{name}") for name in ("dynamic", "static"))
+    blocks, layers = (marked(f"{fits} {name} .0f") for name in ("paged-16", "layer-major"))
     rows = [
         *(_step(*case) for case in (("8B", 1), ("8B", 8), ("8B", 64), ("1B", 1))),
         [
             "`generate`, 8B, 8 × 32,768 tokens: memory beyond the weights",
             f"{marked(f'{memory} vattn')} MiB",
-            f"dynamic cache {marked(f'{memory} transformers-dynamic')}, "
-            f"static cache {marked(f'{memory} transformers-static')}",
+            f"dynamic cache {dynamic}, static cache {static}",
         ],
         [
             "sequences in 60 GiB, 8B, log-normal lengths",
-            marked(f"{fits} vattn"),
-            f"blocks of 16 tokens {marked(f'{fits} paged-16')}, pages of one layer {marked(f'{fits} layer-major')}",
+            marked(f"{fits} vattn .0f"),
+            f"blocks of 16 tokens {blocks}, pages of one layer {layers}",
         ],
-        [
-            "decode step, 8B, batch 1 to 64, 1k to 64k tokens",
-            "its layout, in its loop",
-            f"the best of the blocks, in the same loop: {marked('10 decode_step paged-.*/vattn .3f')} times as long",
-        ],
-        [
-            "prefill, 8B, mapping included: 8,192 tokens, where it loses most; 65,536",
-            f"{marked(f'{short} vattn .0f')} ms; {marked(f'{long} vattn ,.0f')}",
-            f"blocks of 256 tokens {marked(f'{short} paged-256 .0f')}; {marked(f'{long} paged-256 ,.0f')}, "
-            f"of 16 {marked(f'{short} paged-16 .0f')}; {marked(f'{long} paged-16 ,.0f')}",
-        ],
+        *(_prefill(*total) for total in ((65536, "mapping included"), (8192, "where it loses most"))),
     ]
     return markdown(["what", "vattn", "instead"], rows)
 
 
 def _step(shape: str, batch: int) -> list[str]:
-    at = f"04 decode_step:{shape}:B={batch}:L=1024"
+    at = f"decode_step:{shape}.B={batch}.L=1024"
+    vattn, share = marked(f"04 {at} vattn .2f"), marked(f"04 {at} limit/vattn .0%")
+    compiled, static = (marked(f"04 {at} {name} .2f") for name in ("torch-compile", "transformers-static-compile"))
+    blocks = marked(f"10 {at} paged-.* .2f")
     return [
         f"decode step, {shape}, batch {batch}, 1,024 tokens",
-        f"{marked(f'{at} vattn .2f')} ms ({marked(f'{at} limit/vattn .0%')} of the limit)",
-        f"torch.compile {marked(f'{at} torch-compile .2f')}, compiled transformers with its static cache "
-        f"{marked(f'{at} transformers-static-compile .2f')}",
+        f"{vattn} ms ({share} of the limit)",
+        f"torch.compile {compiled}, compiled transformers with its static cache {static}"
+        + (f", the same loop over blocks {blocks}" if blocks != "–" else ""),
     ]
+
+
+def _prefill(tokens: int, note: str) -> list[str]:
+    vattn, small, large = (marked(f"11 prefill:total={tokens} {n} ,.0f") for n in ("vattn", "paged-16", "paged-256"))
+    return [f"prefill, 8B, {tokens:,} tokens, {note}", f"{vattn} ms", f"blocks of 16 tokens {small}, of 256 {large}"]

@@ -106,7 +106,10 @@ def pivot(records: list[Record], rows: str, columns: str, *options: str) -> str:
             found.setdefault(key, []).append(record)
     lines, units = [], dict.fromkeys(names, "")
     for key, group in found.items():
-        cells = {name: record for record in group for name in names if matches(record, name)}
+        cells: dict[str, Record] = {}
+        for name, record in ((name, record) for record in group for name in names if matches(record, name)):
+            if (other := cells.setdefault(name, record)) is not record:
+                raise SystemExit(f"column {name!r} has two records: {_place(other)}; {_place(record)}")
         systems = {record["system"]: record for record in group}
         if cells.keys() <= {"limit"}:
             continue
@@ -116,10 +119,13 @@ def pivot(records: list[Record], rows: str, columns: str, *options: str) -> str:
         lines.append([*key, *line, *([_best(systems, given["best"])] if "best" in given else [])])
     several = len({line[0] for line in lines}) > 1
     header = ["machine", *(HEADINGS.get(word, word) for word in rows.split(","))]
-    header += [_heading(name, unit) for name, unit in units.items()] + ["best of the others / vattn"] * (
-        "best" in given
-    )
+    header += [_heading(name, unit) for name, unit in units.items()]
+    header += ["best of the others / vattn"] * ("best" in given)
     return markdown(header[not several :], [line[not several :] for line in lines])
+
+
+def _place(record: Record) -> str:
+    return f"{record['system']}, {record['metric']}, {record['case']!r}"
 
 
 def _word(word: str) -> str:

@@ -81,6 +81,14 @@ def test_a_selector_takes_system_metric_and_words():
     assert table.by_case(made, "time:one crossing=1%") == {"one crossing=1%": {"a": 1.0, "b": 2.0}}
 
 
+def test_two_records_in_a_cell_are_an_error():
+    made = records("step", "8B B=8", vattn=1.0) + records("step", "8B B=8 staggered", vattn=2.0)
+    with pytest.raises(SystemExit, match="'vattn' has two records: vattn, step, '8B B=8'; vattn, step, '8B B=8 stag"):
+        table.pivot(made, "B", "vattn")
+    assert len(rows(table.pivot(made, "case", "vattn"))) == 3
+    assert rows(table.pivot(made, "B", "vattn", "where=8B.B=8"))[1] == ["8", "1.000"]
+
+
 def test_a_row_is_named_by_words_with_its_limit_wherever_it_stands():
     made = records("step", "8B B=8 L=2048", limit=5.0) + records("step", "new B=8 L=2048", vattn=10.0)
     made += records("step", "8B B=8 L=2048 max=4096", vattn=20.0) + records("step", "8B B=8 L=1", limit=1.0)
