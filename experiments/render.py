@@ -76,7 +76,8 @@ def report(folder: Path) -> Any:
 def make(folder: Path, marker: str, records: list[Record]) -> str:
     """The table of a marker."""
     name, *arguments = marker.split()
-    function = {"cards": cards, "again": again, "pivot": table.pivot}.get(name) or getattr(report(folder), name, None)
+    own: dict[str, Any] = {"cards": cards, "again": again, "pivot": table.pivot}
+    function = own.get(name) or getattr(report(folder), name, None)
     if function is None:
         raise SystemExit(f"{folder.name}/README.md wants a table {name!r}, which {folder.name}/report.py does not make")
     return str(function(records, *arguments))
@@ -95,9 +96,9 @@ def show(path: Path) -> str:
     """The tables that these records make; those that they have no cases for are left out."""
     made, records = [], read(path)
     for _, marker, _ in _TABLE.findall((path.parent / "README.md").read_text()):
-        with suppress(KeyError, ValueError, StopIteration):
+        with suppress(KeyError, ValueError):
             made.append(make(path.parent, marker, records))
-    return "\n".join(made)
+    return "\n".join(filter(None, made))
 
 
 def plots(check: bool, png: Path | None) -> list[Path]:
@@ -113,7 +114,11 @@ def plots(check: bool, png: Path | None) -> list[Path]:
         if not hasattr(module, "plot"):
             continue
         path = folder / f"{folder.name[3:]}.svg"
-        drawn = plotting.svg(module.plot(read(results)), png / f"{path.stem}.png" if png else None)
+        try:
+            drawn = plotting.svg(module.plot(read(results)), png / f"{path.stem}.png" if png else None)
+        except (KeyError, ValueError) as error:
+            print(f"{path.name} is as it was: its records lack what the plot takes ({error!r})")
+            continue
         old = path.read_text() if path.exists() else ""
         if drawn != old and (not check or plotting.VERSION in old):
             stale.append(path)

@@ -88,7 +88,9 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 
 
 def pivot(records: list[Record], rows: str, columns: str, *options: str) -> str:
-    """Records as a table; a dash where there is none. Which machine is a column of its own where there are several.
+    """Records as a table with a dash where there is none; nothing at all where none matches.
+
+    Which machine made a record is a column of its own where there are several.
 
     Args:
         rows: what names a row, with commas between: words of the case, ``case`` itself, or ``system``.
@@ -117,6 +119,8 @@ def pivot(records: list[Record], rows: str, columns: str, *options: str) -> str:
         limit = systems.get("limit") if "share" in given else None
         line = [_cell(cells[name], limit, "spread" in given) if name in cells else "–" for name in names]
         lines.append([*key, *line, *([_best(systems, given["best"])] if "best" in given else [])])
+    if not lines:
+        return ""
     several = len({line[0] for line in lines}) > 1
     header = ["machine", *(HEADINGS.get(word, word) for word in rows.split(","))]
     header += [_heading(name, unit) for name, unit in units.items()]

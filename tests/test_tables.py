@@ -86,6 +86,7 @@ def test_two_records_in_a_cell_are_an_error():
     with pytest.raises(SystemExit, match="'vattn' has two records: vattn, step, '8B B=8'; vattn, step, '8B B=8 stag"):
         table.pivot(made, "B", "vattn")
     assert len(rows(table.pivot(made, "case", "vattn"))) == 3
+    assert table.pivot(made, "B", "nobody") == table.pivot(made, "B", "vattn", "where=nobody") == ""
     assert rows(table.pivot(made, "B", "vattn", "where=8B.B=8"))[1] == ["8", "1.000"]
 
 
