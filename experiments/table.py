@@ -138,7 +138,7 @@ def _word(word: str) -> str:
 
 def _heading(column: str, unit: str) -> str:
     name = column.replace(":", " ").replace("_", " ")
-    return name if unit in ("", "1", "×", "ratio") or unit in name else f"{name}, {unit.replace('us', 'µs')}"
+    return name if unit in ("", "1", "×", "ratio") or unit in name.split() else f"{name}, {unit.replace('us', 'µs')}"
 
 
 def _cell(record: Record, limit: Record | None, spread: bool) -> str:

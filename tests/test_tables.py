@@ -81,6 +81,11 @@ def test_a_selector_takes_system_metric_and_words():
     assert table.by_case(made, "time:one crossing=1%") == {"one crossing=1%": {"a": 1.0, "b": 2.0}}
 
 
+def test_a_heading_has_the_unit_once():
+    made = records("step", unit="us", contiguous=1.0) + records("driver_calls", unit="calls", vattn=3.0)
+    assert rows(table.pivot(made, "case", "contiguous,driver_calls"))[0] == ["case", "contiguous, µs", "driver calls"]
+
+
 def test_two_records_in_a_cell_are_an_error():
     made = records("step", "8B B=8", vattn=1.0) + records("step", "8B B=8 staggered", vattn=2.0)
     with pytest.raises(SystemExit, match="'vattn' has two records: vattn, step, '8B B=8'; vattn, step, '8B B=8 stag"):
