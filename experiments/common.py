@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from table import read
 
 FIELDS = (
     *("experiment", "case", "system", "metric", "value", "unit", "p20", "p50", "p80"),
@@ -100,23 +101,12 @@ class Records:
             raise SystemExit(f"failed: {', '.join(self.failures)}")
 
     def write(self) -> None:
-        kept = [record for record in read(self.path) if not self._replaces(record)] if self.path.exists() else []
+        kept = [record for record in read(self.path) if not self._replaces(record)]
         self.path.write_text("".join(json.dumps(record) + "\n" for record in (*kept, *self.records)))
 
     def _replaces(self, record: dict[str, Any]) -> bool:
         measured = self.parts is None or record["case"].split()[0] in self.parts
         return measured and record["gpu"] == self.card["gpu"]
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """The records of a results.jsonl."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """A table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
 def machine_card() -> dict[str, str]:

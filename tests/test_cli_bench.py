@@ -33,7 +33,6 @@ def folder(tmp_path: Path) -> Path:
     folder.mkdir()
     for path in EXPERIMENTS.glob("*.py"):
         shutil.copy(path, folder)
-    (folder / "plots.py").write_text("print('plots drawn')")
     for name, needs, then in (
         ("01_quick", "", ""),
         ("02_broken", "", "raise SystemExit(3)"),
@@ -41,7 +40,8 @@ def folder(tmp_path: Path) -> Path:
     ):
         (folder / name).mkdir()
         (folder / name / "run.py").write_text(RUN.format(name=name, needs=needs, then=then))
-        text = f"# Is {name} fast?\n\n<!-- table cards -->\n<!-- end -->\n"
+        table = "<!-- table pivot case vattn,paged-16 where=decode_step -->\n<!-- end -->\n"
+        text = f"# Is {name} fast?\n\n<!-- table cards -->\n<!-- end -->\n\n{table}"
         (folder / name / "README.md").write_text(text)
     return folder
 
@@ -57,6 +57,7 @@ def test_all(folder, capfd):
     assert [(record["system"], record["value"]) for record in records] == [("vattn", 2.0), ("paged-16", 2.0)]
     assert records[0]["command"] == "python experiments/01_quick/run.py"
     assert "* CPU only" in (folder / "01_quick" / "README.md").read_text() or "* NVIDIA" in out
+    assert "| B=1 L=2 | 2.000 | 2.000 |" in (folder / "01_quick" / "README.md").read_text()
     assert not (folder / "02_broken" / "results.jsonl").exists()
 
 

@@ -1,4 +1,4 @@
-"""The tables in the READMEs are those of the records, and the records have every field."""
+"""The tables, figures and plots of the READMEs are those of the records, and the records have every field."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ FIELDS = {
 
 def test_tables_agree_with_their_records():
     check = subprocess.run(
-        [sys.executable, EXPERIMENTS / "tables.py", "--check"], capture_output=True, text=True, check=False
+        [sys.executable, EXPERIMENTS / "render.py", "--check"], capture_output=True, text=True, check=False
     )
-    assert check.returncode == 0, f"{check.stdout}{check.stderr}run python experiments/tables.py"
+    assert check.returncode == 0, f"{check.stdout}{check.stderr}run python experiments/render.py"
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: f"{path.parent.name}-{path.stem}")

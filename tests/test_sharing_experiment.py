@@ -14,9 +14,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments" / "06_sharing"))
 from beside import Beside, Churn, levelled
-from common import Records, read
+from common import Records
 from serving import LENGTHS, limit_for, pages_and_rounds, serve, warmed_up_after
-from tables_sharing import SHARING_TABLES
+from table import read
 
 from vattn import KVLayout
 from vattn.driver import LedgerDriver
@@ -104,8 +104,3 @@ def test_a_second_run_takes_turns_in_other_orders(monkeypatch):
     assert order("two") != first
     monkeypatch.setenv("VATTN_AGAIN", "1")
     assert order("one") != first
-
-
-@pytest.mark.parametrize("name", SHARING_TABLES)
-def test_tables_of_no_records(name):
-    assert SHARING_TABLES[name]([]).endswith("\n")

@@ -83,7 +83,7 @@ def bench(args: argparse.Namespace) -> None:
 def _folder(given: str | None) -> Path:
     beside = Path(__file__).parents[1] / "experiments"
     for path in [Path(given)] if given else [Path("experiments"), beside]:
-        if (path / "tables.py").exists():
+        if (path / "render.py").exists():
             return path.resolve()
     raise ConfigError(
         f"no experiments in {given or './experiments'}: they are not part of the installed package; run vattn bench in "
@@ -101,12 +101,8 @@ def _named(found: list[Experiment], names: list[str]) -> list[Experiment]:
 def _show(root: Path, done: list[Experiment], quick: bool) -> None:
     """Tables of a quick run on the terminal; of a whole one in the READMEs too, with the plots."""
     if not quick:
-        subprocess.run([sys.executable, root / "tables.py"], check=True)
-        if importlib.util.find_spec("matplotlib"):
-            subprocess.run([sys.executable, root / "plots.py"], check=True)
-        else:
-            print("plots are as they were: matplotlib is not installed (pip install 'vattn[experiments]')")
+        subprocess.run([sys.executable, root / "render.py"], check=True)
     for experiment in done:
         print(f"\n{experiment.question}\n", flush=True)
         records = experiment.folder / ("quick.jsonl" if quick else "results.jsonl")
-        subprocess.run([sys.executable, root / "tables.py", "--show", records], check=True)
+        subprocess.run([sys.executable, root / "render.py", "--show", records], check=True)

@@ -1,0 +1,65 @@
+"""The overview of all experiments, and the results in the README above."""
+
+from __future__ import annotations
+
+import re
+
+import table
+from table import Record, machine, markdown, marked, read
+
+
+def overview(_: list[Record]) -> str:
+    """Experiment, question, answer, machine, runs and their newest date."""
+    rows = []
+    for readme in sorted(table.FOLDER.glob("*/README.md")):
+        folder, text = readme.parent, re.sub("<!--.*?-->", "", readme.read_text())
+        records, again = read(folder / "results.jsonl"), read(folder / "again.jsonl")
+        answer = re.search(r"^\*\*Answer\.\*\* (.*?)\n\n", text, re.DOTALL | re.MULTILINE)
+        found = " ".join(answer[1].split()) if answer else "–"
+        if not records and (folder / "run.py").exists():
+            found = "not measured yet"
+        runs = f"{2 if again else 1}, {max(r['date'] for r in records + again)}" if records else "–"
+        machines = ", ".join(dict.fromkeys(map(machine, records))) or "–"
+        question = text.partition("\n")[0].removeprefix("# ")
+        rows.append([f"[{folder.name}]({folder.name})", question, found, machines, runs])
+    return markdown(["experiment", "question", "answer", "machine", "runs, newest"], rows)
+
+
+def results(_: list[Record]) -> str:
+    """vattn's figure beside those of what one would take instead, losses among them."""
+    memory, fits = "03 peak_memory:B=8:L=32768", "05 sequences:driver=ledger:shape=8B:trace=log-normal"
+    dynamic, static = (marked(f"{memory} transformers-{name}") for name in ("dynamic", "static"))
+    blocks, layers = (marked(f"{fits} {name} .0f") for name in ("paged-16", "layer-major"))
+    rows = [
+        *(_step(*case) for case in (("8B", 1), ("8B", 8), ("8B", 64), ("1B", 1))),
+        [
+            "`generate`, 8B, 8 × 32,768 tokens: memory beyond the weights",
+            f"{marked(f'{memory} vattn')} MiB",
+            f"dynamic cache {dynamic}, static cache {static}",
+        ],
+        [
+            "sequences in 60 GiB, 8B, log-normal lengths",
+            marked(f"{fits} vattn .0f"),
+            f"blocks of 16 tokens {blocks}, pages of one layer {layers}",
+        ],
+        *(_prefill(*total) for total in ((65536, "mapping included"), (8192, "where it loses most"))),
+    ]
+    return markdown(["what", "vattn", "instead"], rows)
+
+
+def _step(shape: str, batch: int) -> list[str]:
+    at = f"decode_step:{shape}.B={batch}.L=1024"
+    vattn, share = marked(f"04 {at} vattn .2f"), marked(f"04 {at} limit/vattn .0%")
+    compiled, static = (marked(f"04 {at} {name} .2f") for name in ("torch-compile", "transformers-static-compile"))
+    blocks = marked(f"10 {at} paged-.* .2f")
+    return [
+        f"decode step, {shape}, batch {batch}, 1,024 tokens",
+        f"{vattn} ms ({share} of the limit)",
+        f"torch.compile {compiled}, compiled transformers with its static cache {static}"
+        + (f", the same loop over blocks {blocks}" if blocks != "–" else ""),
+    ]
+
+
+def _prefill(tokens: int, note: str) -> list[str]:
+    vattn, small, large = (marked(f"11 prefill:total={tokens} {n} ,.0f") for n in ("vattn", "paged-16", "paged-256"))
+    return [f"prefill, 8B, {tokens:,} tokens, {note}", f"{vattn} ms", f"blocks of 16 tokens {small}, of 256 {large}"]
