@@ -55,7 +55,7 @@ def _step(shape: str, batch: int) -> list[str]:
     return [
         f"decode step, {shape}, batch {batch}, 1,024 tokens",
         f"{vattn} ms ({share} of the limit)",
-        f"torch.compile {compiled}, compiled transformers with its static cache {static}"
+        f"torch.compile {compiled}, transformers compiled, static cache {static}"
         + (f", the same loop over blocks {blocks}" if blocks != "–" else ""),
     ]
 
