@@ -13,7 +13,7 @@ import signal
 import sys
 from typing import Any
 
-CPU_SECONDS = 2.0
+CPU_SECONDS = 1.0
 MEMORY_BYTES = 512 << 20
 TEXT_BYTES = 1 << 20  # that a template may add to what its messages hold, each up to eight times
 
@@ -57,7 +57,7 @@ def compiled(template: str) -> Any:
 
     version = importlib.metadata.version("jinja2")
     if [int(part) for part in version.split(".")[:3] if part.isdigit()] < [3, 1, 6]:
-        raise ImportError(f"chat templates need jinja2 3.1.6 or newer, whose sandbox has no known way out, not {version}")
+        raise ImportError(f"chat templates need jinja2 3.1.6 or newer (older sandboxes can be left), not {version}")
 
     class Generation(jinja2.ext.Extension):
         """``{% generation %}`` marks what an assistant wrote, for training."""

@@ -27,7 +27,7 @@ def render(template: str, variables: Mapping[str, Any]) -> str:
     take one or less), so that a template that never ends, or takes all memory, ends in an error.
 
     Raises:
-        ConfigError: the template does not parse, raises, takes more than two seconds of CPU time or 512 MiB, or writes
+        ConfigError: the template does not parse, raises, takes more than a second of CPU time or 512 MiB, or writes
             far more than it was given.
     """
     return _child.ask({"template": template, "variables": dict(variables)})
@@ -61,7 +61,7 @@ class _Child:
             if "text" in answer:
                 return answer["text"]
             self._end(process)
-        bounds = f"it takes more than {CPU_SECONDS:g} seconds or {MEMORY_BYTES >> 20} MiB"
+        bounds = f"it takes more than {CPU_SECONDS:g} s of CPU time or {MEMORY_BYTES >> 20} MiB"
         raise ConfigError(f"the model's chat template cannot be used: {escaped(answer.get('error', bounds), 300)}")
 
     def _running(self) -> subprocess.Popen[str]:

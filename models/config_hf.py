@@ -46,10 +46,11 @@ def read(config: Mapping[str, Any]) -> LlamaConfig:
     model_type = config.get("model_type")
     for key, what in _REFUSED.items():
         if config.get(key):
-            raise ConfigError(f"{escaped(repr(model_type))} with {what} ({key} in config.json) is not read; {_SUPPORTED}")
+            named = escaped(repr(model_type))
+            raise ConfigError(f"{named} with {what} ({key} in config.json) is not supported; {_SUPPORTED}")
     if not isinstance(model_type, str) or model_type not in _DEFAULTS:
-        named = config.get("architectures") or model_type
-        raise ConfigError(f"unknown architecture {escaped(repr(named))} in config.json; {_SUPPORTED}")
+        named = f"{escaped(repr(model_type))} ({escaped(repr(config.get('architectures')))})"
+        raise ConfigError(f"unknown architecture {named} in config.json; {_SUPPORTED}")
     if config.get("is_causal", True) is not True:  # transformers takes null for false here
         raise fields.refused("is_causal", config["is_causal"], "true: each token attends to those before it")
     fields = Fields({**_DEFAULTS[model_type], **config}, "config.json")

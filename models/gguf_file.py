@@ -6,6 +6,7 @@ file's counts. This one steps over what nobody asks for.
 
 from __future__ import annotations
 
+import itertools
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,7 +124,7 @@ class _Cursor:
         try:
             for _ in range(count):
                 at += 8 + unpack(view, at)[0]
-        except struct.error:
+        except (struct.error, OverflowError):
             raise _Broken("it ends too early, within a list of texts") from None
         self.skip(at - self.at)
 
@@ -182,7 +183,7 @@ def _tensors(
         spans.append((offset, offset + size, name))
         found[name] = StoredTensor(name, shape, kind, data[start + offset : start + offset + size].reshape(rows))
     spans.sort()
-    for (_, end, name), (offset, _, following) in zip(spans, spans[1:], strict=False):
+    for (_, end, name), (offset, _, following) in itertools.pairwise(spans):
         if offset < end:
             raise _Broken(f"the tensors {name!r} and {following!r} overlap")
     return found

@@ -62,7 +62,8 @@ def find(name_or_folder: str | Path) -> Path:
         return path
     files = sorted(file for file in path.glob("*.gguf") if file.is_file())
     if len(files) > 1:
-        raise ConfigError(f"{path} holds several GGUF files, name one: {escaped(', '.join(f.name for f in files), 500)}")
+        names = escaped(", ".join(file.name for file in files), 500)
+        raise ConfigError(f"{path} holds several GGUF files, name one: {names}")
     if files:
         return files[0]
     if (path / "config.json").exists():

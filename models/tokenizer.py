@@ -61,12 +61,17 @@ class Tokenizer:
                 tokenizer = AutoTokenizer.from_pretrained(str(path), **options)
             else:  # the class that AutoTokenizer would choose, after it had read the file once more to do so
                 tokenizer = PreTrainedTokenizerFast.from_pretrained(str(path.parent), gguf_file=path.name, **options)
-            return cls(tokenizer, stop_tokens)
+            found = cls(tokenizer, stop_tokens)
+            found.decode(found.encode("a"))  # settings of a wrong type show only now
+            return found
         except MemoryError:
             raise
         except Exception as error:
             # transformers answers files that are missing or not as it wants them with any kind of exception
-            raise ConfigError(f"cannot read a tokenizer from {path}: {escaped(' '.join(str(error).split()), 300)}") from error
+            said = escaped(" ".join(str(error).split()), 300)
+            if "trust_remote_code" in said:
+                said = "it needs Python code that comes with the model, and that is never run"
+            raise ConfigError(f"cannot read a tokenizer from {path}: {said}") from error
 
     @property
     def has_chat_template(self) -> bool:

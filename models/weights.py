@@ -16,6 +16,7 @@ from .llama import Llama
 
 __all__ = ["Stored", "build"]
 
+
 class Stored(NamedTuple):
     """A tensor in a file: its shape, which its header tells, and how to read it."""
 

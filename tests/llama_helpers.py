@@ -136,7 +136,8 @@ def same_in_vattn(hf_model) -> Llama:  # type: ignore[no-untyped-def]
 
     config = LlamaConfig.from_hf(json.loads(hf_model.config.to_json_string(use_diff=False)))
     weights = {
-        name: Stored(tuple(tensor.shape), lambda tensor=tensor: tensor) for name, tensor in hf_model.state_dict().items()
+        name: Stored(tuple(tensor.shape), lambda tensor=tensor: tensor)
+        for name, tensor in hf_model.state_dict().items()
     }
     return build(config, weights, device=torch.device("cpu"), dtype=torch.float32, source="test")
 
