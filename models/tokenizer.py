@@ -69,7 +69,7 @@ class Tokenizer:
         except Exception as error:
             # transformers answers files that are missing or not as it wants them with any kind of exception
             said = escaped(" ".join(str(error).split()), 300)
-            if "trust_remote_code" in said:
+            if "trust_remote_code" in str(error):
                 said = "it needs Python code that comes with the model, and that is never run"
             raise ConfigError(f"cannot read a tokenizer from {path}: {said}") from error
 

@@ -355,7 +355,7 @@ def test_code_in_a_folder_is_not_run(folder: Path, tmp_path: Path, known: bool) 
         "64MiB",
     ]
     done = subprocess.run(
-        [sys.executable, "-m", "vattn", *command],
+        [sys.executable, "-m", "vattn", *command, "--memory-limit", "64MiB"],
         input="y\n" * 20,
         capture_output=True,
         text=True,
