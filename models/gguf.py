@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from vattn.arguments import escaped
 from vattn.errors import ConfigError
 
 from .config import LlamaConfig
+from .fields import lacks_package
+from .gguf_file import GGUFFile, StoredTensor, open_file
 from .llama import Llama
-from .weights import build
+from .weights import Stored, build
 
-__all__ = ["load_file"]
+__all__ = ["check_file", "load_file"]
 
 # GGUF name -> Hugging Face name; the blocks' names are completed with their layer index.
 _OUTER = {"token_embd": "embed_tokens", "output_norm": "norm", "output": "lm_head"}
@@ -33,32 +35,46 @@ _BLOCK = {
 _ROPE_DIVISORS = "rope_freqs.weight"
 
 
+def check_file(path: Path) -> GGUFFile:
+    """Its header, after a look whether all that it names lies within the file.
+
+    Raises:
+        ConfigError: not a GGUF file, a broken one, or one of several parts.
+    """
+    try:
+        import gguf  # noqa: F401 - for its tables of types
+    except ImportError as error:
+        raise lacks_package("reading GGUF files needs", "gguf") from error
+    file = open_file(path)
+    if file.metadata.get("split.count", 1) not in (0, 1):
+        raise ConfigError(f"{path}: GGUF files split in several parts are not supported")
+    return file
+
+
 def load_file(path: Path, device: torch.device, dtype: torch.dtype) -> Llama:
     """The model in a GGUF file.
 
     Raises:
         ConfigError: not a GGUF file, another architecture, an unknown quantisation, tensors that do not fit.
     """
-    reader = _open(path)
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
-    metadata = {
-        name: field.contents()
-        for name, field in reader.fields.items()
-        if not name.startswith("tokenizer.")  # a hundred thousand strings that nobody asks for here
-    }
-    if metadata.get("split.count", 1) > 1:
-        raise ConfigError(f"{path}: GGUF files split in several parts are not supported")
+    file = check_file(path)
+    tensors = dict(file.tensors)
     embedding = tensors.get("token_embd.weight")
     divisors = tensors.pop(_ROPE_DIVISORS, None)
     config = LlamaConfig.from_gguf(
-        metadata,
-        vocab_size=1 if embedding is None else int(embedding.shape[1]),  # its absence is reported with the others'
+        file.metadata,
+        vocab_size=1 if embedding is None else embedding.shape[0],  # its absence is reported with the others'
         tie_word_embeddings="output.weight" not in tensors,
         attention_bias="blk.0.attn_q.bias" in tensors,
         mlp_bias="blk.0.ffn_gate.bias" in tensors,
-        rope_divisors=None if divisors is None else tuple(_dequantize(divisors).tolist()),
+        rope_divisors=None if divisors is None else tuple(_dequantize(divisors).flatten().tolist()),
     )
-    return build(config, _tensors(tensors, config), device=device, dtype=dtype, source=str(path))
+    stored = {
+        hf_name(name) or name: Stored(tensor.shape, partial(_read, tensor, config)) for name, tensor in tensors.items()
+    }
+    if len(stored) < len(tensors):
+        raise ConfigError(f"{path}: two tensors stand for the same weights")
+    return build(config, stored, device=device, dtype=dtype, source=str(path))
 
 
 def hf_name(gguf_name: str) -> str | None:
@@ -83,32 +99,20 @@ def unpermute(tensor: torch.Tensor, num_heads: int) -> torch.Tensor:
     return pairs.transpose(1, 2).reshape(tensor.shape)
 
 
-def _open(path: Path) -> Any:
-    try:
-        from gguf import GGUFReader
-    except ImportError as error:
-        raise ConfigError("reading GGUF files needs the package gguf: pip install 'vattn[hf]'") from error
-    try:
-        return GGUFReader(str(path))
-    except (OSError, ValueError, IndexError, KeyError) as error:
-        raise ConfigError(f"cannot read {path} as a GGUF file: {error}") from error
+def _read(stored: StoredTensor, config: LlamaConfig) -> torch.Tensor:
+    tensor = _dequantize(stored)
+    if ".attn_q." in stored.name:
+        return unpermute(tensor, config.num_heads)
+    if ".attn_k." in stored.name:
+        return unpermute(tensor, config.num_kv_heads)
+    return tensor
 
 
-def _tensors(tensors: dict[str, Any], config: LlamaConfig) -> Iterator[tuple[str, torch.Tensor]]:
-    for gguf_name, raw in tensors.items():
-        tensor = _dequantize(raw)
-        if ".attn_q." in gguf_name:
-            tensor = unpermute(tensor, config.num_heads)
-        elif ".attn_k." in gguf_name:
-            tensor = unpermute(tensor, config.num_kv_heads)
-        yield hf_name(gguf_name) or gguf_name, tensor
-
-
-def _dequantize(raw: Any) -> torch.Tensor:
+def _dequantize(stored: StoredTensor) -> torch.Tensor:
     from gguf import quants
 
     try:
-        array = quants.dequantize(raw.data, raw.tensor_type)
+        array = quants.dequantize(stored.data, stored.type)
     except NotImplementedError as error:
-        raise ConfigError(f"{raw.name}: {error}") from error
+        raise ConfigError(f"{escaped(stored.name)}: {error}") from error
     return torch.tensor(array)  # a copy: plain float32 would otherwise stay a view of the read-only file

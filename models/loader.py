@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from vattn.arguments import escaped, is_int
 from vattn.errors import ConfigError
 
 from . import gguf, safetensors
@@ -57,11 +58,12 @@ def find(name_or_folder: str | Path) -> Path:
         return path
     if not path.is_dir():
         raise ConfigError(f"no model at {str(name_or_folder)!r}; expected a folder, a .gguf file, or {_names()}")
-    if any(path.glob("*.safetensors")):
+    if any(file.is_file() for file in path.glob("*.safetensors")):
         return path
-    files = sorted(path.glob("*.gguf"))
+    files = sorted(file for file in path.glob("*.gguf") if file.is_file())
     if len(files) > 1:
-        raise ConfigError(f"{path} holds several GGUF files, name one: {', '.join(f.name for f in files)}")
+        names = escaped(", ".join(file.name for file in files), 500)
+        raise ConfigError(f"{path} holds several GGUF files, name one: {names}")
     if files:
         return files[0]
     if (path / "config.json").exists():
@@ -77,14 +79,29 @@ def load_model(path: Path, device: torch.device | str = "cpu", dtype: torch.dtyp
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer at a path that ``find`` returned, with the end-of-turn ids of ``generation_config.json``."""
+    """The tokenizer at a path that ``find`` returned, with the end-of-turn ids that the folder declares.
+
+    Raises:
+        ConfigError: no tokenizer that can be read without running code of the folder; a broken file.
+    """
     stop_tokens: list[int] = []
-    generation = path / "generation_config.json"
-    if path.is_dir() and generation.exists():
-        declared = safetensors.read_json(generation).get("eos_token_id")
-        stop_tokens = [declared] if isinstance(declared, int) else list(declared or [])
+    if path.is_dir():
+        # Without the first file transformers looks in the second.
+        files = [path / "generation_config.json", path / "config.json"]
+        stop_tokens = next((_declared_stop_tokens(file) for file in files if file.exists()), [])
+    else:
+        gguf.check_file(path)  # before transformers reads it, which believes what it says
     with _quiet_transformers():
         return Tokenizer.from_path(path, stop_tokens)
+
+
+def _declared_stop_tokens(file: Path) -> list[int]:
+    declared = safetensors.read_json(file).get("eos_token_id")
+    tokens = declared if isinstance(declared, list) else [] if declared is None else [declared]
+    for token in tokens:
+        if not is_int(token) or not 0 <= token < 2**31:
+            raise ConfigError(f"{file}: eos_token_id must be token ids, got {escaped(repr(declared))}")
+    return tokens
 
 
 def _packaged(name: str) -> Path:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from vattn.arguments import escaped
 from vattn.errors import ConfigError
 
-__all__ = ["TextStream", "Tokenizer"]
+from .chat_template import render
+from .fields import lacks_package
+from .text_stream import TextStream
 
-# What a tokenizer puts in place of bytes that are not, or not yet, a character.
-_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+__all__ = ["TextStream", "Tokenizer"]
 
 
 class Tokenizer:
@@ -24,49 +29,123 @@ class Tokenizer:
 
     def __init__(self, hf_tokenizer: Any, stop_tokens: Iterable[int] = ()) -> None:
         self._hf = hf_tokenizer
-        self.stop_tokens = frozenset(stop_tokens) | _stop_tokens(hf_tokenizer)
+        self._declared = frozenset(stop_tokens)
+        added = getattr(hf_tokenizer, "added_tokens_decoder", {})
+        self._special = {int(i) for i, token in added.items() if token.special} | set(hf_tokenizer.all_special_ids)
+        template = str(getattr(hf_tokenizer, "chat_template", None) or "")
+        # Some tokenizers call markers that their template writes, as DeepSeek's <｜User｜>, not special.
+        self._control = {
+            token.content
+            for token in added.values()
+            if token.special or (token.content[:1] in "<[" and len(token.content) > 2 and token.content in template)
+        }
+        self._control |= set(hf_tokenizer.all_special_tokens)
+        self._control.discard("")
 
     @classmethod
     def from_path(cls, path: Path, stop_tokens: Iterable[int] = ()) -> Tokenizer:
         """From a folder with tokenizer files, or from a GGUF file, which carries its own.
 
+        Nothing in the folder is run as a program: a tokenizer that needs code of its own is refused.
+
         Raises:
             ConfigError: transformers is not installed, or there is no tokenizer it can read.
         """
         try:
-            from transformers import AutoTokenizer
+            from transformers import AutoTokenizer, PreTrainedTokenizerFast
         except ImportError as error:
-            raise ConfigError("tokenizers need the package transformers: pip install 'vattn[hf]'") from error
-        gguf = {} if path.is_dir() else {"gguf_file": path.name}
-        folder = path if path.is_dir() else path.parent
+            raise lacks_package("tokenizers need", "transformers") from error
+        options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
         try:
-            return cls(AutoTokenizer.from_pretrained(str(folder), local_files_only=True, **gguf), stop_tokens)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            # transformers answers a missing tokenizer with any of these, depending on which file it misses first
-            raise ConfigError(f"cannot read a tokenizer from {path}: {error}") from error
+            if path.is_dir():
+                tokenizer = AutoTokenizer.from_pretrained(str(path), **options)
+            else:  # the class that AutoTokenizer would choose, after it had read the file once more to do so
+                tokenizer = PreTrainedTokenizerFast.from_pretrained(str(path.parent), gguf_file=path.name, **options)
+            found = cls(tokenizer, stop_tokens)
+            found.decode(found.encode("a"))  # settings of a wrong type show only now
+            return found
+        except MemoryError:
+            raise
+        except Exception as error:
+            # transformers answers files that are missing or not as it wants them with any kind of exception
+            said = escaped(" ".join(str(error).split()), 300)
+            if "trust_remote_code" in str(error):
+                said = "it needs Python code that comes with the model, and that is never run"
+            raise ConfigError(f"cannot read a tokenizer from {path}: {said}") from error
 
     @property
     def has_chat_template(self) -> bool:
         """Whether the model was trained on chats and says how they look."""
         return bool(getattr(self._hf, "chat_template", None))
 
+    @cached_property
+    def stop_tokens(self) -> frozenset[int]:
+        """Ids that end a turn: those declared, the end of a text, and what the chat template writes after an answer.
+
+        The last two differ where a file names the end of a document (``<|endoftext|>``) and the chat ends its turns
+        with another token (``<|im_end|>``, ``<|eot_id|>``); a model that stops only at the first talks to itself. A
+        template that cannot be used adds nothing; ``encode_chat`` says so.
+        """
+        found = set(self._declared)
+        if isinstance(self._hf.eos_token_id, int):
+            found.add(self._hf.eos_token_id)
+        if self.has_chat_template:
+            answer = "ANSWER"
+            messages = [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": answer}]
+            try:
+                after = self._ids(self._render(messages, add_generation_prompt=False).rpartition(answer)[2])
+            except ConfigError:
+                after = []
+            if after and after[0] in self._special:
+                found.add(after[0])
+        return frozenset(found)
+
     def encode(self, text: str) -> list[int]:
-        """Token ids of ``text`` as it stands, with the special tokens that the model expects around a text."""
+        """Token ids of ``text`` as it stands, with the special tokens that the model expects around a text.
+
+        The text is the whole prompt, and the model's markers in it (``<|im_start|>``) become their tokens: whoever
+        writes a chat by hand means them. For text of others use ``encode_chat``.
+        """
         return list(self._hf(text)["input_ids"])
 
-    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Token ids of a chat up to where the assistant's answer begins.
+
+        What messages hold is text: a marker in it (``<|im_start|>``) is spelled out in ordinary tokens and begins no
+        turn. Only the template's own markers are tokens.
 
         Args:
             messages: dictionaries with ``role`` and ``content``.
 
         Raises:
-            ConfigError: the model has no chat template.
+            ConfigError: the model has no chat template, one that does not parse, raises, or takes too long or too much
+                memory (see ``chat_template.render``); messages that are not as above.
         """
         if not self.has_chat_template:
             raise ConfigError("this model has no chat template; encode its prompt as plain text")
-        text = self._hf.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-        return list(self._hf(text, add_special_tokens=False)["input_ids"])
+        chat = [_checked(message) for message in messages]
+        if not chat:
+            raise ConfigError("a chat needs at least one message")
+        markers = re.compile("|".join(map(re.escape, sorted(self._control, key=len, reverse=True))) or "(?!)")
+        if not any(markers.search(text) for message in chat for text in message.values()):
+            return self._ids(self._render(chat, add_generation_prompt=True))
+
+        # Put each marker of the messages between two strings that nobody can guess, and look where the template put
+        # them. What it cut from its pair begins or ends there, but joins nothing.
+        key = str(secrets.randbelow(10**20))
+        start, end = f"\ue000{key}\ue001", f"\ue002{key}\ue001"
+        chat = [{k: markers.sub(rf"{start}\g<0>{end}", text) for k, text in message.items()} for message in chat]
+        text = self._render(chat, add_generation_prompt=True)
+        ids: list[int] = []
+        for number, piece in enumerate(re.split(f"{start}({markers.pattern}){end}|{start}|{end}", text)):
+            if piece and number % 2:
+                spelled = self._continued(piece[:1]) + self._continued(piece[1:])
+                if self._special.intersection(spelled):
+                    raise ConfigError(f"a message holds {escaped(piece)!r}, which this tokenizer cannot spell as text")
+                ids += spelled
+            elif piece:
+                ids += self._continued(piece) if ids else self._ids(piece)
+        return ids
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of ``tokens``, without special tokens."""
@@ -74,54 +153,37 @@ class Tokenizer:
 
     def stream(self) -> TextStream:
         """A decoder for tokens that arrive one by one."""
-        return TextStream(self)
+        return TextStream(self.decode, self._special)
+
+    def _ids(self, text: str) -> list[int]:
+        return [int(token) for token in self._hf(text, add_special_tokens=False)["input_ids"]]
+
+    def _continued(self, text: str) -> list[int]:
+        """Ids of a text that goes on behind another: some tokenizers put a space before a text's first word."""
+        line = self._ids("\n")
+        both = self._ids("\n" + text)
+        return both[len(line) :] if both[: len(line)] == line else self._ids(text)
+
+    def _render(self, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
+        template = self._hf.chat_template
+        if isinstance(template, dict):
+            template = template.get("default")
+        if not isinstance(template, str):
+            raise ConfigError("the model's chat template is not a text, or there are several and none is the default")
+        variables = {name: _plain(token) for name, token in self._hf.special_tokens_map.items()}
+        variables |= {"messages": messages, "tools": None, "documents": None}
+        return render(template, {**variables, "add_generation_prompt": add_generation_prompt})
 
 
-class TextStream:
-    """Incremental detokenisation in whole characters: the pieces joined equal ``decode`` of all tokens.
-
-    A token may end in the middle of a character, and some tokenizers treat a text's first token differently, so each
-    piece is the difference between decoding the latest tokens with and without the new ones.
-    """
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._tokens: list[int] = []
-        self._context = 0  # tokens[_context:_shown] are decoded along, as context for what follows
-        self._shown = 0
-
-    def push(self, token: int) -> str:
-        """Text that ``token`` completes; empty while a character is incomplete."""
-        self._tokens.append(token)
-        piece = self._pending()
-        if not piece or piece.endswith(_REPLACEMENT):
-            return ""
-        self._context, self._shown = self._shown, len(self._tokens)
-        return piece
-
-    def finish(self) -> str:
-        """What is left, an incomplete character as U+FFFD."""
-        piece = self._pending()
-        self._context = self._shown = len(self._tokens)
-        return piece
-
-    def _pending(self) -> str:
-        context = self._tokenizer.decode(self._tokens[self._context : self._shown])
-        return self._tokenizer.decode(self._tokens[self._context :])[len(context) :]
+def _checked(message: Mapping[str, str]) -> dict[str, str]:
+    """A message as a plain dictionary of strings."""
+    if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+        raise ConfigError(f"a message must be a dictionary with role and content, got {escaped(repr(message))}")
+    for key, text in message.items():
+        if not isinstance(key, str) or not isinstance(text, str):
+            raise ConfigError(f"a message's {escaped(str(key))} must be a string, got {escaped(repr(text))}")
+    return dict(message)
 
 
-def _stop_tokens(hf_tokenizer: Any) -> frozenset[int]:
-    """End-of-sequence id and whatever special token the chat template writes after an assistant's answer.
-
-    The two differ where a file names the end of a document (``<|endoftext|>``) and the chat ends its turns with another
-    token (``<|im_end|>``, ``<|eot_id|>``); a model that stops only at the first talks to itself.
-    """
-    found = set() if hf_tokenizer.eos_token_id is None else {int(hf_tokenizer.eos_token_id)}
-    if getattr(hf_tokenizer, "chat_template", None):
-        answer = "ANSWER"
-        messages = [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": answer}]
-        text = hf_tokenizer.apply_chat_template(messages, tokenize=False)
-        after = hf_tokenizer(text.rpartition(answer)[2], add_special_tokens=False)["input_ids"]
-        if after and int(after[0]) in hf_tokenizer.all_special_ids:
-            found.add(int(after[0]))
-    return frozenset(found)
+def _plain(token: Any) -> Any:
+    return [str(each) for each in token] if isinstance(token, (list, tuple)) else str(token)

@@ -132,10 +132,13 @@ def hf_model_of(model_type: str, seed: int = 0, **changes: object):  # type: ign
 
 def same_in_vattn(hf_model) -> Llama:  # type: ignore[no-untyped-def]
     """The same weights in a ``vattn.models.Llama``."""
-    from vattn.models.weights import build
+    from vattn.models.weights import Stored, build
 
     config = LlamaConfig.from_hf(json.loads(hf_model.config.to_json_string(use_diff=False)))
-    weights = hf_model.state_dict().items()
+    weights = {
+        name: Stored(tuple(tensor.shape), lambda tensor=tensor: tensor)
+        for name, tensor in hf_model.state_dict().items()
+    }
     return build(config, weights, device=torch.device("cpu"), dtype=torch.float32, source="test")
 
 

@@ -156,7 +156,7 @@ def test_published_configs() -> None:
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "different ones for full_attention"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rotary scaling 'dynamic'"),
-        ({"sliding_window": 0}, "window must be a positive integer"),
+        ({"sliding_window": 0}, "sliding_window must be an integer from 1"),
         (
             {"model_type": "qwen2", "use_sliding_window": True, "layer_types": ["chunked_attention"] * 32},
             "layer_types",

@@ -28,6 +28,18 @@ def require_int(name: str, value: object, minimum: int, maximum: int | None = No
     return number
 
 
+def escaped(value: object, limit: int = 120) -> str:
+    """``value`` for a line of an error: nothing in it that a terminal would obey or hide, and not much of it.
+
+    Strings of a model's files (names of tensors, keys, templates' own words) may hold escape sequences, newlines and
+    characters that turn the direction of text or cannot be seen.
+    """
+    text = value if isinstance(value, str) else repr(value)
+    if len(text) > limit:
+        text = text[: limit - 1] + "…"
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def int_array(name: str, values: Sequence[int] | np.ndarray) -> np.ndarray:
     """``values`` as a 1-D int64 array; floats, booleans, tensors and other shapes are refused."""
     wanted = f"{name} must be a flat sequence of ints or a 1-D int64 numpy array"

@@ -1,0 +1,89 @@
+"""A chat as the text that a model was trained on, by the template that comes with it."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vattn.arguments import escaped
+from vattn.errors import ConfigError
+
+from .chat_child import CPU_SECONDS, MEMORY_BYTES
+
+__all__ = ["render"]
+
+
+def render(template: str, variables: Mapping[str, Any]) -> str:
+    """The text that ``template`` makes of ``variables``, which must be plain enough for JSON.
+
+    It is rendered in jinja's sandbox in another process (started at the first call, tens of milliseconds; later calls
+    take one or less), so that a template that never ends, or takes all memory, ends in an error.
+
+    Raises:
+        ConfigError: the template does not parse, raises, takes more than a second of CPU time or 512 MiB, or writes
+            far more than it was given.
+    """
+    return _child.ask({"template": template, "variables": dict(variables)})
+
+
+class _Child:
+    """The process that renders; another one after a failure, and in a process that was forked."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[str] | None = None
+        self._owner = 0
+
+    def ask(self, request: dict[str, Any]) -> str:
+        line = json.dumps(request) + "\n"
+        with self._lock:
+            process = self._running()
+            try:
+                assert process.stdin is not None
+                assert process.stdout is not None
+                process.stdin.write(line)
+                process.stdin.flush()
+                reply = process.stdout.readline()
+            except BaseException as error:  # a reply that nobody took would answer the next request
+                self._end(process)
+                if isinstance(error, BrokenPipeError):
+                    reply = ""
+                else:
+                    raise
+            answer = json.loads(reply) if reply.endswith("\n") else {}
+            if "text" in answer:
+                return answer["text"]
+            self._end(process)
+        bounds = f"it takes more than {CPU_SECONDS:g} s of CPU time or {MEMORY_BYTES >> 20} MiB"
+        raise ConfigError(f"the model's chat template cannot be used: {escaped(answer.get('error', bounds), 300)}")
+
+    def _running(self) -> subprocess.Popen[str]:
+        if self._process is None or self._owner != os.getpid() or self._process.poll() is not None:
+            program = [sys.executable, "-I", "-S", str(Path(__file__).with_name("chat_child.py"))]
+            pipe = subprocess.PIPE
+            process = subprocess.Popen(program, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
+            assert process.stdin is not None
+            process.stdin.write(json.dumps([entry for entry in sys.path if entry]) + "\n")
+            self._process, self._owner = process, os.getpid()
+        return self._process
+
+    def close(self) -> None:
+        """End the process if it is this one's child."""
+        if self._process is not None and self._owner == os.getpid():
+            self._end(self._process)
+
+    def _end(self, process: subprocess.Popen[str]) -> None:
+        self._process = None
+        process.kill()
+        process.communicate()
+
+
+_child = _Child()
+atexit.register(_child.close)
