@@ -117,8 +117,9 @@ def test_preemption_changes_no_token(model: Llama, order: str) -> None:
 def test_stop_tokens_end_a_request(model: Llama, cache: KVCache) -> None:
     free = Engine(model, cache).generate([Request([5, 6, 7], 30)])[0]
     stop = free.tokens[10]
+    unused = next(token for token in range(128) if token not in free.tokens)
     expected = free.tokens[: free.tokens.index(stop) + 1]
-    stopped = Engine(model, cache).generate([Request([5, 6, 7], 30, stop_tokens={stop, 1000})])[0]
+    stopped = Engine(model, cache).generate([Request([5, 6, 7], 30, stop_tokens={stop, unused})])[0]
     assert (stopped.tokens, stopped.finish_reason) == (expected, "stop")
     last = Engine(model, cache).generate([Request([5, 6, 7], 11, stop_tokens={stop})])[0]
     assert last.finish_reason == "stop"  # at the length too: the stop token is what ended it

@@ -13,7 +13,8 @@ from .add_rms_norm import add_rms_norm, add_rms_norm_reference
 from .advance import advance, advance_reference
 from .begin_step import begin_step, begin_step_reference
 from .rope_append import rope_append, rope_append_reference
-from .sample_tokens import sample_tokens, sample_tokens_reference
+from .sample_tokens import sample_tokens
+from .sampling import sample_tokens_eager
 from .skinny_linear import LinearConfig, skinny_linear
 from .swiglu import swiglu, swiglu_reference
 
@@ -96,7 +97,7 @@ def reference_ops() -> Ops:
         rope_append=rope_append_reference,
         linear=_linear_reference,
         linear_swiglu=_linear_swiglu_reference,
-        sample_tokens=sample_tokens_reference,
+        sample_tokens=sample_tokens_eager,
         advance=advance_reference,
         name="reference",
     )
