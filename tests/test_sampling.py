@@ -118,7 +118,7 @@ def test_shares(top_p, kept, temperature):
 @pytest.mark.parametrize("chunk", [64, 8192])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_the_short_way_is_the_long_way(monkeypatch, chunk, dtype):
-    """Vocabularies of several chunks, hot and cold, cut and not: as the reference, which sorts and hashes everything."""
+    """Vocabularies of several chunks, hot and cold, cut and not: as the reference, which hashes everything."""
     monkeypatch.setattr(sampling_module, "_CHUNK", chunk)
     logits = (torch.randn(32, 9000) * torch.linspace(0.1, 6, 32)[:, None]).to(dtype)
     logits[:4, ::3], logits[4:8, ::3] = NAN, -INF
