@@ -103,8 +103,8 @@ def sample_tokens_reference(
     its logits by the temperature, in float32. Top-k keeps the tokens whose logit is at least the k-th largest (Fan et
     al., ACL 2018), then top-p (Holtzman et al., ICLR 2020) the smallest set of largest logits that holds at least that
     share of the rest's mass. Both keep ties, so that neither depends on an order. From what is kept one token is drawn
-    by the Gumbel-max trick (Gumbel 1954; Maddison et al. 2014): the largest ``scaled - log(-log(u))``, where ``u`` is of
-    24 bits of Philox with the seed as its key and ``(token id, position, 0, 0)`` as its counter.
+    by the Gumbel-max trick (Gumbel 1954; Maddison et al. 2014): the largest ``scaled - log(-log(u))``, where ``u`` is
+    of 24 bits of Philox with the seed as its key and ``(token id, position, 0, 0)`` as its counter.
 
     A logit of NaN is never chosen unless all are (then token 0 is), one of -inf never drawn unless all are.
 
