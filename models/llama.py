@@ -18,6 +18,7 @@ from torch import nn
 from vattn.attention import AttentionBackend, AttentionBatch
 from vattn.errors import ConfigError
 from vattn.layout import KVLayout, LayerGroup
+from vattn.ops.host_linear import host_linear
 
 from .config import LlamaConfig
 
@@ -25,6 +26,13 @@ if TYPE_CHECKING:
     from vattn.kv_cache import KVCache
 
 __all__ = ["Llama"]
+
+
+class Linear(nn.Linear):
+    """``nn.Linear`` by the product that is fastest for packed tokens."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return host_linear(x, self.weight, self.bias)
 
 
 class RMSNorm(nn.Module):
@@ -74,10 +82,10 @@ class Attention(nn.Module):
         self.window = config.window(layer)
         output_bias = config.attention_bias if config.attention_output_bias is None else config.attention_output_bias
         q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=config.attention_bias)
-        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
-        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
-        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=output_bias)
+        self.q_proj = Linear(config.hidden_size, q_size, bias=config.attention_bias)
+        self.k_proj = Linear(config.hidden_size, kv_size, bias=config.attention_bias)
+        self.v_proj = Linear(config.hidden_size, kv_size, bias=config.attention_bias)
+        self.o_proj = Linear(q_size, config.hidden_size, bias=output_bias)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
 
@@ -108,9 +116,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -153,7 +161,7 @@ class Llama(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.requires_grad_(False)
         self.eval()
 
@@ -268,4 +276,4 @@ class Llama(nn.Module):
             x = layer(x, cos, sin, batch, cache, attention)
         if not all_logits:
             x = x[batch.last_tokens]
-        return F.linear(self.norm(x), self.output_weight)
+        return host_linear(self.norm(x), self.output_weight)

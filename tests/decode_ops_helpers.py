@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from vattn.ops.sample_tokens import sample_tokens, sample_tokens_reference, scores_reference
+from vattn.ops.sampling import sample_tokens_eager
 
 INF, NAN = float("inf"), float("nan")
 
@@ -49,8 +50,9 @@ class Requests:
         return out
 
     def check(self, logits):
-        """The kernel takes what the reference does, but where float32 cannot tell two scores apart."""
+        """The kernel takes what the reference does, but where float32 cannot tell two scores apart; the host does."""
         taken, expected = self.sample(logits), self.sample(logits, sample_tokens_reference)
+        assert torch.equal(self.sample(logits, sample_tokens_eager), expected)
         if not torch.equal(taken, expected):
             scores = scores_reference(logits, *self.arguments)
             score, best = (scores.gather(-1, ids.long()[:, None])[:, 0] for ids in (taken, expected))

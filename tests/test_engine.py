@@ -117,8 +117,9 @@ def test_preemption_changes_no_token(model: Llama, order: str) -> None:
 def test_stop_tokens_end_a_request(model: Llama, cache: KVCache) -> None:
     free = Engine(model, cache).generate([Request([5, 6, 7], 30)])[0]
     stop = free.tokens[10]
+    unused = next(token for token in range(128) if token not in free.tokens)
     expected = free.tokens[: free.tokens.index(stop) + 1]
-    stopped = Engine(model, cache).generate([Request([5, 6, 7], 30, stop_tokens={stop, 1000})])[0]
+    stopped = Engine(model, cache).generate([Request([5, 6, 7], 30, stop_tokens={stop, unused})])[0]
     assert (stopped.tokens, stopped.finish_reason) == (expected, "stop")
     last = Engine(model, cache).generate([Request([5, 6, 7], 11, stop_tokens={stop})])[0]
     assert last.finish_reason == "stop"  # at the length too: the stop token is what ended it
@@ -251,6 +252,80 @@ def test_the_margin_counts_as_memory(model: Llama) -> None:
             else:
                 with pytest.raises(ConfigError, match="need 131072 bytes"):
                     engine.submit(request)
+
+
+def test_generate_returns_its_own_and_leaves_the_others(model: Llama, cache: KVCache) -> None:
+    """What was submitted before runs on beside it; its tokens come with the next ``step``, none lost."""
+    wanted = requests(4, max_new_tokens=6)
+    expected = [c.tokens for c in Engine(model, cache).generate(wanted)]
+    engine = Engine(model, cache)
+    first = engine.submit(wanted[0])
+    tokens = {first: [new.token for new in engine.step()]}
+    late = engine.submit(wanted[1])
+    tokens[late] = []
+    mine = engine.generate(wanted[2:])
+    assert [c.tokens for c in mine] == expected[2:]
+    assert engine.generate([]) == []
+    ended = []
+    while engine.has_work:
+        for new in engine.step():
+            tokens[new.request_id].append(new.token)
+            ended += [new.request_id] if new.finish_reason else []
+    assert [tuple(tokens[i]) for i in (first, late)] == expected[:2]
+    assert ended == [first, late]
+
+
+def test_a_wrong_request_in_generate_leaves_the_others(model: Llama, cache: KVCache) -> None:
+    wanted = requests(3, max_new_tokens=6)
+    expected = [c.tokens for c in Engine(model, cache).generate(wanted)]
+    engine = Engine(model, cache)
+    ids = [engine.submit(request) for request in wanted]
+    tokens = {new.request_id: [new.token] for new in engine.step()}
+    with pytest.raises(ConfigError, match="999 is not in"):
+        engine.generate([Request([5], 3), Request([999], 3)])
+    assert engine.num_running + engine.num_waiting == 3
+    while engine.has_work:
+        for new in engine.step():
+            tokens[new.request_id].append(new.token)
+    assert [tuple(tokens[i]) for i in ids] == expected
+
+
+def test_an_interrupted_generate_drops_its_own_only(model: Llama) -> None:
+    """There is no slot for it: it is dropped, and what waited before still waits."""
+    with cache_of(model, max_slots=1) as cache:
+        engine = Engine(model, cache)
+        other = cache.acquire()
+        waiting = engine.submit(Request([1, 2], 3))
+        with pytest.raises(OutOfSlots):
+            engine.generate([Request([5], 3)])
+        assert engine.num_waiting == 1
+        cache.release(other)
+        tokens = []
+        while engine.has_work:
+            tokens += engine.step()
+        assert {new.request_id for new in tokens} == {waiting}
+        assert len(tokens) == 3
+
+
+def test_cancel(model: Llama, cache: KVCache) -> None:
+    expected = [c.tokens for c in Engine(model, cache).generate(requests(5, max_new_tokens=6))]
+    engine = Engine(model, cache)
+    ids = [engine.submit(request) for request in requests(5, max_new_tokens=6)]  # the last waits for a slot
+    tokens: dict[int, list[int]] = {i: [] for i in ids}
+    for new in engine.step():
+        tokens[new.request_id].append(new.token)
+    engine.cancel(ids[1])
+    engine.cancel(ids[4])
+    engine.cancel(12345)
+    assert (engine.num_running, engine.num_waiting) == (3, 0)
+    engine.generate([Request([5], 2)])  # a step or two, whose tokens of the others are kept
+    engine.cancel(ids[0])
+    while engine.has_work:
+        for new in engine.step():
+            tokens[new.request_id].append(new.token)
+    engine.cancel(ids[2])  # has ended: no effect
+    assert [len(tokens[i]) for i in ids] == [1, 1, 6, 6, 0]
+    assert [tuple(tokens[i]) for i in ids[2:4]] == expected[2:4]
 
 
 @pytest.mark.gpu

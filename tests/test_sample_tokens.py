@@ -10,6 +10,7 @@ from decode_ops_helpers import INF, NAN, Requests
 
 import vattn.ops.sample_tokens as sample_tokens_module
 from vattn.ops.sample_tokens import philox_reference, sample_tokens_reference, scores_reference
+from vattn.ops.sampling import sample_tokens_eager
 from vattn.triton_support import unavailable
 
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
@@ -227,7 +228,8 @@ def test_draw_depends_on_seed_and_position_alone(device):
         (0.25, 0, 0.75, {1}),  # 0.4^4 to 0.3^4 is 3.2 to 1
     ],
 )
-def test_reference_draws_the_softmax_of_what_it_keeps(temperature, k, p, kept):
+@pytest.mark.parametrize("function", [sample_tokens_reference, sample_tokens_eager])
+def test_draws_the_softmax_of_what_it_keeps(function, temperature, k, p, kept):
     """Chi-squared over 8,000 draws, a quarter with the seed changing, the rest with the position."""
     probabilities = torch.tensor([0.08, 0.4, 0.02, 0.3, 0.1, 0.1], dtype=torch.float64)
     count = 8000
@@ -238,7 +240,7 @@ def test_reference_draws_the_softmax_of_what_it_keeps(temperature, k, p, kept):
     seeds = torch.randint(-(2**63), 2**63 - 1, (1,)) + torch.arange(size)
     out = torch.empty(count, dtype=torch.int32)
     parameters = (torch.full((size,), temperature), torch.full((size,), k, dtype=torch.int32), torch.full((size,), p))
-    sample_tokens_reference(logits, slots, rows, *parameters, seeds, out)
+    function(logits, slots, rows, *parameters, seeds, out)
     assert set(out.tolist()) == kept
     ids = sorted(kept)
     expected = probabilities[ids] ** (1 / temperature)

@@ -22,7 +22,7 @@ from .engine import Engine, Request
 from .errors import ConfigError
 from .kv_cache import KVCache
 from .models import Llama
-from .ops.sampling import request_generator, validate_sampling
+from .requests import Sampling, checked_sampling
 from .tuning import default_attention
 
 __all__ = ["generate"]
@@ -120,9 +120,8 @@ def generate(args: argparse.Namespace) -> None:
 def _check(args: argparse.Namespace, prompts: list[str]) -> int | None:
     """Everything that can be refused before the model is loaded; returns the memory limit in bytes."""
     require_int("--max-new-tokens", args.max_new_tokens, 1)
-    validate_sampling(args.temperature, args.top_p)
-    request_generator(args.seed)
-    request_generator(args.seed + len(prompts) - 1)
+    for seed in (args.seed, args.seed + len(prompts) - 1):
+        checked_sampling(Sampling(args.temperature, 0, args.top_p, seed))
     if args.max_batch is not None:
         require_int("--max-batch", args.max_batch, 1)
     if args.attention is not None:

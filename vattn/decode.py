@@ -17,14 +17,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 import torch
 
 from .arguments import require_int
 from .attention import AttentionBackend, get
-from .decode_state import DecodedToken, DecodeModel, DecodeState, Sampling, as_sequence, bind_for, check_sequence
+from .decode_state import DecodedToken, DecodeModel, DecodeState, Sampling, as_sequence, bind_for
 from .decode_step import RING, DecodeStep, LaunchedStep
 from .errors import ConfigError, OutOfPages
 from .graphs import GraphReport, default_buckets
@@ -172,9 +171,10 @@ class DecodeLoop:
     def start_batch(self, sequences: Sequence[tuple[int, int, int, Sampling | None, Sequence[int]]]) -> None:
         """``start`` for several at once, all or nothing, with one upload."""
         self._require_open()
-        sequences = [as_sequence(sequence) for sequence in sequences]
-        rows = [self._check(*sequence) for sequence in sequences]
-        slots = [sequence[0] for sequence in sequences]
+        vocab_size, max_stop_tokens = self.model.config.vocab_size, self.state.stop_tokens.shape[1]
+        checked = [as_sequence(s, vocab_size=vocab_size, max_stop_tokens=max_stop_tokens) for s in sequences]
+        rows = [self._check(slot, max_new_tokens) for slot, _, max_new_tokens, *_ in checked]
+        slots = [sequence[0] for sequence in checked]
         if not slots:
             return
         if len(set(slots)) < len(slots):
@@ -188,12 +188,12 @@ class DecodeLoop:
                 if self.stream is not None:
                     self.stream.wait_stream(torch.cuda.current_stream(self.cache.device))
                 with torch.inference_mode(), torch.cuda.stream(self.stream):
-                    self.state.start(self._step.upload, sequences, rows)
+                    self.state.start(self._step.upload, checked, rows)
             except BaseException:
                 for slot, n in zip(slots, rows, strict=True):
                     self.cache.truncate(slot, n)
                 raise
-            for slot, n, sequence in zip(slots, rows, sequences, strict=True):
+            for slot, n, sequence in zip(slots, rows, checked, strict=True):
                 limit = n + sequence[2]
                 self._mapper.track(slot, n + 1, limit)
                 self._live[slot] = _Live(slot, n, limit)
@@ -372,8 +372,8 @@ class DecodeLoop:
         with suppress(ConfigError), torch.cuda.stream(self.stream), self.cache.step([slot]):
             self.cache.truncate(slot, rows)
 
-    def _check(self, slot: int, token: int, max_new_tokens: int, sampling: Any, stop_tokens: Sequence[int]) -> int:
-        """ConfigError unless a sequence can start so; returns its rows."""
+    def _check(self, slot: int, max_new_tokens: int) -> int:
+        """ConfigError unless the slot can take so many more; returns its rows."""
         slot = require_int("slot", slot, 0, self.cache.max_slots - 1)
         if slot in self._live or slot == self._scratch:
             raise ConfigError(f"slot {slot} is {'decoding already' if slot in self._live else 'the loop’s own'}")
@@ -381,14 +381,6 @@ class DecodeLoop:
             if not loop._closed and (slot in loop._live or slot == loop._scratch):
                 raise ConfigError(f"slot {slot} belongs to another DecodeLoop: cancel it there first")
         rows = self.cache.seq_len(slot)
-        check_sequence(
-            token,
-            max_new_tokens,
-            sampling,
-            stop_tokens,
-            vocab_size=self.model.config.vocab_size,
-            max_stop_tokens=self.state.stop_tokens.shape[1],
-        )
         if rows + max_new_tokens > self.max_seq_len:
             raise ConfigError(
                 f"slot {slot} has {rows} rows; {max_new_tokens} new ones exceed the context of {self.max_seq_len}"

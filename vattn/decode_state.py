@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 
-from .arguments import is_int, require_int
 from .attention import AttentionBackend, DecodeBatch, bind, require_fit
 from .errors import ConfigError
 from .kv_cache import KVCache
 from .ops.bundle import Ops
-from .ops.sampling import validate_sampling
+from .requests import Sampling, checked_int, checked_sampling, checked_tokens
 
-__all__ = ["DecodeModel", "DecodeState", "DecodedToken", "Sampling", "as_sequence", "bind_for", "check_sequence"]
+__all__ = ["DecodeModel", "DecodeState", "DecodedToken", "Sampling", "as_sequence", "bind_for"]
 
 
 @runtime_checkable
@@ -57,23 +56,6 @@ class DecodeModel(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Sampling:
-    """How a sequence's tokens are chosen.
-
-    Attributes:
-        temperature: 0 takes the largest logit.
-        top_k: keep the so many largest logits; 0 for all.
-        top_p: then keep the fewest that hold this share of the mass.
-        seed: with the position it determines what is drawn, whatever else is in the batch.
-    """
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-
-
-@dataclass(frozen=True, slots=True)
 class DecodedToken:
     """A new token of a slot; ``finish_reason`` is ``"stop"``, ``"length"``, or None while it goes on."""
 
@@ -96,7 +78,7 @@ class DecodeState:
     def start(
         self,
         upload: Callable[[np.ndarray], torch.Tensor],
-        sequences: Sequence[tuple[int, int, int, Sampling | None, Sequence[int]]],
+        sequences: Sequence[tuple[int, int, int, Sampling, Sequence[int]]],
         rows: Sequence[int],
     ) -> None:
         """Write what new sequences begin with, on the current stream.
@@ -106,7 +88,7 @@ class DecodeState:
             sequences: (slot, token, max_new_tokens, sampling, stop_tokens).
             rows: that each has in the cache.
         """
-        chosen = [sampling or Sampling() for *_, sampling, _ in sequences]
+        chosen = [sampling for *_, sampling, _ in sequences]
         stops = np.full((len(sequences), self.stop_tokens.shape[1]), -1, np.int32)
         for i, (*_, stop_tokens) in enumerate(sequences):
             stops[i, : len(stop_tokens)] = stop_tokens
@@ -121,38 +103,27 @@ class DecodeState:
         self.stop_tokens[index] = upload(stops)
 
 
-def as_sequence(given: Any) -> tuple[Any, Any, Any, Any, tuple[Any, ...]]:
-    """(slot, token, max_new_tokens, sampling, stop_tokens), or ConfigError where it is not that many things."""
+def as_sequence(
+    given: Any, *, vocab_size: int, max_stop_tokens: int
+) -> tuple[int, int, int, Sampling, tuple[int, ...]]:
+    """(slot, token, max_new_tokens, sampling, stop_tokens) in plain values, which the caller cannot change.
+
+    Raises:
+        ConfigError: it is not that many things, or one of them is not what a sequence can start with.
+    """
     if not isinstance(given, Sequence) or len(given) != 5:
         raise ConfigError(f"a sequence is (slot, token, max_new_tokens, sampling, stop_tokens), got {given!r}")
-    stop_tokens = given[4]
-    if not isinstance(stop_tokens, Iterable):
-        raise ConfigError(f"stop_tokens must be token ids, got {stop_tokens!r}")
-    return given[0], given[1], given[2], given[3], tuple(stop_tokens)
-
-
-def check_sequence(
-    token: int,
-    max_new_tokens: int,
-    sampling: Sampling | None,
-    stop_tokens: Sequence[int],
-    *,
-    vocab_size: int,
-    max_stop_tokens: int,
-) -> None:
-    """ConfigError unless these are what a sequence can start with."""
-    require_int("max_new_tokens", max_new_tokens, 1)
-    for each in (token, *stop_tokens):
-        if not is_int(each) or not 0 <= each < vocab_size:
-            raise ConfigError(f"token {each!r} is not in the model's vocabulary of {vocab_size}")
-    if len(stop_tokens) > max_stop_tokens:
-        raise ConfigError(f"{len(stop_tokens)} stop tokens exceed {max_stop_tokens}; raise max_stop_tokens")
-    if sampling is not None:
-        if not isinstance(sampling, Sampling):
-            raise ConfigError(f"sampling must be a vattn.decode.Sampling or None, got {sampling!r}")
-        validate_sampling(sampling.temperature, sampling.top_p)
-        require_int("top_k", sampling.top_k, 0, 2**31 - 1)
-        require_int("seed", sampling.seed, 0, 2**63 - 1)
+    slot, token, max_new_tokens, sampling, stop_tokens = given
+    stops = checked_tokens("stop_tokens", stop_tokens, vocab_size)
+    if len(stops) > max_stop_tokens:
+        raise ConfigError(f"{len(stops)} stop tokens exceed {max_stop_tokens}; raise max_stop_tokens")
+    return (
+        checked_int("slot", slot, 0),
+        checked_tokens("token", [token], vocab_size)[0],
+        checked_int("max_new_tokens", max_new_tokens, 1),
+        Sampling() if sampling is None else checked_sampling(sampling),
+        stops,
+    )
 
 
 def bind_for(cache: KVCache, attention: AttentionBackend, graphs: str) -> AttentionBackend:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -9,16 +10,16 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
-from .arguments import is_int, require_int
+from .arguments import require_int
 from .attention import AttentionBackend, AttentionBatch, get, require_fit
 from .errors import ConfigError, OutOfPages, OutOfSlots
 from .kv_cache import KVCache
 from .layout import KVLayout
-from .ops.sampling import draw_uniforms, request_generator, sample, validate_sampling
-from .requests import Completion, EngineStats, Request, StepToken
-from .tuning import default_attention
+from .requests import Completion, EngineStats, Request, StepToken, checked_request
+from .tuning import default_attention, default_ops
 from .upload import upload
 
 __all__ = ["Completion", "Engine", "EngineStats", "LanguageModel", "Request", "StepToken"]
@@ -45,7 +46,6 @@ class _Sequence:
 
     request_id: int
     request: Request
-    generator: torch.Generator
     tokens: list[int]
     slot: int = -1
     num_cached: int = 0
@@ -99,6 +99,7 @@ class Engine:
                 attention = get("sdpa")
         require_fit(attention, cache)
         self.attention = attention
+        self._sample_tokens = default_ops(cache.device, cache.layout.dtype).sample_tokens
         self.stats = EngineStats()
         self._on_step = on_step
         self._waiting: deque[_Sequence] = deque()
@@ -106,12 +107,13 @@ class Engine:
         # Closed by a preemption until a sequence finishes: until then memory only gets tighter, and a sequence admitted
         # again would be computed only to be preempted again.
         self._admitting = True
-        self._next_id = 0
+        self._ids = itertools.count()
+        self._unreported: list[StepToken] = []  # others' tokens, of steps that ``generate`` made
 
     @property
     def has_work(self) -> bool:
-        """Whether a request is waiting or running."""
-        return bool(self._waiting or self._running)
+        """Whether a request is waiting or running, or ``step`` has tokens to tell."""
+        return bool(self._waiting or self._running or self._unreported)
 
     @property
     def num_running(self) -> int:
@@ -122,25 +124,87 @@ class Engine:
         return len(self._waiting)
 
     def submit(self, request: Request) -> int:
-        """Queue a request and return its id.
+        """Queue a copy of a request and return its id. May be called from any thread.
 
         Raises:
             ConfigError: a value out of range, or a request that this cache could not hold even alone.
         """
-        self._check(request)
-        sequence = _Sequence(self._next_id, request, request_generator(request.seed), list(request.prompt_tokens))
-        self._next_id += 1
-        self._waiting.append(sequence)
-        return sequence.request_id
+        return self._queue(self._checked(request))
 
     def step(self) -> list[StepToken]:
         """Advance by one step and return its tokens, at most one per request; empty when there is nothing to do.
+
+        After ``generate`` the next call computes nothing: it returns what ``generate``'s steps made for other requests,
+        in the order of those steps.
 
         Raises:
             OutOfPages, OutOfSlots: nothing of this engine's runs and not even the oldest request could start, because
                 others hold the memory. Requests stay queued; call again when memory is free.
             BaseException: whatever else goes wrong, after every slot was released and every request dropped.
         """
+        if self._unreported:
+            tokens, self._unreported = self._unreported, []
+            return tokens
+        return self._advance()
+
+    def generate(self, requests: Iterable[Request]) -> list[Completion]:
+        """Run requests to their end; their completions in the order given.
+
+        Requests that were submitted before go on meanwhile: the next ``step`` returns their tokens.
+
+        Raises:
+            ConfigError: see ``submit``; before anything ran.
+            OutOfPages, OutOfSlots: see ``step``; these requests are dropped, others stay queued.
+        """
+        checked = [self._checked(request) for request in requests]  # all of them, before the first is queued
+        tokens: dict[int, list[int]] = {self._queue(request): [] for request in checked}
+        reasons: dict[int, str] = {}
+        try:
+            while any(sequence.request_id in tokens for sequence in (*self._waiting, *self._running)):
+                for new in self._advance():
+                    if new.request_id not in tokens:
+                        self._unreported.append(new)
+                        continue
+                    tokens[new.request_id].append(new.token)
+                    if new.finish_reason is not None:
+                        reasons[new.request_id] = new.finish_reason
+        except BaseException:
+            for request_id in tokens:
+                self.cancel(request_id)
+            raise
+        return [
+            Completion(request_id, tuple(new), reasons.get(request_id, "cancelled"))
+            for request_id, new in tokens.items()
+        ]
+
+    def cancel(self, request_id: int) -> None:
+        """Drop a request: nothing of it is reported any more. One that is unknown or has ended: no effect."""
+        self._unreported = [token for token in self._unreported if token.request_id != request_id]
+        for sequence in tuple(self._waiting):
+            if sequence.request_id == request_id:
+                self._waiting.remove(sequence)
+        for sequence in tuple(self._running):
+            if sequence.request_id == request_id:
+                self._release(sequence)
+                self._admitting = True
+
+    def abort(self) -> None:
+        """Drop every request and release every slot; one whose release fails is tried again by the next ``abort``."""
+        self._waiting.clear()
+        self._unreported.clear()
+        self._admitting = True
+        with ExitStack() as releases:  # runs them all, even if one raises
+            for sequence in tuple(self._running):
+                releases.callback(self._release, sequence)
+
+    # One step ---------------------------------------------------------------------------------------------------
+
+    def _queue(self, request: Request) -> int:
+        sequence = _Sequence(next(self._ids), request, list(request.prompt_tokens))
+        self._waiting.append(sequence)
+        return sequence.request_id
+
+    def _advance(self) -> list[StepToken]:
         try:
             return self._step()
         except (OutOfPages, OutOfSlots):
@@ -150,38 +214,6 @@ class Engine:
         except BaseException:
             self.abort()
             raise
-
-    def generate(self, requests: Iterable[Request]) -> list[Completion]:
-        """Run requests to their end; completions in the order given.
-
-        Raises:
-            ConfigError: see ``submit``; before anything ran.
-            OutOfPages, OutOfSlots: see ``step``; the requests are dropped.
-        """
-        tokens: dict[int, list[int]] = {}
-        reasons: dict[int, str] = {}
-        try:
-            for request in requests:
-                tokens[self.submit(request)] = []
-            while self.has_work:
-                for new in self.step():
-                    tokens.setdefault(new.request_id, []).append(new.token)
-                    if new.finish_reason is not None:
-                        reasons[new.request_id] = new.finish_reason
-        except BaseException:
-            self.abort()
-            raise
-        return [Completion(request_id, tuple(new), reasons[request_id]) for request_id, new in tokens.items()]
-
-    def abort(self) -> None:
-        """Drop every request and release every slot; one whose release fails is tried again by the next ``abort``."""
-        self._waiting.clear()
-        self._admitting = True
-        with ExitStack() as releases:  # runs them all, even if one raises
-            for sequence in tuple(self._running):
-                releases.callback(self._release, sequence)
-
-    # One step ---------------------------------------------------------------------------------------------------
 
     def _step(self) -> list[StepToken]:
         start = time.perf_counter()
@@ -282,12 +314,7 @@ class Engine:
 
     def _finish_step(self, sequences: list[_Sequence], logits: torch.Tensor) -> list[StepToken]:
         """Sample, record, and release the sequences that ended. ``logits``: ``[len(sequences), vocab_size]``."""
-        chosen = sample(
-            logits,
-            torch.tensor([sequence.request.temperature for sequence in sequences], dtype=torch.float64),
-            torch.tensor([sequence.request.top_p for sequence in sequences], dtype=torch.float64),
-            draw_uniforms([sequence.generator for sequence in sequences]),
-        ).tolist()
+        chosen = self._sample(sequences, logits)
         new: list[StepToken] = []
         finished: list[_Sequence] = []
         for sequence, token in zip(sequences, chosen, strict=True):
@@ -307,6 +334,26 @@ class Engine:
             self._admitting = True
         return new
 
+    def _sample(self, sequences: list[_Sequence], logits: torch.Tensor) -> list[int]:
+        """Each one's next token: drawn with its seed and the position of the token that its logits came from."""
+        requests, device = [sequence.request for sequence in sequences], self.cache.device
+
+        def put(values: Iterable[float], dtype: type) -> torch.Tensor:
+            return upload(np.array(list(values), dtype), device)
+
+        out = torch.empty(len(requests), dtype=torch.int32, device=device)
+        self._sample_tokens(
+            logits,
+            put(range(len(requests)), np.int32),
+            put((len(sequence.tokens) - 1 for sequence in sequences), np.int32),
+            put((request.temperature for request in requests), np.float32),
+            put((request.top_k for request in requests), np.int32),
+            put((request.top_p for request in requests), np.float32),
+            put((request.seed for request in requests), np.int64),
+            out,
+        )
+        return out.tolist()
+
     def _preempt_youngest(self) -> None:
         sequence = self._running[-1]
         self._release(sequence)
@@ -321,15 +368,10 @@ class Engine:
 
     # Checks -----------------------------------------------------------------------------------------------------
 
-    def _check(self, request: Request) -> None:
-        validate_sampling(request.temperature, request.top_p)
-        max_new_tokens = require_int("max_new_tokens", request.max_new_tokens, 1)
-        if not len(request.prompt_tokens):
-            raise ConfigError("the prompt is empty; expected at least one token")
-        vocab_size = self.model.config.vocab_size
-        for token in request.prompt_tokens:
-            if not is_int(token) or not 0 <= token < vocab_size:
-                raise ConfigError(f"token {token!r} is not in the model's vocabulary of {vocab_size}")
+    def _checked(self, request: Request) -> Request:
+        """A copy, which this cache can hold."""
+        request = checked_request(request, vocab_size=self.model.config.vocab_size)
+        max_new_tokens = request.max_new_tokens
         layout = self.cache.layout
         # The last new token is returned and never read, so it needs no row.
         num_rows = len(request.prompt_tokens) + max_new_tokens - 1
@@ -344,6 +386,7 @@ class Engine:
                 f"a prompt of {len(request.prompt_tokens)} tokens and {max_new_tokens} new ones need {needed} bytes of "
                 f"memory, the limit is {self.cache.memory_limit} bytes"
             )
+        return request
 
 
 def bytes_for(layout: KVLayout, num_rows: int, page_bytes: int) -> int:

@@ -12,8 +12,10 @@ import torch
 from .add_rms_norm import add_rms_norm, add_rms_norm_reference
 from .advance import advance, advance_reference
 from .begin_step import begin_step, begin_step_reference
+from .host_linear import host_linear
 from .rope_append import rope_append, rope_append_reference
-from .sample_tokens import sample_tokens, sample_tokens_reference
+from .sample_tokens import sample_tokens
+from .sampling import sample_tokens_eager
 from .skinny_linear import LinearConfig, skinny_linear
 from .swiglu import swiglu, swiglu_reference
 
@@ -81,11 +83,11 @@ class LinearTable:
 def _linear_reference(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, whole: bool = False
 ) -> torch.Tensor:
-    return torch.nn.functional.linear(x, weight, bias)
+    return host_linear(x, weight, bias)
 
 
 def _linear_swiglu_reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    return swiglu_reference(torch.nn.functional.linear(x, weight, bias))
+    return swiglu_reference(host_linear(x, weight, bias))
 
 
 def reference_ops() -> Ops:
@@ -96,7 +98,7 @@ def reference_ops() -> Ops:
         rope_append=rope_append_reference,
         linear=_linear_reference,
         linear_swiglu=_linear_swiglu_reference,
-        sample_tokens=sample_tokens_reference,
+        sample_tokens=sample_tokens_eager,
         advance=advance_reference,
         name="reference",
     )

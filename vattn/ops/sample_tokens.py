@@ -9,25 +9,18 @@ import torch
 
 from ..triton_support import next_power_of_2, require_triton
 
-__all__ = ["philox_reference", "sample_tokens", "sample_tokens_reference", "scores_reference"]
+__all__ = ["philox_reference", "philox_words", "sample_tokens", "sample_tokens_reference", "scores_reference"]
 
 _BLOCK = 8192
 _MASK = 0xFFFFFFFF
-_MAX_TEMPERATURE = 1.0e30  # an infinite one would make NaN of logits of -inf
+MAX_TEMPERATURE = 1.0e30  # an infinite one would make NaN of logits of -inf
 
 
-def philox_reference(seed: torch.Tensor, *counter: torch.Tensor | int) -> tuple[torch.Tensor, ...]:
+def philox_words(k0: Any, k1: Any, c0: Any, c1: Any, c2: Any, c3: Any) -> tuple[Any, ...]:
     """Philox4x32-10: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011.
 
-    Args:
-        seed: int64, the key: its low 32 bits, then its high ones, as ``triton.language.philox`` splits it.
-        counter: four words of 32 bits, broadcast with the seed; of wider integers the low bits count.
-
-    Returns:
-        Four int64 tensors in ``[0, 2 ** 32)``.
+    Key and counter are words of 32 bits in int64, as tensors or as numpy's arrays.
     """
-    c0, c1, c2, c3 = (torch.as_tensor(word, device=seed.device).long() & _MASK for word in counter)
-    k0, k1 = seed & _MASK, (seed >> 32) & _MASK
     for _ in range(10):
         # A product may pass 2^63 and wrap; its 64 bits are right all the same.
         first, second = c0 * 0xD2511F53, c2 * 0xCD9E8D57
@@ -39,6 +32,20 @@ def philox_reference(seed: torch.Tensor, *counter: torch.Tensor | int) -> tuple[
         )
         k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
     return c0, c1, c2, c3
+
+
+def philox_reference(seed: torch.Tensor, *counter: torch.Tensor | int) -> tuple[torch.Tensor, ...]:
+    """``philox_words`` as ``triton.language.philox`` has it.
+
+    Args:
+        seed: int64, the key: its low 32 bits, then its high ones.
+        counter: four words of 32 bits, broadcast with the seed; of wider integers the low bits count.
+
+    Returns:
+        Four int64 tensors in ``[0, 2 ** 32)``.
+    """
+    words = (torch.as_tensor(word, device=seed.device).long() & _MASK for word in counter)
+    return philox_words(seed & _MASK, (seed >> 32) & _MASK, *words)
 
 
 def scores_reference(
@@ -56,14 +63,14 @@ def scores_reference(
     values, real = values.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf), ~values.isnan()
     top = values.amax(-1, keepdim=True)
     heat = temperature[slot].float()[:, None]
-    is_drawn = heat > 0
+    k = top_k[slot].long()[:, None]
+    is_drawn = (heat > 0) & (k != 1)
     # The largest logit may be infinite, and the temperature may be tiny: no inf - inf, no overflow of exp.
-    scaled = torch.where(values == top, 0.0, (values - top) / heat.clamp(max=_MAX_TEMPERATURE))
+    scaled = torch.where(values == top, 0.0, (values - top) / heat.clamp(max=MAX_TEMPERATURE))
     scaled = torch.where(is_drawn, scaled, 0.0)
 
     order = values.argsort(dim=-1, descending=True, stable=True)
     descending = values.gather(-1, order)
-    k = top_k[slot].long()[:, None]
     k = torch.where(k > 0, k, values.shape[-1]).clamp(max=values.shape[-1])
     threshold = descending.gather(-1, k - 1)
 
@@ -92,12 +99,12 @@ def sample_tokens_reference(
 ) -> None:
     """The next token of each row, which depends on nothing but the row's logits, parameters, seed and position.
 
-    A row of temperature 0 takes its largest logit, the lowest id among equals. Any other divides its logits by the
-    temperature, in float32. Top-k keeps the tokens whose logit is at least the k-th largest (Fan et al., ACL 2018),
-    then top-p (Holtzman et al., ICLR 2020) the smallest set of largest logits that holds at least that share of the
-    rest's mass. Both keep ties, so that neither depends on an order. From what is kept one token is drawn by the
-    Gumbel-max trick (Gumbel 1954; Maddison et al. 2014): the largest ``scaled - log(-log(u))``, where ``u`` is of 24
-    bits of Philox with the seed as its key and ``(token id, position, 0, 0)`` as its counter.
+    A row of temperature 0, or of a top-k of 1, takes its largest logit, the lowest id among equals. Any other divides
+    its logits by the temperature, in float32. Top-k keeps the tokens whose logit is at least the k-th largest (Fan et
+    al., ACL 2018), then top-p (Holtzman et al., ICLR 2020) the smallest set of largest logits that holds at least that
+    share of the rest's mass. Both keep ties, so that neither depends on an order. From what is kept one token is drawn
+    by the Gumbel-max trick (Gumbel 1954; Maddison et al. 2014): the largest ``scaled - log(-log(u))``, where ``u`` is
+    of 24 bits of Philox with the seed as its key and ``(token id, position, 0, 0)`` as its counter.
 
     A logit of NaN is never chosen unless all are (then token 0 is), one of -inf never drawn unless all are.
 
@@ -106,7 +113,7 @@ def sample_tokens_reference(
         slots: ``[batch]`` int32, may repeat; the parameters below are by slot.
         rows: ``[batch]`` int32, the position of the token that each row of logits came from.
         temperature: ``[max_slots]`` float32; 0 is greedy.
-        top_k: ``[max_slots]`` int32; 0 keeps all.
+        top_k: ``[max_slots]`` int32; 0 keeps all, 1 is greedy.
         top_p: ``[max_slots]`` float32; 1 keeps all.
         seeds: ``[max_slots]`` int64.
         out: ``[batch]`` int32, written.
@@ -138,6 +145,8 @@ def sample_tokens(
         ConfigError: the tensors are not on a GPU.
     """
     require_triton(logits, slots, rows, temperature, top_k, top_p, seeds, out)
+    if logits.dtype == torch.float64:
+        logits = logits.float()
     batch, vocab = logits.shape
     block = min(_BLOCK, next_power_of_2(vocab))
     _kernel()[(batch,)](
@@ -152,7 +161,7 @@ def sample_tokens(
         logits.stride(0),
         vocab,
         BITS=8 * logits.element_size(),
-        MAX_TEMPERATURE=_MAX_TEMPERATURE,
+        MAX_TEMPERATURE=MAX_TEMPERATURE,
         BLOCK=block,
         num_warps=min(32, max(1, block // 256)),  # one program has a multiprocessor to itself
     )
@@ -262,9 +271,9 @@ def _kernel() -> Any:
             best_id = tl.where(better, ids, best_id)
         top, token = _best_of(best, best_id)
 
-        if (heat > 0) & (token != nothing):
+        k = tl.load(top_k_ptr + slot)
+        if (heat > 0) & (k != 1) & (token != nothing):
             cold = 1.0 / tl.minimum(heat, MAX_TEMPERATURE)
-            k = tl.load(top_k_ptr + slot)
             p = tl.load(top_p_ptr + slot)
             seed = tl.load(seeds_ptr + slot)
             position = tl.load(rows_ptr + i)

@@ -1,88 +1,96 @@
-"""Choosing the next token in torch's operations, as the engine does; decode loops have a kernel for it."""
+"""Choosing the next token of every row on the host: what ``sample_tokens`` does on the GPU, by a shorter way.
+
+The same draw as the kernel's, so that a request gets the same tokens wherever it runs. Here a row is worked on alone,
+and few of its tokens get random bits: those that the cuts keep and that can still win.
+"""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from ..errors import ConfigError
+from .sample_tokens import MAX_TEMPERATURE, philox_words, sample_tokens_reference
 
-__all__ = ["draw_uniforms", "request_generator", "sample", "validate_sampling"]
+__all__ = ["sample_tokens_eager"]
 
-
-_FLOAT32_MAX = 3.4028234663852886e38
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+_LARGEST_GUMBEL = 17.33  # a little above 25 log 2, that of the largest u
+_NEAR_TOP = 1.0  # some within this of the largest go first, and tell how low another may be and still win
+_CHUNK = 8192  # tokens hashed at once: their words stay in the core's cache
 
 
-def validate_sampling(temperature: float, top_p: float) -> None:
-    """ConfigError unless ``temperature`` is finite in float32 and not negative and ``0 < top_p <= 1``."""
-    if not _is_number(temperature) or not 0 <= temperature <= _FLOAT32_MAX:
-        raise ConfigError(f"temperature must be a finite number >= 0 (0 is greedy), got {temperature!r}")
-    if not _is_number(top_p) or not 0 < top_p <= 1:
-        raise ConfigError(f"top_p must be in (0, 1] (1 keeps every token), got {top_p!r}")
+def sample_tokens_eager(
+    logits: torch.Tensor,
+    slots: torch.Tensor,
+    rows: torch.Tensor,
+    temperature: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    seeds: torch.Tensor,
+    out: torch.Tensor,
+) -> None:
+    """``sample_tokens_reference`` for tensors of any device; on the CPU without sorting whole rows more than it must.
 
-
-def request_generator(seed: int) -> torch.Generator:
-    """A host generator for one request; on the host, so that a seed means the same on every device.
-
-    Raises:
-        ConfigError: a seed outside ``[0, 2 ** 63)``.
+    Logits of float64 are compared as such.
     """
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
-        raise ConfigError(f"seed must be an int of at least 0 and below 2**63, got {seed!r}")
-    return torch.Generator("cpu").manual_seed(seed)
+    if logits.device.type != "cpu":
+        sample_tokens_reference(logits, slots, rows, temperature, top_k, top_p, seeds, out)
+        return
+    values = logits.to(torch.promote_types(logits.dtype, torch.float32)).numpy()
+    slot = slots.long()
+    heat, k = temperature[slot].float().numpy(), top_k[slot].numpy()
+    chosen = values.argmax(-1)  # the first NaN where there is one
+    is_drawn = (heat > 0) & (k != 1)
+    p, seed = top_p[slot].double().tolist(), seeds[slot].tolist()
+    for i, position in enumerate(rows.tolist()):
+        row, ids = values[i], None
+        if np.isnan(row[chosen[i]]):
+            ids = np.flatnonzero(~np.isnan(row))
+            row = row[ids]
+            chosen[i] = ids[row.argmax()] if ids.size else 0
+        if is_drawn[i] and row.size:
+            scaled, kept = _kept(row, heat[i], int(k[i]), p[i])
+            chosen[i] = _draw(scaled, kept if ids is None else ids[kept], seed[i], position)
+    out.copy_(torch.from_numpy(chosen))
 
 
-def draw_uniforms(generators: Sequence[torch.Generator]) -> torch.Tensor:
-    """One number in ``[0, 1)`` from each request's own generator: ``[batch]`` float64 on the host.
+def _kept(row: np.ndarray, heat: np.floating, k: int, p: float) -> tuple[np.ndarray, np.ndarray]:
+    """What the cuts keep of a row without NaN: (logits over the temperature, largest 0; places in the row)."""
+    top = row.max()
+    threshold = np.partition(row, row.size - k)[row.size - k] if 0 < k < row.size else row.dtype.type(-np.inf)
+    if p < 1:
+        descending = np.sort(row[row >= threshold])[::-1]
+        # float64, or the rounding of a hundred thousand additions would move the cut
+        mass = np.exp(_scale(descending, top, heat).astype(np.float64)).cumsum()
+        threshold = descending[min(np.searchsorted(mass, p * mass[-1]), mass.size - 1)]
+    places = np.flatnonzero((row >= threshold) & ((row > -np.inf) | np.isneginf(top)))
+    return _scale(row[places], top, heat), places
 
-    All the randomness of a step, drawn apart from the batched arithmetic, so that what a request draws does not depend
-    on which other requests share the batch.
-    """
-    return torch.cat([torch.rand(1, dtype=torch.float64, generator=generator) for generator in generators])
+
+def _scale(values: np.ndarray, top: np.floating, heat: np.floating) -> np.ndarray:
+    zero, hottest = values.dtype.type(0), values.dtype.type(MAX_TEMPERATURE)
+    # The largest logit may be infinite, and the temperature may be tiny.
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.where(values == top, zero, (values - top) / min(heat, hottest))
 
 
-def sample(
-    logits: torch.Tensor, temperature: torch.Tensor, top_p: torch.Tensor, uniforms: torch.Tensor
-) -> torch.Tensor:
-    """The next token of each sequence, every row on its own.
+def _draw(scaled: np.ndarray, ids: np.ndarray, seed: int, position: int) -> int:
+    """The token of the largest score."""
+    if ids.size > _CHUNK:
+        few = np.flatnonzero(scaled >= -_NEAR_TOP)[:256]
+        best = _scores(scaled[few], ids[few], seed, position).max()
+        able = np.flatnonzero(scaled >= best - _LARGEST_GUMBEL)
+        scaled, ids = scaled[able], ids[able]
+    return int(ids[_scores(scaled, ids, seed, position).argmax()])
 
-    A row is drawn by inverting its cumulative distribution at its uniform number, over the tokens in descending
-    probability (ties by token id). Top-p (nucleus) sampling keeps the smallest such prefix that holds at least
-    ``top_p`` of the mass: Holtzman et al., "The Curious Case of Neural Text Degeneration", ICLR 2020. The temperature
-    is applied first. A row of temperature 0 takes its largest logit, the lowest token id among equals.
 
-    Args:
-        logits: ``[batch, vocab_size]``, any float dtype; computed in float32 or wider.
-        temperature: ``[batch]`` float, >= 0.
-        top_p: ``[batch]`` float, in (0, 1].
-        uniforms: ``[batch]`` float64 in ``[0, 1)``; ignored where the temperature is 0.
-
-    Returns:
-        ``[batch]`` int64 on the logits' device.
-    """
-    tokens = logits.argmax(dim=-1)
-    drawn = (temperature > 0).nonzero().flatten()
-    if drawn.numel() == 0:  # a host decision: this is the eager reference
-        return tokens
-    rows = drawn.to(logits.device)
-    scaled = logits[rows].to(torch.promote_types(logits.dtype, torch.float32))
-    scaled = scaled - scaled.amax(dim=-1, keepdim=True)  # a tiny temperature must not make inf - inf
-    scaled = scaled / temperature[drawn].to(scaled)[:, None]
-    probabilities, order = scaled.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
-
-    # float64, or the rounding of a hundred thousand additions would move the cut
-    cumulative = probabilities.double().cumsum(dim=-1)
-    before = torch.nn.functional.pad(cumulative[:, :-1], (1, 0))
-    limit = top_p[drawn].to(cumulative)[:, None]
-    num_kept = ((before < limit) | (limit >= 1)).sum(dim=-1, keepdim=True)  # at 1 nothing is cut, whatever was rounded
-    kept_mass = cumulative.gather(-1, num_kept - 1)
-    target = uniforms[drawn].to(cumulative)[:, None] * kept_mass
-    position = torch.searchsorted(cumulative, target, right=True).minimum(num_kept - 1)
-    tokens[rows] = order.gather(-1, position).flatten()
-    return tokens
+def _scores(scaled: np.ndarray, ids: np.ndarray, seed: int, position: int) -> np.ndarray:
+    """With a Gumbel number added, in float64."""
+    uniform = np.empty(ids.size)
+    for start in range(0, ids.size, _CHUNK):
+        part = slice(start, start + _CHUNK)
+        # Arrays, not numpy's scalars, which would warn where a product wraps.
+        counter = (ids[part], np.array([position]), *np.zeros((2, 1), np.int64))
+        uniform[part] = philox_words(seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF, *counter)[0] >> 8
+    uniform += 0.5
+    uniform *= 2.0**-24
+    return scaled.astype(np.float64) - np.log(-np.log(uniform))
