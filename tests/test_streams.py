@@ -181,6 +181,55 @@ def test_close_waits_for_everything(cache, driver):
     assert all(stream.num_done == len(stream.queue) for stream in driver.streams.values())
 
 
+def test_a_stream_with_the_handle_of_a_destroyed_one_is_another(cache, driver):
+    slot, seen = new(cache, 64), []
+    view = cache.k(0)[slot, :64]
+    with driver.stream(1), cache.step([slot]):
+        launch_fill(cache, slot, 0, 64, 1.0)
+    driver.destroy(1)
+    with driver.stream(1), cache.step([slot]):
+        driver.launch(lambda: seen.append((view == 1).all().item()))
+        driver.run(driver.current)
+    assert seen == [True]
+    with driver.stream(2), cache.step([slot]):
+        launch_fill(cache, slot, 0, 64, 2.0)
+    driver.destroy(2)
+    with driver.stream(2), cache.step([slot]):
+        pass
+    cache.release(slot)
+    cache.trim()  # the fill would fault on an unmapped page
+    assert driver.streams[2].num_done == len(driver.streams[2].queue)
+
+
+def test_streams_that_come_and_go_are_forgotten(cache, driver):
+    slot = new(cache, 64)
+    for number in range(1, 100):
+        with driver.stream(number), cache.step([slot]):
+            launch_fill(cache, slot, 0, 64, float(number))
+        driver.run(number)
+    assert len(cache._slots.work._streams) < 5
+    assert (finish(cache, slot) == 99).all()
+
+
+@pytest.mark.gpu
+def test_a_cuda_stream_with_the_handle_of_a_destroyed_one_is_another():
+    from cuda.bindings import driver as cuda
+
+    with vattn.KVCache(vattn.KVLayout(1, 1, 64, 64, torch.float32), 1, "cuda", memory_limit=64 << 20) as cache:
+        handles, numbers = [], []
+        for _ in range(50):
+            _, handle = cuda.cuStreamCreate(cuda.CUstream_flags.CU_STREAM_NON_BLOCKING)
+            stream = torch.cuda.ExternalStream(int(handle))
+            with torch.cuda.stream(stream):
+                handles.append(int(handle))
+                numbers.append(cache.driver.fence().stream)
+                assert numbers[-1] == cache.driver.fence().stream
+            stream.synchronize()
+            cuda.cuStreamDestroy(handle)
+        assert len(set(handles)) < 50, "no handle came again, so that nothing was tested"
+        assert len(set(numbers)) == 50
+
+
 @pytest.mark.parametrize("order", ["apb", "abp", "pab", "pba", "bap", "bpa", "ap", "pa", "bp"])
 def test_a_family_grows_in_one_batch(cache, driver, order):
     whole = new(cache, 64)

@@ -57,7 +57,12 @@ class _Stream:
         self._fences[self._last] = fence
         return self._last
 
-    def behind(self, slots: Sequence[int] | np.ndarray) -> Fence | None:
+    def idle(self) -> bool:
+        """Whether nothing that was submitted here for any slot goes on."""
+        fence = self.behind(slice(None))
+        return fence is None or fence.done()
+
+    def behind(self, slots: Sequence[int] | np.ndarray | slice) -> Fence | None:
         """The fence behind all that was submitted here for these slots: it implies those before it."""
         number = int(self.newest[slots].max(initial=0))
         return self._fences[number] if number else None
@@ -158,6 +163,8 @@ class WorkTracker:
     def _stream(self, fence: Fence) -> _Stream:
         stream = self._streams.get(fence.stream)
         if stream is None:
+            # A program may make a stream for every request: forget those whose work has ended.
+            self._streams = {number: each for number, each in self._streams.items() if not each.idle()}
             stream = self._streams[fence.stream] = _Stream(self._max_slots)
         return stream
 
