@@ -42,17 +42,22 @@ class StreamDriver(HostDriver):
         super().__init__()
         self.streams: dict[int, _Stream] = {0: _Stream()}
         self.current = 0
+        self._numbers: dict[int, int] = {}  # of streams whose handle was another's
         self.num_waits = 0
 
     @contextmanager
     def stream(self, number: int) -> Iterator[None]:
         """Make another stream the current one."""
-        before, self.current = self.current, number
-        self.streams.setdefault(number, _Stream())
+        before, self.current = self.current, self._numbers.get(number, number)
+        self.streams.setdefault(self.current, _Stream())
         try:
             yield
         finally:
             self.current = before
+
+    def destroy(self, number: int) -> None:
+        """Its work goes on; the next stream that is made has its handle, and is another."""
+        self._numbers[number] = 1000 + len(self.streams)
 
     def launch(self, work: Callable[[], None]) -> None:
         """Queue what a kernel would do."""

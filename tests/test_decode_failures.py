@@ -11,10 +11,12 @@ from dataclasses import replace
 import pytest
 import torch
 from decode_helpers import by_slot, eager, prefill, prompts_for
+from failing_driver import FailingDriver
 from llama_helpers import SMALL, open_cache, small_model
 
 import vattn
 from vattn.decode import DecodeLoop
+from vattn.driver import HostDriver
 from vattn.errors import ConfigError, OutOfPages, OutOfSlots
 from vattn.models import FusedLlama, Llama
 
@@ -98,6 +100,54 @@ def test_run_keeps_its_tokens_when_pages_run_out(fused, model):
                 loop.run()
             found = by_slot(loop.run())
             assert [tuple(found[slot]) for slot in slots] == expected
+
+
+@pytest.mark.parametrize("mapping", ["thread", "inline"])
+@pytest.mark.parametrize("ahead_tokens", [0, 64])
+def test_a_shortage_that_could_not_be_undone_surfaces(mapping, ahead_tokens):
+    """It is the driver's fault, not one to drain and try again for. The loop can go on if nothing was lost."""
+    model, driver = small_model(), FailingDriver(HostDriver())
+    (expected,) = eager(model, [[3, 5, 7]], 100)
+    options = {"page_bytes": 4096, "memory_limit": 64 << 20, "driver": driver}
+    with vattn.KVCache(model.kv_layout(order="layer"), 4, **options) as cache:
+        slot = prefill(model, cache, [3, 5, 7])
+        with DecodeLoop(FusedLlama(model), cache, mapping=mapping, ahead_tokens=ahead_tokens) as loop:
+            loop.start(slot, 7, 100)
+            driver.fail("create", at=2, out_of_memory=True)
+            driver.fail("release")  # of the page that was created before
+            tokens, raised = [], []
+            while loop.slots:
+                try:
+                    tokens += loop.step()
+                except vattn.DriverError as error:
+                    raised.append(error)
+        assert [error.undo_incomplete for error in raised] == [True]
+        assert tuple(by_slot(tokens)[slot]) == expected
+        cache.check_integrity()
+
+
+def test_rows_that_a_failed_undo_lost_are_not_decoded():
+    model, driver = small_model(), FailingDriver(HostDriver())
+    prompts = [[3, 5, 7], list(range(1, 40))]
+    expected = eager(model, prompts, 60)
+    options = {"page_bytes": 4096, "memory_limit": 64 << 20, "driver": driver}
+    with vattn.KVCache(model.kv_layout(), 5, **options) as cache:
+        slots = [prefill(model, cache, prompt) for prompt in prompts]
+        with DecodeLoop(FusedLlama(model), cache, mapping="inline") as loop:
+            for slot, prompt in zip(slots, prompts, strict=True):
+                loop.start(slot, prompt[-1], 60)
+            tokens = [each for _ in range(3) for each in loop.step()]
+            child = cache.fork(slots[1])
+            driver.fail("map", times=2, out_of_memory=True)  # of the private copy, and of what was there before
+            with pytest.raises(vattn.DriverError, match="INJECTED") as caught:
+                cache.make_writable(slots[1], 0, 20)
+            assert caught.value.undo_incomplete
+            with pytest.raises(ConfigError, match=rf"slots \[{slots[1]}\]"):
+                loop.step()
+            tokens += loop.run()
+        assert tuple(by_slot(tokens)[slots[0]]) == expected[0]
+        cache.release(child)
+        cache.check_integrity()
 
 
 @pytest.mark.parametrize("where", ["before launch", "after launch", "leave", "drain"])

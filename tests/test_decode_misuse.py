@@ -202,6 +202,66 @@ def test_the_cache_may_close_first(fused, model):
     assert loop._mapper._thread is None
 
 
+@pytest.mark.parametrize("mapping", ["thread", "inline"])
+@pytest.mark.parametrize("change", ["release", "take", "truncate", "truncate and grow"])
+def test_a_slot_that_is_changed_behind_the_loop_s_back(change, mapping, fused, model):
+    """Its sequence is dropped by name, whoever has the slot now keeps it as it is, and the others go on."""
+    prompts = [[3, 5, 7], [4, 6, 8, 10]]
+    expected = eager(model, prompts, 40)
+    with open_cache(model, 4) as cache, DecodeLoop(fused, cache, mapping=mapping, ahead_tokens=2) as loop:
+        slots = [prefill(model, cache, prompt) for prompt in prompts]
+        for slot, prompt in zip(slots, prompts, strict=True):
+            loop.start(slot, prompt[-1], 40)
+        tokens = [each for _ in range(3) for each in loop.step()]
+        changed = slots[0]
+        if "truncate" in change:
+            cache.truncate(changed, 1)
+            if "grow" in change:
+                cache.ensure(changed, 30)
+        else:
+            cache.release(changed)
+            if change == "take":
+                assert cache.acquire(changed) == changed
+                cache.ensure(changed, 8)
+                for tensor in cache.rows(changed, 0):
+                    tensor.fill_(7.0)
+        rows = None if change == "release" else cache.seq_len(changed)
+        with pytest.raises(ConfigError, match=rf"slots \[{changed}\] were released or truncated"):
+            loop.step()
+        assert loop.slots == (slots[1],)
+        tokens += loop.run()
+        assert tuple(by_slot(tokens)[slots[1]]) == expected[1]
+        loop.cancel(changed)
+        loop.close()
+        if rows is not None:
+            assert cache.seq_len(changed) == rows
+        if change == "take":
+            assert all((tensor == 7).all() for tensor in cache.rows(changed, 0))
+        cache.check_integrity()
+
+
+@pytest.mark.parametrize("end", ["drain", "cancel", "close", "cancel untold"])
+def test_a_slot_that_is_taken_before_its_end_was_told(end, fused, model, monkeypatch):
+    """All steps of its last sequence are launched; what the loop has left to do is not done to the next one."""
+    (expected,) = eager(model, [[3, 5, 7]], 3)
+    with open_cache(model, 3) as cache, DecodeLoop(fused, cache) as loop:
+        slot = prefill(model, cache, [3, 5, 7])
+        loop.start(slot, 7, 3)
+        tokens = [each for _ in range(3) for each in loop.step()]
+        if end == "cancel untold":
+            monkeypatch.setattr(loop, "_report", lambda: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                loop.drain()
+            monkeypatch.undo()
+        cache.release(slot)
+        assert cache.acquire(slot) == slot
+        cache.ensure(slot, 8)
+        {"drain": lambda: tokens.extend(loop.drain()), "close": loop.close}.get(end, lambda: loop.cancel(slot))()
+        assert cache.seq_len(slot) == 8
+        assert tuple(each.token for each in tokens) == (expected if end == "drain" else expected[:2])
+        cache.check_integrity()
+
+
 def test_an_exception_in_the_block(fused, model):
     with open_cache(model, 3) as cache:
         slot = prefill(model, cache, [1, 2, 3])

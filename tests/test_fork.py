@@ -49,7 +49,7 @@ def test_a_forked_child_is_told_so_and_takes_nothing_with_it(device):
 
 
 _FORK_BESIDE = """
-import gc, os, signal, sys, threading, time, torch, vattn
+import os, signal, sys, threading, time, torch, vattn
 layout = vattn.KVLayout(2, 2, 64, 4096, torch.float32)
 busy, idle = (vattn.KVCache(layout, 4, sys.argv[1], 64 << 20) for _ in range(2))
 held, go_on = threading.Event(), threading.Event()
@@ -62,20 +62,16 @@ def inside():
 worker = threading.Thread(target=inside)
 worker.start()
 held.wait()
-assert not gc.isenabled()
 if (pid := os.fork()) == 0:
     signal.alarm(60)
     refuses(busy.stats), refuses(busy.acquire), refuses(idle.stats)
     busy.close()
     with vattn.KVCache(layout, 4, "cpu", 64 << 20) as mine:
         mine.ensure(mine.acquire(), 3000)
-    assert gc.isenabled()
     sys.exit(0)
 status = os.waitpid(pid, 0)[1]
-assert not gc.isenabled()  # the parent's is still paused
 go_on.set()
 worker.join()
-assert gc.isenabled()
 assert status == 0, status
 """
 
@@ -84,7 +80,7 @@ assert status == 0, status
 @pytest.mark.unsanitized
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_a_child_forked_while_another_thread_is_in_the_cache(device):
-    """Its lock is held, and the collector paused, by a thread that the child does not have."""
+    """Its lock is held by a thread that the child does not have."""
     run(_FORK_BESIDE, device)
 
 

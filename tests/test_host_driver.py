@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -327,3 +328,126 @@ def test_memory_info_is_this_machines(host_driver):
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     available, limited_total = HostDriver.memory_info(host_driver)
     assert 0 < available <= limited_total <= total
+
+
+# -- the process's own limits ----------------------------------------------------------------------------------------
+_LIMITS = """
+import ctypes, os, resource, signal, torch, vattn
+from vattn.driver import HostDriver, probe
+
+def lower(which, value):
+    before = resource.getrlimit(which)
+    resource.setrlimit(which, (value, before[1]))
+    return lambda: resource.setrlimit(which, before)
+
+def raises(kind, words, function, *arguments):
+    try:
+        function(*arguments)
+    except kind as error:
+        assert all(word in str(error) for word in words), error
+    else:
+        raise AssertionError("it was not refused")
+
+layout = vattn.KVLayout(1, 1, 512, 65536, torch.float32)  # a row is 4096 bytes
+
+def open_cache(limit=256 << 20):
+    return vattn.KVCache(layout, 2, device="cpu", memory_limit=limit, page_bytes=1 << 20)
+"""
+
+_NO_MORE_FILES = """
+cache = open_cache()
+slot = cache.acquire()
+restore = lower(resource.RLIMIT_NOFILE, 64)
+taken = []
+try:
+    while True:
+        taken.append(os.open("/dev/null", os.O_RDONLY))
+except OSError:
+    pass
+raises(vattn.ConfigError, ["EMFILE", "RLIMIT_NOFILE is 64", "ulimit -n"], open_cache)
+raises(vattn.DriverError, ["EMFILE", "RLIMIT_NOFILE is 64", "ulimit -n"], cache.ensure, slot, 60000)
+assert "RLIMIT_NOFILE" in probe()[1].reason
+assert cache.seq_len(slot) == 0
+for fd in taken:
+    os.close(fd)
+cache.check_integrity()
+cache.ensure(slot, 60000)
+cache.close()
+"""
+
+_NO_LARGER_FILE = """
+signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # as an embedding program may have it: it ends the process
+cache = open_cache()
+first, second = cache.acquire(), cache.acquire()
+cache.ensure(first, 1024)
+lower(resource.RLIMIT_FSIZE, 8 << 20)
+raises(vattn.OutOfPages, ["EFBIG", f"RLIMIT_FSIZE is {8 << 20} bytes", "ulimit -f"], cache.ensure, second, 2048)
+cache.check_integrity()
+assert cache.seq_len(second) == 0
+cache.release(first)
+cache.ensure(second, 2048)  # eight pages: the ones that are there suffice
+cache.close()
+"""
+
+_NO_MORE_ADDRESSES = """
+size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+lower(resource.RLIMIT_AS, size + (256 << 20))
+raises(vattn.ConfigError, ["RLIMIT_AS", "ulimit -v"], open_cache)
+"""
+
+_SANDBOXED = """
+import platform, struct
+number = {"x86_64": 319, "aarch64": 279}[platform.machine()]  # memfd_create
+code = b"".join(struct.pack("HBBI", *instruction) for instruction in (
+    (0x20, 0, 0, 0),  # the number of the call
+    (0x15, 0, 1, number),
+    (0x06, 0, 0, 0x00050000 | 1),  # EPERM
+    (0x06, 0, 0, 0x7FFF0000),  # allowed
+))
+buffer = ctypes.create_string_buffer(code)
+program = ctypes.create_string_buffer(struct.pack("HxxxxxxQ", 4, ctypes.addressof(buffer)))
+libc = ctypes.CDLL(None)
+assert libc.prctl(38, 1, 0, 0, 0) == 0
+assert libc.prctl(22, 2, ctypes.c_void_p(ctypes.addressof(program)), 0, 0) == 0
+raises(vattn.ConfigError, ["memfd_create failed with EPERM", "seccomp"], open_cache)
+assert "seccomp" in probe()[1].reason
+"""
+
+
+@pytest.mark.parametrize("limit", [_NO_MORE_FILES, _NO_LARGER_FILE, _NO_MORE_ADDRESSES, _SANDBOXED])
+def test_a_limit_of_the_process_is_named_with_what_raises_it(limit):
+    run_child(_LIMITS + limit)
+
+
+# -- forked children ---------------------------------------------------------------------------------------------------
+_PARENT = """
+import os, sys, time, torch, vattn
+cache = vattn.KVCache(vattn.KVLayout(1, 1, 512, 65536, torch.float32), 2, device="cpu", memory_limit=64 << 20)
+cache.ensure(cache.acquire(), 10000)
+if os.fork() == 0:
+    print(os.getpid(), flush=True)
+time.sleep(60)
+"""
+
+
+def num_holding(pid: int) -> tuple[int, int]:
+    """Files and mappings of a cache's memory that a process has."""
+    files = [os.readlink(each) for each in Path(f"/proc/{pid}/fd").iterdir()]
+    return sum("memfd:vattn" in name for name in files), Path(f"/proc/{pid}/maps").read_text().count("memfd:vattn")
+
+
+def test_a_forked_child_keeps_nothing_of_the_memory():
+    """Which is freed, then, when its parent ends, however long the child lives on."""
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", _PARENT]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        child = int(parent.stdout.readline())
+        try:
+            assert num_holding(parent.pid)[0] == 1
+            assert num_holding(parent.pid)[1] > 0
+            assert num_holding(child) == (0, 0)
+            parent.kill()
+            parent.wait()
+            assert num_holding(child) == (0, 0)
+        finally:
+            parent.kill()
+            os.kill(child, signal.SIGKILL)

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import vattn
+from vattn.interrupts import SIGNALS
 
 LAYOUT = vattn.KVLayout(num_layers=2, num_kv_heads=2, head_dim=64, max_seq_len=4096, dtype=torch.float32)
 RACE_SECONDS = 20 if os.environ.get("VATTN_SHORT") else 60  # under compute-sanitizer
@@ -70,17 +71,21 @@ def test_a_cache_dropped_in_another_thread(device):
 
 
 _INTERRUPTED = """
-import os, random, signal, sys, threading, time
+import itertools, os, random, signal, sys, threading, time
 import torch, vattn
 
 layout = vattn.KVLayout(2, 2, 64, 4096, torch.float32, order="layer")
 cache = vattn.KVCache(layout, 8, device=sys.argv[1], memory_limit=256 << 20)
 done = False
 
+RAISED = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: SystemExit, signal.SIGALRM: TimeoutError}
+
 def interrupt():
-    while not done:
+    for number in itertools.cycle(RAISED):
+        if done:
+            break
         time.sleep(random.random() * 0.002)
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
 
 inside = False
 
@@ -88,10 +93,13 @@ def interrupted(number, frame):
     global inside
     if inside:  # not in the test's own bookkeeping
         inside = False
-        raise KeyboardInterrupt
+        raise RAISED[number]
 
 def one_operation():
     slots = [slot for slot in range(8) if cache._slots.state[slot] == 1]
+    for _ in range(3):
+        with cache.step(slots):
+            pass
     if len(slots) < 4:
         cache.acquire()
     elif draw.random() < 0.5:
@@ -103,7 +111,8 @@ def one_operation():
             cache.truncate(slots[0], 0)
         cache.release(draw.choice(slots))
 
-signal.signal(signal.SIGINT, interrupted)
+for number in RAISED:
+    signal.signal(number, interrupted)
 interrupts = finished = 0
 thread = threading.Thread(target=interrupt)
 thread.start()
@@ -115,17 +124,19 @@ while time.monotonic() < end:
         one_operation()
         inside = False
         finished += 1
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit, TimeoutError):
         interrupts += 1
     cache.check_integrity()
+    assert not cache._slots.work.open_steps
 done = True
 thread.join()
+assert {signal.getsignal(number) for number in RAISED} == {interrupted}
 cache.close()
 print(interrupts, finished)
 """
 
 
-def test_ctrl_c_during_any_operation_leaves_the_books_right(device):
+def test_handlers_that_raise_during_any_operation_leave_the_books_right(device):
     child = subprocess.run([sys.executable, "-c", _INTERRUPTED, device], capture_output=True, text=True, timeout=120)
     assert (child.returncode, child.stderr) == (0, ""), child.stderr
     interrupts, finished = map(int, child.stdout.split())
@@ -133,17 +144,96 @@ def test_ctrl_c_during_any_operation_leaves_the_books_right(device):
     assert finished > 50
 
 
-def test_ctrl_c_reaches_the_handler_that_was_there(device):
+# As a server ends: the handler raises SystemExit, wherever that is, and the cache is closed on the way out.
+_TERMINATED = """
+import os, random, signal, sys, threading, time
+import torch, vattn
+
+signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(7))
+layout = vattn.KVLayout(2, 2, 64, 4096, torch.float32, order="layer")
+
+def serve(seed):
+    cache = vattn.KVCache(layout, 8, "cpu", memory_limit=64 << 20)
+    slot, delay = cache.acquire(), random.Random(seed).random() * 0.01
+    cache.ensure(slot, 100)
+    threading.Thread(target=lambda: (time.sleep(delay), os.kill(os.getpid(), signal.SIGTERM)), daemon=True).start()
+    try:
+        while True:
+            with cache.step([slot]):
+                pass
+    finally:
+        cache.check_integrity()
+        cache.close()
+
+codes = []
+for seed in range(100):
+    if (pid := os.fork()) == 0:
+        try:
+            serve(seed)
+        except SystemExit as error:
+            os._exit(error.code)
+        finally:
+            os._exit(1)
+    codes.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+assert set(codes) == {7}, codes
+"""
+
+
+def test_a_server_that_is_terminated_closes_its_cache():
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", _TERMINATED]
+    child = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (child.returncode, child.stderr) == (0, ""), child.stderr
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_reaches_the_handler_that_was_there(device, number, monkeypatch):
+    """Once: after the operation that it came in, and at once outside of one."""
     seen = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: seen.append(number))
+    before = signal.signal(number, lambda number, frame: seen.append(number))
     try:
         with open_cache(device) as cache:
+            map_pages = cache.driver.map_pages
+            monkeypatch.setattr(
+                cache.driver,
+                "map_pages",
+                lambda *arguments: (map_pages(*arguments), signal.raise_signal(number), seen.append("mapped")),
+            )
             cache.ensure(cache.acquire(), 1)
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0)
-            assert seen == [signal.SIGINT]
+            assert seen == ["mapped", number]
+            signal.raise_signal(number)
+            assert seen == ["mapped", number, number]
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(number, before)
+
+
+def test_a_handler_may_wait_for_another_thread_s_operation(device):
+    """One that does not raise but closes something, which joins a thread that waits for the cache."""
+    with open_cache(device) as cache:
+        slot, leave = cache.acquire(), threading.Event()
+
+        def work() -> None:
+            while not leave.is_set():
+                cache.ensure(slot, 1)
+
+        thread = threading.Thread(target=work)
+
+        def end(number: int, frame: object) -> None:
+            leave.set()
+            thread.join()
+
+        before = signal.signal(signal.SIGTERM, end)
+        try:
+            thread.start()
+            deadline = time.monotonic() + 30
+            timer = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGTERM))
+            timer.start()
+            while not leave.is_set() and time.monotonic() < deadline:
+                cache.release(cache.acquire())
+            assert leave.is_set()
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        timer.join()
+        cache.check_integrity()
 
 
 def test_gradients_are_not_recorded_into_the_cache(device):

@@ -113,7 +113,7 @@ def test_an_ended_slot_is_left_alone(cache, mapper, monkeypatch):
 def test_a_failure_of_the_thread_reaches_the_caller(cache, monkeypatch):
     with MapAhead(cache, 20) as mapper:
         begin(cache, mapper, 0)
-        monkeypatch.setattr(cache, "ensure_batch", lambda *arguments, wait: 1 / 0)
+        monkeypatch.setattr(cache, "ensure_batch", lambda *arguments, **options: 1 / 0)
         mapper.look_ahead(*arrays([0], [1]))
         mapper._settle()
         monkeypatch.undo()

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import gc
-import os
-import signal
-
 import pytest
 import torch
 from stream_driver import StreamDriver
 
 import vattn
-from vattn import interrupts
 
 PAGE = 4096
 LAYOUT = vattn.KVLayout(1, 1, 8, 400, torch.float32)  # 64 tokens to a page
@@ -186,6 +181,55 @@ def test_close_waits_for_everything(cache, driver):
     assert all(stream.num_done == len(stream.queue) for stream in driver.streams.values())
 
 
+def test_a_stream_with_the_handle_of_a_destroyed_one_is_another(cache, driver):
+    slot, seen = new(cache, 64), []
+    view = cache.k(0)[slot, :64]
+    with driver.stream(1), cache.step([slot]):
+        launch_fill(cache, slot, 0, 64, 1.0)
+    driver.destroy(1)
+    with driver.stream(1), cache.step([slot]):
+        driver.launch(lambda: seen.append((view == 1).all().item()))
+        driver.run(driver.current)
+    assert seen == [True]
+    with driver.stream(2), cache.step([slot]):
+        launch_fill(cache, slot, 0, 64, 2.0)
+    driver.destroy(2)
+    with driver.stream(2), cache.step([slot]):
+        pass
+    cache.release(slot)
+    cache.trim()  # the fill would fault on an unmapped page
+    assert driver.streams[2].num_done == len(driver.streams[2].queue)
+
+
+def test_streams_that_come_and_go_are_forgotten(cache, driver):
+    slot = new(cache, 64)
+    for number in range(1, 100):
+        with driver.stream(number), cache.step([slot]):
+            launch_fill(cache, slot, 0, 64, float(number))
+        driver.run(number)
+    assert len(cache._slots.work._streams) < 5
+    assert (finish(cache, slot) == 99).all()
+
+
+@pytest.mark.gpu
+def test_a_cuda_stream_with_the_handle_of_a_destroyed_one_is_another():
+    from cuda.bindings import driver as cuda
+
+    with vattn.KVCache(vattn.KVLayout(1, 1, 64, 64, torch.float32), 1, "cuda", memory_limit=64 << 20) as cache:
+        handles, numbers = [], []
+        for _ in range(50):
+            _, handle = cuda.cuStreamCreate(cuda.CUstream_flags.CU_STREAM_NON_BLOCKING)
+            stream = torch.cuda.ExternalStream(int(handle))
+            with torch.cuda.stream(stream):
+                handles.append(int(handle))
+                numbers.append(cache.driver.fence().stream)
+                assert numbers[-1] == cache.driver.fence().stream
+            stream.synchronize()
+            cuda.cuStreamDestroy(handle)
+        assert len(set(handles)) < 50, "no handle came again, so that nothing was tested"
+        assert len(set(numbers)) == 50
+
+
 @pytest.mark.parametrize("order", ["apb", "abp", "pab", "pba", "bap", "bpa", "ap", "pa", "bp"])
 def test_a_family_grows_in_one_batch(cache, driver, order):
     whole = new(cache, 64)
@@ -259,139 +303,3 @@ def test_nothing_of_the_cache_is_captured(operation, in_step):
         if in_step:
             step.__exit__(None, None, None)
         cache.check_integrity()
-
-
-class InterruptingDriver(StreamDriver):
-    """Sends Ctrl-C in the middle of a call, once."""
-
-    during: str | None = None
-
-    def _interrupt(self, call: str) -> None:
-        if self.during == call:
-            self.during = None
-            os.kill(os.getpid(), signal.SIGINT)
-
-    def _map(self, *arguments):
-        self._interrupt("map")
-        super()._map(*arguments)
-
-    def fence(self):
-        self._interrupt("fence")
-        return super().fence()
-
-    def order_after(self, fence):
-        self._interrupt("order_after")
-        super().order_after(fence)
-
-
-@pytest.fixture
-def interrupted():
-    driver = InterruptingDriver()
-    with vattn.KVCache(LAYOUT, 4, memory_limit=64 * PAGE, page_bytes=PAGE, driver=driver) as cache:
-        yield cache
-
-
-def test_ctrl_c_on_entering_a_step_does_not_leave_it_open(interrupted):
-    driver = interrupted.driver
-    slot = new(interrupted, 64)
-    with interrupted.step([slot]):
-        pass
-    with driver.stream(1):
-        driver.during = "order_after"
-        with pytest.raises(KeyboardInterrupt), interrupted.step([slot]):
-            raise AssertionError("the block ran")
-    interrupted.release(slot)
-    assert interrupted.acquire(slot) == slot
-    interrupted.check_integrity()
-
-
-def test_ctrl_c_on_leaving_a_step_does_not_leave_it_open(interrupted):
-    slot = new(interrupted, 64)
-    step = interrupted.step([slot])
-    step.__enter__()
-    interrupted.driver.during = "fence"
-    with pytest.raises(KeyboardInterrupt):
-        step.__exit__(None, None, None)
-    interrupted.release(slot)
-    assert interrupted.acquire(slot) == slot
-
-
-def test_ctrl_c_just_before_it_is_put_off_does_not_leave_a_step_open(cache, monkeypatch):
-    slot = new(cache, 64)
-    with pytest.raises(KeyboardInterrupt), cache.step([slot]):  # noqa: PT012 - it comes at the block's end
-        enter = interrupts.Uninterrupted.__enter__
-
-        def interrupted(guard):
-            monkeypatch.setattr(interrupts.Uninterrupted, "__enter__", enter)
-            signal.raise_signal(signal.SIGINT)
-            return enter(guard)
-
-        monkeypatch.setattr(interrupts.Uninterrupted, "__enter__", interrupted)
-    cache.release(slot)
-    assert cache.acquire(slot) == slot
-
-
-@pytest.mark.parametrize("when", ["after the look", "handler restored"])
-@pytest.mark.parametrize("what", ["acquire", "fork"])
-def test_ctrl_c_at_the_very_end_gives_the_slot_back(cache, monkeypatch, what, when):
-    """The caller never sees it."""
-    slot = new(cache, 64)
-    owner, name = {"after the look": (interrupts._pause, "leave"), "handler restored": (interrupts._signal, "signal")}[
-        when
-    ]
-    original, calls = getattr(owner, name), []
-
-    def interrupt(*arguments):
-        calls.append(arguments)
-        result = original(*arguments)
-        if arguments == () and len(calls) == 1:
-            signal.raise_signal(signal.SIGINT)
-        if arguments and arguments[1] is signal.default_int_handler:
-            monkeypatch.setattr(owner, name, original)
-            signal.raise_signal(signal.SIGINT)
-        return result
-
-    monkeypatch.setattr(owner, name, interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        cache.acquire() if what == "acquire" else cache.fork(slot)
-    monkeypatch.undo()
-    assert cache.stats().num_live_slots == 1
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert gc.isenabled()
-    cache.check_integrity()
-
-
-def test_ctrl_c_during_fork_leaves_no_slot_behind(interrupted):
-    slot = new(interrupted, 64)
-    interrupted.driver.during = "map"
-    with pytest.raises(KeyboardInterrupt):
-        interrupted.fork(slot)
-    assert interrupted.stats().num_live_slots == 1
-    interrupted.check_integrity()
-
-
-def test_ctrl_c_during_ensure_batch_comes_after_all_of_it(interrupted):
-    slots = [new(interrupted, 10), new(interrupted, 64)]
-    interrupted.driver.during = "map"
-    with pytest.raises(KeyboardInterrupt):
-        interrupted.ensure_batch(slots, [20, 128])
-    assert [interrupted.seq_len(slot) for slot in slots] == [20, 128]
-
-
-def test_a_finaliser_does_not_run_in_the_middle_of_an_operation(cache, driver):
-    slot = new(cache, 64)
-    enabled = []
-    driver_map = driver._map
-    driver._map = lambda *arguments: (enabled.append(gc.isenabled()), driver_map(*arguments))
-    cache.ensure(slot, 65)
-    assert enabled == [False]
-    assert gc.isenabled()
-    del driver._map
-
-
-def test_a_finaliser_does_not_run_while_the_books_are_looked_through(cache, monkeypatch):
-    """A loop that it ends would give pages back meanwhile."""
-    enabled = []
-    monkeypatch.setattr(vattn.kv_cache, "check_integrity", lambda slots: enabled.append(gc.isenabled()))
-    cache.check_integrity()
-    assert enabled == [False]

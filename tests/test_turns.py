@@ -10,10 +10,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
+from llama_helpers import open_cache, small_model
 
 import vattn
+from vattn.decode import DecodeLoop
+from vattn.models import FusedLlama
 from vattn.turns import Turns, in_turn
 
 
@@ -145,23 +149,24 @@ def test_an_interrupt_while_waiting_leaves_the_line() -> None:
         assert cache.seq_len(slot) == 0
 
 
-def test_a_turn_within_a_turn_lets_nobody_in() -> None:
-    """A finaliser's: nobody can come."""
+def test_a_turn_within_a_turn_comes_after_it_or_not_at_all() -> None:
+    """A finaliser's: it would find half of the outer one done."""
+    done = []
 
     class Nested(Room):
         @in_turn()
-        def outer(self) -> float:
-            self._turns.waiting.add(-1)
-            start = time.perf_counter()
-            for _ in range(100):
-                self.hurry()
-                self.light()
-            return time.perf_counter() - start
+        def outer(self) -> None:
+            self.inner()
+            with pytest.raises(vattn.ConfigError, match=r"work\(\) in the middle of another operation of this Nested"):
+                self.work()
+            done.append("outer")
 
-        @in_turn()
-        def light(self) -> None: ...
+        @in_turn(from_finaliser=True)
+        def inner(self) -> None:
+            done.append("inner")
 
-    assert Nested().outer() < 0.05  # a millisecond each otherwise
+    Nested().outer()
+    assert done == ["outer", "inner"]
 
 
 def test_the_collector_runs_while_threads_take_turns() -> None:
@@ -199,39 +204,38 @@ def test_the_collector_runs_while_threads_take_turns() -> None:
     assert num_collected >= 20
 
 
-@pytest.mark.parametrize("look", ["stats", "seq_len", "rows", "events"])
-def test_the_collector_ends_no_mapper_in_a_turn(look: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ending it waits for its thread, which may wait for this very turn to end."""
-    collected: list[int] = []
-    gc.callbacks.append(lambda phase, info: collected.append(threading.get_ident()))
-    threshold = gc.get_threshold()
-    with vattn.KVCache(vattn.KVLayout(1, 1, 64, 64, torch.float32), 1, "cpu", memory_limit=8 << 20) as cache:
+@pytest.mark.parametrize("look", ["stats", "seq_len", "ensure", "step"])
+def test_the_collector_ends_a_loop_after_the_turn_that_it_runs_in(look: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ending it waits for its mapper's thread, which waits for this very turn to end."""
+    model = small_model()
+    with open_cache(model, 4) as cache:
         slot = cache.acquire()
         cache.ensure(slot, 1)
-
-        def allocate() -> None:
-            collected.clear()
-            gc.set_threshold(1, 1, 1)
-            junk = [[i] for i in range(1000)]
-            gc.set_threshold(*threshold)
-            assert junk
-            inside.append(len(collected))
-
-        inside: list[int] = []
+        cycle: list[object] = [DecodeLoop(FusedLlama(model), cache)]
+        mapper = cycle[0]._mapper  # type: ignore[attr-defined]
+        thread = mapper._thread
+        cycle.append(cycle)
+        del cycle
         live_slots = vattn.kv_cache.KVCache._slots
-        monkeypatch.setattr(
-            vattn.kv_cache.KVCache, "_slots", property(lambda self: (allocate(), live_slots.fget(self))[1])
-        )
-        try:
-            {
-                "stats": cache.stats,
-                "seq_len": lambda: cache.seq_len(slot),
-                "rows": lambda: cache.rows(slot, 0),
-                "events": cache.events,
-            }[look]()
-        finally:
+
+        def collect(self: vattn.KVCache) -> object:
             monkeypatch.undo()
-            gc.callbacks.pop()
-            gc.set_threshold(*threshold)
-    assert inside
-    assert not any(inside)
+            mapper._jobs.put((np.array([slot]), np.array([9]), mapper._generation[[slot]]))
+            deadline = time.monotonic() + 30
+            while thread.ident not in cache._turns.waiting and time.monotonic() < deadline:
+                time.sleep(0.001)
+            gc.collect()
+            assert thread.is_alive()
+            return live_slots.fget(self)  # type: ignore[attr-defined]
+
+        monkeypatch.setattr(vattn.kv_cache.KVCache, "_slots", property(collect))
+        if look == "step":
+            with cache.step([slot]):
+                pass
+        else:
+            {"stats": cache.stats, "seq_len": lambda: cache.seq_len(slot), "ensure": lambda: cache.ensure(slot, 2)}[
+                look
+            ]()
+        assert not thread.is_alive()
+        assert cache.stats().num_live_slots == 1  # the loop's own went with it
+        cache.check_integrity()

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from .driver import Driver
 from .errors import ConfigError, DriverError
+from .interrupts import finish
 from .layout import GroupPlan, KVLayout
 from .page_table import OverRead, PageTable
 from .pages import Page, PhysicalPagePool
@@ -173,6 +174,9 @@ class Backing:
         # At the interpreter's end the system takes everything back; a forked child must not touch its parent's pages.
         if sys.is_finalizing() or os.getpid() != getattr(self, "_pid", None):
             return
+        finish(self._end)
+
+    def _end(self) -> None:
         try:
             self.close()
         finally:

@@ -15,7 +15,6 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from types import TracebackType
 
 import numpy as np
@@ -27,7 +26,7 @@ from .decode_state import DecodedToken, DecodeModel, DecodeState, Sampling, as_s
 from .decode_step import RING, DecodeStep, LaunchedStep
 from .errors import ConfigError, OutOfPages
 from .graphs import GraphReport, default_buckets
-from .interrupts import Uninterrupted, for_one_thread
+from .interrupts import Uninterrupted, finish, for_one_thread
 from .kv_cache import KVCache
 from .mapper import MapAhead
 
@@ -39,11 +38,15 @@ _LOOPS: weakref.WeakKeyDictionary[KVCache, weakref.WeakSet[DecodeLoop]] = weakre
 
 @dataclass(eq=False)
 class _Live:
-    """A sequence that is decoding: once the launched steps have run, it has ``rows`` rows of at most ``limit``."""
+    """A sequence that is decoding: once the launched steps have run, it has ``rows`` rows of at most ``limit``.
+
+    ``version`` is that of its slot: another one there means that the sequence is not what the loop takes it for.
+    """
 
     slot: int
     rows: int
     limit: int
+    version: int
 
 
 class DecodeLoop:
@@ -52,6 +55,10 @@ class DecodeLoop:
     While a slot decodes it belongs to the loop: rows are mapped ahead of it, which its ``seq_len`` counts too. When
     its end is reported (or ``cancel`` returns) the slot holds exactly the rows of its tokens again, all but the newest
     token's; it is the caller's to fork, go on with, or release.
+
+    A sequence that is released or truncated in the cache meanwhile is dropped: the next step that would decode it
+    raises ``ConfigError``, which names the slot, launches nothing, and leaves the slot to whoever has it now. Calling
+    again goes on with the others.
 
     Args:
         model: computes a step.
@@ -115,6 +122,7 @@ class DecodeLoop:
         self.state = DecodeState(cache.max_slots, require_int("max_stop_tokens", max_stop_tokens, 1), device)
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._live: dict[int, _Live] = {}
+        self._ended: dict[int, _Live] = {}  # the last sequence of each slot, which has exactly its rows
         self._under_way: deque[tuple[tuple[_Live, ...], LaunchedStep]] = deque()
         self._unreported: list[DecodedToken] = []
         self._closed = False
@@ -162,7 +170,8 @@ class DecodeLoop:
             stop_tokens: end the sequence when one of these is sampled; it is still reported.
 
         Raises:
-            ConfigError: a value out of range, or the slot is decoding already, here or in another loop.
+            ConfigError: a value out of range, or the slot is decoding already, here or in another loop, or it is
+                given to another sequence at this moment.
             OutOfPages: no page for the first row; the slot is as it was.
         """
         self.start_batch([(slot, token, max_new_tokens, sampling, stop_tokens)])
@@ -182,8 +191,9 @@ class DecodeLoop:
         if len(self._live) + len(slots) > self.max_batch:
             raise ConfigError(f"{len(self._live) + len(slots)} sequences exceed max_batch, {self.max_batch}")
         with Uninterrupted():
+            versions = self.cache.versions(slots)
             # What a page shared with another sequence takes to become private, it takes here, before any step is open.
-            self.cache.ensure_batch(slots, [n + 1 for n in rows])
+            self.cache.ensure_batch(slots, [n + 1 for n in rows], versions=versions)
             try:
                 if self.stream is not None:
                     self.stream.wait_stream(torch.cuda.current_stream(self.cache.device))
@@ -193,10 +203,11 @@ class DecodeLoop:
                 for slot, n in zip(slots, rows, strict=True):
                     self.cache.truncate(slot, n)
                 raise
-            for slot, n, sequence in zip(slots, rows, checked, strict=True):
+            for slot, n, sequence, version in zip(slots, rows, checked, versions.tolist(), strict=True):
                 limit = n + sequence[2]
-                self._mapper.track(slot, n + 1, limit)
-                self._live[slot] = _Live(slot, n, limit)
+                self._mapper.track(slot, n + 1, limit, version)
+                self._live[slot] = _Live(slot, n, limit, version)
+                self._ended.pop(slot, None)
 
     @for_one_thread
     def cancel(self, slot: int) -> None:
@@ -211,8 +222,9 @@ class DecodeLoop:
             live = self._live.get(slot)
             if live is not None:
                 self._hand_back(live, num_dropped)
-            elif num_dropped:  # it has ended, which its caller was not told yet
-                self._cut(slot, self.cache.seq_len(slot) - num_dropped)
+            elif num_dropped and (ended := self._ended.get(slot)):  # which its caller was not told yet
+                ended.rows -= num_dropped
+                self._cut(ended)
 
     @for_one_thread
     def release(self, slot: int) -> None:
@@ -246,6 +258,10 @@ class DecodeLoop:
         Raises:
             OutOfPages: no page for the next row of some sequence. Nothing was launched, and no token is lost: cancel a
                 sequence, or make room in the cache, and call again.
+            ConfigError: a sequence was released or truncated in the cache. It was dropped, and nothing launched: call
+                again for the others.
+            DriverError: the driver failed where pages were mapped. If rows of a sequence were lost by that, the next
+                call refuses the sequence as a truncated one.
         """
         self._require_open()
         self._drain(RING // 2)  # more than one is left only where something was raised after a launch
@@ -311,7 +327,7 @@ class DecodeLoop:
     def __del__(self) -> None:
         # Nobody closed it: work may be under way, and the mapper's thread would live on.
         if not sys.is_finalizing() and getattr(self, "_mapper", None) is not None and os.getpid() == self._pid:
-            self.close()
+            finish(self.close)
 
     def __enter__(self) -> DecodeLoop:
         return self
@@ -323,21 +339,48 @@ class DecodeLoop:
 
     # -- inside --------------------------------------------------------------------------------------------------
     def _launch(self) -> bool:
-        """Launch a step for every sequence that has rows to come; False if none has."""
+        """Launch a step for every sequence that has rows to come; False if none has.
+
+        Raises:
+            ConfigError: some are not in the cache as they were; they are dropped.
+        """
         sequences = tuple(each for each in self._live.values() if each.rows < each.limit)
         if not sequences:
             return False
         slots = [sequence.slot for sequence in sequences]
         index = np.array(slots, np.int64)
         rows = np.array([sequence.rows for sequence in sequences], np.int64) + 1
-        self._mapper.require(index, rows)
-        # Ctrl-C comes before the launch or after its entry in the books, also out of the end of ``cache.step``.
-        with Uninterrupted(), torch.inference_mode(), torch.cuda.stream(self.stream), self.cache.step(index):
-            self._under_way.append((sequences, self._step.launch(slots)))
-            for sequence in sequences:
-                sequence.rows += 1
+        versions = np.array([sequence.version for sequence in sequences], np.int64)
+        try:
+            self._mapper.require(index, rows)
+            # Handlers run before the launch or after its entry in the books, also out of the end of ``cache.step``.
+            with (
+                Uninterrupted(),
+                torch.inference_mode(),
+                torch.cuda.stream(self.stream),
+                self.cache.step(index, versions=versions),
+            ):
+                self._under_way.append((sequences, self._step.launch(slots)))
+                for sequence in sequences:
+                    sequence.rows += 1
+        except ConfigError as error:
+            self._drop(index[self.cache.versions(index) != versions].tolist(), error)
+            raise
         self._mapper.look_ahead(index, rows)
         return True
+
+    def _drop(self, slots: list[int], error: ConfigError) -> None:
+        """Decode these no more; their slots are somebody else's, or of another length."""
+        if slots:
+            with Uninterrupted():
+                for slot in slots:
+                    del self._live[slot]
+                    self._mapper.forget(slot)
+                self._unreported = [token for token in self._unreported if token.slot not in slots]
+            raise ConfigError(
+                f"slots {slots} were released or truncated in the cache while this loop decoded them, and are dropped: "
+                "cancel a sequence, or let it end, before its slot is changed"
+            ) from error
 
     def _drain(self, keep: int) -> None:
         """Read the ring up to the newest ``keep`` steps."""
@@ -354,23 +397,28 @@ class DecodeLoop:
                         self._hand_back(sequence)
 
     def _report(self) -> list[DecodedToken]:
-        with Uninterrupted() as guard:
-            tokens, self._unreported = self._unreported, []
-            guard.undo = partial(self._unreported.extend, tokens)
-            return tokens
+        tokens, self._unreported = self._unreported, []
+        return tokens
 
     def _hand_back(self, sequence: _Live, num_dropped: int = 0) -> None:
         """A sequence has ended: leave its slot with its rows, but for those of tokens that are dropped."""
         del self._live[sequence.slot]
         self._mapper.forget(sequence.slot)
         num_under_way = sum(sequence in sequences for sequences, _ in self._under_way)
-        self._cut(sequence.slot, sequence.rows - num_under_way - num_dropped)
+        sequence.rows -= num_under_way + num_dropped
+        self._ended[sequence.slot] = sequence
+        self._cut(sequence)
 
-    def _cut(self, slot: int, rows: int) -> None:
-        """What was mapped past these rows goes when the GPU is past it."""
-        # ConfigError: the slot was released, or the cache closed, behind the loop's back.
-        with suppress(ConfigError), torch.cuda.stream(self.stream), self.cache.step([slot]):
-            self.cache.truncate(slot, rows)
+    def _cut(self, sequence: _Live) -> None:
+        """What was mapped past its rows goes when the GPU is past it."""
+        # ConfigError: the slot was released or truncated, or the cache closed, behind the loop's back.
+        with (
+            suppress(ConfigError),
+            torch.cuda.stream(self.stream),
+            self.cache.step([sequence.slot], versions=[sequence.version]),
+        ):
+            self.cache.truncate(sequence.slot, sequence.rows)
+            sequence.version = int(self.cache.versions([sequence.slot])[0])
 
     def _check(self, slot: int, max_new_tokens: int) -> int:
         """ConfigError unless the slot can take so many more; returns its rows."""

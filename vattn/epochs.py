@@ -14,6 +14,7 @@ Work that comes later, or belongs to other slots, is no part of an epoch, and no
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -56,44 +57,63 @@ class _Stream:
         self._fences[self._last] = fence
         return self._last
 
-    def behind(self, slots: Sequence[int] | np.ndarray) -> Fence | None:
+    def idle(self) -> bool:
+        """Whether nothing that was submitted here for any slot goes on."""
+        fence = self.behind(slice(None))
+        return fence is None or fence.done()
+
+    def behind(self, slots: Sequence[int] | np.ndarray | slice) -> Fence | None:
         """The fence behind all that was submitted here for these slots: it implies those before it."""
         number = int(self.newest[slots].max(initial=0))
         return self._fences[number] if number else None
 
 
+class OpenStep:
+    """A step, from before it is entered.
+
+    Attributes:
+        thread: that began it.
+    """
+
+    __slots__ = ("thread",)
+
+    def __init__(self) -> None:
+        self.thread = threading.get_ident()
+
+
 class WorkTracker:
-    """Per slot, the open steps and the newest fence of each stream that worked on it.
+    """The open steps, and per slot the newest fence of each stream that worked on it.
 
     Every step of every slot comes by here, so slots are arrays and a call costs the same for one and for a thousand.
+
+    Attributes:
+        open_steps: with the slots of each.
     """
 
     def __init__(self, driver: Driver, max_slots: int, turns: Turns) -> None:
         self._driver = driver
         self._max_slots = max_slots
         self._turns = turns
-        self._open_steps = np.zeros(max_slots, np.int64)
         self._streams: dict[int, _Stream] = {}
-
-    @property
-    def any_open(self) -> bool:
-        return bool(self._open_steps.any())
+        self.open_steps: dict[OpenStep, np.ndarray] = {}
 
     def is_open(self, slot: int) -> bool:
         """Whether a step of this slot has been entered and not left."""
-        return bool(self._open_steps[slot])
+        return any((slots == slot).any() for slots in self.open_steps.values())
 
-    def enter(self, slots: np.ndarray) -> None:
+    def enter(self, step: OpenStep, slots: np.ndarray) -> None:
         """A step begins: its work goes to the current stream, behind what other streams did to these slots."""
         self.order_current_stream(slots)
-        self._open_steps[slots] += 1
+        self.open_steps[step] = slots
 
-    def leave(self, slots: np.ndarray) -> None:
-        """A step ends: everything it launched lies before this point of the current stream."""
-        try:
-            self.submitted(slots)
-        finally:
-            self._open_steps[slots] -= 1
+    def leave(self, step: OpenStep) -> None:
+        """A step ends: everything it launched lies before this point of the current stream. Without effect on one that
+        is not open, so that who was interrupted here can do it again."""
+        if (slots := self.open_steps.get(step)) is not None:
+            try:
+                self.submitted(slots)
+            finally:
+                self.open_steps.pop(step, None)
 
     def submitted(self, slots: Sequence[int] | np.ndarray) -> None:
         """Work on these slots was submitted to the current stream; a copy is work on every slot that has the page."""
@@ -143,6 +163,8 @@ class WorkTracker:
     def _stream(self, fence: Fence) -> _Stream:
         stream = self._streams.get(fence.stream)
         if stream is None:
+            # A program may make a stream for every request: forget those whose work has ended.
+            self._streams = {number: each for number, each in self._streams.items() if not each.idle()}
             stream = self._streams[fence.stream] = _Stream(self._max_slots)
         return stream
 

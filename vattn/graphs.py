@@ -11,7 +11,7 @@ import torch
 
 from .arguments import require_int
 from .errors import ConfigError
-from .interrupts import Uninterrupted
+from .interrupts import FinalisersWait, Uninterrupted
 
 __all__ = ["GraphReport", "StepGraphs", "default_buckets"]
 
@@ -122,11 +122,11 @@ class StepGraphs:
         torch.cuda.empty_cache()  # capturing does so too, which would hide what it takes
         free, pooled = torch.cuda.mem_get_info(self.device)[0], torch.cuda.memory_reserved(self.device)
         graph = torch.cuda.CUDAGraph()
-        # Other threads may allocate and map meanwhile; this one runs no finaliser and no signal handler.
+        # Other threads may allocate and map meanwhile; this one runs no finaliser of ours and no signal handler.
         capturing = torch.cuda.graph(
             graph, pool=self._pool, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"
         )
-        with Uninterrupted(), capturing:
+        with Uninterrupted(), FinalisersWait(), capturing:
             self._run(bucket)
         graph.replay()  # the first one uploads it
         torch.cuda.synchronize(self.device)

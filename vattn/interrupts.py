@@ -1,12 +1,24 @@
-"""Nothing comes between a driver call and its entry in the books: neither Ctrl-C nor the garbage collector."""
+"""Nothing comes between a driver call and its entry in the books: no signal's handler, no finaliser.
+
+What is promised of an operation of a cache or a decode loop:
+
+* In the main thread, the handlers of ``SIGNALS`` that are written in Python run before it or after it. One that raises
+  then raises out of the call: the operation is done, or was not begun. Its result is lost; a slot that it took is given
+  back.
+* An object that ends in the middle of one, because the garbage collector runs there, does what it has to do after it.
+  So no finaliser waits for a lock that its own thread holds.
+
+An exception that is raised in another way in the middle of an operation (by a handler of another signal, or from
+another thread) may leave a cache that ``check_integrity`` finds fault with; ``close`` frees what it has all the same.
+"""
 
 from __future__ import annotations
 
-import _signal  # type: ignore[import-not-found]  # what signal wraps, less 9 of 16 µs for conversions to enums
-import gc
 import os
 import signal
 import threading
+import traceback
+from collections import deque
 from collections.abc import Callable
 from functools import wraps
 from types import FrameType, TracebackType
@@ -14,8 +26,12 @@ from typing import Any, TypeVar, cast
 
 from .errors import ConfigError
 
+# Those that ask a program to end or to give up what it is at, so whose handlers raise.
+SIGNALS = tuple(
+    map(int, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM, signal.SIGUSR1, signal.SIGUSR2))
+)
+
 _Handler = Callable[[int, FrameType | None], Any]
-_SIGINT = int(signal.SIGINT)
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
@@ -46,114 +62,140 @@ def for_one_thread(method: _Method) -> _Method:
     return cast(_Method, guarded)
 
 
-class _CollectorPause:
-    """Keeps the garbage collector off while any thread needs it to be.
-
-    A finaliser that it runs may call the very cache that is in the middle of an operation, on the thread that holds its
-    lock. What an operation allocates is here to stay besides: collections while 10,000 pages were mapped doubled the
-    time.
-    """
+# -- signals -----------------------------------------------------------------------------------------------------------
+class _Deferred:
+    """In the place of handlers while an operation is under way: notes what came. After it, should putting the handlers
+    back have been interrupted, it does that and what they do."""
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()  # a signal's handler may come in between
-        self._depth = 0
-        self._was_enabled = False
+        self.handlers: dict[int, _Handler] = {}
+        self.came: dict[int, FrameType | None] = {}
+        self.active = True
 
-    def enter(self) -> None:
-        with self._lock:
-            if self._depth == 0:
-                self._was_enabled = gc.isenabled()
-                gc.disable()
-            self._depth += 1
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if self.active:
+            self.came[number] = frame
+        else:
+            handler = self.handlers[number]
+            signal.signal(number, handler)
+            handler(number, frame)
 
-    def leave(self) -> None:
-        with self._lock:
-            self._depth -= 1
-            if self._depth == 0 and self._was_enabled:
-                gc.enable()
+    def begin(self) -> None:
+        for number in SIGNALS:
+            handler = signal.getsignal(number)
+            if isinstance(handler, _Deferred):
+                handler = handler.handlers[number]
+            if callable(handler):
+                self.handlers[number] = handler
+                signal.signal(number, self)
 
-    def begin_in_a_child(self) -> None:
-        """After a fork, which no thread survives but the one that asked for it, and not in here."""
-        self._lock = threading.RLock()
-        if self._depth and self._was_enabled:
-            gc.enable()
-        self._depth = 0
+    def end(self) -> None:
+        self.active = False
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def hand_over(self) -> None:
+        """Call the handlers of what came; all of them, though the first one raises."""
+        if self.came:
+            number, frame = self.came.popitem()
+            try:
+                self.handlers[number](number, frame)
+            finally:
+                self.hand_over()
 
 
-_pause = _CollectorPause()
+_deferred: _Deferred | None = None  # of the main thread, the only one that runs handlers
 
 
 class Uninterrupted:
-    """Puts SIGINT and garbage collection off until the block ends.
+    """Puts the handlers of ``SIGNALS`` off until the outermost such block ends."""
 
-    Other signals are not put off: a handler of theirs should note what came, not raise, as it would in the middle of
-    any operation. Only the main thread runs signal handlers; in others there is no SIGINT to put off.
+    __slots__ = ("_deferred",)
 
-    Args:
-        collector: put the garbage collector off too. Not while waiting for a lock: where many threads wait it might
-            never run then.
+    def __init__(self) -> None:
+        self._deferred: _Deferred | None = None
 
-    Attributes:
-        undo: set inside the block; called when a SIGINT came and the block would hand out something that its caller
-            then never gets to see.
-    """
+    def begin(self) -> None:
+        global _deferred
+        if threading.current_thread() is threading.main_thread() and (_deferred is None or not _deferred.active):
+            deferred = _Deferred()
+            try:
+                deferred.begin()
+            except BaseException:  # of a handler that was not replaced yet
+                deferred.end()
+                raise
+            _deferred = self._deferred = deferred
 
-    __slots__ = ("_collector", "_frame", "_handler", "_noted", "undo")
+    def end(self) -> None:
+        """Without effect where ``begin`` had none."""
+        if self._deferred is not None:
+            deferred, self._deferred = self._deferred, None
+            try:
+                deferred.end()
+            finally:
+                deferred.hand_over()
 
-    def __init__(self, *, collector: bool = True) -> None:
-        self._collector = collector
-        self._handler: _Handler | None = None
-        self._noted = False
-        self._frame: FrameType | None = None
-        self.undo: Callable[[], None] | None = None
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self._noted, self._frame = True, frame
-
-    def __enter__(self) -> Uninterrupted:
-        # The handler first: once it is there, nothing comes between the rest.
-        if threading.current_thread() is threading.main_thread():
-            handler = _signal.getsignal(_SIGINT)
-            if callable(handler) and not isinstance(getattr(handler, "__self__", None), Uninterrupted):
-                self._handler = handler
-                _signal.signal(_SIGINT, self._note)
-        if self._collector:
-            _pause.enter()
-        return self
+    def __enter__(self) -> None:
+        self.begin()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        undo, late = self.undo if error is None else None, None
-        try:
-            if self._noted and undo is not None:
-                undo()
-                undo = None
-        finally:
-            if self._collector:
-                _pause.leave()
-            if self._handler is not None:
-                try:
-                    _signal.signal(_SIGINT, self._handler)
-                except BaseException as raised:  # of the handler, which has just run
-                    late = raised
-        if late is not None or (self._noted and self._handler is not None):
-            if undo is not None:  # it came after the first look
-                with Uninterrupted():
-                    undo()
-            if late is not None:
-                raise late
-            assert self._handler is not None
-            self._handler(_SIGINT, self._frame)
+        self.end()
+
+
+# -- finalisers --------------------------------------------------------------------------------------------------------
+class _Thread(threading.local):
+    depth = 0
+
+
+this_thread = _Thread()  # depth: of the operations that it is in
+_later: deque[Callable[[], object]] = deque()
+
+
+def finish(work: Callable[[], object]) -> None:
+    """For a finaliser: do ``work`` now, or once this thread has left the operation that the collector ran in."""
+    _later.append(work)
+    finish_all()
+
+
+def finish_all() -> None:
+    """Do what finalisers left, unless this thread is in an operation."""
+    if not _later or this_thread.depth:
+        return
+    with Uninterrupted():
+        while _later:
+            try:
+                work = _later.popleft()
+            except IndexError:  # another thread was faster
+                return
+            try:
+                work()
+            except Exception:  # as in any finaliser: nobody is there to be told
+                traceback.print_exc()
+
+
+class FinalisersWait:
+    """Puts ``finish`` off until the outermost such block of this thread ends."""
+
+    __slots__ = ()
+
+    def __enter__(self) -> None:
+        this_thread.depth += 1
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        this_thread.depth -= 1
+        finish_all()
 
 
 def _begin_in_a_child() -> None:
-    """After a fork: what other threads were in the middle of is nobody's here."""
-    handler = _signal.getsignal(_SIGINT)
-    guard = getattr(handler, "__self__", None)
-    if isinstance(guard, Uninterrupted):
-        _signal.signal(_SIGINT, guard._handler)
-    _pause.begin_in_a_child()
+    """After a fork: what other threads were in the middle of is nobody's here, nor what the parent has left to do."""
+    if _deferred is not None and _deferred.active:
+        _deferred.end()
+    _later.clear()
+    this_thread.depth = 0
 
 
 os.register_at_fork(after_in_child=_begin_in_a_child)

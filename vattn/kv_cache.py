@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
+import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import partial
 from types import TracebackType
 
 import numpy as np
@@ -16,11 +17,12 @@ from .accounts import cache_stats, check_integrity
 from .arguments import int_array, is_int, require_int
 from .backing import Backing, choose_memory_limit, choose_page_bytes
 from .driver import Driver, open_driver
+from .epochs import OpenStep
 from .errors import ConfigError
 from .interrupts import Uninterrupted
 from .layout import KVLayout
 from .page_table import OverRead
-from .slot_arguments import found_slot, free_slot, live_slot, live_slots, rows_of
+from .slot_arguments import existing_slots, found_slot, free_slot, live_slot, live_slots, rows_of
 from .slots import Slots
 from .stats import CacheStats, Event
 from .tensors import BackedRows, tensor_from_address
@@ -29,7 +31,6 @@ from .turns import Turns, in_turn
 __all__ = ["KVCache"]
 
 _CACHES: weakref.WeakSet[KVCache] = weakref.WeakSet()
-_Entered = tuple[Slots, np.ndarray]
 
 
 class KVCache:
@@ -124,12 +125,14 @@ class KVCache:
             OutOfSlots: none is free, or the one named is not.
             ConfigError: there is no such slot.
         """
-        with Uninterrupted(collector=False) as guard:
-            slot = self._acquire(slot, expect_len)
-            guard.undo = partial(self._take_back, slot)
-            return slot
+        taken: list[int] = []
+        try:
+            return self._acquire(slot, expect_len, taken)
+        except BaseException:
+            self._take_back(taken)
+            raise
 
-    @in_turn(leaves=True)
+    @in_turn(leaves=True, uninterrupted=False)
     def ensure(self, slot: int, seq_len: int) -> None:
         """Back rows ``[0, seq_len)`` of a slot; new rows are private and writable. Never shrinks.
 
@@ -144,25 +147,32 @@ class KVCache:
         slot = live_slot(slots, slot)
         seq_len = require_int("seq_len", seq_len, 0, self.layout.max_seq_len)
         if seq_len > slots.reach[slot]:
-            slots.grow([(slot, seq_len)])
+            with Uninterrupted():
+                slots.grow([(slot, seq_len)])
         elif seq_len > slots.seq_len[slot]:
             slots.seq_len[slot] = seq_len
 
-    @in_turn(leaves=True)
+    @in_turn(leaves=True, uninterrupted=False)
     def ensure_batch(
-        self, slots: Sequence[int] | np.ndarray, seq_lens: Sequence[int] | np.ndarray, *, wait: bool = True
+        self,
+        slots: Sequence[int] | np.ndarray,
+        seq_lens: Sequence[int] | np.ndarray,
+        *,
+        wait: bool = True,
+        versions: Sequence[int] | np.ndarray | None = None,
     ) -> None:
         """``ensure`` for many slots at once, all or nothing. Sequences or int64 arrays of one length.
 
         Args:
             wait: False, for mapping ahead, does without pages that could only be had by waiting for the GPU; being
                 refused then does not count into ``num_oom``.
+            versions: as for ``step``.
 
         Raises:
             OutOfPages, ConfigError: as ``ensure``; ConfigError too when a slot is named twice.
         """
         state = self._slots
-        index, rows = live_slots(state, slots), int_array("seq_lens", seq_lens)
+        index, rows = live_slots(state, slots, versions), int_array("seq_lens", seq_lens)
         if index.shape != rows.shape:
             raise ConfigError(f"slots and seq_lens must be of one length, got {index.size} and {rows.size}")
         if not index.size:
@@ -172,9 +182,12 @@ class KVCache:
             raise ConfigError(f"seq_lens must be at least 0 and at most {self.layout.max_seq_len}, got {wrong}")
         short = np.flatnonzero(rows > state.reach[index])
         longer = np.maximum(state.seq_len[index], rows)
-        if short.size:
+        if not short.size:
+            state.seq_len[index] = longer
+            return
+        with Uninterrupted():
             state.grow(list(zip(index[short].tolist(), rows[short].tolist(), strict=True)), wait)
-        state.seq_len[index] = longer
+            state.seq_len[index] = longer
 
     def fork(self, slot: int, seq_len: int | None = None, into: int | None = None) -> int:
         """A new slot whose first ``seq_len`` rows (None: all) are those of ``slot``, sharing every whole page of them.
@@ -189,10 +202,12 @@ class KVCache:
             OutOfSlots, OutOfPages: as ``acquire`` and ``ensure``.
             ConfigError: ``seq_len`` is negative or beyond the slot's own.
         """
-        with Uninterrupted(collector=False) as guard:
-            child = self._fork(slot, seq_len, into)
-            guard.undo = partial(self._take_back, child)
-            return child
+        taken: list[int] = []
+        try:
+            return self._fork(slot, seq_len, into, taken)
+        except BaseException:
+            self._take_back(taken)
+            raise
 
     @in_turn(leaves=True)
     def truncate(self, slot: int, seq_len: int) -> None:
@@ -205,7 +220,7 @@ class KVCache:
         slot = live_slot(slots, slot)
         slots.truncate(slot, rows_of(slots, slot, seq_len, "truncate"))
 
-    @in_turn()
+    @in_turn(from_finaliser=True)
     def release(self, slot: int) -> None:
         """End a sequence. Its slot is free at once; while a step is open on it, when that step is left.
 
@@ -231,11 +246,17 @@ class KVCache:
         if start < end:
             slots.make_writable(slot, start, end)
 
-    @in_turn()
+    @in_turn(uninterrupted=False)
     def seq_len(self, slot: int) -> int:
         """Rows backed on request."""
         slots = self._slots
         return int(slots.seq_len[live_slot(slots, slot)])
+
+    @in_turn(uninterrupted=False)
+    def versions(self, slots: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Per slot, int64, a number that is another one once its sequence has ended or lost rows; -1 where none is."""
+        state = self._slots
+        return state.version_of(existing_slots(state, slots))
 
     # -- tensors -------------------------------------------------------------------------------------------------
     def k(self, layer: int) -> torch.Tensor:
@@ -252,7 +273,7 @@ class KVCache:
         """V of every slot, ``[max_slots, max_seq_len, num_kv_heads, v_head_dim]``; the same caution as for ``k``."""
         return self._view(self._v, layer)
 
-    @in_turn()
+    @in_turn(uninterrupted=False)
     def rows(self, slot: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(k, v) of one sequence, each ``[seq_len, num_kv_heads, head_dim]``; safe for every torch operation.
 
@@ -267,58 +288,72 @@ class KVCache:
 
     # -- launching work ------------------------------------------------------------------------------------------
     @contextmanager
-    def step(self, slots: Sequence[int] | np.ndarray) -> Iterator[None]:
+    def step(
+        self, slots: Sequence[int] | np.ndarray, *, versions: Sequence[int] | np.ndarray | None = None
+    ) -> Iterator[None]:
         """Bracket the launch of work on some slots: ``with cache.step(slots): graph.replay()``.
 
         No page of these slots is unmapped or given away before the work that the block submits to its current stream
         has ended. The current stream first waits for what this cache gave other streams to do on these slots. A slot
         released in the block can be acquired again after it.
 
+        Args:
+            versions: of these slots, as ``versions`` said: refuse those that have another sequence by now, or fewer
+                rows than they had.
+
         Raises:
-            ConfigError: a slot is not live or listed twice, or the current stream is being captured.
+            ConfigError: a slot is not live, listed twice or of another version, or the current stream is being
+                captured.
             OutOfPages: rows past the end that kernels read unmasked lie on a shared page, after ``truncate``, and there
                 is no page to copy it to.
         """
-        entered: list[_Entered] = []
+        opened, dropped = OpenStep(), False
         try:
-            self._enter(slots, entered)
+            self._enter(slots, versions, opened)
             yield
+        except GeneratorExit:
+            dropped = True
+            raise
         finally:
             try:
-                self._leave(entered)
-            except KeyboardInterrupt:  # it may have come before it could be put off
-                with Uninterrupted(collector=False):
-                    self._leave(entered)
+                self._leave(opened, dropped)
+            except BaseException:  # a signal's handler may have raised on the way
+                self._leave(opened, dropped)
                 raise
 
-    @in_turn(urgent=True, leaves=True)
-    def _enter(self, slots: Sequence[int] | np.ndarray, entered: list[_Entered]) -> None:
+    # Neither is put off for: entering and leaving are one store each, and leaving twice is leaving once.
+    @in_turn(urgent=True, leaves=True, uninterrupted=False)
+    def _enter(
+        self, slots: Sequence[int] | np.ndarray, versions: Sequence[int] | np.ndarray | None, opened: OpenStep
+    ) -> None:
         state = self._slots
         state.refuse_capture("step() itself")
-        wanted = live_slots(state, slots).copy()  # the caller may change his while the step is open
+        wanted = live_slots(state, slots, versions).copy()  # the caller may change his while the step is open
         state.clean_over_read(wanted)
-        state.work.enter(wanted)
-        entered.append((state, wanted))
+        state.work.enter(opened, wanted)
 
-    @in_turn(urgent=True)
-    def _leave(self, entered: list[_Entered]) -> None:
-        if entered:
-            state, slots = entered.pop()
-            state.work.leave(slots)
-            state.finish_deferred(wait=False)
+    @in_turn(urgent=True, uninterrupted=False, from_finaliser=True)
+    def _leave(self, opened: OpenStep, dropped: bool) -> None:
+        state = self._slots_or_none
+        if state is None or os.getpid() != self._pid:
+            return
+        if dropped and opened in state.work.open_steps:  # not left, but forgotten: its stream is not known any more
+            self.driver.synchronize()
+        state.work.leave(opened)
+        state.finish_deferred(wait=False)
 
     # -- looking -------------------------------------------------------------------------------------------------
-    @in_turn()
+    @in_turn(uninterrupted=False)
     def stats(self) -> CacheStats:
         """A snapshot of what the cache has reserved, mapped and used."""
         return cache_stats(self._slots, self.layout.bytes_per_token)
 
-    @in_turn()
+    @in_turn(uninterrupted=False)
     def events(self) -> tuple[Event, ...]:
         """The newest driver calls, oldest first."""
         return self._slots.driver.log.snapshot()
 
-    @in_turn()
+    @in_turn(uninterrupted=False)
     def check_integrity(self) -> None:
         """Raise AssertionError where slots, pages or the system's own count of them do not agree."""
         check_integrity(self._slots)
@@ -338,21 +373,25 @@ class KVCache:
             slots.backing.clear_strays()
         return slots.backing.pool.trim(keep_bytes)
 
-    @in_turn()
+    @in_turn(from_finaliser=True)
     def close(self) -> None:
         """Wait for the work on the device, then free every page. Idempotent; later use raises ConfigError.
 
         The addresses stay reserved until the last tensor over them dies.
 
         Raises:
-            ConfigError: a step is open.
+            ConfigError: a step is open, but for the calling thread's while an exception is on its way through it.
             DriverError: something could not be freed; calling ``close`` again tries what is left.
         """
         if self._slots_or_none is None or os.getpid() != self._pid:  # a forked child has nothing to free
             return
         slots = self._slots_or_none
-        if slots.work.any_open:
-            raise ConfigError("close() inside step(): leave the step first")
+        if slots.work.open_steps:
+            # A signal's handler that raises at the very end of a step's block has it left only when the exception dies.
+            others = any(step.thread != threading.get_ident() for step in slots.work.open_steps)
+            if others or sys.exception() is None:
+                raise ConfigError("close() inside step(): leave the step first")
+            slots.work.open_steps.clear()
         self._k.clear()
         self._v.clear()
         self._backed_rows = BackedRows(None)
@@ -383,7 +422,7 @@ class KVCache:
 
     # -- taking and ending slots ---------------------------------------------------------------------------------
     @in_turn()
-    def _acquire(self, slot: int | None, expect_len: int | None) -> int:
+    def _acquire(self, slot: int | None, expect_len: int | None, taken: list[int]) -> int:
         slots = self._slots
         if expect_len is not None:
             expect_len = require_int("expect_len", expect_len, 0, self.layout.max_seq_len)
@@ -391,10 +430,11 @@ class KVCache:
             slot = found_slot(slots, slots.find_free(expect_len))
         slot = free_slot(slots, slot)
         slots.start(slot)
+        taken.append(slot)
         return slot
 
     @in_turn(leaves=True)
-    def _fork(self, slot: int, seq_len: int | None, into: int | None) -> int:
+    def _fork(self, slot: int, seq_len: int | None, into: int | None, taken: list[int]) -> int:
         slots = self._slots
         slot = live_slot(slots, slot)
         rows = rows_of(slots, slot, slots.seq_len[slot] if seq_len is None else seq_len, "fork")
@@ -407,11 +447,14 @@ class KVCache:
             slots.fork(slot, child, rows)
         else:
             slots.start(child)
+        taken.append(child)
         return child
 
-    def _take_back(self, slot: int) -> None:
-        with suppress(ConfigError):  # somebody has closed the cache meanwhile
-            self.release(slot)
+    def _take_back(self, taken: list[int]) -> None:
+        """Release what an interrupted call has taken; its caller never gets to see it."""
+        for slot in taken:
+            with suppress(ConfigError):  # somebody has closed the cache meanwhile
+                self.release(slot)
 
     # -- what everything begins with ---------------------------------------------------------------------------------
     @property

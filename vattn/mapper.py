@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from .errors import ConfigError, VattnError
+from .interrupts import FinalisersWait
 from .kv_cache import KVCache
 
 __all__ = ["MapAhead"]
@@ -39,7 +40,8 @@ class MapAhead:
         self._backed = np.zeros(cache.max_slots, np.int64)  # rows that are backed, per slot
         self._asked = np.zeros(cache.max_slots, np.int64)  # rows that the thread was asked for
         self._limit = np.zeros(cache.max_slots, np.int64)  # rows that the sequence can ever need
-        self._generation = np.zeros(cache.max_slots, np.int64)  # tells a slot's sequences apart
+        self._versions = np.zeros(cache.max_slots, np.int64)  # the cache's, of the sequences meant
+        self._generation = np.zeros(cache.max_slots, np.int64)  # tells the times apart that a slot was tracked
         self._changing = threading.Lock()  # a slot's sequence is being mapped, or ends
         self._jobs: queue.SimpleQueue[tuple[np.ndarray, np.ndarray, np.ndarray] | threading.Event | None] = (
             queue.SimpleQueue()
@@ -51,9 +53,13 @@ class MapAhead:
             self._thread.start()
 
     # -- sequences -----------------------------------------------------------------------------------------------
-    def track(self, slot: int, rows: int, limit: int) -> None:
-        """Begin with a slot: ``rows`` are backed now, and it will never need more than ``limit``."""
+    def track(self, slot: int, rows: int, limit: int, version: int | None = None) -> None:
+        """Begin with a slot: ``rows`` are backed now, and it will never need more than ``limit``. Nothing is mapped for
+        a sequence that is not of this version in the cache; None: that of now."""
+        if version is None:
+            (version,) = self.cache.versions([slot])
         with self._changing:
+            self._versions[slot] = version
             self._generation[slot] += 1
             self._backed[slot] = self._asked[slot] = rows
             self._limit[slot] = limit
@@ -70,6 +76,8 @@ class MapAhead:
 
         Raises:
             OutOfPages: there are no pages for them; nothing was changed, and asking again later is fine.
+            ConfigError: a slot's sequence is another one by now, or has lost rows.
+            DriverError: the driver failed, here or on the thread.
         """
         if self._failure is not None:
             failure, self._failure = self._failure, None
@@ -79,7 +87,7 @@ class MapAhead:
         self._settle()
         short = self._backed[slots] < rows
         if short.any():
-            self.cache.ensure_batch(slots[short], rows[short])
+            self.cache.ensure_batch(slots[short], rows[short], versions=self._versions[slots[short]])
             self._backed[slots[short]] = rows[short]
             self._asked[slots[short]] = np.maximum(self._asked[slots[short]], rows[short])
 
@@ -134,7 +142,8 @@ class MapAhead:
                     job.set()
                     continue
                 try:
-                    self._map(*job)
+                    with FinalisersWait():  # one may end the very loop that this is for
+                        self._map(*job)
                 except BaseException as failure:  # raised by the next ``require``
                     self._failure = failure
 
@@ -146,8 +155,10 @@ class MapAhead:
                 return
             try:
                 # The lock of the cache is held meanwhile: waiting for the GPU in there would hold up the next step.
-                self.cache.ensure_batch(slots, rows, wait=False)
-            except VattnError:
+                self.cache.ensure_batch(slots, rows, wait=False, versions=self._versions[slots])
+            except VattnError as failure:
+                if getattr(failure, "undo_incomplete", False):
+                    self._failure = failure
                 # Not needed yet: the next step's look-ahead tries again, and whoever comes to need it asks by
                 # ``require``, between steps, and is told.
                 self._asked[slots] = self._backed[slots]

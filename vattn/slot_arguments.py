@@ -10,7 +10,7 @@ from .arguments import int_array, require_int
 from .errors import ConfigError, OutOfSlots
 from .slots import LIVE, Slots
 
-__all__ = ["found_slot", "free_slot", "live_slot", "live_slots", "rows_of"]
+__all__ = ["existing_slots", "found_slot", "free_slot", "live_slot", "live_slots", "rows_of"]
 
 
 def found_slot(slots: Slots, slot: int | None) -> int:
@@ -45,14 +45,23 @@ def live_slot(slots: Slots, slot: int) -> int:
     return slot
 
 
-def live_slots(slots: Slots, named: Sequence[int] | np.ndarray) -> np.ndarray:
-    """Slots with sequences, each once, as an int64 array; ConfigError otherwise."""
+def existing_slots(slots: Slots, named: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Slots that there are, as an int64 array; ConfigError otherwise."""
     index = int_array("slots", named)
-    if not index.size:
-        return index
-    if index.min() < 0 or index.max() >= slots.max_slots:
+    if index.size and (index.min() < 0 or index.max() >= slots.max_slots):
         wrong = index[(index < 0) | (index >= slots.max_slots)][0]
         raise ConfigError(f"slots must be at least 0 and at most {slots.max_slots - 1}, got {wrong}")
+    return index
+
+
+def live_slots(
+    slots: Slots, named: Sequence[int] | np.ndarray, versions: Sequence[int] | np.ndarray | None = None
+) -> np.ndarray:
+    """Slots with sequences, each once, as an int64 array; ConfigError otherwise, also where its version is not that of
+    ``versions``."""
+    index = existing_slots(slots, named)
+    if not index.size:
+        return index
     live = (slots.state[index] == LIVE) & ~np.asarray(slots.changed_hands(index))
     if not live.all():
         raise ConfigError(f"slot {index[~live][0]} holds no sequence: it was released, or never acquired")
@@ -61,6 +70,13 @@ def live_slots(slots: Slots, named: Sequence[int] | np.ndarray) -> np.ndarray:
     twice = slots.marks[index] != order
     if twice.any():
         raise ConfigError(f"slot {index[twice][0]} is listed twice")
+    if versions is not None:
+        expected = int_array("versions", versions)
+        if expected.shape != index.shape:
+            raise ConfigError(f"slots and versions must be of one length, got {index.size} and {expected.size}")
+        changed = slots.version_of(index) != expected
+        if changed.any():
+            raise ConfigError(f"slot {index[changed][0]} has another sequence than it had, or has lost rows")
     return index
 
 

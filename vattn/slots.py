@@ -12,7 +12,8 @@ import numpy as np
 from .backing import Backing
 from .driver import Driver
 from .epochs import WorkTracker
-from .errors import ConfigError, DriverError, OutOfPages
+from .errors import ConfigError, DriverError, OutOfPages, VattnError
+from .interrupts import Uninterrupted
 from .plans import Growth, Plan, Sharing
 from .turns import Turns
 from .undo import Undo
@@ -41,6 +42,7 @@ class Slots:
         self.turns = turns
         self.work = WorkTracker(driver, max_slots, turns)
         self._num_started = np.zeros(max_slots, np.int64)
+        self._num_cut = np.zeros(max_slots, np.int64)  # how often rows were taken from a sequence
         turns.snapshot = self._num_started.copy
         self.max_slots, self.max_seq_len = max_slots, max_seq_len
         self.marks = np.zeros(max_slots, np.int64)
@@ -57,6 +59,10 @@ class Slots:
         """Whether other sequences are in the slots than when this call left its first turn to wait for the GPU."""
         before = None if self.turns.turn is None else self.turns.turn.before
         return False if before is None else before[slots] != self._num_started[slots]
+
+    def version_of(self, slots: np.ndarray) -> np.ndarray:
+        """Per slot, a number that never comes again once its sequence has ended or lost rows; -1 where none is."""
+        return np.where(self.state[slots] == LIVE, self._num_started[slots] + self._num_cut[slots], -1)
 
     def with_state(self, state: int) -> list[int]:
         return np.flatnonzero(self.state == state).tolist()
@@ -182,14 +188,18 @@ class Slots:
             self._stale_to[slot] = max(self._stale_to.get(slot, 0), int(self.seq_len[slot]))
         if self.work.is_open(slot):
             self.work.submitted([slot])
-            self.seq_len[slot] = self.reach[slot] = rows
+            self._cut_to(slot, rows)
             self.to_shrink.add(slot)
         else:
             self._shrink_now(slot, rows)
-            self.seq_len[slot] = self.reach[slot] = rows  # measured below, once all is done
+            self._cut_to(slot, rows)  # reach is measured below, once all is done
             with suppress(DriverError):  # tried again before the next kernel reads there
                 self.wipe_stale([slot])
         self._measure_reach(slot)
+
+    def _cut_to(self, slot: int, rows: int) -> None:
+        self._num_cut[slot] += rows < self.seq_len[slot]
+        self.seq_len[slot] = self.reach[slot] = rows
 
     def wipe_stale(self, slots: Iterable[int]) -> None:
         """Wipe what older, longer selves of sequences left where kernels read past the end and do not mask it."""
@@ -211,7 +221,8 @@ class Slots:
         if stale:
             rows = self.seq_len[stale].tolist()
             targets = [(slot, n, n, n) for slot, n in zip(stale, rows, strict=True) if n]
-            self._with_room(partial(self._plan_growth, targets), partial(self._grow, targets))
+            with Uninterrupted():
+                self._with_room(partial(self._plan_growth, targets), partial(self._grow, targets))
 
     def _wipe(self, stale: list[int], undo: Undo) -> None:
         for slot in stale:
@@ -248,6 +259,12 @@ class Slots:
         Returns:
             Whether a sequence that was cut short is done with, so that there may be pages.
         """
+        if not self.to_shrink and not (self.state == RETIRED).any():
+            return False
+        with Uninterrupted():
+            return self._finish_deferred(wait)
+
+    def _finish_deferred(self, wait: bool) -> bool:
         self._park_retired()
         found = False
         if not wait and self.driver.is_capturing():
@@ -314,11 +331,15 @@ class Slots:
                 except DriverError as error:  # the tables that the system keeps of mappings, parked ones too
                     if _is_half_undone(error) or not error.out_of_memory or not self.unpark(len(pool.pages), (), wait):
                         raise
-        except OutOfPages:
+        except OutOfPages as error:
+            if _is_half_undone(error):  # callers go on after a shortage: this is none any more
+                fault = DriverError("undo", "INCOMPLETE", f"rows are lost, for this could not be undone: {error}")
+                fault.undo_incomplete = True  # type: ignore[attr-defined]
+                raise _with_notes(fault, error) from error
             self.num_oom += wait
             raise
         except DriverError as error:
-            if not error.out_of_memory:
+            if not error.out_of_memory or _is_half_undone(error):
                 raise
             self.num_oom += wait
             out = OutOfPages(
@@ -327,9 +348,7 @@ class Slots:
                 free_bytes=pool.num_available * pool.page_bytes,
                 limit_bytes=pool.limit_bytes,
             )
-            for note in getattr(error, "__notes__", ()):
-                out.add_note(note)
-            raise out from error
+            raise _with_notes(out, error) from error
 
     def _make_room(self, work: Plan, wait: bool) -> None:
         """More pages for ``work`` than the limit allows now. What would not suffice is left as it is: OutOfPages."""
@@ -352,7 +371,7 @@ class Slots:
             if not over_read.masked:
                 self._stale_to[slot] = int(self.seq_len[slot]) + over_read.tokens
             readable = self.table.backed_rows(slot) - over_read.tokens
-            self.seq_len[slot] = self.reach[slot] = max(0, min(int(self.seq_len[slot]), readable))
+            self._cut_to(slot, max(0, min(int(self.seq_len[slot]), readable)))
             if self.state[slot] == LIVE:
                 self.to_shrink.add(slot)
 
@@ -361,6 +380,12 @@ class Slots:
             raise ConfigError(
                 f"{what} cannot be part of a graph: call ensure, fork, truncate and release before capture"
             )
+
+
+def _with_notes(error: VattnError, cause: VattnError) -> VattnError:
+    for note in getattr(cause, "__notes__", ()):
+        error.add_note(note)
+    return error
 
 
 def _is_half_undone(error: BaseException) -> bool:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, Protocol, TypeVar, cast
 
-from .interrupts import Uninterrupted
+from .errors import ConfigError
+from .interrupts import Uninterrupted, finish, finish_all, this_thread
 
 __all__ = ["MustWait", "Turn", "Turns", "in_turn"]
 
@@ -97,13 +98,18 @@ def _let_in(others: set[int]) -> None:
         time.sleep(_POLL_S)
 
 
-def in_turn(*, urgent: bool = False, leaves: bool = False) -> Callable[[_Method], _Method]:
-    """Run a method of an object that has ``_turns`` with the lock, uninterrupted.
+def in_turn(
+    *, urgent: bool = False, leaves: bool = False, uninterrupted: bool = True, from_finaliser: bool = False
+) -> Callable[[_Method], _Method]:
+    """Run a method of an object that has ``_turns`` with the lock.
 
     Args:
         urgent: before those who wait and are not urgent too; otherwise after all who wait.
         leaves: where the method has to wait for work on a GPU, leave the lock to others meanwhile and call it again. It
             has done nothing by then that matters. Others may give that GPU new work, so the third time it keeps it.
+        uninterrupted: put signal handlers off meanwhile. Not for a method that is right wherever it stops.
+        from_finaliser: a finaliser that calls the method, which returns None, in the middle of this thread's own turn
+            has its way after that. Any other method is refused there, by ConfigError.
     """
 
     def decorate(method: _Method) -> _Method:
@@ -111,31 +117,48 @@ def in_turn(*, urgent: bool = False, leaves: bool = False) -> Callable[[_Method]
         def locked(self: Any, *args: Any, **kwargs: Any) -> Any:
             turns: Turns = self._turns
             thread = threading.get_ident()
+            if turns.owner == thread:
+                if from_finaliser:
+                    return finish(partial(locked, self, *args, **kwargs))
+                raise ConfigError(
+                    f"{method.__name__.lstrip('_')}() in the middle of another operation of this {type(self).__name__}:"
+                    " a finaliser may release sequences and close, and nothing else"
+                )
             turn = Turn(_LEAVE_TIMES if leaves else 0)
             others = turns.hurrying if urgent else turns.waiting
-            while True:
-                if others and turns.owner != thread:  # a finaliser may call in the middle of this thread's own turn
-                    _let_in(others)
-                try:
-                    turns.waiting.add(thread)
-                    if urgent:
-                        turns.hurrying.add(thread)
-                    with turns.lock, Uninterrupted():
-                        turns.waiting.discard(thread)
+            guard = Uninterrupted() if uninterrupted else None
+            depth = this_thread.depth
+            try:
+                this_thread.depth = depth + 1
+                while True:
+                    if others:
+                        _let_in(others)
+                    try:
+                        turns.waiting.add(thread)
+                        if urgent:
+                            turns.hurrying.add(thread)
+                        with turns.lock:
+                            if guard:  # not before: who waits for the lock can be interrupted
+                                guard.begin()
+                            turns.waiting.discard(thread)
+                            turns.hurrying.discard(thread)
+                            try:
+                                turns.owner, turns.turn = thread, turn
+                                return method(self, *args, **kwargs)
+                            finally:
+                                turns.owner = turns.turn = None
+                    except MustWait as busy:
+                        work = busy.work
+                        turn.leaves_left -= not busy.progress
+                    finally:
+                        turns.waiting.discard(thread)  # a signal's handler may have raised before
                         turns.hurrying.discard(thread)
-                        outer = turns.owner, turns.turn
-                        turns.owner, turns.turn = thread, turn
-                        try:
-                            return method(self, *args, **kwargs)
-                        finally:
-                            turns.owner, turns.turn = outer
-                except MustWait as busy:
-                    work = busy.work
-                    turn.leaves_left -= not busy.progress
-                finally:  # a signal's handler may have raised before
-                    turns.waiting.discard(thread)
-                    turns.hurrying.discard(thread)
-                work.wait()
+                        if guard:  # without the lock: a handler may wait for a thread that waits for it
+                            guard.end()
+                    work.wait()
+            finally:
+                this_thread.depth = depth
+                finish_all()
 
         return cast(_Method, locked)
 

@@ -11,7 +11,6 @@ from ..errors import ConfigError, VattnError
 from .base import Driver, Fence
 from .cuda import CudaDriver, unavailable
 from .host import HostDriver
-from .host_memory import available_and_total_bytes
 from .ledger import LedgerDriver
 
 __all__ = ["CudaDriver", "Driver", "DriverStatus", "Fence", "HostDriver", "LedgerDriver", "open_driver", "probe"]
@@ -58,12 +57,14 @@ def _probe_host() -> DriverStatus:
         return DriverStatus("host", False, f"vattn runs on Linux only, not on {sys.platform}")
     try:
         driver = HostDriver()
-    except (OSError, VattnError) as error:
+    except VattnError as error:
         return DriverStatus("host", False, str(error))
-    available, total = available_and_total_bytes()
-    detail = {"available_bytes": str(available), "total_bytes": str(total)}
     try:
+        available, total = driver.memory_info()
+        detail = {"available_bytes": str(available), "total_bytes": str(total)}
         return DriverStatus("host", True, None, driver.granularity_bytes, "cpu", detail)
+    except VattnError as error:
+        return DriverStatus("host", False, str(error))
     finally:
         driver.close()
 

@@ -18,7 +18,8 @@ class Fence(Protocol):
     """A point in a stream's work.
 
     Attributes:
-        stream: which stream, as a number; of two fences in one stream the later covers the earlier.
+        stream: which stream, as a number that no other stream ever has, not even after this one was destroyed; of two
+            fences in one stream the later covers the earlier.
     """
 
     stream: int

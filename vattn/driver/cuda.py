@@ -49,13 +49,18 @@ def _outside_capture() -> Iterator[None]:
         _call("cuThreadExchangeStreamCaptureMode", mode)
 
 
+def _stream_id(stream: torch.cuda.Stream) -> int:
+    """Never another stream's, as the handle of one that was destroyed comes to be."""
+    return int(_call("cuStreamGetId", stream.cuda_stream))
+
+
 class CudaFence:
     """An event behind the work submitted to a stream."""
 
     __slots__ = ("_event", "stream")
 
     def __init__(self, stream: torch.cuda.Stream) -> None:
-        self.stream = stream.cuda_stream
+        self.stream = _stream_id(stream)
         self._event = torch.cuda.Event()
         self._event.record(stream)
 
@@ -69,7 +74,7 @@ class CudaFence:
 
     def order(self, stream: torch.cuda.Stream) -> None:
         """Make ``stream``, not the host, wait for the fence; no work at all where it is the fence's own."""
-        if stream.cuda_stream != self.stream:
+        if _stream_id(stream) != self.stream:
             stream.wait_event(self._event)
 
 

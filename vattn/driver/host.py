@@ -11,13 +11,15 @@ import ctypes
 import errno
 import mmap
 import os
+import resource
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from ..errors import DriverError
+from ..errors import ConfigError, DriverError
 from .base import Fence, RuledDriver
 from .host_memory import available_and_total_bytes
 
@@ -51,17 +53,52 @@ _KEEP_FREE_BYTES = 64 << 20
 _BYTES_BETWEEN_CHECKS = 64 << 20
 
 
-def _error(call: str) -> DriverError:
-    code = ctypes.get_errno()
-    out_of_memory = code in (errno.ENOMEM, errno.ENOSPC)
-    return DriverError(call, errno.errorcode.get(code, str(code)), os.strerror(code), out_of_memory=out_of_memory)
+def _error(call: str, code: int | None = None) -> DriverError:
+    """For a call that failed, with ``code`` or what the C library says."""
+    code = ctypes.get_errno() if code is None else code
+    out_of_memory = code in (errno.ENOMEM, errno.ENOSPC, errno.EFBIG)
+    detail = os.strerror(code) + _what_to_change(code)
+    return DriverError(call, errno.errorcode.get(code, str(code)), detail, out_of_memory=out_of_memory)
+
+
+def _what_to_change(code: int) -> str:
+    """Where the process meets a limit of its own rather than the machine's."""
+    if code == errno.EMFILE:
+        return f"; RLIMIT_NOFILE is {_limit(resource.RLIMIT_NOFILE)}: close files, or raise it (ulimit -n)"
+    if code == errno.ENFILE:
+        return "; close files, or raise the system's limit (sysctl fs.file-max)"
+    if code == errno.EFBIG:
+        return (
+            f"; all pages are one file, and RLIMIT_FSIZE is {_limit(resource.RLIMIT_FSIZE)} bytes: raise it (ulimit -f)"
+            " or lower memory_limit"
+        )
+    if code == errno.ENOMEM and (limit := _limit(resource.RLIMIT_AS)) is not None:
+        return f"; RLIMIT_AS is {limit} bytes: raise it (ulimit -v)"
+    if code in (errno.EPERM, errno.EACCES, errno.ENOSYS):
+        return "; a sandbox forbids it: let its profile (seccomp) allow memfd_create, fallocate, mmap and madvise"
+    return ""
+
+
+def _limit(which: int) -> int | None:
+    """The process's soft limit; None for unlimited."""
+    soft, _ = resource.getrlimit(which)
+    return None if soft == resource.RLIM_INFINITY else soft
+
+
+def _refused(call: str, error: OSError) -> DriverError:
+    return _error(call, error.errno or 0)
 
 
 def _too_many_mappings(call: str) -> DriverError:
-    limit = Path("/proc/sys/vm/max_map_count").read_text().strip()
+    try:
+        limit = int(Path("/proc/sys/vm/max_map_count").read_text())
+    except OSError:  # no more files may be opened either, say
+        allowed, advice = "", "sysctl vm.max_map_count"
+    else:
+        allowed, advice = f" ({limit})", f"sysctl -w vm.max_map_count={2 * limit}"
     detail = (
-        f"the process has as many mappings as vm.max_map_count allows ({limit}); "
-        f"raise it (sysctl -w vm.max_map_count={2 * int(limit)}) or use a larger page_bytes"
+        f"the process has as many mappings as vm.max_map_count allows{allowed}; "
+        f"raise it ({advice}) or use a larger page_bytes{_what_to_change(errno.ENOMEM)}"
     )
     return DriverError(call, "ENOMEM", detail, out_of_memory=True)
 
@@ -76,12 +113,20 @@ class HostDriver(RuledDriver):
         self.device = torch.device("cpu")
         self.granularity_bytes = mmap.PAGESIZE
         super().__init__()
-        self._fd = os.memfd_create("vattn", os.MFD_CLOEXEC)
+        try:
+            self._fd = os.memfd_create("vattn", os.MFD_CLOEXEC)
+        except OSError as error:
+            raise ConfigError(f"no memory can be had on the CPU: {_refused('memfd_create', error)}") from error
+        _DRIVERS.add(self)
         self._end = 0
         self._holes: dict[int, list[int]] = {}  # size -> offsets punched out, ready for the next handle of that size
         self._may_take_bytes = 0  # until the system's free memory is looked at again
         self._spare: int | None = None
-        self._hold_spare("mmap")
+        try:
+            self._hold_spare("mmap")
+        except BaseException:
+            self.close()
+            raise
 
     # -- address ranges ------------------------------------------------------------------------------------------
     def _reserve(self, size_bytes: int) -> int:
@@ -99,18 +144,20 @@ class HostDriver(RuledDriver):
     # -- handles -------------------------------------------------------------------------------------------------
     def _create(self, size_bytes: int) -> int:
         if size_bytes > self._may_take_bytes:
-            spare_bytes = available_and_total_bytes()[0] - _KEEP_FREE_BYTES
+            spare_bytes = self.memory_info()[0] - _KEEP_FREE_BYTES
             if size_bytes > spare_bytes:
                 detail = f"the system has {max(spare_bytes, 0)} bytes to spare"
                 raise DriverError("fallocate", "ENOMEM", detail, out_of_memory=True)
             self._may_take_bytes = max(size_bytes, min(spare_bytes, _BYTES_BETWEEN_CHECKS))
         holes = self._holes.get(size_bytes)
         offset = holes[-1] if holes else self._end
+        limit = _limit(resource.RLIMIT_FSIZE)
+        if limit is not None and offset + size_bytes > limit:  # trying could end the process, by SIGXFSZ
+            raise _error("fallocate", errno.EFBIG)
         try:
             os.posix_fallocate(self._fd, offset, size_bytes)
         except OSError as error:
-            ctypes.set_errno(error.errno or 0)
-            raise _error("fallocate") from error
+            raise _refused("fallocate", error) from error
         self._may_take_bytes -= size_bytes
         if holes:
             holes.pop()
@@ -175,7 +222,10 @@ class HostDriver(RuledDriver):
         return False
 
     def memory_info(self) -> tuple[int, int]:
-        return available_and_total_bytes()
+        try:
+            return available_and_total_bytes()
+        except OSError as error:
+            raise _refused("open /proc/meminfo", error) from error
 
     def allocated_bytes(self) -> int | None:
         """Allocated blocks of the memfd; 0 once closed."""
@@ -183,9 +233,13 @@ class HostDriver(RuledDriver):
 
     def close(self) -> None:
         if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+            self._close_file()
             self._drop_spare()
+
+    def _close_file(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
 
     # -- system calls --------------------------------------------------------------------------------------------
     def _mmap(self, address: int | None, size_bytes: int, prot: int, flags: int, fd: int, offset: int) -> int:
@@ -194,7 +248,10 @@ class HostDriver(RuledDriver):
             raise _error("mmap")
         # A forked child gets none of it: shared pages written there would be written here.
         if _libc.madvise(result, size_bytes, _MADV_DONTFORK):
-            raise _error("madvise")
+            failure = _error("madvise")
+            if not flags & _MAP_FIXED:
+                _libc.munmap(result, size_bytes)
+            raise failure
         return result or 0
 
     def _munmap(self, address: int, size_bytes: int) -> None:
@@ -229,3 +286,15 @@ class HostDriver(RuledDriver):
         if self._spare is not None:
             _libc.munmap(self._spare, _NUM_SPARE * mmap.PAGESIZE)
             self._spare = None
+
+
+_DRIVERS: weakref.WeakSet[HostDriver] = weakref.WeakSet()
+
+
+def _begin_in_a_child() -> None:
+    """After a fork: the child's copy of the file would keep all pages in memory when the parent has ended."""
+    for driver in tuple(_DRIVERS):
+        driver._close_file()
+
+
+os.register_at_fork(after_in_child=_begin_in_a_child)
