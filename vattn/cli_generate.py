@@ -110,16 +110,18 @@ def _prompts(args: argparse.Namespace) -> list[str]:
             raise ConfigError(f"prompt {number} is empty")
         require_text(f"prompt {number}", prompt)
     require_text("--system", args.system or "")
+    if args.seed + len(prompts) > 2**63:
+        raise ConfigError(f"--seed {args.seed} leaves no seeds below 2**63 for {len(prompts)} prompts")
     return prompts
 
 
 def _read(name: str) -> str:
     """A file's text, or that of stdin for ``-``, less the newline at its end."""
     where = "stdin" if name == "-" else repr(name)
+    if name == "-" and sys.stdin is None:
+        raise ConfigError("stdin is closed: there is no prompt to read")
     try:
         if name == "-":
-            if sys.stdin is None:
-                raise ConfigError("stdin is closed: there is no prompt to read")
             data = sys.stdin.buffer.read(_LARGEST_PROMPT_BYTES + 1)
         else:
             with Path(name).expanduser().open("rb") as file:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -60,6 +61,8 @@ def place_for(args: argparse.Namespace) -> Place:
     path = find(args.model)
     if device.type == "cpu":
         use_all_cores()
+    # Errors come as exceptions; a tokenizer's advice on a long text is none of the user's business here.
+    logging.getLogger("transformers").setLevel(logging.ERROR)
     return Place(path, device, dtype, args.memory_limit, args.attention)
 
 
@@ -129,7 +132,11 @@ def read_config(name: str) -> LlamaConfig:
         return LlamaConfig.from_hf(read_json(path / "config.json"))
     if path.is_file() and path.suffix == ".json":
         return LlamaConfig.from_hf(read_json(path))
-    return _read_gguf_config(find(name))
+    try:
+        found = find(name)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; here a folder needs config.json only") from error
+    return _read_gguf_config(found)
 
 
 def _read_gguf_config(path: Path) -> LlamaConfig:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable
-from typing import NoReturn
+from typing import IO, NoReturn
 
 from .errors import ConfigError
 
@@ -84,18 +84,27 @@ def _real(accepted: str, is_accepted: Callable[[float], bool]) -> Callable[[str]
 
 
 class _OneLineParser(argparse.ArgumentParser):
-    """argparse without the usage text before each error."""
+    """argparse without the usage text before each error, and without its silence where help cannot be written."""
+
+    def print_help(self, file: IO[str] | None = None) -> None:
+        print(self.format_help(), end="", file=file)
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(message)
 
 
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        from . import __version__
+
+        print(f"vattn {__version__}")
+        parser.exit()
+
+
 def parser() -> argparse.ArgumentParser:
     """The parser of the whole command line; its errors are ConfigError."""
-    from . import __version__
-
     top = _OneLineParser(prog="vattn", description="Language models on a KV cache mapped page by page.")
-    top.add_argument("--version", action="version", version=f"vattn {__version__}")
+    top.add_argument("--version", action=_Version, nargs=0, help="print the version and end")
     commands = top.add_subparsers(dest="command", required=True, metavar="generate | chat | tune | bench | info")
 
     generate = commands.add_parser("generate", help="continue prompts", description="Continue one or several prompts.")
