@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from cli_helpers import COMMAND, ON_CPU, vattn
 from llama_helpers import hf_llama, save_folder
 
 from vattn.cli import main
@@ -21,8 +22,6 @@ from vattn.cli_text import printable
 from vattn.errors import ConfigError
 
 pytest.importorskip("transformers")
-COMMAND = [sys.executable, "-m", "vattn"]
-ON_CPU = ["--device", "cpu", "--memory-limit", "256MiB"]
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +33,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model with room for more tokens than anyone waits for."""
     return save_folder(tmp_path_factory.mktemp("endless"), max_position_embeddings=1_000_000)
-
-
-def vattn(*args: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*COMMAND, *map(str, args)], capture_output=True, text=True, timeout=120)
 
 
 def generate_json(capfd: pytest.CaptureFixture[str], *args: str | Path) -> dict[str, Any]:
@@ -180,6 +175,55 @@ def test_builtin_prompts(folder: Path, capfd: pytest.CaptureFixture[str]) -> Non
     assert len({r["num_prompt_tokens"] for r in requests}) > 3
 
 
+def test_prompts_of_stdin_and_of_files(folder: Path, tmp_path: Path) -> None:
+    """Those of the command line first; a newline at the end of a file is the file's, not the prompt's."""
+    (tmp_path / "one").write_text("the quick\nbrown fox\n")
+    (tmp_path / "two").write_bytes(b"\xef\xbb\xbfjumps over\r\n")
+    arguments = ["--file", tmp_path / "one", "--file", tmp_path / "two", "--model", folder, "--max-new-tokens", "1"]
+    done = vattn("generate", "a dog", "-", *arguments, *ON_CPU, "--json", text="the fox\n\n")
+    assert done.returncode == 0, done.stderr
+    prompts = [request["prompt"] for request in json.loads(done.stdout)["requests"]]
+    assert prompts == ["a dog", "the fox\n", "the quick\nbrown fox", "jumps over"]
+
+
+def test_stdin_is_not_read_unless_it_is_named(folder: Path) -> None:
+    """A cron job has none, and a loop of the shell's reads its own."""
+    arguments = ["generate", "the fox", "--model", str(folder), "--max-new-tokens", "1", *ON_CPU]
+    with subprocess.Popen([*COMMAND, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.wait(timeout=60) == 0  # although the pipe is open still
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--file", "ABSENT"], "cannot read a prompt from .*: No such file"),
+        (["--file", "FOLDER"], "cannot read a prompt from .*: Is a directory"),
+        (["--file", "BYTES"], "not valid UTF-8"),
+        (["--file", "EMPTY"], "prompt 1 is empty"),
+        (["--file", "/dev/zero"], "more than 67108864 bytes"),
+        (["--file", "a\0b"], "cannot read a prompt"),
+        (["-", "--file", "-"], "can be read once only"),
+    ],
+)
+def test_prompts_that_cannot_be_read(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    (tmp_path / "BYTES").write_bytes(b"\xff\xfe\xfd")
+    (tmp_path / "EMPTY").write_text("\n")
+    places = {"FOLDER": tmp_path} | {name: tmp_path / name for name in ("ABSENT", "BYTES", "EMPTY")}
+    assert main(["generate", *(str(places.get(argument, argument)) for argument in arguments)]) == 2
+    captured = capfd.readouterr()
+    assert (captured.out, captured.err.count("\n")) == ("", 1)
+    assert re.search(message, captured.err)
+
+
+def test_system(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    arguments = ("the fox", "--model", folder, "--max-new-tokens", "1")
+    plain, told = (generate_json(capfd, *arguments, *more) for more in ([], ["--system", "the lazy dog"]))
+    assert told["system"] == "the lazy dog"
+    assert told["requests"][0]["num_prompt_tokens"] > plain["requests"][0]["num_prompt_tokens"]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_on_the_gpu(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -211,7 +255,7 @@ def test_on_the_gpu(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
         (["--model", "MODEL", "fox", "--temperature", "-1"], "temperature"),
         (["--model", "MODEL", "fox", "--top-p", "0"], "--top-p"),
         (["--model", "MODEL", "fox", "--seed", "-1"], "seed"),
-        (["--model", "MODEL", "fox", "--seed", "9223372036854775807", "dog"], "seed"),
+        (["fox", "dog", "--model", "MODEL", "--seed", "9223372036854775807"], "seed"),
         (["--model", "MODEL", "fox", "--system", "Moo.", "--raw"], "--system needs the model's chat template"),
         (["--model", "MODEL", "fox", "--attention", "nonesuch"], "unknown attention"),
         (["--model", "MODEL", "fox", "--max-batch", "0"], "--max-batch"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable
-from typing import IO, NoReturn
+from typing import Any, NoReturn
 
 from .errors import ConfigError
 
@@ -86,7 +86,7 @@ def _real(accepted: str, is_accepted: Callable[[float], bool]) -> Callable[[str]
 class _OneLineParser(argparse.ArgumentParser):
     """argparse without the usage text before each error, and without its silence where help cannot be written."""
 
-    def print_help(self, file: IO[str] | None = None) -> None:
+    def print_help(self, file: Any = None) -> None:
         print(self.format_help(), end="", file=file)
 
     def error(self, message: str) -> NoReturn:
