@@ -14,14 +14,14 @@ from typing import Any
 
 import pytest
 import torch
+from cli_helpers import COMMAND, ON_CPU, vattn
 from llama_helpers import hf_llama, save_folder
 
 from vattn.cli import main
+from vattn.cli_text import printable
 from vattn.errors import ConfigError
 
 pytest.importorskip("transformers")
-COMMAND = [sys.executable, "-m", "vattn"]
-ON_CPU = ["--device", "cpu", "--memory-limit", "256MiB"]
 
 
 @pytest.fixture(scope="module")
@@ -33,10 +33,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model with room for more tokens than anyone waits for."""
     return save_folder(tmp_path_factory.mktemp("endless"), max_position_embeddings=1_000_000)
-
-
-def vattn(*args: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*COMMAND, *map(str, args)], capture_output=True, text=True, timeout=120)
 
 
 def generate_json(capfd: pytest.CaptureFixture[str], *args: str | Path) -> dict[str, Any]:
@@ -59,6 +55,7 @@ def test_json_is_one_document(folder: Path) -> None:
             "temperature",
             "top_p",
             "seed",
+            "system",
             "load_s",
             "requests",
             "memory",
@@ -75,7 +72,11 @@ def test_json_is_one_document(folder: Path) -> None:
     assert fullest["mapped_bytes"] == fullest["in_use_bytes"] == fullest["waste_bytes"] + fullest["row_bytes"]
     assert end["num_live_slots"] == end["in_use_bytes"] == 0
     assert end["reserved_bytes"] > end["peak_physical_bytes"] >= fullest["physical_bytes"] > 0
-    assert document["speed"]["decode_tokens_per_s"] > 0
+    speed = document["speed"]
+    assert speed["decode_tokens_per_s"] > 0
+    for phase in ("prefill", "decode"):
+        assert speed[f"{phase}_bound_by"] in ("reading", "arithmetic")
+        assert speed[f"{phase}_share_of_limit"] == pytest.approx(speed[f"{phase}_limit_s"] / speed[f"{phase}_s"])
 
 
 def test_attention_by_name(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -96,16 +97,25 @@ def test_plain_output_is_lines_and_a_table(folder: Path) -> None:
     done = vattn(
         "generate", "the fox", "a dog", "--model", folder, "--max-new-tokens", "30", "--temperature", "1", *ON_CPU
     )
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "\x1b" not in done.stdout  # neither from the display nor out of the model's mouth
+    assert done.returncode == 0
+    assert "\x1b" not in done.stdout + done.stderr  # neither from the display nor out of the model's mouth
     lines = done.stdout.splitlines()
+    assert all(re.match(r"\[[12]\]", line) for line in lines), "stdout carries text only"
     assert lines[:2] == ["[1] > the fox", "[2] > a dog"]
     assert any(line.startswith("[1] ") for line in lines[2:])
     assert any(line.startswith("[2] ") for line in lines[2:])
-    (calls,) = (re.findall(r"\d+", line) for line in lines if "driver calls" in line)
+    (calls,) = (re.findall(r"\d+", line) for line in done.stderr.splitlines() if "driver calls" in line)
     assert int(calls[1]) == sum(map(int, calls[2:])) > 0
     for word in ("reserved", "mapped", "physical", "in use", "wasted", "peak", "driver calls", "prefill", "decode"):
-        assert word in done.stdout
+        assert word in done.stderr
+
+
+def test_quiet_output_is_text(folder: Path) -> None:
+    arguments = ["the fox", "--model", folder, "--max-new-tokens", "30", "--raw", *ON_CPU]
+    done = vattn("generate", *arguments, "--quiet")
+    document = json.loads(vattn("generate", *arguments, "--json").stdout)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.removesuffix("\n") == printable(document["requests"][0]["text"]).removesuffix("\n")
 
 
 def test_live_display_on_a_terminal(folder: Path) -> None:
@@ -117,10 +127,10 @@ def test_live_display_on_a_terminal(folder: Path) -> None:
         while chunk := _read(parent):
             output += chunk
         assert process.stderr is not None
-        assert process.stderr.read() == b""
+        assert b"driver calls" in process.stderr.read()
     os.close(parent)
     assert process.returncode == 0
-    for word in (b"tok/s", b"mapped", b"the fox", b"driver calls"):
+    for word in (b"tok/s", b"mapped", b"the fox"):
         assert word in output
 
 
@@ -165,6 +175,55 @@ def test_builtin_prompts(folder: Path, capfd: pytest.CaptureFixture[str]) -> Non
     assert len({r["num_prompt_tokens"] for r in requests}) > 3
 
 
+def test_prompts_of_stdin_and_of_files(folder: Path, tmp_path: Path) -> None:
+    """Those of the command line first; a newline at the end of a file is the file's, not the prompt's."""
+    (tmp_path / "one").write_text("the quick\nbrown fox\n")
+    (tmp_path / "two").write_bytes(b"\xef\xbb\xbfjumps over\r\n")
+    arguments = ["--file", tmp_path / "one", "--file", tmp_path / "two", "--model", folder, "--max-new-tokens", "1"]
+    done = vattn("generate", "a dog", "-", *arguments, *ON_CPU, "--json", text="the fox\n\n")
+    assert done.returncode == 0, done.stderr
+    prompts = [request["prompt"] for request in json.loads(done.stdout)["requests"]]
+    assert prompts == ["a dog", "the fox\n", "the quick\nbrown fox", "jumps over"]
+
+
+def test_stdin_is_not_read_unless_it_is_named(folder: Path) -> None:
+    """A cron job has none, and a loop of the shell's reads its own."""
+    arguments = ["generate", "the fox", "--model", str(folder), "--max-new-tokens", "1", *ON_CPU]
+    with subprocess.Popen([*COMMAND, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.wait(timeout=60) == 0  # although the pipe is open still
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--file", "ABSENT"], "cannot read a prompt from .*: No such file"),
+        (["--file", "FOLDER"], "cannot read a prompt from .*: Is a directory"),
+        (["--file", "BYTES"], "not valid UTF-8"),
+        (["--file", "EMPTY"], "prompt 1 is empty"),
+        (["--file", "/dev/zero"], "more than 67108864 bytes"),
+        (["--file", "a\0b"], "cannot read a prompt"),
+        (["-", "--file", "-"], "can be read once only"),
+    ],
+)
+def test_prompts_that_cannot_be_read(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    (tmp_path / "BYTES").write_bytes(b"\xff\xfe\xfd")
+    (tmp_path / "EMPTY").write_text("\n")
+    places = {"FOLDER": tmp_path} | {name: tmp_path / name for name in ("ABSENT", "BYTES", "EMPTY")}
+    assert main(["generate", *(str(places.get(argument, argument)) for argument in arguments)]) == 2
+    captured = capfd.readouterr()
+    assert (captured.out, captured.err.count("\n")) == ("", 1)
+    assert re.search(message, captured.err)
+
+
+def test_system(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    arguments = ("the fox", "--model", folder, "--max-new-tokens", "1")
+    plain, told = (generate_json(capfd, *arguments, *more) for more in ([], ["--system", "the lazy dog"]))
+    assert told["system"] == "the lazy dog"
+    assert told["requests"][0]["num_prompt_tokens"] > plain["requests"][0]["num_prompt_tokens"]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_on_the_gpu(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -194,12 +253,16 @@ def test_on_the_gpu(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
         (["--model", "MODEL", "fox", "--max-new-tokens", "0"], "--max-new-tokens"),
         (["--model", "MODEL", "fox", "--max-new-tokens", "many"], "--max-new-tokens"),
         (["--model", "MODEL", "fox", "--temperature", "-1"], "temperature"),
-        (["--model", "MODEL", "fox", "--top-p", "0"], "top_p"),
+        (["--model", "MODEL", "fox", "--top-p", "0"], "--top-p"),
         (["--model", "MODEL", "fox", "--seed", "-1"], "seed"),
+        (["fox", "dog", "--model", "MODEL", "--seed", "9223372036854775807"], "seed"),
+        (["--model", "MODEL", "fox", "--system", "Moo.", "--raw"], "--system needs the model's chat template"),
+        (["--model", "MODEL", "fox", "--attention", "nonesuch"], "unknown attention"),
         (["--model", "MODEL", "fox", "--max-batch", "0"], "--max-batch"),
         (["--model", "MODEL", "fox", "--device", "tpu"], "tpu"),
         (["--model", "MODEL", "fox", "--device", "cuda:99"], "(?i)cuda"),
         (["--model", "EMPTY", "fox"], "holds no weights"),
+        (["--model", "ABSENT", "--attention", "torch-varlen", "fox"], "needs an NVIDIA GPU"),  # before the model
         (["--model", "GPT2", "fox"], r"unknown architecture .*supported: llama"),
         (["--model", "ABSENT", "fox"], "no model at"),
         (["--dtype", "int3", "fox"], "invalid choice"),

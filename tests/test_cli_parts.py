@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
 
 import pytest
+from rich.table import Table
 
-from vattn.cli import parse_bytes
-from vattn.cli_display import printable
-from vattn.cli_report import format_bytes
+from vattn.cli_options import parse_bytes, parse_whole, parser
+from vattn.cli_report import format_bytes, show
+from vattn.cli_text import one_line, printable
 from vattn.cli_threads import num_threads
 from vattn.errors import ConfigError
 
@@ -32,10 +34,49 @@ def test_sizes(text: str, size: int) -> None:
     assert parse_bytes(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "MiB", "-1", "1e9", "12 parsecs", "0", "0.0001B"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "MiB",
+        "-1",
+        "1e9",
+        "12 parsecs",
+        "0",
+        "0.0001B",
+        "1_000",
+        "٣MiB",
+        "9" * 5000,
+        "9" * 400 + ".5GiB",
+        "8388608TiB",
+    ],
+)
 def test_sizes_that_are_none(text: str) -> None:
-    with pytest.raises(ConfigError):
+    with pytest.raises(ConfigError) as caught:
         parse_bytes(text)
+    assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize("text", ["", "-1", "1.5", "1e3", "1_000", "٣", "nan", "9" * 5000, "9223372036854775808"])
+def test_numbers_that_are_none(text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_whole(text, 0)
+    assert len(str(caught.value)) < 200
+    for option in ("--max-new-tokens", "--seed", "--max-batch"):
+        with pytest.raises(ConfigError, match=option):
+            parser().parse_args(["generate", option, text])
+
+
+def test_whole_numbers() -> None:
+    assert [parse_whole(text, 0) for text in ("0", "+7", " 12 ", "9223372036854775807")] == [0, 7, 12, 2**63 - 1]
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "-0.1", "1_0", "٣", "1e999", "9" * 5000, ""])
+def test_real_numbers_that_are_none(text: str) -> None:
+    for option in ("--temperature", "--top-p"):
+        with pytest.raises(ConfigError, match=option) as caught:
+            parser().parse_args(["generate", option, text])
+        assert len(str(caught.value)) < 200
 
 
 @pytest.mark.parametrize(
@@ -50,6 +91,28 @@ def test_control_characters_do_not_reach_the_terminal() -> None:
     """A model may write an escape sequence; it must not clear the screen or set a window title."""
     assert printable("a\x1b[2Jb\x07c\x9bd\r\x7f") == "a�[2Jb�c�d��"
     assert printable("line\n\ttab → 🦊") == "line\n\ttab → 🦊"
+    assert one_line("a\x1b]0;title\x07\nb") == "a�]0;title� b"
+
+
+def test_characters_that_hide_or_reorder_do_not_either() -> None:
+    hidden = [*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F, 0x061C, *range(0xE0000, 0xE0080)]
+    hidden = [code for code in hidden if code == 0xE0001 or not 0xE0000 <= code < 0xE0020]  # the rest are unassigned
+    for code in (*hidden, 0xFEFF, 0x2060, 0x2028, 0x2029, 0xD800, 0xDFFF):
+        assert printable(f"a{chr(code)}b") == "a�b", hex(code)
+    for text in ("👩\u200d💻", "می\u200cخواهم", "soft\u00adhyphen", "❤️", "\u06dd", "e\u0301"):
+        assert printable(text) == text
+
+
+def test_tables_are_as_wide_as_they_are_where_there_is_no_terminal() -> None:
+    table = Table(box=None, show_header=False)
+    table.add_row("name", "word " * 100 + "end")
+    table.add_row("other", "short")
+    written = io.StringIO()
+    show(written, table)
+    lines = written.getvalue().splitlines()
+    assert len(lines) == 2
+    assert lines[0].endswith("end")
+    assert lines[1].endswith("short")
 
 
 @pytest.mark.parametrize(

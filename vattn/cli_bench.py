@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from .cli_text import one_line
 from .errors import ConfigError, VattnError
 
 __all__ = ["bench"]
@@ -47,7 +48,7 @@ class Experiment:
                 if not torch.cuda.is_available():
                     return "needs an NVIDIA GPU, and PyTorch finds none"
             elif importlib.util.find_spec(need) is None:
-                return f"needs the module {need}, which is not installed (pip install 'vattn[experiments,hf]')"
+                return f"needs the module {need}, which is not installed (in a clone: pip install '.[experiments,hf]')"
         return None
 
 
@@ -64,9 +65,9 @@ def bench(args: argparse.Namespace) -> None:
     failed: list[Experiment] = []
     skipped: list[str] = []
     for number, experiment in enumerate(chosen, 1):
-        print(f"[{number}/{len(chosen)}] {experiment.name}: {experiment.question}", flush=True)
+        print(f"[{number}/{len(chosen)}] {one_line(experiment.name)}: {one_line(experiment.question)}", flush=True)
         if reason := experiment.lacks():
-            print(f"skipped: {reason}\n", flush=True)
+            print(f"skipped: {one_line(reason)}\n", flush=True)
             skipped.append(experiment.name)
             continue
         command = [sys.executable, str(experiment.folder / "run.py"), *(["--quick"] if args.quick else [])]
@@ -75,7 +76,7 @@ def bench(args: argparse.Namespace) -> None:
     if done:
         _show(root, done, args.quick)
     if skipped:
-        print(f"skipped: {', '.join(skipped)}")
+        print(f"skipped: {one_line(', '.join(skipped))}")
     if failed:
         raise VattnError(f"failed: {', '.join(experiment.name for experiment in failed)}")
 
@@ -103,6 +104,6 @@ def _show(root: Path, done: list[Experiment], quick: bool) -> None:
     if not quick:
         subprocess.run([sys.executable, root / "render.py"], check=True)
     for experiment in done:
-        print(f"\n{experiment.question}\n", flush=True)
+        print(f"\n{one_line(experiment.question)}\n", flush=True)
         records = experiment.folder / ("quick.jsonl" if quick else "results.jsonl")
         subprocess.run([sys.executable, root / "render.py", "--show", records], check=True)

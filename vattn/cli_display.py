@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
+import threading
 import time
-import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from types import FrameType
 from typing import Protocol
 
 from rich.console import Console, Group
+from rich.control import Control
 from rich.live import Live
 from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
 from .cli_report import format_bytes
+from .cli_text import one_line, printable
 from .stats import CacheStats
 
-__all__ = ["Display", "LineDisplay", "LiveDisplay", "NoDisplay", "printable"]
+__all__ = ["Display", "LineDisplay", "LiveDisplay", "NoDisplay", "display_for"]
+
+# What ends or stops a process by default and comes from outside: kill, a closed terminal, Ctrl-\, Ctrl-Z. Ctrl-C is an
+# exception of Python's.
+_ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP)
 
 
 class Display(Protocol):
@@ -59,17 +70,18 @@ class NoDisplay:
 
 
 class LineDisplay(NoDisplay):
-    """Prints each line once it is complete; when there are several prompts, with the number of its prompt, and those
-    first."""
+    """Prints each line once it is complete; when there are several prompts, with the number of its prompt, and the
+    prompts first, unless it is to be quiet."""
 
-    def __init__(self, prompts: Sequence[str]) -> None:
+    def __init__(self, prompts: Sequence[str], quiet: bool = False) -> None:
         self._prompts = prompts
+        self._quiet = quiet
         self._partial = [""] * len(prompts)
 
     def __enter__(self) -> LineDisplay:
-        if len(self._prompts) > 1:
+        if len(self._prompts) > 1 and not self._quiet:
             for index, prompt in enumerate(self._prompts):
-                self._print(index, f"> {_one_line(printable(prompt), 80)}")
+                self._print(index, f"> {one_line(prompt, 80)}")
         return self
 
     def add(self, index: int, piece: str) -> None:
@@ -98,13 +110,17 @@ class LiveDisplay:
         self._start = time.perf_counter()
         self._status = Text("waiting for the first token", style="dim")
         self._live = Live(self._render(), console=console, refresh_per_second=8, transient=True)
+        self._exit = ExitStack()
 
     def __enter__(self) -> LiveDisplay:
-        self._live.start()
+        with ExitStack() as stack:
+            stack.enter_context(_cursor_shown_at_the_end(console=self._console))
+            stack.enter_context(self._live)
+            self._exit = stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._live.stop()
+        self._exit.close()
 
     def add(self, index: int, piece: str) -> None:
         self._texts[index] += printable(piece)
@@ -113,7 +129,7 @@ class LiveDisplay:
     def finish(self, index: int) -> None:
         self._running.discard(index)
         self._num_done += 1
-        self._console.print(Rule(Text(_one_line(self._prompts[index], 60), style="bold"), align="left"))
+        self._console.print(Rule(Text(one_line(self._prompts[index], 60), style="bold"), align="left"))
         self._console.print(Text(self._texts[index].strip()), end="\n\n")
 
     def progress(self, num_tokens: int, stats: CacheStats) -> None:
@@ -135,20 +151,45 @@ class LiveDisplay:
         width = max(20, self._console.width - 6)
         shown = sorted(self._running)[: max(1, self._console.height - 3)]
         for index in shown:
-            table.add_row(str(index + 1), Text(_one_line(self._texts[index], width, tail=True)))
+            table.add_row(str(index + 1), Text(one_line(self._texts[index], width, tail=True)))
         return Group(table, self._status)
 
 
-def printable(text: str) -> str:
-    """``text`` without control characters but for newlines and tabs: a terminal would obey what a model writes."""
-    return "".join(
-        "\N{REPLACEMENT CHARACTER}" if unicodedata.category(char) == "Cc" and char not in "\n\t" else char
-        for char in text
-    )
+def display_for(prompts: Sequence[str], *, quiet: bool) -> Display:
+    """A live view where stdout is a terminal that can move its cursor; lines elsewhere, and where it is to be quiet."""
+    console = Console(highlight=False)
+    if quiet or not sys.stdout.isatty() or console.is_dumb_terminal:
+        return LineDisplay(prompts, quiet)
+    return LiveDisplay(console, prompts)
 
 
-def _one_line(text: str, width: int, tail: bool = False) -> str:
-    flat = " ".join(text.split())
-    if len(flat) <= width:
-        return flat
-    return "…" + flat[-width + 1 :] if tail else flat[: width - 1] + "…"
+@contextmanager
+def _cursor_shown_at_the_end(console: Console) -> Iterator[None]:
+    """Show the cursor, which a live view hides, before a signal ends the process or stops it until the shell's ``fg``.
+
+    The signal then does what it does by default, so that the shell learns what happened. Nothing is unwound: memory
+    goes with the process.
+    """
+    descriptor = console.file.fileno()
+    show, hide = (str(Control.show_cursor(shown)).encode() for shown in (True, False))
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        with suppress(OSError):  # the terminal may be gone
+            os.write(descriptor, show + b"\r\n")
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
+        # Only after a stop does it come here.
+        signal.signal(number, handle)
+        with suppress(OSError):
+            os.write(descriptor, hide)
+
+    taken = []
+    if threading.current_thread() is threading.main_thread():  # no other may
+        taken = [number for number in _ENDING if signal.getsignal(number) is signal.SIG_DFL]  # not under nohup
+    for number in taken:
+        signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)

@@ -4,30 +4,27 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
-from rich.console import Console
-
-from .arguments import require_int
-from .attention import AttentionBackend, get
-from .cli import parse_bytes
-from .cli_display import Display, LineDisplay, LiveDisplay, NoDisplay
-from .cli_report import Meter, memory_table, read_bandwidth, speed_table, throughput
-from .cli_threads import use_all_cores
-from .driver import open_driver
+from .cli_display import Display, NoDisplay, display_for
+from .cli_model import Place, attention_for, encode_chat, open_cache, place_for
+from .cli_report import Meter, memory_table, show
+from .cli_speed import ModelWork, measure_limits, speed_table, throughput
 from .engine import Engine, Request
 from .errors import ConfigError
-from .kv_cache import KVCache
-from .models import Llama
-from .requests import Sampling, checked_sampling
-from .tuning import default_attention
 
-__all__ = ["generate"]
+if TYPE_CHECKING:
+    from .attention import AttentionBackend
+    from .models import Llama, Tokenizer
+
+__all__ = ["generate", "require_text"]
 
 _MAX_BATCH = 64
+_LARGEST_PROMPT_BYTES = 1 << 26  # more than any context; /dev/zero has no end
 
 # Without prompts: short and long, so that the table shows sequences of different lengths sharing the memory.
 _DEMO_PROMPTS = (
@@ -69,92 +66,94 @@ def generate(args: argparse.Namespace) -> None:
     Raises:
         ConfigError: an argument, prompt, model, device or limit that cannot work; before any text is written.
     """
-    prompts = args.prompts or list(_DEMO_PROMPTS)
-    memory_limit = _check(args, prompts)
-    device = _device(args.device)
-    dtype = getattr(torch, args.dtype) if args.dtype else torch.bfloat16 if device.type == "cuda" else torch.float32
-    if device.type == "cpu":
-        use_all_cores()
+    prompts = _prompts(args)
+    place = place_for(args)
 
-    from vattn.models.loader import find, load_model, load_tokenizer
+    from vattn.models.loader import load_model, load_tokenizer
 
     start = time.perf_counter()
-    path = find(args.model)
-    model = load_model(path, device, dtype)
-    tokenizer = load_tokenizer(path)
+    tokenizer = load_tokenizer(place.path)
+    answers = [_Answer(prompt, _encode(tokenizer, prompt, args)) for prompt in prompts]
+    model = load_model(place.path, place.device, place.dtype)
     load_s = time.perf_counter() - start
 
-    chat = tokenizer.has_chat_template and not args.raw
-    answers = [
-        _Answer(
-            prompt, tokenizer.encode_chat([{"role": "user", "content": prompt}]) if chat else tokenizer.encode(prompt)
-        )
-        for prompt in prompts
-    ]
-    max_slots = min(len(prompts), args.max_batch or _MAX_BATCH)
-    attention = _attention(args.attention, model, device, dtype)
+    attention = attention_for(place, model)
     meter = Meter()
-    with KVCache(
-        model.kv_layout(),
-        max_slots,
-        device,
-        memory_limit,
-        over_read_tokens=attention.over_read_tokens,
-        over_read_masked=attention.masks_over_read,
-    ) as cache:
+    with open_cache(place, model, attention, min(len(prompts), args.max_batch or _MAX_BATCH)) as cache:
         engine = Engine(model, cache, attention, on_step=lambda: meter.observe(cache.stats()))
         _submit(engine, answers, args, tokenizer.stop_tokens)
-        with _display(args.json, prompts) as display:
+        with NoDisplay() if args.json else display_for(prompts, quiet=args.quiet) as display:
             _run(engine, answers, tokenizer, display, meter)
         end = cache.stats()
-        bytes_per_token = cache.layout.bytes_per_token
-    speed = throughput(engine.stats, model.streamed_weight_bytes(), bytes_per_token, read_bandwidth(device))
+        work = _work(model, cache.layout.bytes_per_token)
+    if args.quiet:
+        return
+    speed = throughput(engine.stats, work, len(prompts), measure_limits(place.device, place.dtype))
     assert meter.fullest is not None  # there was at least one step
     if args.json:
-        print(json.dumps(_document(args, answers, device, dtype, attention, load_s, meter, end, speed), indent=2))
+        print(json.dumps(_document(args, answers, place, attention, load_s, meter, end, speed), indent=2))
     else:
-        console = Console(highlight=False)
-        console.print(memory_table(meter.fullest, end), speed_table(speed))
+        sys.stdout.flush()
+        show(sys.stderr, memory_table(meter.fullest, end), speed_table(speed))
 
 
-def _check(args: argparse.Namespace, prompts: list[str]) -> int | None:
-    """Everything that can be refused before the model is loaded; returns the memory limit in bytes."""
-    require_int("--max-new-tokens", args.max_new_tokens, 1)
-    for seed in (args.seed, args.seed + len(prompts) - 1):
-        checked_sampling(Sampling(args.temperature, 0, args.top_p, seed))
-    if args.max_batch is not None:
-        require_int("--max-batch", args.max_batch, 1)
-    if args.attention is not None:
-        get(args.attention)
+def _prompts(args: argparse.Namespace) -> list[str]:
+    """Those of the command line in their order, then those of files; the built-in ones where there are none."""
+    if args.system is not None and args.raw:
+        raise ConfigError("--system needs the model's chat template, which --raw does without; give one of them")
+    if (args.prompts + args.file).count("-") > 1:
+        raise ConfigError("- stands for stdin, which can be read once only")
+    given = [_read("-") if prompt == "-" else prompt for prompt in args.prompts]
+    prompts = [*given, *map(_read, args.file)] or list(_DEMO_PROMPTS)
     for number, prompt in enumerate(prompts, 1):
         if not prompt.strip():
             raise ConfigError(f"prompt {number} is empty")
-        if not prompt.isascii() and any("\ud800" <= letter <= "\udfff" for letter in prompt):
-            raise ConfigError(f"prompt {number} is not valid UTF-8")
-    if not args.model:
-        raise ConfigError("--model is empty; expected smollm2, a folder or a .gguf file")
-    return None if args.memory_limit is None else parse_bytes(args.memory_limit)
+        require_text(f"prompt {number}", prompt)
+    require_text("--system", args.system or "")
+    if args.seed + len(prompts) > 2**63:
+        raise ConfigError(f"--seed {args.seed} leaves no seeds below 2**63 for {len(prompts)} prompts")
+    return prompts
 
 
-def _device(name: str | None) -> torch.device:
-    """The device asked for, or the best there is; ConfigError when it cannot be used."""
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    driver = open_driver(name)
+def _read(name: str) -> str:
+    """A file's text, or that of stdin for ``-``, less the newline at its end."""
+    where = "stdin" if name == "-" else repr(name)
+    if name == "-" and sys.stdin is None:
+        raise ConfigError("stdin is closed: there is no prompt to read")
     try:
-        return driver.device
-    finally:
-        driver.close()
+        if name == "-":
+            data = sys.stdin.buffer.read(_LARGEST_PROMPT_BYTES + 1)
+        else:
+            with Path(name).expanduser().open("rb") as file:
+                data = file.read(_LARGEST_PROMPT_BYTES + 1)
+    except (OSError, ValueError) as error:  # ValueError: a name with a NUL in it
+        raise ConfigError(f"cannot read a prompt from {where}: {getattr(error, 'strerror', None) or error}") from error
+    if len(data) > _LARGEST_PROMPT_BYTES:
+        raise ConfigError(f"the prompt in {where} has more than {_LARGEST_PROMPT_BYTES} bytes")
+    try:
+        return data.decode("utf-8-sig").removesuffix("\n").removesuffix("\r")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"the prompt in {where} is not valid UTF-8") from error
 
 
-def _attention(name: str | None, model: Llama, device: torch.device, dtype: torch.dtype) -> AttentionBackend:
-    """The backend asked for, or the best there is; ConfigError when it cannot run there."""
-    if name is None:
-        return default_attention(model.kv_layout(1), device, model.config.num_heads)
-    backend = get(name)
-    if reason := backend.supports(device, dtype, model.config.head_dim):
-        raise ConfigError(f"attention {name!r} cannot be used here: {reason}")
-    return backend
+def require_text(what: str, text: str) -> None:
+    """An argument that is not valid UTF-8 comes with halves of surrogate pairs for its bytes."""
+    if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise ConfigError(f"{what} is not valid UTF-8")
+
+
+def _encode(tokenizer: Tokenizer, prompt: str, args: argparse.Namespace) -> list[int]:
+    if args.raw or not tokenizer.has_chat_template:
+        if args.system is not None:
+            raise ConfigError("--system needs a chat template, which this model does not have")
+        return tokenizer.encode(prompt)
+    system = [] if args.system is None else [{"role": "system", "content": args.system}]
+    return encode_chat(tokenizer, [*system, {"role": "user", "content": prompt}])
+
+
+def _work(model: Llama, bytes_per_token: int) -> ModelWork:
+    weight_bytes, head = model.streamed_weight_bytes(), model.output_weight.numel()
+    return ModelWork(weight_bytes, weight_bytes // model.dtype.itemsize, head, bytes_per_token)
 
 
 def _submit(engine: Engine, answers: list[_Answer], args: argparse.Namespace, stop_tokens: frozenset[int]) -> None:
@@ -169,14 +168,7 @@ def _submit(engine: Engine, answers: list[_Answer], args: argparse.Namespace, st
             raise ConfigError(f"prompt {index + 1}: {error}") from error
 
 
-def _display(quiet: bool, prompts: list[str]) -> Display:
-    console = Console(highlight=False)
-    if quiet:
-        return NoDisplay()
-    return LiveDisplay(console, prompts) if console.is_terminal else LineDisplay(prompts)
-
-
-def _run(engine: Engine, answers: list[_Answer], tokenizer: Any, display: Display, meter: Meter) -> None:
+def _run(engine: Engine, answers: list[_Answer], tokenizer: Tokenizer, display: Display, meter: Meter) -> None:
     """Step until every answer is complete."""
     streams = [tokenizer.stream() for _ in answers]
     num_tokens = 0
@@ -203,8 +195,7 @@ def _run(engine: Engine, answers: list[_Answer], tokenizer: Any, display: Displa
 def _document(
     args: argparse.Namespace,
     answers: list[_Answer],
-    device: torch.device,
-    dtype: torch.dtype,
+    place: Place,
     attention: AttentionBackend,
     load_s: float,
     meter: Meter,
@@ -213,12 +204,13 @@ def _document(
 ) -> dict[str, Any]:
     return {
         "model": args.model,
-        "device": str(device),
-        "dtype": str(dtype).removeprefix("torch."),
+        "device": str(place.device),
+        "dtype": str(place.dtype).removeprefix("torch."),
         "attention": attention.name,
         "temperature": args.temperature,
         "top_p": args.top_p,
         "seed": args.seed,
+        "system": args.system,
         "load_s": load_s,
         "requests": [answer.as_dict() for answer in answers],
         "memory": {"fullest_step": meter.fullest.as_dict() if meter.fullest else None, "end": end.as_dict()},

@@ -6,16 +6,16 @@ import argparse
 import importlib.metadata
 import json
 import platform
+import sys
 from dataclasses import asdict
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from . import __version__
 from .attention import AttentionBackend, decode_backends
-from .cli_report import format_bytes
+from .cli_report import facts_table, format_bytes, show
+from .cli_size import print_size, size
 from .cli_threads import num_threads
 from .driver import probe
 from .errors import ConfigError
@@ -26,12 +26,24 @@ _PACKAGES = ("torch", "numpy", "cuda-bindings", "transformers", "safetensors", "
 
 
 def info(args: argparse.Namespace) -> None:
-    """Print it, as a table or with ``--json`` as one document."""
-    document = collect()
+    """Print it, of the machine or of a model, as a table or with ``--json`` as one document.
+
+    Raises:
+        ConfigError: no such model or device.
+    """
+    if args.model is None:
+        for option in ("device", "dtype", "memory_limit"):
+            if getattr(args, option) is not None:
+                raise ConfigError(
+                    f"--{option.replace('_', '-')} says where a model is to run: name one, as vattn info smollm2"
+                )
+        document, display = collect(), _print
+    else:
+        document, display = size(args), print_size
     if args.json:
         print(json.dumps(document, indent=2))
     else:
-        _print(document)
+        display(document)
 
 
 def collect() -> dict[str, Any]:
@@ -85,29 +97,28 @@ def _model(name: str) -> dict[str, str | None]:
 
 
 def _print(document: dict[str, Any]) -> None:
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    table.add_column()
-    table.add_column(overflow="fold")  # a path is there to be copied
-    table.add_row("vattn", f"{document['vattn']} on Python {document['python']}, {document['platform']}")
-    table.add_row("cpu threads", str(document["cpu_threads"]))
+    facts = [
+        ("vattn", f"{document['vattn']} on Python {document['python']}, {document['platform']}"),
+        ("cpu threads", str(document["cpu_threads"])),
+    ]
     for driver in document["drivers"]:
         if driver["available"]:
             detail = ", ".join(f"{key} {_detail(key, value)}" for key, value in driver["detail"].items())
             text = f"{driver['device']}, pages in multiples of {format_bytes(driver['granularity_bytes'])}; {detail}"
         else:
             text = f"not available: {driver['reason']}"
-        table.add_row(f"driver {driver['name']}", text)
+        facts.append((f"driver {driver['name']}", text))
     for backend in document["attention"]:
         where = [f"{device}: {state['reason'] or 'yes'}" for device, state in backend["devices"].items()]
         rows = backend["over_read_tokens"]
         reads = f"reads up to {rows} rows past the end" if rows else "never reads past the end"
-        table.add_row(f"attention {backend['name']}", "; ".join([*where, reads]))
+        facts.append((f"attention {backend['name']}", "; ".join([*where, reads])))
     for name, model in document["models"].items():
-        table.add_row(f"model {name}", model["path"] or f"not available: {model['reason']}")
+        facts.append((f"model {name}", model["path"] or f"not available: {model['reason']}"))
     for name, version in document["packages"].items():
-        table.add_row(name, version or "not installed")
-    table.add_row("CUDA of torch", document["cuda_of_torch"] or "none: this torch was built for the CPU")
-    Console(markup=False, highlight=False).print(table)
+        facts.append((name, version or "not installed"))
+    facts.append(("CUDA of torch", document["cuda_of_torch"] or "none: this torch was built for the CPU"))
+    show(sys.stdout, facts_table(facts))
 
 
 def _detail(key: str, value: str) -> str:

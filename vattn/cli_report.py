@@ -1,19 +1,17 @@
-"""What a run cost: memory while the sequences were alive, memory at the end, speed and its share of the limit."""
+"""Tables: how they are shown, and that of the memory while the sequences were alive and at the end."""
 
 from __future__ import annotations
 
-import time
-from contextlib import suppress
-from dataclasses import asdict
-from typing import Any
+from typing import TextIO
 
-import torch
+from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from .engine import EngineStats
+from .cli_text import one_line
 from .stats import CacheStats
 
-__all__ = ["Meter", "format_bytes", "memory_table", "read_bandwidth", "speed_table", "throughput"]
+__all__ = ["Meter", "facts_table", "format_bytes", "memory_table", "show"]
 
 
 class Meter:
@@ -27,46 +25,6 @@ class Meter:
         self.latest = stats
         if self.fullest is None or stats.in_use_bytes >= self.fullest.in_use_bytes:
             self.fullest = stats
-
-
-def throughput(stats: EngineStats, weight_bytes: int, bytes_per_token: int, limit_bytes_per_s: float) -> dict[str, Any]:
-    """Tokens per second of prefill and decode, and what decode read of weights, K and V against what memory gives.
-
-    Args:
-        weight_bytes: weights that every step reads.
-        bytes_per_token: K and V of one row.
-        limit_bytes_per_s: read bandwidth of the device, see ``read_bandwidth``.
-    """
-    decode_bytes = stats.num_decode_steps * weight_bytes + stats.num_decode_rows * bytes_per_token
-    decode_rate = decode_bytes / stats.decode_s if stats.decode_s else 0.0
-    return {
-        **asdict(stats),
-        "prefill_tokens_per_s": stats.num_prefill_tokens / stats.prefill_s if stats.prefill_s else 0.0,
-        "decode_tokens_per_s": stats.num_decode_tokens / stats.decode_s if stats.decode_s else 0.0,
-        "decode_read_bytes_per_s": decode_rate,
-        "read_limit_bytes_per_s": limit_bytes_per_s,
-        "decode_share_of_limit": decode_rate / limit_bytes_per_s if limit_bytes_per_s else 0.0,
-    }
-
-
-def read_bandwidth(device: torch.device) -> float:
-    """Bytes per second that a plain sum over memory larger than any cache reads: the best of five, measured now.
-
-    0 where there is not even the memory to measure with.
-    """
-    data = None
-    for size in (1 << 30, 1 << 28, 1 << 26) if device.type == "cuda" else (1 << 28, 1 << 26):
-        with suppress(RuntimeError, MemoryError):
-            data = torch.ones(size // 4, dtype=torch.float32, device=device)
-            break
-    if data is None:
-        return 0.0
-    best = float("inf")
-    for _ in range(5):
-        start = time.perf_counter()
-        data.sum().item()  # waits for the device
-        best = min(best, time.perf_counter() - start)
-    return data.nbytes / best
 
 
 def memory_table(fullest: CacheStats, end: CacheStats) -> Table:
@@ -92,20 +50,25 @@ def memory_table(fullest: CacheStats, end: CacheStats) -> Table:
     return table
 
 
-def speed_table(speed: dict[str, Any]) -> Table:
-    """From ``throughput``'s dictionary."""
-    table = Table(title="speed", title_justify="left")
-    for column in ("", "tokens", "seconds", "tokens/s"):
-        table.add_column(column, justify="left" if not column else "right")
-    table.add_column("of the limit", style="dim")
-    share = (
-        f"reads {speed['decode_read_bytes_per_s'] / 1e9:.1f} GB/s, {speed['decode_share_of_limit']:.0%} of the "
-        f"{speed['read_limit_bytes_per_s'] / 1e9:.1f} GB/s that a plain read reaches here"
-    )
-    for name, text in (("prefill", ""), ("decode", share)):
-        tokens, seconds = speed[f"num_{name}_tokens"], speed[f"{name}_s"]
-        table.add_row(name, str(tokens), f"{seconds:.2f}", f"{speed[f'{name}_tokens_per_s']:.1f}", text)
+def facts_table(facts: list[tuple[str, str]]) -> Table:
+    """A name and what there is to say of it, line by line."""
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column()
+    table.add_column(overflow="fold")  # a path is there to be copied
+    for name, text in facts:
+        table.add_row(Text(one_line(name)), Text(one_line(text)))
     return table
+
+
+def show(stream: TextIO, *tables: Table) -> None:
+    """As wide as the terminal; where there is none, as wide as they are, because whatever reads it reads lines."""
+    if stream.isatty():
+        Console(file=stream, markup=False, highlight=False).print(*tables)
+        return
+    console = Console(file=stream, width=10_000, markup=False, highlight=False)
+    with console.capture() as captured:
+        console.print(*tables)
+    stream.write("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))
 
 
 def format_bytes(size: int) -> str:

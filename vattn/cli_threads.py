@@ -1,17 +1,35 @@
-"""How many threads the CPU path should use: what this process may really have, not what the machine has."""
+"""How many threads the CPU path uses, and how they wait for each other.
+
+Torch must not be imported by importing this: its OpenMP runtime reads the environment once, when it is loaded.
+"""
 
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
-import torch
+__all__ = ["num_threads", "sleep_while_waiting", "use_all_cores"]
 
-__all__ = ["num_threads", "use_all_cores"]
+# How long a thread spins before it sleeps; the first is OpenMP's, the others are those of GNU's and LLVM's runtimes.
+_WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+
+
+def sleep_while_waiting() -> None:
+    """Let threads of a parallel region sleep, not spin, while they wait for the others.
+
+    A decode step on the CPU is some hundred short regions. Where another process wants the same cores, a thread that
+    spins keeps them from the one that it waits for, until the scheduler steps in: decoding may take twenty times as
+    long. No effect once torch is loaded, and none where the user has set one of the variables.
+    """
+    if "torch" not in sys.modules and not any(name in os.environ for name in _WAITING):
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
 def use_all_cores() -> int:
     """Set torch's thread count to ``num_threads()``, unless OMP_NUM_THREADS says otherwise; returns the count."""
+    import torch
+
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(num_threads())
     return torch.get_num_threads()

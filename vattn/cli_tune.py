@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import json
 from copy import deepcopy
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from .cli_model import read_config
+from .cli_options import parse_whole
+from .cli_text import one_line
 from .errors import ConfigError
 from .measuring import measure_attention, measure_linear, measure_prefill
-from .models import LlamaConfig
 from .models.fused_llama import products
 from .triton_support import unavailable
 from .tuning import table_for, table_paths
@@ -29,7 +29,7 @@ def tune(args: argparse.Namespace) -> None:
     Raises:
         ConfigError: no GPU, no Triton, or no model config where one was named.
     """
-    configs = [_read_config(path) for path in args.models]
+    configs = [read_config(path) for path in args.models]
     batches, contexts = (_numbers(name, getattr(args, name)) for name in ("batches", "contexts"))
     if not torch.cuda.is_available():
         raise ConfigError("vattn tune needs an NVIDIA GPU; PyTorch finds none (see vattn info)")
@@ -49,24 +49,14 @@ def tune(args: argparse.Namespace) -> None:
         table.add_prefill(measure_prefill(*heads, dtype, device, _PREFILL, _print_prefill))
     path, _ = table_paths(table.gpu)
     table.write(path)
-    print(f"written: {path}")
-
-
-def _read_config(path: str) -> LlamaConfig:
-    file = Path(path).expanduser()
-    file = file / "config.json" if file.is_dir() else file
-    try:
-        fields = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"expected a folder with config.json, or such a file, got {path!r} ({error})") from error
-    return LlamaConfig.from_hf(fields)
+    print(f"written: {one_line(path)}")
 
 
 def _numbers(name: str, text: str) -> list[int]:
-    parts = text.split(",")
-    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
-        raise ConfigError(f"--{name} must be positive numbers with commas between them, got {text!r}")
-    return sorted({int(part) for part in parts})
+    try:
+        return sorted({parse_whole(part, 1, 1 << 31) for part in text.split(",")})
+    except ConfigError as error:
+        raise ConfigError(f"--{name}, numbers with commas between them: {error}") from error
 
 
 def _print_linear(record: dict[str, Any]) -> None:
