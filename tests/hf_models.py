@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,9 @@ import transformers
 from transformers import PreTrainedModel
 
 from vattn.hf import VirtualCache
+
+# What the installed transformers calls the argument, and the attribute of what a model returns.
+CACHE = "cache" if "cache" in inspect.signature(transformers.LlamaForCausalLM.forward).parameters else "past_key_values"
 
 VOCABULARY, NEW_TOKENS, MAX_LENGTH = 97, 40, 160
 PROMPT_LENGTH = 11
@@ -148,6 +152,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+def with_cache(past: Any) -> dict[str, Any]:
+    """The argument that hands a cache to a model or to ``generate``."""
+    return {CACHE: past}
+
+
 def make_model(name: str, seed: int = 2, **changes: Any) -> PreTrainedModel:
     """Random weights, float32, evaluation mode; never ends a text early."""
     kind, arguments = MODELS[name]
@@ -218,7 +227,7 @@ def run(model: PreTrainedModel, mode: str, cache: Any) -> torch.Tensor:
     """The mode's tokens, prompt included; every call of ``generate`` goes on with the same cache."""
 
     def generate(tokens: torch.Tensor, max_new_tokens: int = NEW_TOKENS, **options: Any) -> torch.Tensor:
-        return model.generate(tokens, max_new_tokens=max_new_tokens, past_key_values=cache, **options)
+        return model.generate(tokens, max_new_tokens=max_new_tokens, **with_cache(cache), **options)
 
     return MODES[mode](generate)
 
@@ -234,7 +243,7 @@ def checked_cache(model: PreTrainedModel) -> Iterator[VirtualCache]:
 
 def logits(model: PreTrainedModel, tokens: torch.Tensor, past: Any = None, **options: Any) -> torch.Tensor:
     with torch.no_grad():
-        return model(tokens, past_key_values=past, **options).logits
+        return model(tokens, **with_cache(past), **options).logits
 
 
 def close(one: torch.Tensor, other: torch.Tensor) -> None:
@@ -244,9 +253,8 @@ def close(one: torch.Tensor, other: torch.Tensor) -> None:
 # -- what holds and what is refused -----------------------------------------------------------------------------------
 # (model, mode) -> why; the default cache refuses these too.
 REFUSED = {("Qwen3-Next", "prompt lookup"): "transformers does not assist models with recurrent layers"}
-# Models that do not take their attention from transformers' registry, or compare its name: they compute their own over
-# views.
-OWN_ATTENTION = {"StableLM", "Falcon", "Falcon, ALiBi", "Qwen3-Next", "GPT-2", "Gemma 4, shared K and V"}
+# Models that do not take their attention from transformers' registry: they compute their own over views.
+OWN_ATTENTION = {"Falcon", "Falcon, ALiBi"}
 # Models that change K or V between cache and attention: what they ask for is passed on.
 PASSED_ON = {"DiffLlama", "DeepSeek-V3"}
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 transformers = pytest.importorskip("transformers")
-from hf_models import checked_cache, close, make_model, prompt  # noqa: E402
+from hf_models import checked_cache, close, make_model, prompt, with_cache  # noqa: E402
 from hypothesis import given  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from transformers import DynamicCache  # noqa: E402
@@ -161,7 +161,7 @@ def test_beams_share_the_prompt(model, past):
     """Token for token, in test_hf_models; here what it takes."""
     options = {"num_beams": 4, "max_new_tokens": 40, "do_sample": False}
     wanted = model.generate(prompt(1, length=60), **options)
-    assert torch.equal(model.generate(prompt(1, length=60), past_key_values=past, **options), wanted)
+    assert torch.equal(model.generate(prompt(1, length=60), **with_cache(past), **options), wanted)
     stats = past.stats()
     assert stats.shared_bytes >= 60 // ROWS_PER_PAGE * 4096
     assert stats.in_use_bytes < 0.6 * 4 * 100 // ROWS_PER_PAGE * 4096

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 transformers = pytest.importorskip("transformers")
-from hf_models import MAX_LENGTH, checked_cache, close, logits, make_model, prompt  # noqa: E402
+from hf_models import CACHE, MAX_LENGTH, checked_cache, close, logits, make_model, prompt, with_cache  # noqa: E402
 from transformers import DynamicCache  # noqa: E402
 
 from vattn import CacheStats  # noqa: E402
@@ -108,22 +108,28 @@ def test_addresses_never_change_and_nothing_is_copied(model, past):
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("name", ["Llama", "Mistral, window 16", "Gemma 2", "GPT-OSS"])
 def test_no_mask_and_no_repeated_heads_are_made(monkeypatch, name, padded):
-    """Neither the mask nor the attention that vattn stands in front of is ever asked."""
+    """Nobody reads a mask's elements, and vattn attends in every layer of every pass."""
     model = make_model(name)
     wanted = model.generate(prompt(2), attention_mask=_mask(padded), max_new_tokens=8, do_sample=False)
 
-    def never(*args, **kwargs):
-        raise AssertionError("passed on")
+    attended, attend = [], hf_attention._attend
 
-    never.__module__ = "transformers.integrations.sdpa_attention"  # or it is a user's, and is asked
+    def counted(*args):
+        attended.append(attend(*args))
+        return attended[-1]
+
+    def never(mask):
+        raise AssertionError("made")
+
     with VirtualCache(model.config, max_length=MAX_LENGTH) as past:
-        monkeypatch.setattr(hf_attention, "_function", lambda *args: never)
-        for name in ("sdpa", "eager"):
-            monkeypatch.setitem(hf_attention.ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, name, never)
+        monkeypatch.setattr(hf_attention, "_attend", counted)
+        monkeypatch.setattr(hf_attention.LazyMask, "dense", property(never))
         got = model.generate(
-            prompt(2), attention_mask=_mask(padded), max_new_tokens=8, do_sample=False, past_key_values=past
+            prompt(2), attention_mask=_mask(padded), max_new_tokens=8, do_sample=False, **with_cache(past)
         )
     assert torch.equal(got, wanted)
+    assert len(attended) == 8 * model.config.num_hidden_layers
+    assert all(out is not None for out in attended)
 
 
 def _mask(padded):
@@ -160,7 +166,7 @@ def test_chunked_prefill(name):
 def test_generate_with_prefill_in_chunks(model, past):
     wanted = model.generate(prompt(2, length=30), max_new_tokens=12, do_sample=False)
     options = {"max_new_tokens": 12, "do_sample": False, "prefill_chunk_size": 7}
-    assert torch.equal(model.generate(prompt(2, length=30), past_key_values=past, **options), wanted)
+    assert torch.equal(model.generate(prompt(2, length=30), **with_cache(past), **options), wanted)
 
 
 def test_masks_that_are_not_left_padding_are_honoured(model, past):
@@ -178,37 +184,6 @@ def test_masks_that_are_not_left_padding_are_honoured(model, past):
         close(logits(model, prompt(2), past, attention_mask=mask), wanted)
 
 
-def test_other_caches_work_while_the_attention_is_switched(model, windowed):
-    for each in (model, windowed):
-        wanted = each.generate(prompt(2), max_new_tokens=20, do_sample=False)
-        scores = logits(each, prompt(2))
-        with VirtualCache(each.config, max_length=MAX_LENGTH):
-            assert each.config._attn_implementation == "vattn_sdpa"
-            assert torch.equal(each.generate(prompt(2), max_new_tokens=20, do_sample=False), wanted)
-            assert torch.equal(logits(each, prompt(2)), scores)
-            static = each.generate(prompt(2), max_new_tokens=20, do_sample=False, cache_implementation="static")
-            assert torch.equal(static, wanted)
-
-
-def test_the_attention_is_given_back_by_the_last_user(model):
-    config = model.config
-    one, two = VirtualCache(config, max_length=8), VirtualCache(config, max_length=8)
-    one.close()
-    one.close()
-    assert config._attn_implementation == "vattn_sdpa"
-    copied = copy.deepcopy(two)
-    two.close()
-    assert config._attn_implementation == "vattn_sdpa"
-    del copied
-    gc.collect()
-    assert config._attn_implementation == "sdpa"
-    three = VirtualCache(config, max_length=8)
-    config._attn_implementation = "eager"  # the user's word is the last
-    three.close()
-    assert config._attn_implementation == "eager"
-    config._attn_implementation = "sdpa"
-
-
 @pytest.mark.parametrize("kind", ["model", "windowed"])
 def test_crop(kind, request):
     model = request.getfixturevalue(kind)
@@ -218,9 +193,8 @@ def test_crop(kind, request):
         past.crop(-10)
         assert past.get_seq_length() == past.kv_cache.seq_len(1) == 30
         past.crop(0)
-        past.crop(25)  # a length, in the older convention
-        past.crop(90)
-        assert past.get_seq_length() == 25
+        assert past.get_seq_length() == 30
+        past.crop(-5)
         close(logits(model, tokens[:, 25:], past), logits(model, tokens)[:, 25:])
         past.crop(-40)
         assert past.get_seq_length() == 0
@@ -258,7 +232,7 @@ def test_a_prompt_is_copied_and_continued_in_several_ways(model, past):
         wanted = model.generate(said, max_new_tokens=15, do_sample=False)
         with copy.deepcopy(past) as mine:
             assert mine.layers[0].keys.data_ptr() != past.layers[0].keys.data_ptr()
-            assert torch.equal(model.generate(said, past_key_values=mine, max_new_tokens=15, do_sample=False), wanted)
+            assert torch.equal(model.generate(said, **with_cache(mine), max_new_tokens=15, do_sample=False), wanted)
     assert past.get_seq_length() == 11
 
 
@@ -270,7 +244,7 @@ def test_a_compiled_model(model, attention):
     compiled = copy.deepcopy(model)
     compiled.forward = torch.compile(compiled.forward, backend="aot_eager")
     with VirtualCache(compiled.config, max_length=1 << 16, attention=attention) as past:
-        found = compiled.generate(prompt(2), past_key_values=past, max_new_tokens=12, do_sample=False)
+        found = compiled.generate(prompt(2), **with_cache(past), max_new_tokens=12, do_sample=False)
         assert past.get_seq_length() == found.shape[1] - 1
     torch._dynamo.reset()
     assert torch.equal(found, wanted)
@@ -280,14 +254,12 @@ def test_assisted_by_another_model(model, past):
     helper = make_model("Llama", seed=7, num_hidden_layers=1)
     options = {"max_new_tokens": 30, "do_sample": False}
     wanted = model.generate(prompt(1), **options)
-    assert torch.equal(model.generate(prompt(1), assistant_model=helper, past_key_values=past, **options), wanted)
+    assert torch.equal(model.generate(prompt(1), assistant_model=helper, **with_cache(past), **options), wanted)
 
 
 def test_generate_returns_the_cache(model, past):
-    out = model.generate(
-        prompt(2), past_key_values=past, max_new_tokens=5, do_sample=False, return_dict_in_generate=True
-    )
-    assert out.past_key_values is past
+    out = model.generate(prompt(2), **with_cache(past), max_new_tokens=5, do_sample=False, return_dict_in_generate=True)
+    assert getattr(out, CACHE) is past
     assert past.get_seq_length() == 15  # the last token was never fed back
 
 
@@ -295,7 +267,7 @@ def test_attentions_with_the_models_own(model):
     model.config._attn_implementation = "eager"
     try:
         with VirtualCache(model.config, max_length=32, attention=None) as past, torch.no_grad():
-            out = model(prompt(2), past_key_values=past, output_attentions=True)
+            out = model(prompt(2), **with_cache(past), output_attentions=True)
     finally:
         model.config._attn_implementation = "sdpa"
     assert out.attentions[0].shape == (2, 4, 11, 11)
@@ -337,7 +309,7 @@ def test_a_hundred_calls_leave_nothing(model, closed):
         for _ in range(100):
             past = VirtualCache(model.config, max_length=MAX_LENGTH, page_bytes=4096)
             rows, length, new = draw.randint(1, 5), draw.randint(1, 60), draw.randint(1, 4)
-            model.generate(prompt(rows, length=length), past_key_values=past, max_new_tokens=new, do_sample=False)
+            model.generate(prompt(rows, length=length), **with_cache(past), max_new_tokens=new, do_sample=False)
             assert past.get_seq_length() == length + new - 1
             if closed:
                 past.close()
@@ -345,7 +317,6 @@ def test_a_hundred_calls_leave_nothing(model, closed):
         assert _num_mappings() <= before  # gone with the last reference, not with a collection
     finally:
         gc.enable()
-    assert model.config._attn_implementation == "sdpa"
 
 
 def test_one_cache_for_a_hundred_calls(model, past):
@@ -353,7 +324,7 @@ def test_one_cache_for_a_hundred_calls(model, past):
     for _ in range(100):
         past.reset()
         rows, length, new = draw.randint(1, 3), draw.randint(1, 60), draw.randint(1, 4)
-        model.generate(prompt(rows, length=length), past_key_values=past, max_new_tokens=new, do_sample=False)
+        model.generate(prompt(rows, length=length), **with_cache(past), max_new_tokens=new, do_sample=False)
         past.kv_cache.check_integrity()
     past.reset()
     assert past.stats().in_use_bytes == 0

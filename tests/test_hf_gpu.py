@@ -10,7 +10,7 @@ import pytest
 import torch
 
 transformers = pytest.importorskip("transformers")
-from hf_models import MODELS, make_model, prompt  # noqa: E402
+from hf_models import MODELS, make_model, prompt, with_cache  # noqa: E402
 from transformers import DynamicCache  # noqa: E402
 
 from vattn import ConfigError  # noqa: E402
@@ -34,7 +34,7 @@ def forced(model, past, mask):
             tokens[:, start:end],
             attention_mask=mask[:, :end],
             position_ids=positions[:, start:end],
-            past_key_values=past,
+            **with_cache(past),
         )
         parts.append(out.logits.float())
     return torch.cat(parts, dim=1)
@@ -92,7 +92,7 @@ def test_float32_generates_the_same(name):
     model = make_model(name).to(DEVICE)
     wanted = model.generate(prompt(3).to(DEVICE), max_new_tokens=20, do_sample=False)
     with VirtualCache(model.config, max_length=64) as past:
-        got = model.generate(prompt(3).to(DEVICE), max_new_tokens=20, do_sample=False, past_key_values=past)
+        got = model.generate(prompt(3).to(DEVICE), max_new_tokens=20, do_sample=False, **with_cache(past))
         past.kv_cache.check_integrity()
         assert past.stats().row_bytes > 0
     assert torch.equal(got, wanted)
@@ -102,7 +102,7 @@ def test_beams_and_prompt_lookup_in_bfloat16():
     model = make_model("Llama").to(DEVICE, torch.bfloat16)
     for tokens, options in ((prompt(2), {"num_beams": 3}), (prompt(1), {"prompt_lookup_num_tokens": 4})):
         with VirtualCache(model.config, max_length=128) as past:
-            out = model.generate(tokens.to(DEVICE), max_new_tokens=30, do_sample=False, past_key_values=past, **options)
+            out = model.generate(tokens.to(DEVICE), max_new_tokens=30, do_sample=False, **with_cache(past), **options)
             past.kv_cache.check_integrity()
         assert out.shape[1] == tokens.shape[1] + 30
 
@@ -113,13 +113,13 @@ def test_copied_on_one_stream_and_read_on_another(how):
     model, rows = make_model("Llama").to(DEVICE), torch.tensor([1, 0])
     text, new = prompt(2).to(DEVICE), prompt(2, seed=2)[:, :1].to(DEVICE)
     default = DynamicCache(config=model.config)
-    model(text, past_key_values=default)
+    model(text, **with_cache(default))
     if how == "regroup":
         default.batch_select_indices(rows.to(DEVICE))
-    wanted = model(new, past_key_values=default).logits
+    wanted = model(new, **with_cache(default)).logits
     side = torch.cuda.Stream()
     with VirtualCache(model.config, max_length=64) as past:
-        model(text, past_key_values=past)
+        model(text, **with_cache(past))
         with torch.cuda.stream(side):
             torch.cuda._sleep(400_000_000)  # a fifth of a second
             if how == "regroup":
@@ -128,4 +128,4 @@ def test_copied_on_one_stream_and_read_on_another(how):
             else:
                 other = copy.deepcopy(past)
         with other:
-            torch.testing.assert_close(model(new, past_key_values=other).logits, wanted, rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(model(new, **with_cache(other)).logits, wanted, rtol=1e-3, atol=1e-3)

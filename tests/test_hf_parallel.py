@@ -11,7 +11,7 @@ import pytest
 import torch
 
 transformers = pytest.importorskip("transformers")
-from hf_models import make_model, prompt  # noqa: E402
+from hf_models import CACHE, make_model, prompt  # noqa: E402
 
 RANK = """
 import sys
@@ -19,13 +19,13 @@ import torch
 from transformers import AutoModelForCausalLM
 from vattn.hf import VirtualCache
 
-folder, tokens = sys.argv[1:]
+folder, tokens, name = sys.argv[1:]
 torch.distributed.init_process_group("gloo")
 tokens = torch.load(tokens)
 model = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto", dtype=torch.float32).eval()
 model.generation_config.eos_token_id = None
 with VirtualCache(model.config, max_length=96, page_bytes=4096) as past:
-    out = model.generate(tokens, past_key_values=past, max_new_tokens=40, do_sample=False)
+    out = model.generate(tokens, **{name: past}, max_new_tokens=40, do_sample=False)
     heads = past.layers[0].keys.shape[1]
     past.kv_cache.check_integrity()
 rank = torch.distributed.get_rank()
@@ -43,7 +43,7 @@ def test_each_rank_holds_its_own_heads(tmp_path: Path):
     (tmp_path / "rank.py").write_text(RANK)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
     result = subprocess.run(
-        [*command, "--standalone", str(tmp_path / "rank.py"), str(tmp_path), str(tmp_path / "tokens.pt")],
+        [*command, "--standalone", str(tmp_path / "rank.py"), str(tmp_path), str(tmp_path / "tokens.pt"), CACHE],
         capture_output=True,
         text=True,
         timeout=300,

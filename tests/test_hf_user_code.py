@@ -1,4 +1,4 @@
-"""``VirtualCache`` and a user's own code in a model of transformers': it is called, or refused; never left out."""
+"""``VirtualCache`` and a user's own code in a model of transformers': it is called, and given what any cache gives."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 transformers = pytest.importorskip("transformers")
-from hf_models import MAX_LENGTH, close, logits, make_model, prompt  # noqa: E402
+from hf_models import CACHE, MAX_LENGTH, close, logits, make_model, prompt, with_cache  # noqa: E402
 from transformers import AttentionInterface, DynamicCache  # noqa: E402
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: E402
 from transformers.models.llama import modeling_llama  # noqa: E402
@@ -57,15 +57,15 @@ def test_an_attention_function_in_the_place_of_transformers_own(attention, monke
                 if early:
                     replace(without_a_head)
                 else:  # one turn is vattn's before
-                    assert torch.equal(generate(model, past_key_values=past), plain)
+                    assert torch.equal(generate(model, **with_cache(past)), plain)
                     past.reset()
                     replace(without_a_head)
                 wanted = generate(model)
                 assert not torch.equal(wanted, plain)
-                assert torch.equal(generate(model, past_key_values=past), wanted)
+                assert torch.equal(generate(model, **with_cache(past)), wanted)
                 replace(original)
                 past.reset()
-                assert torch.equal(generate(model, past_key_values=past), plain)
+                assert torch.equal(generate(model, **with_cache(past)), plain)
     finally:
         replace(original)
 
@@ -73,12 +73,12 @@ def test_an_attention_function_in_the_place_of_transformers_own(attention, monke
 class OwnAttention(modeling_llama.LlamaAttention):
     """Looks nothing up, and leaves a mask out that masks nothing."""
 
-    def forward(self, hidden_states, position_embeddings, attention_mask=None, past_key_values=None, **others):
+    def forward(self, hidden_states, position_embeddings, attention_mask=None, **others):
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         q, k, v = (f(hidden_states).view(shape).transpose(1, 2) for f in (self.q_proj, self.k_proj, self.v_proj))
         q, k = modeling_llama.apply_rotary_pos_emb(q, k, *position_embeddings)
-        if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer_idx)
+        if (past := others[CACHE]) is not None:
+            k, v = past.update(k, v, self.layer_idx)
         if attention_mask is not None and attention_mask.all():
             attention_mask = None
         causal = attention_mask is None and q.shape[2] > 1
@@ -92,14 +92,9 @@ def test_an_attention_module_that_looks_nothing_up(where):
     for layer in model.model.layers[where]:
         layer.self_attn.__class__ = OwnAttention
     wanted = generate(model)
-    with VirtualCache(model.config, max_length=MAX_LENGTH) as past:
-        with pytest.raises(ConfigError, match=r"OwnAttention.*attention=None"):
-            generate(model, past_key_values=past)
-        past.reset()
-        with pytest.raises(ConfigError, match=r"OwnAttention.*attention=None"):  # not just the first time
-            generate(model, past_key_values=past)
-    with VirtualCache(model.config, max_length=MAX_LENGTH, attention=None) as past:
-        assert torch.equal(generate(model, past_key_values=past), wanted)
+    for attention in ("auto", None):
+        with VirtualCache(model.config, max_length=MAX_LENGTH, attention=attention) as past:
+            assert torch.equal(generate(model, **with_cache(past)), wanted)
 
 
 def test_an_attention_module_that_looks_it_up(monkeypatch):
@@ -118,14 +113,14 @@ class Mine(LlamaAttention):
         out, weights = function(self, q, k, v, attention_mask, scaling=self.scaling)
         return self.o_proj(out.flatten(2)), weights
 """
-    exec(compile(source, "mine.py", "exec"), namespace)
+    exec(compile(source.replace("past_key_values", CACHE), "mine.py", "exec"), namespace)
     for layer in model.model.layers:
         layer.self_attn.__class__ = namespace["Mine"]
     wanted = generate(model)
     calls = []
     monkeypatch.setattr(sys.modules["vattn.hf.attention"], "_attend", _counted(calls))
     with VirtualCache(model.config, max_length=MAX_LENGTH) as past:
-        assert torch.equal(generate(model, past_key_values=past), wanted)
+        assert torch.equal(generate(model, **with_cache(past)), wanted)
     assert len(calls) == 8 * model.config.num_hidden_layers
 
 
@@ -157,7 +152,7 @@ def test_weights_that_the_config_asks_for(attention):
     model.config.output_attentions = attention == "eager"
     wanted = model(prompt(2), attention_mask=MASK, output_attentions=attention == "eager").attentions
     with VirtualCache(model.config, max_length=MAX_LENGTH) as past:
-        found = model(prompt(2), attention_mask=MASK, past_key_values=past).attentions
+        found = model(prompt(2), attention_mask=MASK, **with_cache(past)).attentions
     if attention == "sdpa":
         assert not found
     else:

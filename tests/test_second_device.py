@@ -72,7 +72,7 @@ def test_decode_loop(mapping: str) -> None:
 @pytest.mark.parametrize("name", ["Llama", "Gemma 2", "GPT-OSS"])
 def test_hugging_face(name: str) -> None:
     pytest.importorskip("transformers")
-    from hf_models import make_model, prompt
+    from hf_models import make_model, prompt, with_cache
 
     from vattn.hf import VirtualCache
 
@@ -80,7 +80,7 @@ def test_hugging_face(name: str) -> None:
     tokens = prompt(3).to(SECOND)
     wanted = model.generate(tokens, max_new_tokens=20, do_sample=False)
     with VirtualCache(model.config, max_length=64) as past:
-        got = model.generate(tokens, max_new_tokens=20, do_sample=False, past_key_values=past)
+        got = model.generate(tokens, max_new_tokens=20, do_sample=False, **with_cache(past))
         assert past.kv_cache.device == SECOND
         past.kv_cache.check_integrity()
     assert torch.equal(got, wanted)

@@ -124,6 +124,8 @@ def test_token_for_token_what_transformers_generates(
 
 def test_a_virtual_cache_generates_the_same(hf_model: Any, prompts: list[list[int]], expected: list[list[int]]) -> None:
     """The drop-in with real weights: two prompts alone, and six of them left-padded in one batch."""
+    from hf_models import with_cache
+
     from vattn.hf import VirtualCache
 
     pairs = [(prompt, wanted[:40]) for prompt, wanted in zip(prompts, expected, strict=True)][:6]
@@ -136,7 +138,7 @@ def test_a_virtual_cache_generates_the_same(hf_model: Any, prompts: list[list[in
             out = hf_model.generate(
                 rows,
                 attention_mask=mask,
-                past_key_values=past,
+                **with_cache(past),
                 max_new_tokens=40,
                 do_sample=False,
                 eos_token_id=None,

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import copy
-import sys
-import weakref
+from collections.abc import Iterator
 from dataclasses import fields
-from functools import partial
-from types import CodeType
 from typing import Any
 
 import torch
@@ -19,24 +16,23 @@ from ..arguments import require_int
 from ..errors import ConfigError
 from ..kv_cache import KVCache
 from ..stats import CacheStats
-from .attention import is_switched, restore_attention, switch_attention
-from .configs import decoder_config, layers_of, require_takes_cache
+from .configs import decoder_config, layers_of
 from .layer import VirtualLayer
-from .model_code import may_look_attention_up
 from .storage import Options, Storage
 
 __all__ = ["VirtualCache"]
 
 
 class VirtualCache(Cache):
-    """The KV cache of one batch, for ``model.generate(..., past_key_values=past)`` and ``model(...)``.
+    """The KV cache of one batch, for ``model.generate(..., cache=past)`` and ``model(...)``; versions of transformers
+    before 5.24 call the argument ``past_key_values``.
 
     Each sequence has addresses for ``max_length`` tokens, and memory for those that it has. New K and V are written in
     place; attention reads them where they are. Batch size, dtype and device are the model's, found at first use.
 
-    While a cache of its config exists, the model's attention (``config._attn_implementation``) is vattn's, which needs
-    no mask and no repeated K and V. It passes everything that it does not know, other caches included, on to the
-    attention that was set before; ``close`` sets that again.
+    In a forward pass with this cache, the model's attention is vattn's wherever that computes the same, which needs no
+    mask and no repeated K and V. Everything else goes to the model's own. Nothing about the model or its config
+    changes.
 
     Args:
         config: of the model, ``model.config``.
@@ -81,16 +77,8 @@ class VirtualCache(Cache):
         if dtype is not None and not isinstance(dtype, torch.dtype):
             raise ConfigError(f"dtype must be a torch.dtype, got {dtype!r}")
         layers, configured = layers_of(text_config)
-        require_takes_cache(text_config)
         self._config = text_config
-        previous = switch_attention(text_config) if attention is not None else None
-        if previous is None and attention not in ("auto", None):
-            raise ConfigError(
-                f"attention {attention!r} cannot be used: a {type(text_config).__name__} model computes its own, or is "
-                'set to one that vattn does not stand in for; use attention="auto"'
-            )
-        self._restore = weakref.finalize(self, restore_attention, text_config) if previous is not None else None
-        self._assemble(layers, Storage(configured, options, switched=previous is not None))
+        self._assemble(layers, Storage(configured, options))
 
     def _assemble(self, templates: list[Any], storage: Storage) -> None:
         """Layers over the storage: templates of attention layers are replaced, others kept."""
@@ -103,9 +91,6 @@ class VirtualCache(Cache):
             layers.append(template)
         super().__init__(layers=layers)
         self._storage, self._virtual = storage, virtual
-        if storage.switched:
-            storage.attends_here = partial(is_switched, self._config)
-            storage.config, storage.update_code = self._config, VirtualCache.update.__code__
         # Layers that share another's K and V are dummies.
         self._is_hybrid = any(isinstance(layer, LinearAttentionLayer) for layer in layers)
         # RecurrentGemma of older versions keeps its recurrent states itself.
@@ -117,9 +102,6 @@ class VirtualCache(Cache):
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append K and V of one layer, ``[batch, num_kv_heads, new, head_dim]``; returns views of what queries see.
-
-        Called by a model whose attention follows, and which reads nothing of the views before, it may leave a single
-        new row to that attention to write. ``keys`` and ``values`` of ``layers``, and ``kv_cache``, always have it.
 
         Raises:
             ConfigError, OutOfPages: as ``VirtualLayer.update``.
@@ -134,30 +116,24 @@ class VirtualCache(Cache):
         layer: Any = self.layers[layer_idx]
         if self._is_hybrid and layer_idx not in self._virtual:
             raise ConfigError(f"layer {layer_idx} of the config that this cache was made for has no K and V")
-        if self._storage.switched and (code := sys._getframe(1).f_code) not in self._storage.callers:
-            self._look_at(code, layer_idx, key_states.shape[2])
+        if self._storage.awaits_attention and self._storage.options.attention not in ("auto", None):
+            self._require_attention()
         try:
             return layer.update(key_states, value_states, *args, **kwargs)
         except BaseException:
             self._torn = self._is_hybrid
             raise
 
-    def _look_at(self, caller: CodeType, layer: int, new: int) -> None:
-        """Of code that hands on K and V for the first time, see that it is not misled by what stands for a mask."""
-        if self._storage.lengths.get(layer, 0) + new != self._storage.stand_in_for:
-            return  # by hand, update may be called from anywhere
-        if not may_look_attention_up(caller):
-            raise ConfigError(
-                f"{caller.co_qualname} ({caller.co_filename}) computes attention itself, by a mask that vattn leaves "
-                "out: make the VirtualCache with attention=None"
-            )
-        self._storage.callers.add(caller)
+    def _require_attention(self) -> None:
+        self._storage.awaits_attention = False
+        raise ConfigError(
+            f"attention {self._storage.options.attention!r} was not asked for: this model computes its own, or has it "
+            'compiled; use attention="auto"'
+        )
 
     @torch.compiler.disable  # compiled, a write through a view may become a copy of all addresses behind it
     def _update_uncompiled(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        views = self.update(*args, **kwargs)
-        self._storage.write_pending()  # who knows what the compiler makes of what comes next
-        return views
+        return self.update(*args, **kwargs)
 
     def update_conv_state(self, conv_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As transformers': of a recurrent layer, ``[batch, ...]``."""
@@ -179,15 +155,19 @@ class VirtualCache(Cache):
         """Remove the newest tokens of every sequence.
 
         Args:
-            tokens_to_remove: minus the number of tokens to remove; a positive number is the length to keep.
-            max_length: what older versions of transformers call the same.
+            tokens_to_remove: minus the number of tokens to remove. Where the installed transformers takes a positive
+                number, it is the length to keep, as there.
+            max_length: another name for the same.
+
+        Raises:
+            ConfigError: a positive number, which newer versions of transformers refuse.
         """
         self._open()
         self._whole()
         number = int(tokens_to_remove if max_length is None else max_length)  # some versions give a tensor
+        lengths = {index: layer.cropped(number) for index, layer in self._virtual.items()}
         self._others("crop", number)  # first, because recurrent layers cannot
-        lengths = self._storage.lengths.items()
-        self._storage.truncate({i: min(n, number) if number > 0 else max(0, n + number) for i, n in lengths})
+        self._storage.truncate(lengths)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Make batch row ``i`` continue row ``beam_idx[i]``, ``[batch]``, in every layer.
@@ -276,15 +256,21 @@ class VirtualCache(Cache):
                 "a cache with layers that are not attention cannot be copied: prefill another, or use transformers' own"
             )
         other = VirtualCache.__new__(VirtualCache)
-        other._restore = None
-        if self._restore is not None:
-            switch_attention(self._config)
-            other._restore = weakref.finalize(other, restore_attention, self._config)
         other._config = self._config
         other._assemble(list(self.layers), self._storage.copy())
         for index, layer in self._virtual.items():
             other._virtual[index].shape = layer.shape
         return other
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]]:
+        """K, V and the window of each layer, as ``DynamicCache`` gives them; None where there is none."""
+        for layer in self.layers:
+            window = getattr(layer, "window", None)
+            keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+            yield keys, values, None if window is None else torch.tensor(window)
+
+    def prefetch(self, layer_idx: int, only_non_sliding: bool = True) -> None:
+        """Nothing: layers of this cache are never offloaded."""
 
     def __copy__(self) -> VirtualCache:
         return copy.deepcopy(self)
@@ -296,7 +282,6 @@ class VirtualCache(Cache):
     @property
     def kv_cache(self) -> KVCache | None:
         """The ``KVCache`` underneath, a slot for each row of the batch and a free one; None before the first use."""
-        self._storage.write_pending()
         return self._storage.kv_cache
 
     def stats(self) -> CacheStats:
@@ -311,12 +296,10 @@ class VirtualCache(Cache):
         return self.kv_cache.stats()
 
     def close(self) -> None:
-        """Free the memory and give the model its own attention back. Idempotent; later use raises ConfigError."""
+        """Free the memory. Idempotent; later use raises ConfigError."""
         self._storage.close()
         for layer in self._virtual.values():
             layer.forget()
-        if self._restore is not None:
-            self._restore()
 
     def __enter__(self) -> VirtualCache:
         self._open()
@@ -330,9 +313,7 @@ class VirtualCache(Cache):
             raise ConfigError("an operation on this cache failed half-way, its layers are apart: call reset()")
 
     def _open(self) -> None:
-        self._storage.write_pending()
-        if self._storage.closed:
-            raise ConfigError("this VirtualCache is closed; make a new one")
+        self._storage.require_open()
 
     def __repr__(self) -> str:
         options = self._storage.options

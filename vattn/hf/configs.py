@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from typing import Any
 
-from transformers import DynamicCache, PreTrainedConfig
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    DynamicCache,
+    PreTrainedConfig,
+)
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
 from ..errors import ConfigError
-from .model_code import models_of, takes_cache
 from .shapes import ConfiguredLayer
 
-__all__ = ["decoder_config", "layers_of", "require_takes_cache"]
+__all__ = ["decoder_config", "layers_of"]
 
 _INSTEAD = "use the cache that transformers gives it"
 
@@ -31,8 +36,19 @@ def decoder_config(config: PreTrainedConfig) -> PreTrainedConfig:
     if getattr(config, "is_encoder_decoder", False):
         raise ConfigError(f"{name} is an encoder-decoder, VirtualCache holds decoder-only models: {_INSTEAD}")
     text = config.get_text_config(decoder=True)
+    name = type(text).__name__
+    for each in (config, text):
+        # Some decoders say is_decoder=False too; of what may be either, configs have add_cross_attention as well.
+        may_be_either = hasattr(each, "add_cross_attention") or not _is_transformers(type(each))
+        if may_be_either and getattr(each, "is_decoder", True) is False:
+            raise ConfigError(f"{name} says is_decoder=False, and an encoder keeps no K and V: set is_decoder=True")
+        if getattr(each, "is_causal", True) is False:
+            raise ConfigError(f"{name} says is_causal=False, and K and V of tokens that see later ones cannot be kept")
+        if getattr(each, "add_cross_attention", False):
+            raise ConfigError(f"{name} says add_cross_attention=True, for K and V that do not grow: {_INSTEAD}")
     if getattr(text, "cross_attention_layers", None):
         raise ConfigError(f"{name} has layers that attend to images, whose K and V do not grow: {_INSTEAD}")
+    _require_takes_cache(config, text)
     if getattr(config, "use_cache", None) is False or getattr(text, "use_cache", None) is False:
         warnings.warn(
             f"this {name} says use_cache=False, with which generate() feeds the whole text into a cache at every step: "
@@ -42,11 +58,28 @@ def decoder_config(config: PreTrainedConfig) -> PreTrainedConfig:
     return text
 
 
-def require_takes_cache(config: PreTrainedConfig) -> None:
-    """ConfigError where the models of this config have no use for transformers' caches of K and V."""
-    for model in models_of(config):
-        if not takes_cache(model):
+def _require_takes_cache(config: PreTrainedConfig, text: PreTrainedConfig) -> None:
+    """ConfigError where the models of this config have no use for transformers' caches of K and V. What a user's own
+    model does with what it is given by name is not known here."""
+    models: list[Any] = []
+    for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING):
+        if type(config) in mapping:
+            found = mapping[type(config)]
+            models += found if isinstance(found, (tuple, list)) else [found]
+    if not any(_is_transformers(kind) for kind in (type(config), *models)):
+        return
+    names = set().union(*(inspect.signature(model.forward).parameters for model in models))
+    if not hasattr(text, "use_cache") and "use_cache" not in names:
+        raise ConfigError(f"{type(text).__name__} is of models that take no cache of this kind: {_INSTEAD}, if any")
+    for model in models:
+        if _is_transformers(model) and {"cache", "past_key_values"}.isdisjoint(
+            inspect.signature(model.forward).parameters
+        ):
             raise ConfigError(f"{model.__name__} takes no cache of this kind: {_INSTEAD}, if any")
+
+
+def _is_transformers(kind: type) -> bool:
+    return kind.__module__.startswith("transformers.")
 
 
 def layers_of(config: PreTrainedConfig) -> tuple[list[Any], dict[int, ConfiguredLayer]]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from types import CodeType
-from typing import Any
+import threading
+from typing import Any, NoReturn
 
 import torch
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from ..attention import AttentionBackend, UniformDecode, uniform_decode
 from ..attention.uniform_step import UniformStep
@@ -16,7 +15,23 @@ from .shapes import LayerShape
 from .step_views import StepViews
 from .storage import Storage
 
-__all__ = ["MaskLength", "VirtualLayer"]
+__all__ = ["MaskLength", "VirtualLayer", "take_note"]
+
+_THREAD = threading.local()
+
+
+def take_note() -> bool:
+    """Whether a layer was updated in this thread since the last call."""
+    noted, _THREAD.updated = getattr(_THREAD, "updated", False), False
+    return noted
+
+
+class _ReadOnly(property):
+    """What is an attribute of transformers' layers, and follows from the storage here."""
+
+    def __set__(self, instance: Any, value: Any) -> NoReturn:
+        name = getattr(self.fget, "__name__", "it")
+        raise ConfigError(f"{name} of a VirtualCache cannot be set: write to keys and values in place, or call update")
 
 
 class MaskLength(int):
@@ -43,8 +58,6 @@ class VirtualLayer(CacheLayerMixin):
         shape: None before the first update.
         full_k, full_v: ``[batch, max_length, num_kv_heads, head_dim]``, backed as far as the storage's rows.
         backends: vattn's attention for this layer, by what it has to support.
-        reader: the code of the model's that takes what ``update`` returns to vattn's attention, reading none of it
-            before; None where there is none, or it is not known.
         uniform_decode: its attention of a step of one token where nothing has to be supported and ``attend_step`` has
             nothing; None for a backend's.
     """
@@ -58,6 +71,8 @@ class VirtualLayer(CacheLayerMixin):
         self.window = storage.configured[index].window
         self.chunked = storage.configured[index].chunked
         self.is_sliding = self.window is not None
+        if self.window is not None:
+            self.sliding_window, self.record_past = self.window, False
         self.is_first = index == min(storage.configured)
         self.forget()
 
@@ -68,7 +83,6 @@ class VirtualLayer(CacheLayerMixin):
         self.full_k = self.full_v = torch.empty(0)
         self._step_views: StepViews | None = None
         self._step: UniformStep | None = None
-        self.reader: CodeType | None = None
         self.backends: dict[tuple[bool, ...], AttentionBackend] = {}
         self.uniform_decode: UniformDecode | None = None
         self._fits: tuple[Any, ...] | None = None  # what the newest update looked like; one like it needs no checks
@@ -88,8 +102,7 @@ class VirtualLayer(CacheLayerMixin):
         Returns:
             Views ``[batch, num_kv_heads, tokens, head_dim]`` of what the new queries see: every token, or with a
             sliding window its newest ``window - 1`` and the new ones. Not to be read after ``crop``, ``reset`` or
-            ``close``: there is no memory behind them then. A single new row is written by vattn's attention, where that
-            is what follows; until then ``keys`` and ``values`` have it, and these views do not.
+            ``close``: there is no memory behind them then.
 
         Raises:
             ConfigError: they do not fit this cache, or record gradients.
@@ -101,8 +114,6 @@ class VirtualLayer(CacheLayerMixin):
                 "torch.no_grad(), or train with use_cache=False"
             )
         storage, index, key_shape = self.storage, self.index, key_states.shape
-        if storage.pending is not None:  # nobody attended to it
-            storage.write_pending()
         looks = (key_shape, value_states.shape, key_states.dtype, value_states.dtype, key_states.device)
         if looks != self._fits or self._version != storage.version:
             if looks[2] != looks[3] and torch.is_autocast_enabled(looks[4].type):
@@ -120,70 +131,45 @@ class VirtualLayer(CacheLayerMixin):
         first = 0 if self.window is None else self._first_visible(start)
         assert self._step_views is not None
         keys, values = self._step_views.read.cut(self._position, first, end)
-        if key_shape[2] == 1 and self._may_wait(key_states, value_states):
-            storage.pending = self, key_states, value_states, start
-        else:
-            self.write(key_states, value_states, start, end)
-        storage.lengths[index] = end
-        keys._vattn_layer = values._vattn_layer = self  # type: ignore[attr-defined]  # for vattn's attention function
-        return keys, values
-
-    def write(self, key_states: torch.Tensor, value_states: torch.Tensor, start: int, end: int) -> None:
-        """Copy K and V, ``[batch, num_kv_heads, end - start, head_dim]``, to the rows from ``start``."""
-        assert self._step_views is not None
         new_keys, new_values = self._step_views.written.cut(self._position, start, end)
         new_keys.copy_(key_states)
         new_values.copy_(value_states)
+        storage.lengths[index] = end
+        if storage.options.attention is not None:
+            self._announce(keys, values)
+        return keys, values
 
-    def _may_wait(self, key_states: torch.Tensor, value_states: torch.Tensor) -> bool:
-        """Whether a new row may wait for the attention, whose launch writes it as well: where launches are vattn's own,
-        can take the row from where it is, and ``update`` was called by code that goes on to that attention, by way of
-        the cache and of nobody who looks at what it returns."""
-        return (
-            self.storage.defers
-            and self.reader is not None
-            and sys._getframe(3).f_code is self.reader
-            and sys._getframe(2).f_code is self.storage.update_code
-            and self._step is not None
-            and key_states.stride(3) == 1
-            and value_states.stride(3) == 1
-        )
+    def _announce(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Let vattn's attention function know what comes to it."""
+        keys._vattn_layer = values._vattn_layer = self  # type: ignore[attr-defined]
+        _THREAD.updated = self.storage.awaits_attention = True
 
     def attend_step(self, q: torch.Tensor, scale: float | None, **features: Any) -> torch.Tensor | None:
-        """Attention of a step of one token over every row, or every row in the window, if that works here; writes the
-        row that waits for it.
+        """Attention of a step of one token over every row, or every row in the window, if that works here.
 
         Args:
             q: ``[batch, num_heads, 1, head_dim]``.
             features: ``softcap``, ``sinks`` and ``starts``, as ``UniformStep.attend`` takes them.
 
         Returns:
-            ``[batch, 1, num_heads, v_head_dim]``, or None; no row waits any more.
+            ``[batch, 1, num_heads, v_head_dim]``, or None.
         """
-        storage, step, row = self.storage, self._step, self.storage.pending
-        error: Exception | None = None
-        if row is not None and row[0] is not self:
-            storage.write_pending()
-            row = None
+        storage, step = self.storage, self._step
         if (
-            step is not None
-            and storage.launches
-            and self._version == storage.version
-            and q.stride(3) == 1
-            and not (q.requires_grad and torch.is_grad_enabled())
+            step is None
+            or not storage.launches
+            or self._version != storage.version
+            or q.stride(3) != 1
+            or (q.requires_grad and torch.is_grad_enabled())
         ):
-            new = None if row is None else (row[1], row[2])
-            try:
-                out = step.attend(q, storage.lengths[self.index], scale=scale, window=self.window, new=new, **features)
-                storage.pending = None
-                return out
-            except torch.OutOfMemoryError:  # other kernels may do with less
-                pass
-            except Exception as raised:
-                error = None if "out of memory" in str(raised) else raised
-        storage.write_pending()  # before a warning, which may be an error to some
-        if error is not None:
-            storage.give_up_steps(error)
+            return None
+        try:
+            return step.attend(q, storage.lengths[self.index], scale=scale, window=self.window, **features)
+        except torch.OutOfMemoryError:  # other kernels may do with less
+            pass
+        except Exception as error:
+            if "out of memory" not in str(error):
+                storage.give_up_steps(error)
         return None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -196,7 +182,9 @@ class VirtualLayer(CacheLayerMixin):
         """(tokens that ``update`` will return, index of the first of them)."""
         first, end = self._first_visible(self.length), self.length + query_length
         length = end - first
-        return (MaskLength(length, self) if self.storage.switched else length), first
+        if self.storage.options.attention is None or torch.compiler.is_compiling():
+            return length, first
+        return MaskLength(length, self), first
 
     def get_seq_length(self) -> int:
         """Tokens of each sequence, padding included."""
@@ -206,34 +194,108 @@ class VirtualLayer(CacheLayerMixin):
         """``max_length`` of the cache."""
         return self.storage.options.max_length
 
+    def reset(self) -> None:
+        """Forget this layer's tokens. The next pass needs all layers as long as one another."""
+        self.storage.require_open()
+        self.storage.truncate({self.index: 0})
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget this layer's newest tokens.
+
+        Args:
+            tokens_to_remove: minus how many. Where the installed transformers takes a positive number, it is the length
+                to keep, as there.
+
+        Raises:
+            ConfigError: a positive number, which newer versions of transformers refuse.
+        """
+        self.storage.require_open()
+        self.storage.require_whole()
+        self.storage.truncate({self.index: self.cropped(tokens_to_remove)})
+
+    def cropped(self, tokens_to_remove: int) -> int:
+        """What ``crop`` leaves of ``length``."""
+        number = int(tokens_to_remove)  # some versions give a tensor
+        if number <= 0:
+            return max(0, self.length + number)
+        try:
+            DynamicLayer().crop(number)  # whether it means anything is for transformers to say
+        except ValueError as error:
+            raise ConfigError(f"crop({number}): give minus the number of tokens to remove") from error
+        return min(self.length, number)
+
+    def activate_past_recording(self) -> None:
+        """Changes no more than ``record_past``: rows that have left the window are kept in any case, for ``crop``."""
+        if self.is_sliding:
+            self.record_past = True
+
+    def offload(self) -> None:
+        """As transformers' on a CPU, where nothing moves.
+
+        Raises:
+            ConfigError: the cache is on a GPU.
+        """
+        device = self.device
+        if device is not None and device.type != "cpu":
+            raise ConfigError(f"this cache lives on {device}, and cannot be offloaded: use transformers' own")
+
+    def prefetch(self) -> None:
+        """Nothing: it never is offloaded."""
+
     # -- what the cache does with all its layers -------------------------------------------------------------------
-    @property
-    def is_initialized(self) -> bool:  # type: ignore[override]
+    @_ReadOnly
+    def is_initialized(self) -> bool:
         """Whether it has seen a forward pass."""
         return self.shape is not None
 
-    @property
-    def keys(self) -> torch.Tensor | None:  # type: ignore[override]
+    @_ReadOnly
+    def device(self) -> torch.device | None:
+        """None before the first use."""
+        cache = self.storage.kv_cache
+        return None if cache is None else cache.device
+
+    @_ReadOnly
+    def dtype(self) -> torch.dtype | None:
+        """None before the first use."""
+        cache = self.storage.kv_cache
+        return None if cache is None else cache.layout.dtype
+
+    @_ReadOnly
+    def cumulative_length(self) -> int:
+        """``length``, by the name that transformers' layers of windows have for it."""
+        return self.length
+
+    @_ReadOnly
+    def keys(self) -> torch.Tensor | None:
         """``[batch, num_kv_heads, length, head_dim]``; None before the first use. A view, as ``update`` returns."""
         return self._whole()[0]
 
-    @property
-    def values(self) -> torch.Tensor | None:  # type: ignore[override]
+    @_ReadOnly
+    def values(self) -> torch.Tensor | None:
         """``[batch, num_kv_heads, length, v_head_dim]``; None before the first use. A view, as ``update`` returns."""
         return self._whole()[1]
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Refused: rows that continue one another share the memory of all layers."""
-        raise ConfigError("reorder the whole cache, not one of its layers")
+        raise ConfigError("reorder_cache: call it for the whole cache, not for one of its layers")
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Refused, as ``reorder_cache``."""
+        raise ConfigError("batch_repeat_interleave: call it for the whole cache, not for one of its layers")
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Refused, as ``reorder_cache``."""
+        raise ConfigError("batch_select_indices: call it for the whole cache, not for one of its layers")
+
+    def __repr__(self) -> str:
+        return f"VirtualLayer(index={self.index}, tokens={self.length})"
 
     def _whole(self) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
         if self.shape is None or self.storage.kv_cache is None:
             return None, None
-        if self.storage.lost:
-            raise ConfigError("rows of this cache changed places, which failed half-way: call reset()")
+        self.storage.require_whole()
         if self._version != self.storage.version:
             self._look_again()
-        self.storage.write_pending()
         length = self.length
         return self.full_k[:, :length].transpose(1, 2), self.full_v[:, :length].transpose(1, 2)
 

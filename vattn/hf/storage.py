@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from types import CodeType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
+from ..attention import AttentionBatch
 from ..attention.uniform_step import StepState, UniformStep, supports_uniform_step
 from ..errors import ConfigError, OutOfPages
 from ..kv_cache import KVCache
@@ -18,9 +18,6 @@ from ..layout import KVLayout
 from .beams import Places
 from .shapes import ConfiguredLayer, LayerShape, Shapes
 from .step_views import StepViews
-
-if TYPE_CHECKING:
-    from .layer import VirtualLayer
 
 __all__ = ["Options", "Storage"]
 
@@ -51,7 +48,6 @@ class Storage:
     Args:
         configured: the attention layers by index.
         options: the user's.
-        switched: whether the model's attention is vattn's.
 
     Attributes:
         kv_cache: None before the first use.
@@ -60,25 +56,14 @@ class Storage:
         version: changes whenever the tensors do.
         steps: what the layers share whose decode steps are launches of vattn's own; None where they are not.
         launches: whether they are in this pass.
-        pending: a layer, K and V of its newest row, and where it goes: for the layer's attention to write, which
-            follows. Whoever else reads rows calls ``write_pending`` first.
+        batch: of a pass, behind what tells it from others: made by the first layer, for all of them.
+        awaits_attention: whether K and V were returned last, and no attention has come for them yet.
         is_hybrid: whether the model has recurrent layers as well, which see what attention makes of padding.
-        attends_here: whether vattn's attention is what models of ``config`` call at present.
-        update_code: of the cache's ``update``.
-        stand_in_for: tokens after the newest pass that was given something that stands for its mask.
-        callers: code that is known to take such a pass to vattn's attention.
-        defers: whether rows may wait so, in this pass.
     """
 
-    def __init__(
-        self,
-        configured: dict[int, ConfiguredLayer],
-        options: Options,
-        switched: bool = False,
-    ) -> None:
+    def __init__(self, configured: dict[int, ConfiguredLayer], options: Options) -> None:
         self.configured = configured
         self.options = options
-        self.switched = switched
         self.kv_cache: KVCache | None = None
         self.shapes = Shapes(configured)
         self.lengths = dict.fromkeys(configured, 0)
@@ -86,13 +71,8 @@ class Storage:
         self._step_views: dict[tuple[int, ...], StepViews] = {}
         self.steps: StepState | None = None
         self._steps_fail = False
-        self.pending: tuple[VirtualLayer, torch.Tensor, torch.Tensor, int] | None = None
-        self.attends_here: Callable[[], bool] = lambda: False
-        self.config: Any = None
-        self.update_code: CodeType | None = None
-        self.stand_in_for = -1
-        self.callers: set[CodeType] = set()
-        self.launches = self.defers = self.is_hybrid = False
+        self.batch: tuple[tuple[Any, ...], AttentionBatch, torch.Tensor | None] | None = None
+        self.launches = self.is_hybrid = self.awaits_attention = False
         self.version = 0
         self.closed = False
         self.lost = False  # rows changed places, and that stopped half-way: what the slots hold is anyone's guess
@@ -102,6 +82,16 @@ class Storage:
     def batch_size(self) -> int:
         """Sequences that it holds, -1 before the first use."""
         return -1 if self.kv_cache is None else self.kv_cache.max_slots - 1
+
+    def require_open(self) -> None:
+        """ConfigError after ``close``."""
+        if self.closed:
+            raise ConfigError("this VirtualCache is closed; make a new one")
+
+    def require_whole(self) -> None:
+        """ConfigError where rows changed places and that failed."""
+        if self.lost:
+            raise ConfigError("rows of this cache changed places, which failed half-way: call reset()")
 
     # -- shapes --------------------------------------------------------------------------------------------------
     def admit(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -130,9 +120,10 @@ class Storage:
     def require_batch(self, size: int) -> None:
         """ConfigError unless the batch has so many sequences, or no tokens yet."""
         if size != self.batch_size and any(self.lengths.values()):
+            repeat = f"batch_repeat_interleave({size}) to go on with its one row in {size} ways, or "
             raise ConfigError(
-                f"this cache holds a batch of {self.batch_size}, got a batch of {size}: call reset() first, or make a "
-                "new cache"
+                f"this cache holds a batch of {self.batch_size}, got a batch of {size}: call "
+                f"{repeat if self.batch_size == 1 else ''}reset() first, or make a new cache"
             )
 
     def _layout(self, dtype: torch.dtype) -> KVLayout:
@@ -165,8 +156,7 @@ class Storage:
     # -- opening and moving --------------------------------------------------------------------------------------
     def _make(self, batch_size: int, layout: KVLayout, device: torch.device, rows: int) -> KVCache:
         """A ``KVCache`` with a slot for each sequence, backed for ``rows`` tokens."""
-        if self.closed:
-            raise ConfigError("this VirtualCache is closed; make a new one")
+        self.require_open()
         try:
             cache = KVCache(
                 layout,
@@ -190,14 +180,14 @@ class Storage:
     def _install(self, cache: KVCache, rows: int) -> None:
         self.kv_cache, self.rows = cache, rows
         self._step_views.clear()
-        self.steps = None
+        self.steps = self.batch = None
         self._slots = np.arange(cache.max_slots - 1)
         self.version += 1
 
     def _drop(self) -> None:
         cache, self.kv_cache, self.rows = self.kv_cache, None, 0
         self._step_views.clear()
-        steps, self.steps = self.steps, None
+        steps, self.steps, self.batch = self.steps, None, None
         self.version += 1
         if cache is not None:
             cache.close()
@@ -260,7 +250,7 @@ class Storage:
 
     def copy(self) -> Storage:
         """The same content in memory of its own."""
-        other = Storage(self.configured, self.options, self.switched)
+        other = Storage(self.configured, self.options)
         other.shapes.seen, other.lengths = dict(self.shapes.seen), dict(self.lengths)
         other._steps_fail = self._steps_fail
         if (cache := self.kv_cache) is not None:
@@ -350,28 +340,14 @@ class Storage:
         on_gpu = self.kv_cache is not None and self.kv_cache.device.type == "cuda"
         # What a user captures in a graph is torch's operations.
         self.launches = self.steps is not None and not (on_gpu and torch.cuda.is_current_stream_capturing())
-        self.defers = self.launches and self.attends_here()
         if on_gpu:
             assert self.kv_cache is not None
             self.order()  # of two passes on two streams
             self._stream = torch.cuda.current_stream(self.kv_cache.device)
 
-    def write_pending(self) -> None:
-        """Write the row that waits for an attention, if there is one."""
-        if self.pending is not None:
-            layer, keys, values, row = self.pending
-            self.order()
-            if layer._version == self.version and row < self.lengths[layer.index]:
-                layer.write(keys, values, row, row + 1)
-            if self._stream is not None and self._stream != (now := torch.cuda.current_stream(self._stream.device)):
-                keys.record_stream(now)
-                values.record_stream(now)
-                self._stream = now  # the next pass waits for the write
-            self.pending = None  # only now: an interrupt must not lose it
-
     def close(self) -> None:
         """Free everything. Idempotent."""
-        self.closed, self.pending = True, None
+        self.closed = True
         self.order()
         self._drop()
 
