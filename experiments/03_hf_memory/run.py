@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import inspect
 import sys
 import threading
 import time
@@ -25,6 +26,8 @@ from common import Records
 from vattn.hf import VirtualCache
 
 MIB = 1 << 20
+# transformers 5.24 calls the argument so; before, it had the other name only.
+CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 NEEDS = ("cuda", "pynvml", "transformers")
 READ_BYTES_PER_S = 3.03e12  # read-only, measured on an H100
 PREFILL_TOKENS = 4096  # of all sequences together, a pass; what a pass computes is beside the point
@@ -113,25 +116,22 @@ class Run:
         self.tokens = torch.randint(0, model.config.vocab_size, (batch, length), generator=draw, device="cuda")
         self.mask = torch.ones(batch, length, dtype=torch.long, device="cuda")
         self.end = 0
-        self.attention = model.config._attn_implementation  # what the cache, if it is vattn's, has set
 
     @torch.no_grad()
     def prefill(self, end: int) -> None:
         """In chunks."""
-        self.model.config._attn_implementation = self.attention
         for start in range(0, end, PREFILL_TOKENS // self.batch):
             self.end = min(start + PREFILL_TOKENS // self.batch, end)
             tokens, mask = self.tokens[:, start : self.end], self.mask[:, : self.end]
-            self.model(tokens, attention_mask=mask, past_key_values=self.cache, logits_to_keep=1)
+            self.model(tokens, attention_mask=mask, **{CACHE: self.cache}, logits_to_keep=1)
 
     @torch.no_grad()
     def step(self) -> float:
         """Milliseconds of one decode step, to its token on the host."""
-        self.model.config._attn_implementation = self.attention
         self.end += 1
         tokens, mask = self.tokens[:, self.end - 1 : self.end], self.mask[:, : self.end]
         start = time.perf_counter()
-        logits = self.model(tokens, attention_mask=mask, past_key_values=self.cache).logits
+        logits = self.model(tokens, attention_mask=mask, **{CACHE: self.cache}).logits
         logits.argmax(-1).tolist()  # generate looks at each token too
         return (time.perf_counter() - start) * 1e3
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import cache
 from itertools import pairwise
@@ -51,6 +52,8 @@ def _transformers(
 
     frozen = tuple((key, tuple(value.items()) if isinstance(value, dict) else value) for key, value in shape.items())
     model = _hf_model(shape["hidden_size"], shape["num_hidden_layers"], frozen)
+    # transformers 5.24 calls the argument so; before, it had the other name only.
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     steps = steps if compiled else steps // 4
     start = length - (steps + warm_up) // 2
     if compiled:
@@ -62,13 +65,13 @@ def _transformers(
     for begin in range(0, start, 256):
         chunk = tokens[:, begin : begin + 256]
         positions = torch.arange(begin, begin + chunk.shape[1], device="cuda")[None].expand(batch, -1)
-        model(chunk, position_ids=positions, past_key_values=past, logits_to_keep=1)
+        model(chunk, position_ids=positions, **{name: past}, logits_to_keep=1)
     token = tokens[:, :1].clone()
     position = torch.full((batch, 1), start, device="cuda")
     events = []
     for _ in range(warm_up + steps + 1):
         torch.compiler.cudagraph_mark_step_begin()
-        logits = forward(token, position_ids=position, past_key_values=past).logits
+        logits = forward(token, position_ids=position, **{name: past}).logits
         token = logits[:, -1].argmax(-1, keepdim=True).clone()
         position += 1
         events.append(_event())
