@@ -68,7 +68,10 @@ class _Child:
         if self._process is None or self._owner != os.getpid() or self._process.poll() is not None:
             program = [sys.executable, "-I", "-S", str(Path(__file__).with_name("chat_child.py"))]
             pipe = subprocess.PIPE
-            process = subprocess.Popen(program, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
+            try:
+                process = subprocess.Popen(program, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
+            except OSError as error:
+                raise ConfigError(f"cannot start {sys.executable!r} to render a chat template: {error}") from error
             assert process.stdin is not None
             process.stdin.write(json.dumps([entry for entry in sys.path if entry]) + "\n")
             self._process, self._owner = process, os.getpid()
