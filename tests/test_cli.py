@@ -53,6 +53,7 @@ def test_json_is_one_document(folder: Path) -> None:
             "dtype",
             "attention",
             "temperature",
+            "top_k",
             "top_p",
             "seed",
             "system",
@@ -149,6 +150,16 @@ def test_seeds_reproduce(folder: Path, capfd: pytest.CaptureFixture[str]) -> Non
     # the i-th prompt has seed N + i, whoever shares the batch
     pair = generate_json(capfd, "a dog", *sampled, "--seed", "6")["requests"]
     assert pair[1] == first[0]
+
+
+def test_top_k(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Of one token there is no choice, however high the temperature."""
+    arguments = ("the fox", "--model", folder, "--max-new-tokens", "20")
+    greedy, one, all_of_them = (
+        generate_json(capfd, *arguments, *more)["requests"][0]["tokens"]
+        for more in ([], ["--temperature", "50", "--top-k", "1"], ["--temperature", "50"])
+    )
+    assert greedy == one != all_of_them
 
 
 def test_chat_and_raw(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -258,6 +269,8 @@ def test_on_the_gpu(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
         (["fox", "dog", "--model", "MODEL", "--seed", "9223372036854775807"], "seed"),
         (["--model", "MODEL", "fox", "--system", "Moo.", "--raw"], "--system needs the model's chat template"),
         (["--model", "MODEL", "fox", "--attention", "nonesuch"], "unknown attention"),
+        (["--model", "MODEL", "fox", "--top-k", "-1"], "--top-k"),
+        (["--model", "MODEL", "fox", "--top-k", "2147483648"], "--top-k"),
         (["--model", "MODEL", "fox", "--max-batch", "0"], "--max-batch"),
         (["--model", "MODEL", "fox", "--device", "tpu"], "tpu"),
         (["--model", "MODEL", "fox", "--device", "cuda:99"], "(?i)cuda"),

@@ -125,6 +125,7 @@ class _Conversation:
             args.top_p,
             (args.seed + self._num_answers) % 2**63,
             self._tokenizer.stop_tokens,
+            top_k=args.top_k,
         )
         self._num_answers += 1
         tokens: list[int] = []

@@ -160,7 +160,13 @@ def _submit(engine: Engine, answers: list[_Answer], args: argparse.Namespace, st
     """Queue every prompt; its request id is its index."""
     for index, answer in enumerate(answers):
         request = Request(
-            answer.prompt_tokens, args.max_new_tokens, args.temperature, args.top_p, args.seed + index, stop_tokens
+            answer.prompt_tokens,
+            args.max_new_tokens,
+            args.temperature,
+            args.top_p,
+            args.seed + index,
+            stop_tokens,
+            top_k=args.top_k,
         )
         try:
             engine.submit(request)
@@ -208,6 +214,7 @@ def _document(
         "dtype": str(place.dtype).removeprefix("torch."),
         "attention": attention.name,
         "temperature": args.temperature,
+        "top_k": args.top_k,
         "top_p": args.top_p,
         "seed": args.seed,
         "system": args.system,

@@ -189,6 +189,13 @@ def _add_sampling(command: argparse.ArgumentParser, seeds: str, max_new_tokens: 
         metavar="P",
         help="sample from this share of the mass (default: 1)",
     )
+    add(
+        "--top-k",
+        type=_value(lambda text: parse_whole(text, 0, 2**31 - 1)),
+        default=0,
+        metavar="K",
+        help="sample from this many of the likeliest tokens (default: 0, all)",
+    )
     add("--seed", type=_whole(0), default=0, metavar="N", help=f"{seeds} (default: 0)")
     add("--system", metavar="TEXT", help="what the model is told before the conversation (default: the model's own)")
 
