@@ -240,7 +240,7 @@ def test_a_slot_that_is_changed_behind_the_loop_s_back(change, mapping, fused, m
         cache.check_integrity()
 
 
-@pytest.mark.parametrize("end", ["drain", "cancel", "close", "cancel untold"])
+@pytest.mark.parametrize("end", ["drain", "cancel", "close", "cancel untold", "release"])
 def test_a_slot_that_is_taken_before_its_end_was_told(end, fused, model, monkeypatch):
     """All steps of its last sequence are launched; what the loop has left to do is not done to the next one."""
     (expected,) = eager(model, [[3, 5, 7]], 3)
@@ -256,7 +256,11 @@ def test_a_slot_that_is_taken_before_its_end_was_told(end, fused, model, monkeyp
         cache.release(slot)
         assert cache.acquire(slot) == slot
         cache.ensure(slot, 8)
-        {"drain": lambda: tokens.extend(loop.drain()), "close": loop.close}.get(end, lambda: loop.cancel(slot))()
+        if end == "release":
+            with pytest.raises(ConfigError, match="another sequence"):
+                loop.release(slot)
+        else:
+            {"drain": lambda: tokens.extend(loop.drain()), "close": loop.close}.get(end, lambda: loop.cancel(slot))()
         assert cache.seq_len(slot) == 8
         assert tuple(each.token for each in tokens) == (expected if end == "drain" else expected[:2])
         cache.check_integrity()

@@ -49,13 +49,13 @@ def test_a_forked_child_is_told_so_and_takes_nothing_with_it(device):
 
 
 _FORK_BESIDE = """
-import os, signal, sys, threading, time, torch, vattn
+import os, signal, sys, threading, time, torch, vattn, vattn.interrupts
 layout = vattn.KVLayout(2, 2, 64, 4096, torch.float32)
 busy, idle = (vattn.KVCache(layout, 4, sys.argv[1], 64 << 20) for _ in range(2))
 held, go_on = threading.Event(), threading.Event()
 
 def inside():
-    with busy._turns.lock, vattn.kv_cache.Uninterrupted():  # as in every operation
+    with busy._turns.lock, vattn.interrupts.Uninterrupted():  # as in every operation
         held.set()
         go_on.wait()
 
@@ -85,7 +85,7 @@ def test_a_child_forked_while_another_thread_is_in_the_cache(device):
 
 
 _FORK_IN_A_HANDLER = """
-import os, signal, sys, threading, vattn.kv_cache
+import os, signal, sys, threading, vattn.interrupts
 before, caught = signal.getsignal(signal.SIGINT), []
 noting, done = threading.Event(), threading.Event()
 
@@ -98,7 +98,7 @@ def fork():
 
 thread = threading.Thread(target=fork)
 thread.start()
-with vattn.kv_cache.Uninterrupted():
+with vattn.interrupts.Uninterrupted():
     noting.set()
     done.wait()
 thread.join()

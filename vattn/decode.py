@@ -234,13 +234,20 @@ class DecodeLoop:
         step that may still be under way on the loop's stream, too.
 
         Raises:
-            ConfigError: it is the loop's own slot, or not live in the cache.
+            ConfigError: it is the loop's own slot, or not live in the cache, or another sequence's by now than the one
+                that decoded.
         """
         if slot == self._scratch:
             raise ConfigError(f"slot {slot} is the loop’s own: close the loop to have it back")
+        live = self._live.get(slot)
         self.cancel(slot)
+        versions = None if live is None else [live.version]
         caller = None if self.stream is None else torch.cuda.current_stream(self.cache.device)
-        with torch.cuda.stream(self.stream), self.cache.step([slot]), torch.cuda.stream(caller):
+        with (
+            torch.cuda.stream(self.stream),
+            self.cache.step([slot], versions=versions),
+            torch.cuda.stream(caller),
+        ):
             self.cache.release(slot)  # of either stream's work so far
 
     @property

@@ -19,7 +19,6 @@ from .backing import Backing, choose_memory_limit, choose_page_bytes
 from .driver import Driver, open_driver
 from .epochs import OpenStep
 from .errors import ConfigError
-from .interrupts import Uninterrupted
 from .layout import KVLayout
 from .page_table import OverRead
 from .slot_arguments import existing_slots, found_slot, free_slot, live_slot, live_slots, rows_of
@@ -132,7 +131,7 @@ class KVCache:
             self._take_back(taken)
             raise
 
-    @in_turn(leaves=True, uninterrupted=False)
+    @in_turn(leaves=True)
     def ensure(self, slot: int, seq_len: int) -> None:
         """Back rows ``[0, seq_len)`` of a slot; new rows are private and writable. Never shrinks.
 
@@ -147,12 +146,11 @@ class KVCache:
         slot = live_slot(slots, slot)
         seq_len = require_int("seq_len", seq_len, 0, self.layout.max_seq_len)
         if seq_len > slots.reach[slot]:
-            with Uninterrupted():
-                slots.grow([(slot, seq_len)])
+            slots.grow([(slot, seq_len)])
         elif seq_len > slots.seq_len[slot]:
             slots.seq_len[slot] = seq_len
 
-    @in_turn(leaves=True, uninterrupted=False)
+    @in_turn(leaves=True)
     def ensure_batch(
         self,
         slots: Sequence[int] | np.ndarray,
@@ -182,12 +180,9 @@ class KVCache:
             raise ConfigError(f"seq_lens must be at least 0 and at most {self.layout.max_seq_len}, got {wrong}")
         short = np.flatnonzero(rows > state.reach[index])
         longer = np.maximum(state.seq_len[index], rows)
-        if not short.size:
-            state.seq_len[index] = longer
-            return
-        with Uninterrupted():
+        if short.size:
             state.grow(list(zip(index[short].tolist(), rows[short].tolist(), strict=True)), wait)
-            state.seq_len[index] = longer
+        state.seq_len[index] = longer
 
     def fork(self, slot: int, seq_len: int | None = None, into: int | None = None) -> int:
         """A new slot whose first ``seq_len`` rows (None: all) are those of ``slot``, sharing every whole page of them.
@@ -246,13 +241,13 @@ class KVCache:
         if start < end:
             slots.make_writable(slot, start, end)
 
-    @in_turn(uninterrupted=False)
+    @in_turn()
     def seq_len(self, slot: int) -> int:
         """Rows backed on request."""
         slots = self._slots
         return int(slots.seq_len[live_slot(slots, slot)])
 
-    @in_turn(uninterrupted=False)
+    @in_turn()
     def versions(self, slots: Sequence[int] | np.ndarray) -> np.ndarray:
         """Per slot, int64, a number that is another one once its sequence has ended or lost rows; -1 where none is."""
         state = self._slots
@@ -273,7 +268,7 @@ class KVCache:
         """V of every slot, ``[max_slots, max_seq_len, num_kv_heads, v_head_dim]``; the same caution as for ``k``."""
         return self._view(self._v, layer)
 
-    @in_turn(uninterrupted=False)
+    @in_turn()
     def rows(self, slot: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(k, v) of one sequence, each ``[seq_len, num_kv_heads, head_dim]``; safe for every torch operation.
 
@@ -321,8 +316,7 @@ class KVCache:
                 self._leave(opened, dropped)
                 raise
 
-    # Neither is put off for: entering and leaving are one store each, and leaving twice is leaving once.
-    @in_turn(urgent=True, leaves=True, uninterrupted=False)
+    @in_turn(urgent=True, leaves=True)
     def _enter(
         self, slots: Sequence[int] | np.ndarray, versions: Sequence[int] | np.ndarray | None, opened: OpenStep
     ) -> None:
@@ -332,7 +326,7 @@ class KVCache:
         state.clean_over_read(wanted)
         state.work.enter(opened, wanted)
 
-    @in_turn(urgent=True, uninterrupted=False, from_finaliser=True)
+    @in_turn(urgent=True, from_finaliser=True)
     def _leave(self, opened: OpenStep, dropped: bool) -> None:
         state = self._slots_or_none
         if state is None or os.getpid() != self._pid:
@@ -343,17 +337,17 @@ class KVCache:
         state.finish_deferred(wait=False)
 
     # -- looking -------------------------------------------------------------------------------------------------
-    @in_turn(uninterrupted=False)
+    @in_turn()
     def stats(self) -> CacheStats:
         """A snapshot of what the cache has reserved, mapped and used."""
         return cache_stats(self._slots, self.layout.bytes_per_token)
 
-    @in_turn(uninterrupted=False)
+    @in_turn()
     def events(self) -> tuple[Event, ...]:
         """The newest driver calls, oldest first."""
         return self._slots.driver.log.snapshot()
 
-    @in_turn(uninterrupted=False)
+    @in_turn()
     def check_integrity(self) -> None:
         """Raise AssertionError where slots, pages or the system's own count of them do not agree."""
         check_integrity(self._slots)

@@ -13,7 +13,6 @@ from .backing import Backing
 from .driver import Driver
 from .epochs import WorkTracker
 from .errors import ConfigError, DriverError, OutOfPages, VattnError
-from .interrupts import Uninterrupted
 from .plans import Growth, Plan, Sharing
 from .turns import Turns
 from .undo import Undo
@@ -221,8 +220,7 @@ class Slots:
         if stale:
             rows = self.seq_len[stale].tolist()
             targets = [(slot, n, n, n) for slot, n in zip(stale, rows, strict=True) if n]
-            with Uninterrupted():
-                self._with_room(partial(self._plan_growth, targets), partial(self._grow, targets))
+            self._with_room(partial(self._plan_growth, targets), partial(self._grow, targets))
 
     def _wipe(self, stale: list[int], undo: Undo) -> None:
         for slot in stale:
@@ -259,12 +257,6 @@ class Slots:
         Returns:
             Whether a sequence that was cut short is done with, so that there may be pages.
         """
-        if not self.to_shrink and not (self.state == RETIRED).any():
-            return False
-        with Uninterrupted():
-            return self._finish_deferred(wait)
-
-    def _finish_deferred(self, wait: bool) -> bool:
         self._park_retired()
         found = False
         if not wait and self.driver.is_capturing():

@@ -14,6 +14,7 @@ from .interrupts import Uninterrupted, finish, finish_all, this_thread
 __all__ = ["MustWait", "Turn", "Turns", "in_turn"]
 
 _LET_IN_S, _POLL_S = 1e-3, 50e-6
+_HANDLERS_S = 0.05  # how often who waits for the lock lets signal handlers run
 _LEAVE_TIMES = 2
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
@@ -99,15 +100,14 @@ def _let_in(others: set[int]) -> None:
 
 
 def in_turn(
-    *, urgent: bool = False, leaves: bool = False, uninterrupted: bool = True, from_finaliser: bool = False
+    *, urgent: bool = False, leaves: bool = False, from_finaliser: bool = False
 ) -> Callable[[_Method], _Method]:
-    """Run a method of an object that has ``_turns`` with the lock.
+    """Run a method of an object that has ``_turns`` with the lock, uninterrupted.
 
     Args:
         urgent: before those who wait and are not urgent too; otherwise after all who wait.
         leaves: where the method has to wait for work on a GPU, leave the lock to others meanwhile and call it again. It
             has done nothing by then that matters. Others may give that GPU new work, so the third time it keeps it.
-        uninterrupted: put signal handlers off meanwhile. Not for a method that is right wherever it stops.
         from_finaliser: a finaliser that calls the method, which returns None, in the middle of this thread's own turn
             has its way after that. Any other method is refused there, by ConfigError.
     """
@@ -126,7 +126,7 @@ def in_turn(
                 )
             turn = Turn(_LEAVE_TIMES if leaves else 0)
             others = turns.hurrying if urgent else turns.waiting
-            guard = Uninterrupted() if uninterrupted else None
+            guard = Uninterrupted()
             depth = this_thread.depth
             try:
                 this_thread.depth = depth + 1
@@ -137,24 +137,27 @@ def in_turn(
                         turns.waiting.add(thread)
                         if urgent:
                             turns.hurrying.add(thread)
-                        with turns.lock:
-                            if guard:  # not before: who waits for the lock can be interrupted
-                                guard.begin()
+                        # Handlers run while the thread waits for the lock and not while it has it: one may join a
+                        # thread that waits for it.
+                        guard.begin()
+                        while not turns.lock.acquire(timeout=_HANDLERS_S):
+                            guard.end()
+                            guard.begin()
+                        try:
                             turns.waiting.discard(thread)
                             turns.hurrying.discard(thread)
-                            try:
-                                turns.owner, turns.turn = thread, turn
-                                return method(self, *args, **kwargs)
-                            finally:
-                                turns.owner = turns.turn = None
+                            turns.owner, turns.turn = thread, turn
+                            return method(self, *args, **kwargs)
+                        finally:
+                            turns.owner = turns.turn = None
+                            turns.lock.release()
                     except MustWait as busy:
                         work = busy.work
                         turn.leaves_left -= not busy.progress
                     finally:
                         turns.waiting.discard(thread)  # a signal's handler may have raised before
                         turns.hurrying.discard(thread)
-                        if guard:  # without the lock: a handler may wait for a thread that waits for it
-                            guard.end()
+                        guard.end()
                     work.wait()
             finally:
                 this_thread.depth = depth

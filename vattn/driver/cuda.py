@@ -50,7 +50,8 @@ def _outside_capture() -> Iterator[None]:
 
 
 def _stream_id(stream: torch.cuda.Stream) -> int:
-    """Never another stream's, as the handle of one that was destroyed comes to be."""
+    """Never another stream's, as the handle of one that was destroyed comes to be. Not of a stream that is being
+    captured: asking would invalidate the capture."""
     return int(_call("cuStreamGetId", stream.cuda_stream))
 
 
