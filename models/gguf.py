@@ -17,7 +17,7 @@ from .gguf_file import GGUFFile, StoredTensor, open_file
 from .llama import Llama
 from .weights import Stored, build
 
-__all__ = ["check_file", "load_file"]
+__all__ = ["check_file", "config_of", "load_file"]
 
 # GGUF name -> Hugging Face name; the blocks' names are completed with their layer index.
 _OUTER = {"token_embd": "embed_tokens", "output_norm": "norm", "output": "lm_head"}
@@ -51,6 +51,19 @@ def check_file(path: Path) -> GGUFFile:
     return file
 
 
+def config_of(file: GGUFFile) -> LlamaConfig:
+    """The model's shape, of the file's metadata and of what tensors there are; ConfigError for another architecture."""
+    embedding, divisors = file.tensors.get("token_embd.weight"), file.tensors.get(_ROPE_DIVISORS)
+    return LlamaConfig.from_gguf(
+        file.metadata,
+        vocab_size=1 if embedding is None else embedding.shape[0],  # its absence is reported with the others'
+        tie_word_embeddings="output.weight" not in file.tensors,
+        attention_bias="blk.0.attn_q.bias" in file.tensors,
+        mlp_bias="blk.0.ffn_gate.bias" in file.tensors,
+        rope_divisors=None if divisors is None else tuple(_dequantize(divisors).flatten().tolist()),
+    )
+
+
 def load_file(path: Path, device: torch.device, dtype: torch.dtype) -> Llama:
     """The model in a GGUF file.
 
@@ -58,17 +71,8 @@ def load_file(path: Path, device: torch.device, dtype: torch.dtype) -> Llama:
         ConfigError: not a GGUF file, another architecture, an unknown quantisation, tensors that do not fit.
     """
     file = check_file(path)
-    tensors = dict(file.tensors)
-    embedding = tensors.get("token_embd.weight")
-    divisors = tensors.pop(_ROPE_DIVISORS, None)
-    config = LlamaConfig.from_gguf(
-        file.metadata,
-        vocab_size=1 if embedding is None else embedding.shape[0],  # its absence is reported with the others'
-        tie_word_embeddings="output.weight" not in tensors,
-        attention_bias="blk.0.attn_q.bias" in tensors,
-        mlp_bias="blk.0.ffn_gate.bias" in tensors,
-        rope_divisors=None if divisors is None else tuple(_dequantize(divisors).flatten().tolist()),
-    )
+    config = config_of(file)
+    tensors = {name: tensor for name, tensor in file.tensors.items() if name != _ROPE_DIVISORS}
     stored = {
         hf_name(name) or name: Stored(tensor.shape, partial(_read, tensor, config)) for name, tensor in tensors.items()
     }

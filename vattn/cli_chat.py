@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from .cli_generate import require_text
-from .cli_model import attention_for, encode_chat, open_cache, place_for
+from .cli_model import attention_for, open_cache, place_for
 from .cli_report import Meter, format_bytes
 from .cli_text import one_line, printable
 from .engine import Engine, Request, bytes_for
@@ -149,7 +149,7 @@ class _Conversation:
     def _prompt(self, turns: list[dict[str, str]]) -> tuple[list[int], list[dict[str, str]]]:
         """(the conversation as tokens, its turns), less the oldest where all do not fit."""
         while True:
-            prompt = encode_chat(self._tokenizer, [*self._system, *turns])
+            prompt = self._tokenizer.encode_chat([*self._system, *turns])
             if len(prompt) < self._capacity:
                 return prompt, turns
             if len(turns) == 1:

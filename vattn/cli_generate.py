@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .cli_display import Display, NoDisplay, display_for
-from .cli_model import Place, attention_for, encode_chat, open_cache, place_for
+from .cli_model import Place, attention_for, open_cache, place_for
 from .cli_report import Meter, memory_table, show
 from .cli_speed import ModelWork, measure_limits, speed_table, throughput
 from .engine import Engine, Request
@@ -148,7 +148,7 @@ def _encode(tokenizer: Tokenizer, prompt: str, args: argparse.Namespace) -> list
             raise ConfigError("--system needs a chat template, which this model does not have")
         return tokenizer.encode(prompt)
     system = [] if args.system is None else [{"role": "system", "content": args.system}]
-    return encode_chat(tokenizer, [*system, {"role": "user", "content": prompt}])
+    return tokenizer.encode_chat([*system, {"role": "user", "content": prompt}])
 
 
 def _work(model: Llama, bytes_per_token: int) -> ModelWork:

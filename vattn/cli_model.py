@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,10 +20,7 @@ from .kv_cache import KVCache
 from .models import Llama, LlamaConfig
 from .tuning import default_attention
 
-if TYPE_CHECKING:
-    from .models import Tokenizer
-
-__all__ = ["Place", "attention_for", "encode_chat", "open_cache", "opened_driver", "place_for", "read_config"]
+__all__ = ["Place", "attention_for", "open_cache", "opened_driver", "place_for", "read_config"]
 
 _USUAL_HEAD_DIM = 128  # which every backend has a kernel for
 
@@ -108,22 +104,13 @@ def open_cache(place: Place, model: Llama, attention: AttentionBackend, max_slot
     )
 
 
-def encode_chat(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> list[int]:
-    """As ``Tokenizer.encode_chat``; ConfigError also where the model's template refuses the conversation."""
-    from jinja2 import TemplateError  # what transformers runs templates with
-
-    try:
-        return tokenizer.encode_chat(messages)
-    except TemplateError as error:
-        raise ConfigError(f"the model's chat template failed: {error} (generate --raw does without)") from error
-
-
 def read_config(name: str) -> LlamaConfig:
     """The config of a model by name, of a folder with ``config.json``, of such a file or a GGUF file. Reads no weights.
 
     Raises:
         ConfigError: there is none, or it is not one of a model that runs here.
     """
+    from .models.gguf import check_file, config_of
     from .models.loader import find
     from .models.safetensors import read_json
 
@@ -136,27 +123,4 @@ def read_config(name: str) -> LlamaConfig:
         found = find(name)
     except ConfigError as error:
         raise ConfigError(f"{error}; here a folder needs config.json only") from error
-    return _read_gguf_config(found)
-
-
-def _read_gguf_config(path: Path) -> LlamaConfig:
-    try:
-        from gguf import GGUFReader
-    except ImportError as error:
-        raise ConfigError("reading GGUF files needs the package gguf: pip install gguf") from error
-    try:
-        reader = GGUFReader(str(path))
-    except (OSError, ValueError, IndexError, KeyError) as error:
-        raise ConfigError(f"cannot read {path} as a GGUF file: {error}") from error
-    metadata: dict[str, Any] = {
-        key: field.contents() for key, field in reader.fields.items() if not key.startswith("tokenizer.")
-    }
-    shapes = {tensor.name: tensor.shape for tensor in reader.tensors}
-    embedding = shapes.get("token_embd.weight")
-    return LlamaConfig.from_gguf(
-        metadata,
-        vocab_size=1 if embedding is None else int(embedding[1]),
-        tie_word_embeddings="output.weight" not in shapes,
-        attention_bias="blk.0.attn_q.bias" in shapes,
-        mlp_bias="blk.0.ffn_gate.bias" in shapes,
-    )
+    return config_of(check_file(found))
