@@ -115,6 +115,7 @@ def test_gradients(model, past):
         (None, "config must be a model's config, as model.config; got NoneType"),
         (transformers.T5Config(), "T5Config is an encoder-decoder"),
         (transformers.MambaConfig(), "no attention layers|takes no cache of this kind"),
+        (transformers.xLSTMConfig(), "no attention layers|takes no cache of this kind"),
         (transformers.RwkvConfig(), "RwkvForCausalLM takes no cache of this kind: use the cache that transformers"),
         (transformers.XLNetConfig(), "take no cache of this kind"),
         (transformers.OpenAIGPTConfig(), "take no cache of this kind"),
