@@ -135,6 +135,50 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "first_k_dense_replace": 3,
         },
     ),
+    **{
+        name: (f"{name}Config", {**_GQA, **more})
+        for name, more in {
+            "Apertus": {},
+            "Arcee": {},
+            "BitNet": {},
+            "Cohere": {},
+            "Cohere2": {"head_dim": 16, "sliding_window": 16, "layer_types": _MIXED},
+            "Ernie4_5": {"head_dim": 16},
+            "Exaone4": {"head_dim": 16, "sliding_window": 16, "layer_types": _MIXED},
+            "Gemma": {"head_dim": 16},
+            "Glm": {"head_dim": 16},
+            "Glm4": {"head_dim": 16},
+            "Helium": {"head_dim": 16},
+            "HunYuanDenseV1": {"head_dim": 16},
+            "Ministral": {"head_dim": 16, "sliding_window": 16, "layer_types": _MIXED},
+            "Mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+            "Nemotron": {},
+            "Olmo": {},
+            "Olmo3": {"sliding_window": 16, "layer_types": _MIXED},
+            "Olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+            "Persimmon": {"num_key_value_heads": 4},
+            "Phi": {},
+            "SeedOss": {"head_dim": 16},
+            "SmolLM3": {},
+            "Starcoder2": {"sliding_window": 16},
+        }.items()
+    },
+    "GPT-J": (
+        "GPTJConfig",
+        {"vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 4, "n_head": 4, "n_positions": 512, "rotary_dim": 16},
+    ),
+    "MPT": (
+        "MptConfig",
+        {"vocab_size": VOCABULARY, "d_model": 64, "n_heads": 4, "n_layers": 4, "max_seq_len": 512, "use_cache": True},
+    ),
+    "OPT": (
+        "OPTConfig",
+        {
+            **{key: value for key, value in _COMMON.items() if key != "intermediate_size"},
+            "ffn_dim": 96,
+            "init_std": 0.25,
+        },
+    ),
     "Qwen3-Next": (
         "Qwen3NextConfig",
         {
@@ -213,6 +257,24 @@ def _multi_turn(generate: Generate) -> torch.Tensor:
     return generate(torch.cat([said, prompt(2, seed=9)], dim=1), do_sample=False, max_new_tokens=NEW_TOKENS // 2)
 
 
+def _chunked(generate: Generate) -> torch.Tensor:
+    return generate(prompt(2, length=30), do_sample=False, prefill_chunk_size=7)
+
+
+def _beam_sampling(generate: Generate) -> torch.Tensor:
+    torch.manual_seed(6)
+    return generate(prompt(2), do_sample=True, num_beams=3, num_return_sequences=2)
+
+
+def _parallel_samples(generate: Generate) -> torch.Tensor:
+    torch.manual_seed(7)
+    return generate(prompt(1), do_sample=True, top_p=0.9, num_return_sequences=4)
+
+
+def _one_row(generate: Generate) -> torch.Tensor:
+    return generate(prompt(1, seed=3, length=40), do_sample=False, repetition_penalty=1.3)
+
+
 MODES: dict[str, Callable[[Generate], torch.Tensor]] = {
     "dense": _dense,
     "left-padded": _left_padded,
@@ -220,6 +282,10 @@ MODES: dict[str, Callable[[Generate], torch.Tensor]] = {
     "sampling": _sampling,
     "prompt lookup": _prompt_lookup,
     "multi-turn": _multi_turn,
+    "prompt in chunks": _chunked,
+    "beam sampling": _beam_sampling,
+    "4 samples": _parallel_samples,
+    "long prompt": _one_row,
 }
 
 
@@ -251,10 +317,22 @@ def close(one: torch.Tensor, other: torch.Tensor) -> None:
 
 
 # -- what holds and what is refused -----------------------------------------------------------------------------------
+# Of these, every way to generate is tried in any run of the tests; of the others, where slow tests are run.
+ALWAYS = {
+    "Llama",
+    "Mistral, window 16",
+    "Gemma 2",
+    "Gemma 3",
+    "GPT-OSS",
+    "GPT-2",
+    "Falcon",
+    "DeepSeek-V3",
+    "Qwen3-Next",
+}
 # (model, mode) -> why; the default cache refuses these too.
 REFUSED = {("Qwen3-Next", "prompt lookup"): "transformers does not assist models with recurrent layers"}
 # Models that do not take their attention from transformers' registry: they compute their own over views.
-OWN_ATTENTION = {"Falcon", "Falcon, ALiBi"}
+OWN_ATTENTION = {"Falcon", "Falcon, ALiBi", "MPT"}
 # Models that change K or V between cache and attention: what they ask for is passed on.
 PASSED_ON = {"DiffLlama", "DeepSeek-V3"}
 

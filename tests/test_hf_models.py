@@ -11,6 +11,7 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 from hf_models import (  # noqa: E402
+    ALWAYS,
     MAX_LENGTH,
     MODELS,
     MODES,
@@ -46,7 +47,14 @@ def expected(name, mode):
 CASES = [(name, mode) for name in MODELS for mode in MODES]
 
 
-@pytest.mark.parametrize(("name", "mode"), [case for case in CASES if case not in REFUSED])
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        pytest.param(*case, marks=() if case[0] in ALWAYS or case[1] in ("dense", "left-padded") else pytest.mark.slow)
+        for case in CASES
+        if case not in REFUSED
+    ],
+)
 def test_token_for_token(name, mode, monkeypatch):
     model, wanted = model_of(name), expected(name, mode)
     before = model.config._attn_implementation

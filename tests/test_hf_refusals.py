@@ -115,6 +115,7 @@ def test_gradients(model, past):
         (None, "config must be a model's config, as model.config; got NoneType"),
         (transformers.T5Config(), "T5Config is an encoder-decoder"),
         (transformers.MambaConfig(), "no attention layers|takes no cache of this kind"),
+        (transformers.xLSTMConfig(), "no attention layers|takes no cache of this kind"),
         (transformers.RwkvConfig(), "RwkvForCausalLM takes no cache of this kind: use the cache that transformers"),
         (transformers.XLNetConfig(), "take no cache of this kind"),
         (transformers.OpenAIGPTConfig(), "take no cache of this kind"),
@@ -317,4 +318,4 @@ def test_a_registered_model_of_a_user_s_own(kind):
     with VirtualCache(model.config, max_length=MAX_LENGTH) as past:
         for tokens in (prompt(2), prompt(2)[:, :1]):
             found = model(tokens, cache=past).logits
-    close(found, logits(model, torch.cat([prompt(2), prompt(2)[:, :1]], 1))[:, -1:])
+    close(found, model(torch.cat([prompt(2), prompt(2)[:, :1]], 1)).logits[:, -1:])

@@ -53,15 +53,17 @@ def test_the_default_cache_s_tokens(name, padding, device, monkeypatch):
     model = make_model(name).to(device)
     mask = mask_of(padding, device)
     wanted = generate(model, mask)
+    appended = count(monkeypatch, "append", uniform_step.UniformStep.append)
     calls = count(monkeypatch, "attend", uniform_step.UniformStep.attend)
     with VirtualCache(model.config, max_length=64) as past:
         got = generate(model, mask, **with_cache(past))
         past.kv_cache.check_integrity()
-    assert len(calls) == (NEW_TOKENS - 1) * model.config.num_hidden_layers
+    assert len(appended) == len(calls) == (NEW_TOKENS - 1) * model.config.num_hidden_layers
     assert torch.equal(got, wanted)
 
 
-def test_a_machine_on_which_they_do_not_work(device, monkeypatch):
+@pytest.mark.parametrize("which", ["append", "attend"])
+def test_a_machine_on_which_they_do_not_work(which, device, monkeypatch):
     """No compiler, say: one warning, and torch's operations from there on."""
     model = make_model("Llama").to(device)
     mask = mask_of(3, device)
@@ -70,7 +72,7 @@ def test_a_machine_on_which_they_do_not_work(device, monkeypatch):
     def fail(*_args, **_kwargs):
         raise RuntimeError("no C compiler was found")
 
-    monkeypatch.setattr(uniform_step.UniformStep, "attend", fail)
+    monkeypatch.setattr(uniform_step.UniformStep, which, fail)
     with VirtualCache(model.config, max_length=64) as past:
         with pytest.warns(UserWarning, match="no C compiler") as noted:
             got = generate(model, mask, **with_cache(past))
@@ -130,19 +132,20 @@ def test_a_model_that_reads_what_update_returned(device, monkeypatch):
     assert not calls
 
 
-def test_out_of_memory_once(device, monkeypatch):
+@pytest.mark.parametrize("which", ["append", "attend"])
+def test_out_of_memory_once(which, device, monkeypatch):
     """Another kernel may do; the next step has its own again."""
     model = make_model("Llama").to(device)
     mask = mask_of(0, device)
-    wanted, attend, failed = generate(model, mask), uniform_step.UniformStep.attend, []
+    wanted, launch, failed = generate(model, mask), getattr(uniform_step.UniformStep, which), []
 
     def fails_once(*args, **kwargs):
         if not failed:
             failed.append(True)
             raise torch.OutOfMemoryError
-        return attend(*args, **kwargs)
+        return launch(*args, **kwargs)
 
-    calls = count(monkeypatch, "attend", fails_once)
+    calls = count(monkeypatch, which, fails_once)
     with VirtualCache(model.config, max_length=64) as past, warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         assert torch.equal(generate(model, mask, **with_cache(past)), wanted)

@@ -1,4 +1,4 @@
-"""Decode steps of equally long sequences in one launch a layer, repeated past Triton's front end."""
+"""Decode steps of equally long sequences in two launches a layer, repeated past Triton's front end."""
 
 from __future__ import annotations
 
@@ -66,7 +66,8 @@ def test_against_float64(heads, kv_heads, head_dim, v_head_dim, dtype, device):
             q = token(batch, heads, head_dim, dtype, device, transposed=end % 3)
             scale = None if end % 2 else 0.3
             if end % 5:
-                out = step.attend(q, end, scale=scale, new=(new_k, new_v))
+                step.append(new_k, new_v, end)
+                out = step.attend(q, end, scale=scale)
             else:
                 k[:, end - 1], v[:, end - 1] = new_k.squeeze(2), new_v.squeeze(2)
                 out = step.attend(q, end, scale=scale)
@@ -101,7 +102,8 @@ def test_features(features, starts, appended, device):
         new = tuple(x[:, end - 1 : end].transpose(1, 2).clone() for x in (k, v))
         if appended:
             k[:, end - 1], v[:, end - 1] = NAN, NAN
-        out = step.attend(q, end, starts=starts, new=new if appended else None, **features)
+            step.append(*new, end)
+        out = step.attend(q, end, starts=starts, **features)
         assert torch.equal(k[:, end - 1], new[0].squeeze(2))
         assert torch.equal(v[:, end - 1], new[1].squeeze(2))
         right = expected(q, k, v, end, starts=starts, **features)
@@ -117,7 +119,8 @@ def test_pointers_of_any_alignment(device):
         q = memory[q_offset : q_offset + 512].view(2, 4, 1, 64)
         new_k = memory[k_offset : k_offset + 256].view(2, 2, 1, 64)
         new_v = memory[v_offset : v_offset + 256].view(2, 2, 1, 64)
-        out = step.attend(q, row + 1, new=(new_k, new_v))
+        step.append(new_k, new_v, row + 1)
+        out = step.attend(q, row + 1)
         assert torch.equal(k[:, row], new_k.squeeze(2))
         assert torch.equal(v[:, row], new_v.squeeze(2))
         torch.testing.assert_close(out.cpu().double(), expected(q, k, v, row + 1), rtol=1.6e-2, atol=1.6e-2)
@@ -155,7 +158,8 @@ def test_launchers_that_take_other_arguments(device, monkeypatch):
     rows = [torch.randn(1, 2, 1, 64, device=device).bfloat16() for _ in range(5)]
 
     def check(row):
-        out = step.attend(q, row + 1, new=(rows[row], rows[row + 1]))
+        step.append(rows[row], rows[row + 1], row + 1)
+        out = step.attend(q, row + 1)
         torch.testing.assert_close(out.cpu().double(), expected(q, k, v, row + 1), rtol=1.6e-2, atol=1.6e-2)
 
     check(0)

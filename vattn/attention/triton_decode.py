@@ -215,7 +215,6 @@ class TritonDecodeAttention:
         softcap: float | None = None,
         sinks: torch.Tensor | None = None,
         several_splits: bool = True,
-        new: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """What the kernel is launched with, by name, and the options of its compilation.
 
@@ -224,9 +223,6 @@ class TritonDecodeAttention:
                 takes all of a context.
             slots, ends, starts: ``[batch_size]`` int32; starts may be None.
             several_splits: False where there is one split; then the kernel has no code for several.
-            new: K and V of each sequence's newest row, ``[batch_size, num_kv_heads, head_dim]`` and ``[…,
-                v_head_dim]``, which the kernel is to write to the cache too; None where they are there. Only with
-                ``fused_combine``.
         """
         num_heads, head_dim, v_head_dim = q.shape[1], k.shape[3], v.shape[3]
         group = num_heads // k.shape[2]
@@ -241,7 +237,6 @@ class TritonDecodeAttention:
             scale *= 2 / softcap
         k_address, dtype, k_align = address_of(k)
         v_address, _, v_align = address_of(v)
-        new_k, new_v = (q, q) if new is None else new
         arguments = {
             "q_ptr": q,
             "k_address": k_address,
@@ -253,15 +248,9 @@ class TritonDecodeAttention:
             "ends_ptr": ends,
             "starts_ptr": ends if starts is None else starts,
             "sinks_ptr": q if sinks is None else sinks,
-            "new_k_ptr": new_k,
-            "new_v_ptr": new_v,
             "out_stride": out.stride(0),
             "out_head_stride": out.stride(1),
             "window": INT32_MAX if window is None else window,
-            "new_k_stride": new_k.stride(0),
-            "new_k_head_stride": new_k.stride(1),
-            "new_v_stride": new_v.stride(0),
-            "new_v_head_stride": new_v.stride(1),
             "q_stride": q.stride(0),
             "q_head_stride": q.stride(1),
             "k_slot_stride": k.stride(0),
@@ -289,7 +278,6 @@ class TritonDecodeAttention:
             "HAS_SINKS": sinks is not None,
             "SPLIT": several_splits,
             "FUSED": self.fused_combine,
-            "APPEND": new is not None,
             "STAGES": num_stages,
             "WIDEN": interpreted(),
         }

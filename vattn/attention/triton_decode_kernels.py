@@ -31,14 +31,11 @@ def kernels() -> tuple[Any, Any]:
         window,
         BLOCK_N: tl.constexpr,
         HAS_STARTS: tl.constexpr,
-        APPEND: tl.constexpr = False,
     ):
         """The rows ``[first, end)`` that the query sees in the cache, how many of them are one split's, and how many
         splits that makes: at least one, at most ``splits``."""
         end = tl.load(ends_ptr + sequence)
         first = tl.maximum(end - window, 0)
-        if APPEND:
-            end -= 1
         if HAS_STARTS:
             first = tl.maximum(first, tl.load(starts_ptr + sequence))
         blocks = tl.maximum((end - first + BLOCK_N - 1) // BLOCK_N, 1)
@@ -140,15 +137,9 @@ def kernels() -> tuple[Any, Any]:
         ends_ptr,
         starts_ptr,
         sinks_ptr,
-        new_k_ptr,
-        new_v_ptr,
         out_stride,
         out_head_stride,
         window,
-        new_k_stride,
-        new_k_head_stride,
-        new_v_stride,
-        new_v_head_stride,
         q_stride,
         q_head_stride,
         k_slot_stride,
@@ -175,7 +166,6 @@ def kernels() -> tuple[Any, Any]:
         HAS_SINKS: tl.constexpr,
         SPLIT: tl.constexpr,
         FUSED: tl.constexpr,
-        APPEND: tl.constexpr,  # the newest row is not in the cache yet: it comes from new_k and new_v, and goes there
         PDL: tl.constexpr,
         STAGES: tl.constexpr,
         WIDEN: tl.constexpr,
@@ -186,12 +176,9 @@ def kernels() -> tuple[Any, Any]:
         split, num_splits = tl.program_id(0), tl.num_programs(0)
         kv_head, num_kv_heads = tl.program_id(1), tl.num_programs(1)
         sequence = tl.program_id(2).to(tl.int64)
-        first, end, chunk, splits = _divide(
-            sequence, num_splits, ends_ptr, starts_ptr, window, BLOCK_N, HAS_STARTS, APPEND
-        )
+        first, end, chunk, splits = _divide(sequence, num_splits, ends_ptr, starts_ptr, window, BLOCK_N, HAS_STARTS)
         if split >= splits:
             return
-        new_row = end.to(tl.int64)
         first += split * chunk
         end = tl.minimum(first + chunk, end)
 
@@ -231,19 +218,6 @@ def kernels() -> tuple[Any, Any]:
             k = tl.load(k_tile, mask=shown[:, None] & (column < D), other=0.0)
             v = tl.load(v_tile, mask=shown[:, None] & (v_column < DV), other=0.0)
             m, total, acc = _attend(q, k, v, shown, m, total, acc, scale, cap, True, HAS_SOFTCAP, WIDEN)
-
-        if APPEND:  # noqa: SIM102  (at compile time; the other while it runs)
-            if split == 0:
-                new_k_row = new_k_ptr + sequence * new_k_stride + kv_head * new_k_head_stride
-                new_v_row = new_v_ptr + sequence * new_v_stride + kv_head * new_v_head_stride
-                newest = row < 1
-                k = tl.load(new_k_row + 0 * long_row + column, mask=newest[:, None] & (column < D), other=0.0)
-                v = tl.load(new_v_row + 0 * long_row + v_column, mask=newest[:, None] & (v_column < DV), other=0.0)
-                m, total, acc = _attend(q, k, v, newest, m, total, acc, scale, cap, True, HAS_SOFTCAP, WIDEN)
-                k_row = k_ptr + slot * k_slot_stride + new_row * k_row_stride + kv_head * K_HEAD_STRIDE
-                v_row = v_ptr + slot * v_slot_stride + new_row * v_row_stride + kv_head * V_HEAD_STRIDE
-                tl.store(k_row + 0 * long_row + column, k, mask=newest[:, None] & (column < D))
-                tl.store(v_row + 0 * long_row + v_column, v, mask=newest[:, None] & (v_column < DV))
 
         out_row_ptr = out_ptr + sequence * out_stride
         first_head = kv_head * G

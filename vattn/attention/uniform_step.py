@@ -1,7 +1,7 @@
-"""Eager decode steps of equally long sequences in one launch a layer: the append and attention in place.
+"""Eager decode steps of equally long sequences in two launches a layer: the append, and attention in place.
 
 What such a step costs is the host's time: two copies of a layer's K and V, and torch's FlashAttention, which allocates
-and launches several times. Here that is one launch, repeated by ``Relaunch``. Not to be captured in a graph: how many
+and launches several times. Here each is one launch, repeated by ``Relaunch``. Not to be captured in a graph: how many
 rows there are is the host's to say.
 """
 
@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from ..relaunch import Relaunch
-from ..triton_support import interpreted, require_triton
+from ..triton_support import address_of, interpreted, require_triton
 from .triton_decode import DecodeWorkspace, TritonDecodeAttention
 from .triton_decode_kernels import kernels
+from .uniform_append import append_kernel
 
 __all__ = ["StepState", "UniformStep", "supports_uniform_step"]
 
@@ -109,6 +110,24 @@ class UniformStep:
         self._num_kv_heads, self._v_head_dim = k.shape[2], v.shape[3]
         self._key: tuple[object, ...] | None = None
         self._launch: Relaunch
+        self._append_key: tuple[object, ...] | None = None
+        self._append: Relaunch
+
+    def append(self, new_k: torch.Tensor, new_v: torch.Tensor, end: int) -> None:
+        """Write the newest token of each sequence.
+
+        Args:
+            new_k, new_v: ``[batch, num_kv_heads, 1, head_dim]`` and ``[…, v_head_dim]``, the last axis contiguous, of
+                the views' dtype.
+            end: rows of every sequence, this one included.
+        """
+        ends = self._state.ends(end)
+        key = (new_k.stride(), new_v.stride())
+        if key != self._append_key:
+            self._append_key = None  # should this be interrupted
+            self._append = self._prepare_append(new_k, new_v)
+            self._append_key = key
+        self._append((new_k.shape[0], self._num_kv_heads, 1), new_k, new_v, ends)
 
     def attend(
         self,
@@ -120,7 +139,6 @@ class UniformStep:
         softcap: float | None = None,
         sinks: torch.Tensor | None = None,
         starts: tuple[int, ...] | None = None,
-        new: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Attention of one token of each sequence over its first ``end`` rows.
 
@@ -130,8 +148,6 @@ class UniformStep:
             scale: None for ``head_dim ** -0.5``.
             window, softcap, sinks: as in :class:`vattn.attention.AttentionBackend`.
             starts: first row of each sequence; None for 0.
-            new: K and V of the newest row, ``[batch, num_kv_heads, 1, head_dim]`` and ``[…, v_head_dim]``, the last
-                axis contiguous, to be written too; None where they have been.
 
         Returns:
             ``[batch, 1, num_heads, v_head_dim]``, without gradients.
@@ -141,15 +157,8 @@ class UniformStep:
         out = q.new_empty((batch_size, 1, num_heads, self._v_head_dim))
         ends = state.ends(end)
         first_rows = ends if starts is None else state.starts(starts)
-        if new is None:
-            new_k = new_v = q
-            strides = None
-        else:
-            new_k, new_v = new
-            strides = (new_k.stride(), new_v.stride())
         key = (
             q.stride(),
-            strides,
             num_heads,
             scale,
             window,
@@ -164,12 +173,11 @@ class UniformStep:
                 "window": window,
                 "softcap": softcap,
                 "sinks": sinks,
-                "new": new,
             }
             self._launch = self._prepare(q, out, None if starts is None else first_rows, **features)
             self._key = key
         grid = (state.splits(self._num_kv_heads, end, window), self._num_kv_heads, batch_size)
-        self._launch(grid, q, out, ends, first_rows, q if sinks is None else sinks, new_k, new_v)
+        self._launch(grid, q, out, ends, first_rows, q if sinks is None else sinks)
         return out
 
     def _prepare(
@@ -178,7 +186,6 @@ class UniformStep:
         out: torch.Tensor,
         starts: torch.Tensor | None,
         scale: float | None,
-        new: tuple[torch.Tensor, torch.Tensor] | None,
         **features: Any,
     ) -> Relaunch:
         state = self._state
@@ -186,10 +193,21 @@ class UniformStep:
             *(q.squeeze(2), self._k, self._v, out.squeeze(1), state.slots, state.slots, starts),
             workspace=state.workspace(q.shape[1], self._num_kv_heads, self._v_head_dim),
             scale=q.shape[3] ** -0.5 if scale is None else scale,
-            new=None if new is None else (new[0].squeeze(2), new[1].squeeze(2)),
             **features,
         )
-        varying = ("q_ptr", "out_ptr", "ends_ptr", "starts_ptr", "sinks_ptr", "new_k_ptr", "new_v_ptr")
+        varying = ("q_ptr", "out_ptr", "ends_ptr", "starts_ptr", "sinks_ptr")
         for name in varying:
             del arguments[name]
         return Relaunch(kernels()[0], arguments, varying, q.device, options)
+
+    def _prepare_append(self, new_k: torch.Tensor, new_v: torch.Tensor) -> Relaunch:
+        k, v = self._k, self._v
+        (k_address, dtype, _), (v_address, _, _) = address_of(k), address_of(v)
+        arguments: dict[str, Any] = {"k_address": k_address, "v_address": v_address, "DTYPE": dtype}
+        arguments |= {"D": k.shape[3], "DV": v.shape[3]}
+        for name, new, view in (("k", new_k, k), ("v", new_v, v)):
+            arguments[f"new_{name}_stride"], arguments[f"new_{name}_head_stride"] = new.stride(0), new.stride(1)
+            strides = zip((f"{name}_stride", f"{name}_row_stride", f"{name}_head_stride"), view.stride(), strict=False)
+            arguments.update(strides)
+        arguments["BLOCK_D"], arguments["BLOCK_DV"] = (1 << (x.shape[3] - 1).bit_length() for x in (k, v))
+        return Relaunch(append_kernel(), arguments, ("new_k_ptr", "new_v_ptr", "ends_ptr"), k.device, {"num_warps": 1})

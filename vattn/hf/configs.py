@@ -108,7 +108,9 @@ def layers_of(config: PreTrainedConfig) -> tuple[list[Any], dict[int, Configured
                 f"VirtualCache cannot hold layer {index} of {type(config).__name__}, a {type(template).__name__}, "
                 f"which keeps more than K and V: {_INSTEAD}"
             )
-    if not configured:
+    # Recurrent models whose config gives no layer types pass for ones of attention; but they have no heads of it.
+    heads_known = getattr(config, "num_attention_heads", None) or not _is_transformers(type(config))
+    if not configured or not heads_known:
         raise ConfigError(f"{type(config).__name__} has no attention layers to cache")
     return list(templates), configured
 

@@ -131,9 +131,10 @@ class VirtualLayer(CacheLayerMixin):
         first = 0 if self.window is None else self._first_visible(start)
         assert self._step_views is not None
         keys, values = self._step_views.read.cut(self._position, first, end)
-        new_keys, new_values = self._step_views.written.cut(self._position, start, end)
-        new_keys.copy_(key_states)
-        new_values.copy_(value_states)
+        if not (key_shape[2] == 1 and storage.launches and self._append_step(key_states, value_states, end)):
+            new_keys, new_values = self._step_views.written.cut(self._position, start, end)
+            new_keys.copy_(key_states)
+            new_values.copy_(value_states)
         storage.lengths[index] = end
         if storage.options.attention is not None:
             self._announce(keys, values)
@@ -143,6 +144,23 @@ class VirtualLayer(CacheLayerMixin):
         """Let vattn's attention function know what comes to it."""
         keys._vattn_layer = values._vattn_layer = self  # type: ignore[attr-defined]
         _THREAD.updated = self.storage.awaits_attention = True
+
+    def _append_step(self, key_states: torch.Tensor, value_states: torch.Tensor, end: int) -> bool:
+        """Append a token of each sequence by a launch of vattn's own, if that works here."""
+        step = self._step
+        if step is None or key_states.stride(3) != 1 or value_states.stride(3) != 1:
+            return False
+        try:
+            step.append(key_states, value_states, end)
+        except Exception as error:
+            self._note(error)
+            return False
+        return True
+
+    def _note(self, error: Exception) -> None:
+        """A launch failed: other kernels may do with less memory; after anything else, launches are given up."""
+        if not isinstance(error, torch.OutOfMemoryError) and "out of memory" not in str(error):
+            self.storage.give_up_steps(error)
 
     def attend_step(self, q: torch.Tensor, scale: float | None, **features: Any) -> torch.Tensor | None:
         """Attention of a step of one token over every row, or every row in the window, if that works here.
@@ -165,11 +183,8 @@ class VirtualLayer(CacheLayerMixin):
             return None
         try:
             return step.attend(q, storage.lengths[self.index], scale=scale, window=self.window, **features)
-        except torch.OutOfMemoryError:  # other kernels may do with less
-            pass
         except Exception as error:
-            if "out of memory" not in str(error):
-                storage.give_up_steps(error)
+            self._note(error)
         return None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
