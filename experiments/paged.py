@@ -92,6 +92,10 @@ class PagedKVCache:
             raise ConfigError(f"slot {slot} holds no sequence")
         return int(self._seq_lens[slot])
 
+    def versions(self, slots: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Zeros: nobody changes a sequence behind the loop's back here, so there is nothing to tell apart."""
+        return np.zeros(len(slots), np.int64)
+
     def blocks(self, slot: int) -> list[int]:
         """A live slot's blocks, in the order of its rows."""
         return self._blocks[slot]
@@ -102,9 +106,14 @@ class PagedKVCache:
         self.ensure_batch([slot], [seq_len])
 
     def ensure_batch(
-        self, slots: Sequence[int] | np.ndarray, seq_lens: Sequence[int] | np.ndarray, *, wait: bool = True
+        self,
+        slots: Sequence[int] | np.ndarray,
+        seq_lens: Sequence[int] | np.ndarray,
+        *,
+        wait: bool = True,
+        versions: Sequence[int] | np.ndarray | None = None,
     ) -> None:
-        """The same for several, all or nothing. Never waits, whatever ``wait`` says.
+        """The same for several, all or nothing. Never waits, whatever ``wait`` says, and looks at no ``versions``.
 
         Raises:
             OutOfPages: the pool has no blocks for them.
@@ -184,7 +193,9 @@ class PagedKVCache:
             view.index_put_(where, rows)
 
     @contextmanager
-    def step(self, slots: Sequence[int] | np.ndarray) -> Iterator[None]:
+    def step(
+        self, slots: Sequence[int] | np.ndarray, *, versions: Sequence[int] | np.ndarray | None = None
+    ) -> Iterator[None]:
         """Bring ``block_table`` up to date, in the order of the current stream."""
         with self._lock:
             changed, self._changed = self._changed, {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import select
 import subprocess
 import sys
 import time
@@ -59,7 +60,8 @@ class Terminal:
             self.output += chunk
         return self.output
 
-    def _read(self) -> bytes:
+    def _read(self, seconds: float = 60.0) -> bytes:
+        assert select.select([self._descriptor], [], [], seconds)[0], f"nothing comes after {self.output!r}"
         try:
             return os.read(self._descriptor, 65536)
         except OSError:  # the other end is closed
