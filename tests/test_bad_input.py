@@ -337,6 +337,7 @@ AFTER_CLOSE = {
     "release": (0,),
     "make_writable": (0, 0, 0),
     "seq_len": (0,),
+    "versions": ([0],),
     "k": (0,),
     "v": (0,),
     "rows": (0, 0),
