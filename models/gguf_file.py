@@ -24,6 +24,7 @@ _STRING, _ARRAY = 8, 9
 _SCALARS = dict(enumerate("BbHhIif?", 0)) | {10: "Q", 11: "q", 12: "d"}
 _KEPT_ELEMENTS = 1 << 14  # longer arrays are for tokenizers
 _MAX_DIMS = 4
+_MAX_ENTRIES = 1 << 16  # keys, and tensors: a model of 1,000 layers has some 10,000; more would only take time
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ def open_file(path: Path) -> GGUFFile:
 class _Cursor:
     def __init__(self, data: np.ndarray) -> None:
         self.data, self.view, self.at = data, memoryview(data.data), 0
+        self.kept = 0  # elements of arrays
 
     @property
     def left(self) -> int:
@@ -106,18 +108,23 @@ class _Cursor:
             raise _Broken(f"unknown value type {kind} at {self.at}")
         element, count = self.scalars("I")[0], self.scalars("Q")[0]
         if element in _SCALARS:
-            if keep and count <= _KEPT_ELEMENTS:
+            if keep and self.keeps(count):
                 return list(self.scalars(_SCALARS[element], count))
             self.skip(count * struct.calcsize("<" + _SCALARS[element]))
         elif element == _STRING:
             if count > self.left // 8:
                 raise _Broken(f"it ends too early: {count} texts wanted at {self.at}, {self.left} bytes left")
-            if keep and count <= _KEPT_ELEMENTS:
+            if keep and self.keeps(count):
                 return [self.string() for _ in range(count)]
             self._skip_strings(count)
         else:
             raise _Broken(f"an array of unknown value type {element} at {self.at}")
         return None
+
+    def keeps(self, count: int) -> bool:
+        """Whether an array of so many elements is kept: short ones, up to a sum that a model's sizes never reach."""
+        self.kept += count if count <= _KEPT_ELEMENTS else 0
+        return count <= _KEPT_ELEMENTS and self.kept <= _MAX_ENTRIES
 
     def _skip_strings(self, count: int) -> None:
         unpack, view, at = struct.Struct("<Q").unpack_from, self.view, self.at
@@ -137,6 +144,8 @@ def _read(data: np.ndarray) -> GGUFFile:
     if version not in (2, 3):
         raise _Broken(f"version {version}, expected 2 or 3 with the lowest byte first")
     num_tensors, num_keys = cursor.scalars("Q", 2)
+    if num_keys > _MAX_ENTRIES or num_tensors > _MAX_ENTRIES:
+        raise _Broken(f"it says that it has {num_keys} keys and {num_tensors} tensors, expected at most {_MAX_ENTRIES}")
     metadata: dict[str, Any] = {}
     for _ in range(num_keys):
         key = cursor.string()

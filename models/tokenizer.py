@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import secrets
+import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -41,6 +43,7 @@ class Tokenizer:
         }
         self._control |= set(hf_tokenizer.all_special_tokens)
         self._control.discard("")
+        self._control_ids = self._special | {int(i) for i, token in added.items() if token.content in self._control}
 
     @classmethod
     def from_path(cls, path: Path, stop_tokens: Iterable[int] = ()) -> Tokenizer:
@@ -106,7 +109,7 @@ class Tokenizer:
         The text is the whole prompt, and the model's markers in it (``<|im_start|>``) become their tokens: whoever
         writes a chat by hand means them. For text of others use ``encode_chat``.
         """
-        return list(self._hf(text)["input_ids"])
+        return self._ids(text, add_special_tokens=True)
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Token ids of a chat up to where the assistant's answer begins.
@@ -119,13 +122,34 @@ class Tokenizer:
 
         Raises:
             ConfigError: the model has no chat template, one that does not parse, raises, or takes too long or too much
-                memory (see ``chat_template.render``); messages that are not as above.
+                memory (see ``chat_template.render``); messages that are not as above; one of which the template or the
+                tokenizer makes a marker.
         """
         if not self.has_chat_template:
             raise ConfigError("this model has no chat template; encode its prompt as plain text")
         chat = [_checked(message) for message in messages]
         if not chat:
             raise ConfigError("a chat needs at least one message")
+        ids = self._chat_ids(chat)
+        if self._may_forge(chat):
+            # A normaliser or the template may have made a marker of what is none: count them against a chat in which
+            # nobody but the assistant says anything.
+            harmless = [message if message["role"] == "assistant" else _harmless(message) for message in chat]
+            if self._num_markers(ids) - self._num_markers(self._chat_ids(harmless)):
+                raise ConfigError("a message becomes a marker of the chat, such as the end of a turn: take it out")
+        return ids
+
+    def _may_forge(self, chat: list[dict[str, str]]) -> bool:
+        """Whether a message has a character that markers begin with, as compatibility forms have it, too."""
+        first = {marker[0] for marker in self._control if not marker.isalnum()}
+        return any(
+            first.intersection(unicodedata.normalize("NFKC", text)) for message in chat for text in message.values()
+        )
+
+    def _num_markers(self, ids: list[int]) -> Counter[int]:
+        return Counter(token for token in ids if token in self._control_ids)
+
+    def _chat_ids(self, chat: list[dict[str, str]]) -> list[int]:
         markers = re.compile("|".join(map(re.escape, sorted(self._control, key=len, reverse=True))) or "(?!)")
         if not any(markers.search(text) for message in chat for text in message.values()):
             return self._ids(self._render(chat, add_generation_prompt=True))
@@ -155,8 +179,12 @@ class Tokenizer:
         """A decoder for tokens that arrive one by one."""
         return TextStream(self.decode, self._special)
 
-    def _ids(self, text: str) -> list[int]:
-        return [int(token) for token in self._hf(text, add_special_tokens=False)["input_ids"]]
+    def _ids(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
+        try:
+            return [int(token) for token in self._hf(text, add_special_tokens=add_special_tokens)["input_ids"]]
+        except Exception as error:  # of any kind: a lone surrogate in the text, a vocabulary without an unknown token
+            said = escaped(" ".join(str(error).split()), 300)
+            raise ConfigError(f"the tokenizer cannot encode {escaped(repr(text), 80)}: {said}") from error
 
     def _continued(self, text: str) -> list[int]:
         """Ids of a text that goes on behind another: some tokenizers put a space before a text's first word."""
@@ -173,6 +201,11 @@ class Tokenizer:
         variables = {name: _plain(token) for name, token in self._hf.special_tokens_map.items()}
         variables |= {"messages": messages, "tools": None, "documents": None}
         return render(template, {**variables, "add_generation_prompt": add_generation_prompt})
+
+
+def _harmless(message: dict[str, str]) -> dict[str, str]:
+    """The message with an x for each text that says something."""
+    return {key: text if key == "role" else "x" * bool(text.strip()) for key, text in message.items()}
 
 
 def _checked(message: Mapping[str, str]) -> dict[str, str]:

@@ -17,7 +17,7 @@ from llama_helpers import SMALL, open_cache, small_model
 import vattn
 from vattn.attention import get
 from vattn.decode import DecodeLoop, Sampling
-from vattn.errors import ConfigError
+from vattn.errors import ConfigError, OutOfPages
 from vattn.models import FusedLlama, Llama
 
 
@@ -289,3 +289,29 @@ def test_a_model_of_another_library(model):
         FusedLlama(torch.nn.Linear(2, 2))
     with open_cache(model) as cache, pytest.raises(ConfigError, match="FusedLlama"):
         DecodeLoop(model, cache)
+
+
+def test_a_slot_with_tokens_that_were_not_reported_does_not_start_again(fused, model, monkeypatch):
+    """``step`` had drained when it ran out of pages, so the slot has ended and nobody was told."""
+    with open_cache(model) as cache, DecodeLoop(fused, cache, mapping="inline") as loop:
+        ended, other = prefill(model, cache, [1, 2, 3]), prefill(model, cache, [4, 5])
+        loop.start(ended, 3, 2)
+        loop.start(other, 5, 9)
+        loop.step()
+        loop.step()
+
+        def short(*_: object) -> None:
+            raise OutOfPages("none", free_bytes=0, limit_bytes=0)
+
+        monkeypatch.setattr(loop._mapper, "require", short)
+        with pytest.raises(OutOfPages):
+            loop.step()
+        monkeypatch.undo()
+        assert ended not in loop.slots
+        rows = cache.seq_len(ended)
+        with pytest.raises(ConfigError, match="not reported yet"):
+            loop.start(ended, 7, 5)
+        assert ended in [token.slot for token in loop.drain()]
+        loop.start(ended, 7, 5)
+        loop.cancel(ended)
+        assert cache.seq_len(ended) == rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -326,6 +327,38 @@ def test_cancel(model: Llama, cache: KVCache) -> None:
     engine.cancel(ids[2])  # has ended: no effect
     assert [len(tokens[i]) for i in ids] == [1, 1, 6, 6, 0]
     assert [tuple(tokens[i]) for i in ids[2:4]] == expected[2:4]
+
+
+def test_a_request_may_be_cancelled_by_the_observer_of_its_last_step(model: Llama, cache: KVCache) -> None:
+    ids: list[int] = []
+    engine = Engine(model, cache, on_step=lambda: engine.cancel(ids[0]))
+    ids += [engine.submit(request) for request in requests(2, max_new_tokens=1)]
+    assert {token.request_id for token in engine.step()} >= {ids[1]}
+    assert not engine.has_work
+    assert cache.stats().num_live_slots == 0
+
+
+def test_ctrl_c_during_a_release_leaves_the_engine_and_other_slots_alone(
+    model: Llama, cache: KVCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(model, cache)
+    end = cache._slots.end
+
+    def interrupted(slot: int) -> None:
+        monkeypatch.undo()
+        signal.raise_signal(signal.SIGINT)
+        end(slot)
+
+    monkeypatch.setattr(cache._slots, "end", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate(requests(1, max_new_tokens=2))
+    assert not engine.has_work
+    others = cache.acquire()
+    cache.ensure(others, 5)
+    engine.abort()
+    assert cache.seq_len(others) == 5
+    cache.release(others)
+    assert len(engine.generate(requests(2, max_new_tokens=2))) == 2
 
 
 @pytest.mark.gpu

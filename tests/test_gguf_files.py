@@ -198,3 +198,20 @@ def test_tokenizers_of_broken_files(tmp_path: Path) -> None:
     at = data.index(b"tokenizer.ggml.scores") + len(b"tokenizer.ggml.scores") + 8
     path.write_bytes(data[:at] + struct.pack("<Q", 1 << 60) + data[at + 8 :])
     assert "ends too early" in str(refusal(lambda: load_tokenizer(find(path))))
+
+
+@pytest.mark.parametrize("counts", [(0, 1 << 20), (1 << 20, 0)], ids=["keys", "tensors"])
+def test_more_entries_than_any_model_has(tmp_path: Path, counts: tuple[int, int]) -> None:
+    """Each of them would take time, however small."""
+    path = tmp_path / "many.gguf"
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, *counts) + bytes(1 << 20))
+    with pytest.raises(ConfigError, match="expected at most"):
+        open_file(path)
+
+
+def test_many_arrays_are_not_kept(tmp_path: Path) -> None:
+    array = struct.pack("<IIQ", 9, 0, 1 << 14) + bytes(1 << 14)
+    keys = b"".join(struct.pack("<Q", 4) + b"k%03d" % i + array for i in range(9))
+    path = tmp_path / "arrays.gguf"
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 9) + keys + bytes(64))
+    assert sum(value is not None for value in open_file(path).metadata.values()) == 4

@@ -11,6 +11,7 @@ from stream_driver import StreamDriver
 from test_streams import LAYOUT, PAGE, launch_fill, new
 
 import vattn
+from vattn.interrupts import Uninterrupted
 
 
 @pytest.fixture
@@ -250,3 +251,49 @@ def test_another_cache_that_the_collector_ends_goes_after_the_operation(collecti
     collecting.driver.during = "map"
     collecting.ensure(slot, 128)
     assert not driver.book.ranges
+
+
+# -- handlers that come and go -----------------------------------------------------------------------------------------
+def test_a_handler_that_is_set_in_an_operation_stays():
+    def new(number, frame):
+        raise AssertionError
+
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: None)
+    try:
+        with Uninterrupted():
+            signal.signal(signal.SIGUSR1, new)
+        assert signal.getsignal(signal.SIGUSR1) is new
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_no_signal_is_lost_while_handlers_are_put_off(monkeypatch):
+    """One that came is told although another's handler, which is in place still, raises."""
+    came = []
+
+    def note(number, frame):
+        came.append(number)
+
+    def fail(number, frame):
+        raise TimeoutError
+
+    handlers = {signal.SIGINT: note, signal.SIGUSR2: fail}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    getsignal = signal.getsignal
+
+    def both(number):
+        if number == signal.SIGUSR2:
+            monkeypatch.undo()
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGUSR2)
+        return getsignal(number)
+
+    monkeypatch.setattr(signal, "getsignal", both)
+    try:
+        with pytest.raises(TimeoutError), Uninterrupted():
+            raise AssertionError("begun all the same")
+        assert came == [signal.SIGINT]
+        assert getsignal(signal.SIGINT) is note
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

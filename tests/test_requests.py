@@ -202,3 +202,16 @@ def test_temperatures_that_float32_rounds_to_zero_are_greedy(engine: Engine) -> 
     assert engine.generate([Request([1, 2, 3], 20, temperature=1e-46)])[0].tokens == greedy
     assert engine.generate([Request([1, 2, 3], 20, temperature=2.0, top_k=1)])[0].tokens == greedy
     assert engine.generate([Request([1, 2, 3], 20, temperature=2.0)])[0].tokens != greedy
+
+
+class Raises:
+    def __index__(self) -> int:
+        raise RuntimeError("no number today")
+
+
+@pytest.mark.parametrize(
+    "prompt", [torch.empty(3, dtype=torch.int64, device="meta"), torch.eye(2).to_sparse()[0], [Raises()]]
+)
+def test_what_raises_when_it_is_read_is_refused(engine: Engine, prompt: object) -> None:
+    with pytest.raises(ConfigError, match="prompt_tokens"):
+        engine.submit(Request(prompt))  # type: ignore[arg-type]

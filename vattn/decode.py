@@ -432,6 +432,8 @@ class DecodeLoop:
         slot = require_int("slot", slot, 0, self.cache.max_slots - 1)
         if slot in self._live or slot == self._scratch:
             raise ConfigError(f"slot {slot} is {'decoding already' if slot in self._live else 'the loop’s own'}")
+        if any(token.slot == slot for token in self._unreported):
+            raise ConfigError(f"slot {slot} has tokens that were not reported yet: call step or drain first")
         for loop in _LOOPS[self.cache] - {self}:
             if not loop._closed and (slot in loop._live or slot == loop._scratch):
                 raise ConfigError(f"slot {slot} belongs to another DecodeLoop: cancel it there first")

@@ -16,6 +16,7 @@ import torch
 from .arguments import require_int
 from .attention import AttentionBackend, AttentionBatch, get, require_fit
 from .errors import ConfigError, OutOfPages, OutOfSlots
+from .interrupts import Uninterrupted
 from .kv_cache import KVCache
 from .layout import KVLayout
 from .requests import Completion, EngineStats, Request, StepToken, checked_request
@@ -363,8 +364,11 @@ class Engine:
         self.stats.num_preemptions += 1
 
     def _release(self, sequence: _Sequence) -> None:
-        self.cache.release(sequence.slot)
-        self._running.remove(sequence)
+        if sequence in self._running:  # the caller's on_step may have cancelled it
+            # Both or none: released twice, the slot might be another user's by then.
+            with Uninterrupted():
+                self.cache.release(sequence.slot)
+                self._running.remove(sequence)
 
     # Checks -----------------------------------------------------------------------------------------------------
 

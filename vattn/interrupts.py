@@ -92,7 +92,8 @@ class _Deferred:
     def end(self) -> None:
         self.active = False
         for number, handler in self.handlers.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) is self:  # else somebody has set another one in the operation
+                signal.signal(number, handler)
 
     def hand_over(self) -> None:
         """Call the handlers of what came; all of them, though the first one raises."""
@@ -123,6 +124,7 @@ class Uninterrupted:
                 deferred.begin()
             except BaseException:  # of a handler that was not replaced yet
                 deferred.end()
+                deferred.hand_over()
                 raise
             _deferred = self._deferred = deferred
 

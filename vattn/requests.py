@@ -172,7 +172,10 @@ def checked_tokens(name: str, given: Iterable[Any], vocab_size: int) -> tuple[in
     if isinstance(given, (torch.Tensor, np.ndarray)):
         if given.ndim != 1:
             raise ConfigError(f"{wanted}, got a {type(given).__name__} of shape {tuple(given.shape)}")
-        given = given.tolist()
+        try:
+            given = given.tolist()
+        except (RuntimeError, NotImplementedError) as error:  # sparse, quantised, or without data
+            raise ConfigError(f"{wanted}, got a tensor that has no plain values: {error}") from error
     elif isinstance(given, (str, bytes, bytearray)):
         raise ConfigError(f"{wanted}, got text: encode it with the model's tokenizer: {given!r}")
     elif not isinstance(given, Iterable):
@@ -201,7 +204,7 @@ def _as_int(value: Any) -> int | None:
         return None
     try:
         return operator.index(value)
-    except TypeError:
+    except Exception:  # whatever an object of the caller's raises
         return None
 
 
