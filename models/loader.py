@@ -49,6 +49,8 @@ def find(name_or_folder: str | Path) -> Path:
     Raises:
         ConfigError: see ``load``.
     """
+    if not isinstance(name_or_folder, (str, Path)):
+        raise ConfigError(f"expected the name or the folder of a model, got {name_or_folder!r}")
     if str(name_or_folder) in _PACKAGED:
         return _packaged(str(name_or_folder))
     path = Path(name_or_folder).expanduser()
@@ -72,10 +74,19 @@ def find(name_or_folder: str | Path) -> Path:
 
 
 def load_model(path: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Llama:
-    """The model at a path that ``find`` returned."""
-    if path.is_dir():
-        return safetensors.load_folder(path, torch.device(device), dtype)
-    return gguf.load_file(path, torch.device(device), dtype)
+    """The model at a path that ``find`` returned.
+
+    Raises:
+        ConfigError: see ``load``.
+    """
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ConfigError(f"dtype must be a floating-point dtype, as torch.bfloat16, got {dtype!r}")
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError, TypeError) as error:  # PyTorch says so in any of these
+        raise ConfigError(f"device {device!r} cannot be used: {error}") from error
+    return safetensors.load_folder(path, place, dtype) if path.is_dir() else gguf.load_file(path, place, dtype)
 
 
 def load_tokenizer(path: Path) -> Tokenizer:

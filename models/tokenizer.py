@@ -21,6 +21,9 @@ from .text_stream import TextStream
 __all__ = ["TextStream", "Tokenizer"]
 
 
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
+
+
 class Tokenizer:
     """Encodes prompts, plain or as a chat, and decodes what the model says.
 
@@ -72,7 +75,9 @@ class Tokenizer:
         except Exception as error:
             # transformers answers files that are missing or not as it wants them with any kind of exception
             said = escaped(" ".join(str(error).split()), 300)
-            if "trust_remote_code" in str(error):
+            if path.is_dir() and not any((path / name).exists() for name in _TOKENIZER_FILES):
+                said = f"there is none of {', '.join(_TOKENIZER_FILES)}: save the tokenizer beside the model"
+            elif "trust_remote_code" in str(error):
                 said = "it needs Python code that comes with the model, and that is never run"
             raise ConfigError(f"cannot read a tokenizer from {path}: {said}") from error
 

@@ -47,7 +47,6 @@ class Id:
         [1, np.uint8(2), Id()],
         range(1, 4),
         (token for token in (1, 2, 3)),
-        {1: None, 2: None, 3: None},
     ],
     ids=lambda prompt: type(prompt).__name__,
 )
@@ -95,12 +94,12 @@ def test_small_integers_do_not_overflow(engine: Engine) -> None:
         ({"prompt_tokens": {1, 2}}, "order"),
         ({"prompt_tokens": torch.tensor([[1, 2]])}, r"shape \(1, 2\)"),
         ({"prompt_tokens": np.array(1)}, r"shape \(\)"),
-        ({"prompt_tokens": torch.tensor([1.0])}, "1.0 is not in the model's vocabulary of 128"),
-        ({"prompt_tokens": torch.tensor([True])}, "True is not in"),
-        ({"prompt_tokens": [torch.tensor(True)]}, "is not in the model's vocabulary"),
-        ({"prompt_tokens": [np.True_]}, "is not in the model's vocabulary"),
-        ({"prompt_tokens": [1, True]}, "True is not in"),
-        ({"prompt_tokens": [[1]]}, "is not in the model's vocabulary"),
+        ({"prompt_tokens": torch.tensor([1.0])}, "got 1.0 among them, a float"),
+        ({"prompt_tokens": torch.tensor([True])}, "got True among them"),
+        ({"prompt_tokens": [torch.tensor(True)]}, "must be token ids"),
+        ({"prompt_tokens": [np.True_]}, "must be token ids"),
+        ({"prompt_tokens": [1, True]}, "got True among them"),
+        ({"prompt_tokens": [[1]]}, "must be token ids"),
         ({"prompt_tokens": [128]}, "128 is not in"),
         ({"prompt_tokens": [-1]}, "-1 is not in"),
         ({"prompt_tokens": []}, "empty"),
@@ -108,10 +107,10 @@ def test_small_integers_do_not_overflow(engine: Engine) -> None:
         ({"stop_tokens": None}, "stop_tokens must be token ids.*None"),
         ({"stop_tokens": 5}, "stop_tokens must be token ids.*5"),
         ({"stop_tokens": "</s>"}, "stop_tokens must be token ids.*tokenizer"),
-        ({"stop_tokens": ["</s>"]}, "stop_tokens: '</s>' is not in"),
+        ({"stop_tokens": ["</s>"]}, "stop_tokens must be token ids, .* got '</s>' among them"),
         ({"stop_tokens": [128]}, "stop_tokens: 128 is not in"),
-        ({"stop_tokens": [False]}, "stop_tokens: False is not in"),
-        ({"stop_tokens": [2.0]}, "stop_tokens: 2.0 is not in"),
+        ({"stop_tokens": [False]}, "stop_tokens must be .* got False"),
+        ({"stop_tokens": [2.0]}, "stop_tokens must be .* got 2.0"),
         ({"max_new_tokens": 0}, "max_new_tokens"),
         ({"max_new_tokens": 5.0}, "max_new_tokens"),
         ({"max_new_tokens": True}, "max_new_tokens"),
@@ -207,6 +206,18 @@ def test_temperatures_that_float32_rounds_to_zero_are_greedy(engine: Engine) -> 
 class Raises:
     def __index__(self) -> int:
         raise RuntimeError("no number today")
+
+
+def test_what_is_no_list_of_requests_and_no_cache(engine: Engine, model: Llama) -> None:
+    with pytest.raises(ConfigError, match="list of requests"):
+        engine.generate(Request([1]))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"a NoneType as cache"):
+        Engine(model, None)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="unknown attention"):
+        Engine(model, engine.cache, "nonesuch")
+    assert Engine(model, engine.cache, "sdpa").attention.name == "sdpa"
+    with pytest.raises(ConfigError, match="token ids"):
+        engine.submit(Request({1: 2}))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -259,5 +259,21 @@ def test_streaming_gives_whole_characters(tmp_path: Path) -> None:
 
 def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
     hf_llama().save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="cannot read a tokenizer"):
+    with pytest.raises(ConfigError, match=r"cannot read a tokenizer .* save the tokenizer"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((None,), "name or the folder"),
+        (("smollm2", "tpu"), "device 'tpu' cannot be used"),
+        (("smollm2", "cpu", "bfloat16"), "dtype must be"),
+        (("smollm2", "cpu", torch.int8), "dtype must be"),
+    ],
+)
+def test_arguments_of_load(arguments: tuple[Any, ...], message: str, tmp_path: Path) -> None:
+    folder = save_folder(tmp_path)
+    arguments = tuple(folder if argument == "smollm2" else argument for argument in arguments)
+    with pytest.raises(ConfigError, match=message):
+        load(*arguments)

@@ -67,7 +67,7 @@ class Engine:
     Args:
         model: see ``LanguageModel``.
         cache: where K and V go. Other users may hold slots of it.
-        attention: backend; None for the best one that runs on the cache's device within its margin.
+        attention: backend, or its name; None for the best one that runs on the cache's device within its margin.
         max_prefill_tokens: tokens computed in one forward pass; a longer prompt is computed in chunks.
         on_step: called once per step while every sequence that took part still holds its slot, for observing the cache.
 
@@ -80,11 +80,15 @@ class Engine:
         self,
         model: LanguageModel,
         cache: KVCache,
-        attention: AttentionBackend | None = None,
+        attention: AttentionBackend | str | None = None,
         *,
         max_prefill_tokens: int = 2048,
         on_step: Callable[[], None] | None = None,
     ) -> None:
+        if not isinstance(cache, KVCache):
+            raise ConfigError(f"an engine takes a model and a vattn.KVCache, got a {type(cache).__name__} as cache")
+        if isinstance(attention, str):
+            attention = get(attention)
         self.model = model
         self.cache = cache
         self.max_prefill_tokens = require_int("max_prefill_tokens", max_prefill_tokens, 1)
@@ -157,6 +161,8 @@ class Engine:
             ConfigError: see ``submit``; before anything ran.
             OutOfPages, OutOfSlots: see ``step``; these requests are dropped, others stay queued.
         """
+        if isinstance(requests, Request):
+            raise ConfigError("generate takes a list of requests: generate([request])")
         checked = [self._checked(request) for request in requests]  # all of them, before the first is queued
         tokens: dict[int, list[int]] = {self._queue(request): [] for request in checked}
         reasons: dict[int, str] = {}

@@ -6,7 +6,7 @@ Whoever is given a request checks it here: the result is a copy in plain Python 
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Iterable, Sequence, Set
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -178,12 +178,14 @@ def checked_tokens(name: str, given: Iterable[Any], vocab_size: int) -> tuple[in
             raise ConfigError(f"{wanted}, got a tensor that has no plain values: {error}") from error
     elif isinstance(given, (str, bytes, bytearray)):
         raise ConfigError(f"{wanted}, got text: encode it with the model's tokenizer: {given!r}")
-    elif not isinstance(given, Iterable):
+    elif isinstance(given, Mapping) or not isinstance(given, Iterable):
         raise ConfigError(f"{wanted}, got {given!r}")
     tokens = []
     for value in given:
         token = _as_int(value)
-        if token is None or not 0 <= token < vocab_size:
+        if token is None:
+            raise ConfigError(f"{wanted}, got {value!r} among them, a {type(value).__name__}")
+        if not 0 <= token < vocab_size:
             raise ConfigError(f"{name}: {value!r} is not in the model's vocabulary of {vocab_size}")
         tokens.append(token)
     return tuple(tokens)
