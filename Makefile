@@ -75,7 +75,7 @@ test-transformers:
 	$(VENV)-transformers/bin/python $(INSTALL) --constraint constraints.txt torch setuptools pytest hypothesis
 	$(VENV)-transformers/bin/python $(INSTALL) --upgrade transformers $(EDITABLE) '.[hf]' accelerate
 	$(VENV)-transformers/bin/python $(INSTALL) $(MODEL)
-	$(TEST) $(VENV)-transformers/bin/python -m pytest -m "not gpu" $(shell grep -lE 'transformers|vattn.hf|smollm2' tests/test_*.py)
+	$(TEST) $(VENV)-transformers/bin/python -m pytest -m "not gpu" $(shell grep -lrE 'transformers|vattn.hf|smollm2' tests --include='test_*.py')
 
 # models/ is installed as vattn.models; mypy wants to see it there.
 lint: $(VENV)/.dev

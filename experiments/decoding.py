@@ -11,10 +11,10 @@ import torch
 
 from vattn import KVCache
 from vattn.attention import AttentionBackend, TritonDecodeAttention
-from vattn.decode import DecodeLoop
+from vattn.decode.loop import DecodeLoop
 from vattn.models import FusedLlama, Llama
-from vattn.ops.bundle import Ops
-from vattn.tuning import default_decode
+from vattn.ops.ops_table import Ops
+from vattn.tuning.table import default_decode
 
 READ_BYTES_PER_S = 3.03e12  # read-only, measured on an H100
 STEPS, WARM_UP = 64, 8

@@ -19,7 +19,7 @@ import torch
 
 from vattn import KVLayout
 from vattn.errors import ConfigError, OutOfPages, OutOfSlots
-from vattn.ops.bundle import Ops
+from vattn.ops.ops_table import Ops
 from vattn.ops.rope_append import rope_append_reference
 
 

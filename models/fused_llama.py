@@ -15,7 +15,7 @@ from torch import nn
 
 from vattn.attention import AttentionBackend, DecodeBatch
 from vattn.errors import ConfigError
-from vattn.ops.bundle import Ops
+from vattn.ops.ops_table import Ops
 from vattn.ops.rope_append import rope_table
 from vattn.tuning import default_ops
 

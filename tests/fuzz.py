@@ -12,16 +12,16 @@ import time
 from collections import Counter
 
 import torch
-from failing_driver import FailingDriver
-from fuzz_cases import LAYOUTS, MAX_SEQ_LEN, VARIANTS, make_layout
-from fuzz_readers import FIRST_STREAM, Readers
-from fuzz_rows import PatternedRows
-from page_model import DoesNotFit, PageModel
-from stream_driver import StreamDriver
+from helpers.failing_driver import FailingDriver
+from helpers.fuzz_cases import LAYOUTS, MAX_SEQ_LEN, VARIANTS, make_layout
+from helpers.fuzz_readers import FIRST_STREAM, Readers
+from helpers.fuzz_rows import PatternedRows
+from helpers.page_model import DoesNotFit, PageModel
+from helpers.stream_driver import StreamDriver
 
 import vattn
 from vattn.driver import open_driver
-from vattn.pages import Page
+from vattn.memory.pages import Page
 
 _DRIVER_CALLS = ("create", "release", "map", "set_access", "unmap", "zero", "copy")
 

@@ -47,7 +47,6 @@ CHUNKS = {
     "test_second_device": 6,
     "test_fuzz": 4,
     "test_hf_steps": 7,
-    "test_hf_pending_row": 7,
     "test_llama": 2,
     "test_faults": 30,
     "test_triton_decode": 30,

@@ -7,7 +7,7 @@ import os
 import signal
 
 import pytest
-from stream_driver import StreamDriver
+from helpers.stream_driver import StreamDriver
 from test_streams import LAYOUT, PAGE, launch_fill, new
 
 import vattn

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from decode_helpers import by_slot, eager, prefill, prompts_for
-from llama_helpers import open_cache, small_model
+from helpers.decode import by_slot, eager, prefill, prompts_for
+from helpers.llama import open_cache, small_model
 
 from vattn import KVCache, KVLayout
 from vattn.attention import AttentionBackend, AttentionBatch, backends, decode_backends, get
-from vattn.decode import DecodeLoop
+from vattn.decode.loop import DecodeLoop
 from vattn.models import FusedLlama
 
 pytestmark = [
@@ -72,7 +72,7 @@ def test_decode_loop(mapping: str) -> None:
 @pytest.mark.parametrize("name", ["Llama", "Gemma 2", "GPT-OSS"])
 def test_hugging_face(name: str) -> None:
     pytest.importorskip("transformers")
-    from hf_models import make_model, prompt, with_cache
+    from helpers.hf_models import make_model, prompt, with_cache
 
     from vattn.hf import VirtualCache
 

@@ -23,7 +23,7 @@ __all__ = [
 ]
 __version__ = "0.1.0"
 
-# What needs torch is imported when it is first asked for: the command line has something to say before (cli_threads).
+# What needs torch is imported when it is first asked for: the command line has something to say before (cli.threads).
 _LATER = {"KVCache": "kv_cache", "KVLayout": "layout", "LayerGroup": "layout"}
 
 

@@ -13,19 +13,19 @@ from types import TracebackType
 import numpy as np
 import torch
 
-from .accounts import cache_stats, check_integrity
 from .arguments import int_array, is_int, require_int
-from .backing import Backing, choose_memory_limit, choose_page_bytes
 from .driver import Driver, open_driver
-from .epochs import OpenStep
 from .errors import ConfigError
 from .layout import KVLayout
-from .page_table import OverRead
-from .slot_arguments import existing_slots, found_slot, free_slot, live_slot, live_slots, rows_of
-from .slots import Slots
+from .memory.backing import Backing, choose_memory_limit, choose_page_bytes
+from .memory.integrity import cache_stats, check_integrity
+from .memory.lock import Turns, in_turn
+from .memory.page_table import OverRead
+from .memory.slot_arguments import existing_slots, found_slot, free_slot, live_slot, live_slots, rows_of
+from .memory.slots import Slots
+from .memory.tensors import BackedRows, tensor_from_address
+from .memory.work import OpenStep
 from .stats import CacheStats, Event
-from .tensors import BackedRows, tensor_from_address
-from .turns import Turns, in_turn
 
 __all__ = ["KVCache"]
 

@@ -25,11 +25,11 @@ from unfused import sample_in_torch, updating_twice
 
 from vattn import KVCache
 from vattn.attention import get
-from vattn.decode import DecodeLoop
+from vattn.decode.loop import DecodeLoop
 from vattn.models import FusedLlama, Llama, LlamaConfig
-from vattn.ops.bundle import LinearTable, Ops, fused_ops, reference_ops
+from vattn.ops.ops_table import LinearTable, Ops, fused_ops, reference_ops
 from vattn.ops.swiglu import swiglu_reference
-from vattn.tuning import default_decode, default_ops, table_for
+from vattn.tuning.table import default_decode, default_ops, table_for
 
 NEEDS = ("cuda", "transformers")
 ABLATED = {("8B", 1, 1024), ("8B", 64, 1024)}  # of the others, only the attention is exchanged

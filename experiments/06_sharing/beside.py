@@ -16,11 +16,11 @@ from decoding import WARM_UP, step_ms
 from traces import SHAPES
 
 from vattn import KVCache, KVLayout
-from vattn.decode import DecodeLoop
+from vattn.decode.loop import DecodeLoop
 from vattn.driver import LedgerDriver
 from vattn.models import FusedLlama, Llama
-from vattn.ops.bundle import Ops
-from vattn.tuning import default_decode
+from vattn.ops.ops_table import Ops
+from vattn.tuning.table import default_decode
 
 ROWS = 256  # of a sequence of the thread's
 NUM_OTHERS = 16  # slots for them

@@ -24,8 +24,8 @@ from vattn.driver import CudaDriver, HostDriver, LedgerDriver
 from vattn.driver.base import RuledDriver
 from vattn.driver.cuda import unavailable
 from vattn.models import FusedLlama, Llama, LlamaConfig
-from vattn.ops.bundle import Ops
-from vattn.tuning import default_ops
+from vattn.ops.ops_table import Ops
+from vattn.tuning.table import default_ops
 
 PARTS = ("forks", "mapping", "scrub", "beside", "serving")
 NEED_GPU = ("scrub", "beside")

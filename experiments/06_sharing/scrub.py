@@ -14,7 +14,7 @@ from traces import SHAPES
 import vattn
 from vattn.driver import Driver
 from vattn.models import Llama
-from vattn.ops.bundle import Ops
+from vattn.ops.ops_table import Ops
 
 PAGE_BYTES, PAGE_TOKENS = 2 << 20, 16
 NUM_PAGES = 64

@@ -23,8 +23,8 @@ from paged_flashinfer import FlashInferDecode
 
 from vattn import KVCache, KVLayout
 from vattn.attention import DecodeBatch, bind, decode_backends, get
-from vattn.measuring import replays_us
-from vattn.tuning import default_decode
+from vattn.tuning.measure import replays_us
+from vattn.tuning.table import default_decode
 
 NEEDS = ("cuda",)
 READ_BYTES_PER_S = 3.03e12  # read-only, measured on an H100

@@ -25,11 +25,11 @@ from paged_attention import PagedFlashAttention2, PagedFlashAttention3
 
 from vattn import KVCache, KVLayout
 from vattn.attention import AttentionBackend, get
-from vattn.decode import DecodeLoop
-from vattn.mapper import MapAhead
+from vattn.decode.loop import DecodeLoop
+from vattn.decode.map_ahead import MapAhead
 from vattn.models import FusedLlama, Llama, LlamaConfig
-from vattn.ops.bundle import Ops
-from vattn.tuning import default_ops
+from vattn.ops.ops_table import Ops
+from vattn.tuning.table import default_ops
 
 NEEDS = ("cuda",)
 CASES = [

@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from driver_calls import NUM_UNITS
+from helpers.driver_calls import NUM_UNITS
 
 from vattn.driver import Driver
-from vattn.tensors import tensor_from_address
+from vattn.memory.tensors import tensor_from_address
 
 
 @pytest.fixture

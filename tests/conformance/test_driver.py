@@ -7,7 +7,7 @@ from dataclasses import asdict
 from itertools import pairwise
 
 import pytest
-from driver_calls import NUM_UNITS, holds, put, refused, state
+from helpers.driver_calls import NUM_UNITS, holds, put, refused, state
 
 from vattn.driver import Driver, Fence
 from vattn.errors import DriverError

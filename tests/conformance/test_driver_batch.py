@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 
 import pytest
-from driver_calls import holds
-from failing_driver import FailingDriver
+from helpers.driver_calls import holds
+from helpers.failing_driver import FailingDriver
 
 from vattn.errors import DriverError
 

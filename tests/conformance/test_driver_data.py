@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from driver_calls import holds, put, refused
+from helpers.driver_calls import holds, put, refused
 
 
 # -- data ------------------------------------------------------------------------------------------------------------
@@ -126,7 +126,7 @@ def test_a_tensor_follows_what_is_mapped_under_it(driver, unit, base, memory):
 _TOUCH = """
 import sys, torch
 from vattn.driver import open_driver
-from vattn.tensors import tensor_from_address
+from vattn.memory.tensors import tensor_from_address
 device, action = sys.argv[1:]
 driver = open_driver(device)
 page = driver.default_page_bytes

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 
 from ..errors import ConfigError
-from ..triton_support import address_of, interpreted, launch_options, next_power_of_2
+from ..ops.triton_support import address_of, interpreted, launch_options, next_power_of_2
 from .base import INT32_MAX, LEFT_PADDING, SINKS, SOFTCAP, AttentionBatch
 from .triton_decode_kernels import kernels
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from ..relaunch import Relaunch
-from ..triton_support import address_of, interpreted, require_triton
+from ..ops.relaunch import Relaunch
+from ..ops.triton_support import address_of, interpreted, require_triton
 from .triton_decode import DecodeWorkspace, TritonDecodeAttention
 from .triton_decode_kernels import kernels
 from .uniform_append import append_kernel

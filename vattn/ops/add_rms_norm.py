@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..triton_support import launch_options, next_power_of_2, num_warps, require_triton
+from .triton_support import launch_options, next_power_of_2, num_warps, require_triton
 
 __all__ = ["add_rms_norm", "add_rms_norm_reference"]
 

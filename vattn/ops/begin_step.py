@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..triton_support import next_power_of_2, require_triton
+from .triton_support import next_power_of_2, require_triton
 
 __all__ = ["begin_step", "begin_step_reference"]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..triton_support import address_of, launch_options, next_power_of_2, require_triton
+from .triton_support import address_of, launch_options, next_power_of_2, require_triton
 
 __all__ = ["rope_append", "rope_append_reference", "rope_table"]
 

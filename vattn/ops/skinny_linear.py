@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError
-from ..triton_support import interpreted, launch_options, next_power_of_2, require_triton
+from .triton_support import interpreted, launch_options, next_power_of_2, require_triton
 
 __all__ = ["LinearConfig", "skinny_linear", "skinny_linear_reference"]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..triton_support import launch_options, require_triton
+from .triton_support import launch_options, require_triton
 
 __all__ = ["swiglu", "swiglu_reference"]
 

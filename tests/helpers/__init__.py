@@ -1,0 +1,1 @@
+"""What tests share: drivers that fail or watch, small models, models of the cache's books."""

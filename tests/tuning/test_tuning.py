@@ -1,0 +1,184 @@
+"""Which kernel is taken where: the nearest measurement that runs there and that the cache has a margin for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vattn import KVLayout, LayerGroup
+from vattn.attention import TritonDecodeAttention, choose_decode, get
+from vattn.decode.graphs import StepGraphs, default_buckets
+from vattn.errors import ConfigError
+from vattn.tuning.measure import measure_attention, measure_linear, measure_prefill
+from vattn.tuning.table import (
+    TuningTable,
+    decode_attention,
+    default_attention,
+    default_decode,
+    default_ops,
+    measured_attention,
+    table_for,
+    table_paths,
+)
+
+LAYOUT = KVLayout(4, 8, 128, 4096, torch.bfloat16)
+CPU = torch.device("cpu")
+
+
+def record(batch, context, backend, **options):
+    shape = {"num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "dtype": "bfloat16"}
+    return {**shape, "batch": batch, "context": context, "backend": backend, "options": options, "us": {backend: 1.0}}
+
+
+def table():
+    made = TuningTable("GPU", pdl=True)
+    made.add_attention(
+        [
+            record(1, 1024, "triton-decode", block_n=32, num_warps=2),
+            record(64, 1024, "flash-attn-2"),
+            record(8, 8192, "flash-attn-3"),
+        ]
+    )
+    return made
+
+
+@pytest.mark.parametrize(
+    ("batch", "context", "name"),
+    [
+        (1, 1024, "triton-decode"),
+        (2, 500, "triton-decode"),
+        (64, 1000, "flash-attn-2"),
+        (300, 2000, "flash-attn-2"),
+        (8, 100_000, "flash-attn-3"),
+        (7, 6000, "flash-attn-3"),
+    ],
+)
+def test_the_nearest_measurement(batch, context, name):
+    found = measured_attention(table(), 32, LAYOUT, batch, context)
+    assert found.name == name
+    if name == "triton-decode":
+        assert found == TritonDecodeAttention(block_n=32, num_warps=2, pdl=True)
+
+
+def test_other_shapes_were_not_measured():
+    assert measured_attention(table(), 16, LAYOUT, 1, 1024) is None
+    assert measured_attention(table(), 32, KVLayout(4, 8, 64, 4096, torch.bfloat16), 1, 1024) is None
+    assert measured_attention(table(), 32, KVLayout(4, 8, 128, 4096, torch.float16), 1, 1024) is None
+    groups = [LayerGroup([0], 8, 128), LayerGroup([1], 8, 64)]
+    assert measured_attention(table(), 32, KVLayout(groups=groups, max_seq_len=64, dtype=torch.bfloat16), 1, 9) is None
+    assert measured_attention(TuningTable("GPU"), 32, LAYOUT, 1, 1024) is None
+
+
+def test_a_new_measurement_takes_the_place_of_the_old():
+    made = table()
+    made.add_attention([record(1, 1024, "torch-varlen"), record(2, 1024, "flash-attn-2")])
+    assert len(made.attention) == 4
+    assert measured_attention(made, 32, LAYOUT, 1, 1024).name == "torch-varlen"
+
+
+def test_on_the_cpu_everything_is_eager(make_cache):
+    assert default_ops(CPU, torch.float32).name == "reference"
+    assert choose_decode(LAYOUT, CPU).name == default_decode(LAYOUT, CPU, 1, 100, 32).name == "sdpa"
+    assert decode_attention(make_cache(LAYOUT, 1, memory_limit=1 << 24), 32, 1, 100).name == "sdpa"
+
+
+def prefill_table():
+    made = TuningTable("GPU")
+    shape = {"num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "dtype": "bfloat16"}
+    made.add_prefill(
+        [
+            {**shape, "new": 512, "total": 512, "us": {"reference": 2.0, "sdpa": 3.0, "flash-attn-3": 1.0}},
+            {**shape, "new": 2048, "total": 2048, "us": {"reference": 4.0, "sdpa": 3.0, "flash-attn-3": 1.0}},
+            {**shape, "new": 2048, "total": 32768, "us": {"reference": 4.0, "sdpa": 5.0, "flash-attn-3": 1.0}},
+        ]
+    )
+    return made
+
+
+@pytest.mark.parametrize(
+    ("new", "total", "name"),
+    [(400, None, "reference+sdpa"), (4000, None, "sdpa"), (4000, 30_000, "reference+sdpa"), (2048, 2048, "sdpa")],
+)
+def test_the_nearest_prefill_of_what_runs_here(monkeypatch, new, total, name):
+    """FlashAttention-3 was fastest everywhere, and does not run on a CPU."""
+    monkeypatch.setattr("vattn.tuning.table.table_for", lambda device: prefill_table())
+    assert default_attention(LAYOUT, CPU, 32, new=new, total=total).name == name
+    assert default_attention(LAYOUT, CPU, 16, new=new, total=total).name == "sdpa"  # other heads
+
+
+def test_a_prefill_measured_again(tmp_path):
+    made = prefill_table()
+    made.add_prefill([{**made.prefill[0], "us": {"sdpa": 1.0}}])
+    assert [record["us"] for record in made.prefill if record["new"] == 512] == [{"sdpa": 1.0}]
+    made.write(tmp_path / "table.json")
+    assert TuningTable.read(tmp_path / "table.json") == made
+
+
+@pytest.mark.gpu
+def test_prefill_is_measured_on_a_gpu(monkeypatch):
+    device = torch.device("cuda", torch.cuda.current_device())
+    records = measure_prefill(8, 2, 64, torch.bfloat16, device, [(300, 300), (100, 900)])
+    assert [(record["new"], record["total"]) for record in records] == [(300, 300), (100, 900)]
+    assert all(us > 0 for record in records for us in record["us"].values())
+    made = TuningTable("GPU")
+    made.add_prefill(records)
+    monkeypatch.setattr("vattn.tuning.table.table_for", lambda device: made)
+    layout = KVLayout(4, 2, 64, 1024, torch.bfloat16)
+    found = default_attention(layout, device, 8, new=100, total=900)
+    assert found.name.split("+")[0] == min(records[1]["us"], key=records[1]["us"].get)
+    within = {name: us for name, us in records[1]["us"].items() if name != "flash-attn-3"}
+    found = default_attention(layout, device, 8, max_over_read=0, new=100, total=900)
+    assert found.name.split("+")[0] == min(within, key=within.get)
+
+
+@pytest.mark.gpu
+def test_choices_on_a_gpu(make_cache, monkeypatch):
+    device = torch.device("cuda", torch.cuda.current_device())
+    monkeypatch.setattr("vattn.tuning.table.table_for", lambda device: table())
+    cache = make_cache(LAYOUT, 1, device, memory_limit=1 << 24)
+    assert decode_attention(cache, 32, 1, 1024).name == "triton-decode"
+    # Nearest is FlashAttention-3, for which this cache has no margin.
+    assert decode_attention(cache, 32, 8, 8192).name == "triton-decode"
+    assert default_ops(device, torch.bfloat16).name == "fused"
+    if get("flash-attn-3").supports(device, torch.bfloat16, 128) is None:
+        assert default_decode(LAYOUT, device, 8, 8192, 32).name == "flash-attn-3"
+        wide = make_cache(LAYOUT, 1, device, memory_limit=1 << 24, over_read_tokens=191)
+        assert decode_attention(wide, 32, 8, 8192).name == "flash-attn-3"
+
+
+@pytest.mark.gpu
+def test_measurements():
+    linear = measure_linear(256, 512, [1, 4], torch.bfloat16, torch.device("cuda"))
+    assert [each["tokens"] for each in linear] == [1, 4]
+    assert all(0 < each["us"] <= each["cublas_us"] * 1.01 for each in linear)
+    (attention,) = measure_attention(8, 2, 64, torch.bfloat16, torch.device("cuda"), [(2, 300)])
+    assert attention["us"]["triton-decode"] > 0
+    assert attention["us"][attention["backend"]] == min(attention["us"].values())
+
+
+def test_the_shipped_table_is_read():
+    name = "NVIDIA H100 80GB HBM3"
+    _, shipped = table_paths(name)
+    found = TuningTable.read(shipped)
+    assert found.gpu == name
+    products = found.linear_table(torch.bfloat16)
+    assert products.find(6144, 4096, 1).dot is False
+    assert products.find(6144, 4096, 5).dot
+    assert products.find(28672, 4096, 8, swiglu=True).splits == 1
+    assert products.find(128256, 4096, 64).splits == 1
+    assert measured_attention(found, 32, LAYOUT, 1, 1024) is not None
+    assert table_for(CPU).attention == []
+
+
+@pytest.mark.parametrize("max_batch", [1, 2, 15, 16, 17, 40, 64, 100, 256])
+def test_buckets(max_batch):
+    buckets = default_buckets(max_batch)
+    assert buckets == tuple(sorted(set(buckets)))
+    assert buckets[-1] == max_batch
+    assert set(range(1, min(max_batch, 16) + 1)) <= set(buckets)
+    graphs = StepGraphs(lambda batch: None, buckets, CPU, "never")
+    for batch in range(1, max_batch + 1):
+        found = graphs.bucket_for(batch)
+        assert batch <= found <= max(batch * 1.25, batch + 1)
+    with pytest.raises(ConfigError, match="exceeds"):
+        graphs.bucket_for(max_batch + 1)

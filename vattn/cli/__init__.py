@@ -1,0 +1,5 @@
+"""The ``vattn`` command."""
+
+from .main import main
+
+__all__ = ["main"]

@@ -1,0 +1,174 @@
+"""``vattn chat``: a conversation on the terminal, or of the lines of a pipe."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from ..engine import Engine, Request, bytes_for
+from ..errors import ConfigError
+from .generate import require_text
+from .model import attention_for, open_cache, place_for
+from .report import Meter, format_bytes
+from .text import one_line, printable
+
+if TYPE_CHECKING:
+    from ..kv_cache import KVCache
+    from ..models import Tokenizer
+
+__all__ = ["chat"]
+
+_STOPPED = "; stopped"
+_CUT = "; cut off at its longest"
+
+
+def chat(args: argparse.Namespace) -> None:
+    """Run the command until its input ends.
+
+    Raises:
+        ConfigError: an option, model or device that cannot work, or a message that does not fit into the context.
+    """
+    if sys.stdin is None:
+        raise ConfigError("stdin is closed: there are no messages to read")
+    require_text("--system", args.system or "")
+    place = place_for(args)
+
+    from vattn.models.loader import load_model, load_tokenizer
+
+    tokenizer = load_tokenizer(place.path)
+    if not tokenizer.has_chat_template:
+        raise ConfigError("this model has no chat template; vattn generate continues plain text")
+    model = load_model(place.path, place.device, place.dtype)
+    attention = attention_for(place, model)
+    with open_cache(place, model, attention, 1) as cache:
+        meter = Meter()
+        engine = Engine(model, cache, attention, on_step=lambda: meter.observe(cache.stats()))
+        conversation = _Conversation(engine, cache, meter, tokenizer, args)
+        is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+        while (message := _read_message(is_terminal)) is not None:
+            try:
+                if message.strip():
+                    conversation.answer(message)
+            except ConfigError as error:  # a message too long, say
+                if not is_terminal:
+                    raise
+                print(f"vattn: {one_line(error)}", file=sys.stderr, flush=True)
+
+
+def _read_message(is_terminal: bool) -> str | None:
+    """The next line; None where the input has ended. Ctrl-C drops the line that was begun on a terminal."""
+    if is_terminal:
+        with suppress(ImportError):
+            import readline  # noqa: F401 - from then on input() has a history and can be edited
+    while True:
+        try:
+            return input("> ") if is_terminal else input()
+        except EOFError:
+            if is_terminal:
+                print()
+            return None
+        except UnicodeDecodeError:
+            raise ConfigError("a message on stdin is not valid UTF-8") from None
+        except KeyboardInterrupt:
+            if not is_terminal:
+                raise
+            print()
+
+
+class _Conversation:
+    """What was said so far. Each answer computes all of it anew: the engine keeps no K and V between requests."""
+
+    def __init__(
+        self, engine: Engine, cache: KVCache, meter: Meter, tokenizer: Tokenizer, args: argparse.Namespace
+    ) -> None:
+        self._engine = engine
+        self._meter = meter
+        self._tokenizer = tokenizer
+        self._args = args
+        self._system = [] if args.system is None else [{"role": "system", "content": args.system}]
+        self._turns: list[dict[str, str]] = []  # of the user and the assistant, alternating
+        self._num_answers = 0
+        self._capacity = _capacity(cache)
+
+    def answer(self, message: str) -> None:
+        """Write what the model says to a message; Ctrl-C ends it early, and what was said stays in the history.
+
+        Raises:
+            ConfigError: the message leaves no room for an answer; the history is what it was.
+        """
+        require_text("the message", message)
+        prompt, turns = self._prompt([*self._turns, {"role": "user", "content": message}])
+        if num_forgotten := (len(self._turns) + 1 - len(turns)) // 2:
+            self._say(f"the conversation has outgrown the cache: its oldest {num_forgotten} turns are forgotten")
+        start = time.perf_counter()
+        tokens, text, ending = self._generate(prompt)
+        print(flush=True)
+        if text or ending != _STOPPED:
+            self._turns = [*turns, {"role": "assistant", "content": text}]
+        seconds = time.perf_counter() - start
+        in_use = format_bytes(self._meter.latest.in_use_bytes) if self._meter.latest else "nothing"
+        self._say(
+            f"{len(prompt)} + {len(tokens)} of at most {self._capacity} tokens in {seconds:.1f} s, {in_use} of K and V"
+            f"{ending}"
+        )
+
+    def _generate(self, prompt: list[int]) -> tuple[list[int], str, str]:
+        """(tokens, text, what to say of its end), written as it comes."""
+        args = self._args
+        request = Request(
+            prompt,
+            min(args.max_new_tokens, self._capacity - len(prompt)),
+            args.temperature,
+            args.top_p,
+            (args.seed + self._num_answers) % 2**63,
+            self._tokenizer.stop_tokens,
+            top_k=args.top_k,
+        )
+        self._num_answers += 1
+        tokens: list[int] = []
+        text, ending = "", ""
+        stream = self._tokenizer.stream()
+        try:
+            self._engine.submit(request)
+            while self._engine.has_work:
+                for new in self._engine.step():
+                    tokens.append(new.token)
+                    piece = stream.push(new.token) + ("" if new.finish_reason is None else stream.finish())
+                    text += piece
+                    print(printable(piece), end="", flush=True)
+                    ending = _CUT if new.finish_reason == "length" else ""
+        except KeyboardInterrupt:
+            ending = _STOPPED
+        finally:
+            self._engine.abort()  # nothing to do unless something was raised
+        return tokens, text, ending
+
+    def _prompt(self, turns: list[dict[str, str]]) -> tuple[list[int], list[dict[str, str]]]:
+        """(the conversation as tokens, its turns), less the oldest where all do not fit."""
+        while True:
+            prompt = self._tokenizer.encode_chat([*self._system, *turns])
+            if len(prompt) < self._capacity:
+                return prompt, turns
+            if len(turns) == 1:
+                raise ConfigError(
+                    f"the message takes {len(prompt)} tokens of the {self._capacity} that the model's context and the "
+                    "memory limit allow, and leaves no room for an answer"
+                )
+            turns = turns[2:]
+
+    def _say(self, text: str) -> None:
+        if not self._args.quiet:
+            print(f"({text})", file=sys.stderr, flush=True)
+
+
+def _capacity(cache: KVCache) -> int:
+    """Tokens of one sequence that fit into the context and the memory limit, its last included, which has no row."""
+    low, high = 0, cache.layout.max_seq_len
+    while low < high:
+        middle = (low + high + 1) // 2
+        fits = bytes_for(cache.layout, middle + cache.over_read_tokens, cache.page_bytes) <= cache.memory_limit
+        low, high = (middle, high) if fits else (low, middle - 1)
+    return low + 1

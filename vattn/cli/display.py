@@ -1,0 +1,195 @@
+"""Showing text while it is written: a live view on a terminal, whole lines elsewhere."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from types import FrameType
+from typing import Protocol
+
+from rich.console import Console, Group
+from rich.control import Control
+from rich.live import Live
+from rich.rule import Rule
+from rich.table import Table
+from rich.text import Text
+
+from ..stats import CacheStats
+from .report import format_bytes
+from .text import one_line, printable
+
+__all__ = ["Display", "LineDisplay", "LiveDisplay", "NoDisplay", "display_for"]
+
+# What ends or stops a process by default and comes from outside: kill, a closed terminal, Ctrl-\, Ctrl-Z. Ctrl-C is an
+# exception of Python's.
+_ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP)
+
+
+class Display(Protocol):
+    """Is told of every piece of text and every step; used as a context manager around the run."""
+
+    def __enter__(self) -> Display: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def add(self, index: int, piece: str) -> None:
+        """More text of prompt ``index``, possibly none."""
+        ...
+
+    def finish(self, index: int) -> None:
+        """Prompt ``index`` is complete."""
+        ...
+
+    def progress(self, num_tokens: int, stats: CacheStats) -> None:
+        """After each step: new tokens so far, and the cache as it is."""
+        ...
+
+
+class NoDisplay:
+    """For ``--json``."""
+
+    def __enter__(self) -> NoDisplay:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def add(self, index: int, piece: str) -> None:
+        pass
+
+    def finish(self, index: int) -> None:
+        pass
+
+    def progress(self, num_tokens: int, stats: CacheStats) -> None:
+        pass
+
+
+class LineDisplay(NoDisplay):
+    """Prints each line once it is complete; when there are several prompts, with the number of its prompt, and the
+    prompts first, unless it is to be quiet."""
+
+    def __init__(self, prompts: Sequence[str], quiet: bool = False) -> None:
+        self._prompts = prompts
+        self._quiet = quiet
+        self._partial = [""] * len(prompts)
+
+    def __enter__(self) -> LineDisplay:
+        if len(self._prompts) > 1 and not self._quiet:
+            for index, prompt in enumerate(self._prompts):
+                self._print(index, f"> {one_line(prompt, 80)}")
+        return self
+
+    def add(self, index: int, piece: str) -> None:
+        *lines, self._partial[index] = (self._partial[index] + printable(piece)).split("\n")
+        for line in lines:
+            self._print(index, line)
+
+    def finish(self, index: int) -> None:
+        if self._partial[index]:
+            self._print(index, self._partial[index])
+            self._partial[index] = ""
+
+    def _print(self, index: int, line: str) -> None:
+        print(f"[{index + 1}] {line}".rstrip() if len(self._partial) > 1 else line, flush=True)
+
+
+class LiveDisplay:
+    """The last words of every running prompt above a line of figures; completed texts scroll away above them."""
+
+    def __init__(self, console: Console, prompts: Sequence[str]) -> None:
+        self._console = console
+        self._prompts = prompts
+        self._texts = [""] * len(prompts)
+        self._running: set[int] = set()
+        self._num_done = 0
+        self._start = time.perf_counter()
+        self._status = Text("waiting for the first token", style="dim")
+        self._live = Live(self._render(), console=console, refresh_per_second=8, transient=True)
+        self._exit = ExitStack()
+
+    def __enter__(self) -> LiveDisplay:
+        with ExitStack() as stack:
+            stack.enter_context(_cursor_shown_at_the_end(console=self._console))
+            stack.enter_context(self._live)
+            self._exit = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._exit.close()
+
+    def add(self, index: int, piece: str) -> None:
+        self._texts[index] += printable(piece)
+        self._running.add(index)
+
+    def finish(self, index: int) -> None:
+        self._running.discard(index)
+        self._num_done += 1
+        self._console.print(Rule(Text(one_line(self._prompts[index], 60), style="bold"), align="left"))
+        self._console.print(Text(self._texts[index].strip()), end="\n\n")
+
+    def progress(self, num_tokens: int, stats: CacheStats) -> None:
+        seconds = time.perf_counter() - self._start
+        num_waiting = len(self._prompts) - len(self._running) - self._num_done
+        self._status = Text(
+            f"{num_tokens} tokens, {num_tokens / seconds:.1f} tok/s · "
+            f"{len(self._running)} running, {num_waiting} waiting, {self._num_done} done · "
+            f"mapped {format_bytes(stats.mapped_bytes)} of {format_bytes(stats.reserved_bytes)} reserved, "
+            f"wasted {format_bytes(stats.waste_bytes)}",
+            style="cyan",
+        )
+        self._live.update(self._render())
+
+    def _render(self) -> Group:
+        table = Table.grid(padding=(0, 1))
+        table.add_column(style="dim", justify="right")
+        table.add_column(overflow="ellipsis", no_wrap=True)
+        width = max(20, self._console.width - 6)
+        shown = sorted(self._running)[: max(1, self._console.height - 3)]
+        for index in shown:
+            table.add_row(str(index + 1), Text(one_line(self._texts[index], width, tail=True)))
+        return Group(table, self._status)
+
+
+def display_for(prompts: Sequence[str], *, quiet: bool) -> Display:
+    """A live view where stdout is a terminal that can move its cursor; lines elsewhere, and where it is to be quiet."""
+    console = Console(highlight=False)
+    if quiet or not sys.stdout.isatty() or console.is_dumb_terminal:
+        return LineDisplay(prompts, quiet)
+    return LiveDisplay(console, prompts)
+
+
+@contextmanager
+def _cursor_shown_at_the_end(console: Console) -> Iterator[None]:
+    """Show the cursor, which a live view hides, before a signal ends the process or stops it until the shell's ``fg``.
+
+    The signal then does what it does by default, so that the shell learns what happened. Nothing is unwound: memory
+    goes with the process.
+    """
+    descriptor = console.file.fileno()
+    show, hide = (str(Control.show_cursor(shown)).encode() for shown in (True, False))
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        with suppress(OSError):  # the terminal may be gone
+            os.write(descriptor, show + b"\r\n")
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
+        # Only after a stop does it come here.
+        signal.signal(number, handle)
+        with suppress(OSError):
+            os.write(descriptor, hide)
+
+    taken = []
+    if threading.current_thread() is threading.main_thread():  # no other may
+        taken = [number for number in _ENDING if signal.getsignal(number) is signal.SIG_DFL]  # not under nohup
+    for number in taken:
+        signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)

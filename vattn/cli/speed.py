@@ -1,0 +1,143 @@
+"""How fast a run was, and how fast this machine could have been: what binds, reading or arithmetic."""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from ..engine import EngineStats
+
+__all__ = ["Limits", "ModelWork", "measure_limits", "speed_table", "throughput"]
+
+_LONG_ENOUGH_S = 0.02  # of one product, for a timer's and a launch's own time not to matter
+_LARGEST_PRODUCT = 8192
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a plain read and a plain matrix product reach, 0 where there is not even the memory to measure with."""
+
+    read_bytes_per_s: float
+    multiply_flops_per_s: float
+
+    def least_s(self, num_bytes: float, num_flops: float) -> tuple[float, str | None]:
+        """(seconds that these take at least, ``"reading"`` or ``"arithmetic"``, whichever takes longer)."""
+        read_s = num_bytes / self.read_bytes_per_s if self.read_bytes_per_s else 0.0
+        multiply_s = num_flops / self.multiply_flops_per_s if self.multiply_flops_per_s else 0.0
+        if not read_s and not multiply_s:
+            return 0.0, None
+        return max(read_s, multiply_s), "reading" if read_s >= multiply_s else "arithmetic"
+
+
+@dataclass(frozen=True)
+class ModelWork:
+    """What a model's passes take of a machine at least.
+
+    Attributes:
+        weight_bytes: weights that every pass reads.
+        num_weights: of those, the elements; each is multiplied and added once for each token.
+        num_head_weights: those of the output projection, which a prefill needs for a prompt's last token only.
+        bytes_per_token: K and V of one row.
+    """
+
+    weight_bytes: int
+    num_weights: int
+    num_head_weights: int
+    bytes_per_token: int
+
+
+def throughput(stats: EngineStats, work: ModelWork, num_prompts: int, limits: Limits) -> dict[str, Any]:
+    """Tokens per second of prefill and decode, and of their time the share that no program could have saved here.
+
+    Counted are weights, K and V, each read once a step, and the products with the weights; attention's own products,
+    a few per cent below some thousand tokens, are not.
+    """
+    prefill_flops = 2.0 * (
+        (work.num_weights - work.num_head_weights) * stats.num_prefill_tokens + work.num_head_weights * num_prompts
+    )
+    decode_bytes = stats.num_decode_steps * work.weight_bytes + stats.num_decode_rows * work.bytes_per_token
+    prefill_s, prefill_by = limits.least_s(stats.num_prefill_steps * work.weight_bytes, prefill_flops)
+    decode_s, decode_by = limits.least_s(decode_bytes, 2.0 * work.num_weights * stats.num_decode_tokens)
+    return {
+        **asdict(stats),
+        "prefill_tokens_per_s": stats.num_prefill_tokens / stats.prefill_s if stats.prefill_s else 0.0,
+        "decode_tokens_per_s": stats.num_decode_tokens / stats.decode_s if stats.decode_s else 0.0,
+        "decode_read_bytes_per_s": decode_bytes / stats.decode_s if stats.decode_s else 0.0,
+        "read_limit_bytes_per_s": limits.read_bytes_per_s,
+        "multiply_limit_flops_per_s": limits.multiply_flops_per_s,
+        "prefill_limit_s": prefill_s,
+        "prefill_bound_by": prefill_by,
+        "prefill_share_of_limit": prefill_s / stats.prefill_s if stats.prefill_s else 0.0,
+        "decode_limit_s": decode_s,
+        "decode_bound_by": decode_by,
+        "decode_share_of_limit": decode_s / stats.decode_s if stats.decode_s else 0.0,
+    }
+
+
+def measure_limits(device: torch.device, dtype: torch.dtype) -> Limits:
+    """Of this machine as it is now, with the threads that torch has now; takes well under a second."""
+    return Limits(_read_bandwidth(device), _multiply_rate(device, dtype))
+
+
+def _read_bandwidth(device: torch.device) -> float:
+    """Bytes per second that a plain sum over memory larger than any cache reads: the best of five."""
+    data = None
+    for size in (1 << 30, 1 << 28, 1 << 26) if device.type == "cuda" else (1 << 28, 1 << 26):
+        with suppress(RuntimeError, MemoryError):
+            data = torch.ones(size // 4, dtype=torch.float32, device=device)
+            break
+    if data is None:
+        return 0.0
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        data.sum().item()  # waits for the device
+        best = min(best, time.perf_counter() - start)
+    return data.nbytes / best
+
+
+def _multiply_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations per second of a square matrix product, the best of growing ones."""
+    best, size = 0.0, 256
+    while size <= _LARGEST_PRODUCT:
+        try:
+            square = torch.rand(size, size, device=device).to(dtype)  # a GPU is faster on zeros
+            elapsed = float("inf")
+            for _ in range(3):
+                start = time.perf_counter()
+                (square @ square)[0, 0].item()  # waits for the device
+                elapsed = min(elapsed, time.perf_counter() - start)
+                if elapsed > _LONG_ENOUGH_S * 5:  # half precision without instructions for it
+                    break
+        except (RuntimeError, MemoryError):
+            break
+        best = max(best, 2 * size**3 / elapsed)
+        if elapsed > _LONG_ENOUGH_S:
+            break
+        size *= 2
+    return best
+
+
+def speed_table(speed: dict[str, Any]) -> Table:
+    """From ``throughput``'s dictionary."""
+    table = Table(title="speed", title_justify="left")
+    for column in ("", "tokens", "seconds", "tokens/s"):
+        table.add_column(column, justify="left" if not column else "right")
+    table.add_column("of the limit", justify="right")
+    table.add_column("which is", style="dim")
+    limits = {
+        "reading": f"reading at {speed['read_limit_bytes_per_s'] / 1e9:.1f} GB/s",
+        "arithmetic": f"arithmetic at {speed['multiply_limit_flops_per_s'] / 1e9:.0f} GFLOP/s",
+        None: "not known",
+    }
+    for name in ("prefill", "decode"):
+        tokens, seconds = speed[f"num_{name}_tokens"], speed[f"{name}_s"]
+        figures = (str(tokens), f"{seconds:.2f}", f"{speed[f'{name}_tokens_per_s']:.1f}")
+        share, limit = f"{speed[f'{name}_share_of_limit']:.0%}", limits[speed[f"{name}_bound_by"]]
+        table.add_row(name, *figures, *((share, limit) if tokens else ("", "")))
+    return table

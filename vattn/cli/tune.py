@@ -1,0 +1,81 @@
+"""``vattn tune``: time the kernels for a model's shapes on this GPU, and keep what won."""
+
+from __future__ import annotations
+
+import argparse
+from copy import deepcopy
+from typing import Any
+
+import torch
+
+from ..errors import ConfigError
+from ..models.fused_llama import products
+from ..ops.triton_support import unavailable
+from ..tuning import table_for, table_paths
+from ..tuning.measure import measure_attention, measure_linear, measure_prefill
+from .model import read_config
+from .options import parse_whole
+from .text import one_line
+
+__all__ = ["tune"]
+
+_PREFILL = ((512, 512), (2048, 2048), (8192, 8192), (2048, 32768))  # new tokens, all tokens
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def tune(args: argparse.Namespace) -> None:
+    """Measure, print a line for each product and each case of attention, and write the table of this GPU.
+
+    Raises:
+        ConfigError: no GPU, no Triton, or no model config where one was named.
+    """
+    configs = [read_config(path) for path in args.models]
+    batches, contexts = (_numbers(name, getattr(args, name)) for name in ("batches", "contexts"))
+    if not torch.cuda.is_available():
+        raise ConfigError("vattn tune needs an NVIDIA GPU; PyTorch finds none (see vattn info)")
+    if reason := unavailable():
+        raise ConfigError(reason)
+    device = torch.device("cuda", torch.cuda.current_device())
+    dtype = _DTYPES[args.dtype]
+    table = deepcopy(table_for(device))
+    # What a kernel of compute capability 9.0 or newer can do, and measured to pay on an H100.
+    table.pdl = torch.cuda.get_device_capability(device) >= (9, 0)
+    for config in configs:
+        for outputs, inputs, kind in products(config):
+            table.add_linear(measure_linear(outputs, inputs, batches, dtype, device, kind, _print_linear))
+        cases = [(batch, context) for batch in batches for context in contexts]
+        heads = (config.num_heads, config.num_kv_heads, config.head_dim)
+        table.add_attention(measure_attention(*heads, dtype, device, cases, table.pdl, _print_attention))
+        table.add_prefill(measure_prefill(*heads, dtype, device, _PREFILL, _print_prefill))
+    path, _ = table_paths(table.gpu)
+    table.write(path)
+    print(f"written: {one_line(path)}")
+
+
+def _numbers(name: str, text: str) -> list[int]:
+    try:
+        return sorted({parse_whole(part, 1, 1 << 31) for part in text.split(",")})
+    except ConfigError as error:
+        raise ConfigError(f"--{name}, numbers with commas between them: {error}") from error
+
+
+def _print_linear(record: dict[str, Any]) -> None:
+    config = record["config"]
+    tile = (
+        "cuBLAS"
+        if config is None
+        else f"{config['block_n']}x{config['block_k']}, {config['splits']} splits, {config['num_warps']} warps"
+    )
+    what = f"{record['outputs']} x {record['inputs']}" + (" + SwiGLU" if record["swiglu"] else "")
+    times = f"{record['us']:8.1f} us  cuBLAS {record['cublas_us']:8.1f} us"
+    print(f"{what:28s} {record['tokens']:4d} tokens  {times}  {tile}", flush=True)
+
+
+def _print_attention(record: dict[str, Any]) -> None:
+    times = ", ".join(f"{name} {us:.1f}" for name, us in sorted(record["us"].items(), key=lambda item: item[1]))
+    print(f"attention, batch {record['batch']}, context {record['context']}:  {times} us", flush=True)
+
+
+def _print_prefill(record: dict[str, Any]) -> None:
+    times = ", ".join(f"{name} {us:.1f}" for name, us in sorted(record["us"].items(), key=lambda item: item[1]))
+    print(f"attention, {record['new']} new tokens of {record['total']}:  {times} us", flush=True)

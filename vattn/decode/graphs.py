@@ -1,0 +1,157 @@
+"""Captured steps: one CUDA graph for each batch size, used where a measurement says that it wins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from ..arguments import require_int
+from ..errors import ConfigError
+from ..interrupts import FinalisersWait, Uninterrupted
+
+__all__ = ["GraphReport", "StepGraphs", "default_buckets"]
+
+MODES = ("always", "measure", "never")
+
+
+def default_buckets(max_batch: int) -> tuple[int, ...]:
+    """Batch sizes to capture: every one to 16, then in steps of an eighth of the next power of two; the maximum too."""
+    sizes, size = [], 1
+    while size < max_batch:
+        sizes.append(size)
+        size += 1 if size < 16 else (1 << size.bit_length()) // 8
+    return (*sizes, max_batch)
+
+
+@dataclass(frozen=True, slots=True)
+class GraphReport:
+    """One bucket.
+
+    Attributes:
+        batch: rows of the step.
+        captured: whether there is a graph, which replays then use.
+        capture_ms: time to warm up and capture it.
+        pool_bytes: what torch's allocator reserved for it in the pool that all buckets share.
+        device_bytes: device memory that its capture took, the graph itself included.
+        graph_us, eager_us: time of a step either way, where both were measured.
+    """
+
+    batch: int
+    captured: bool
+    capture_ms: float = 0.0
+    pool_bytes: int = 0
+    device_bytes: int = 0
+    graph_us: float | None = None
+    eager_us: float | None = None
+
+
+class StepGraphs:
+    """Runs a step of any batch size up to the largest bucket, as a graph or eagerly.
+
+    The step reads everything that changes from device tensors at fixed addresses, so that one graph of a bucket serves
+    every batch that fits: parameters are indirect, none is copied into the graph (PyGraph, arXiv 2503.19779).
+
+    Args:
+        run: launches the step for the first ``batch`` rows; allocates nothing that outlives it.
+        buckets: batch sizes, the largest included.
+        device: where it runs; graphs need CUDA.
+        mode: ``"always"`` captures every bucket; ``"measure"`` too, then drops each graph that is not faster than
+            launching the step, as PyGraph found for a quarter of the graphs it looked at, both timed on sequences of
+            one row; ``"never"`` captures none.
+
+    Raises:
+        ConfigError: no buckets, sizes below 1, an unknown mode, or graphs on a device without them.
+    """
+
+    def __init__(
+        self, run: Callable[[int], None], buckets: Sequence[int], device: torch.device, mode: str = "always"
+    ) -> None:
+        if mode not in MODES:
+            raise ConfigError(f"graphs must be one of {', '.join(MODES)}, got {mode!r}")
+        if mode != "never" and device.type != "cuda":
+            raise ConfigError(f"graphs={mode!r} needs a CUDA device, got {device}; pass graphs='never'")
+        if not buckets:
+            raise ConfigError("expected at least one batch bucket")
+        self.buckets = tuple(sorted({require_int("bucket", bucket, 1) for bucket in buckets}))
+        self.mode = mode
+        self.device = device
+        self._run = run
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._pool: Any = None
+        self.reports: tuple[GraphReport, ...] = tuple(GraphReport(bucket, False) for bucket in self.buckets)
+
+    def bucket_for(self, batch: int) -> int:
+        """The smallest bucket that holds so many rows."""
+        for bucket in self.buckets:
+            if batch <= bucket:
+                return bucket
+        raise ConfigError(f"a batch of {batch} exceeds the largest bucket, {self.buckets[-1]}")
+
+    def capture(self) -> None:
+        """Capture what is to be captured, the largest bucket first so that the others fit into its memory.
+
+        The caller has filled the tensors that the step reads with values that do no harm; the step runs on them.
+        """
+        if self.mode == "never":
+            return
+        self._pool = torch.cuda.graph_pool_handle()
+        reports = [self._capture(bucket) for bucket in reversed(self.buckets)]
+        self.reports = tuple(reversed(reports))
+
+    def launch(self, bucket: int) -> None:
+        """Run the step for a bucket on the current stream."""
+        graph = self._graphs.get(bucket)
+        if graph is None:
+            self._run(bucket)
+        else:
+            graph.replay()
+
+    def release(self) -> None:
+        """Drop every graph and its memory."""
+        self._graphs.clear()
+        self._pool = None
+
+    def _capture(self, bucket: int) -> GraphReport:
+        start = perf_counter()
+        self._run(bucket)  # compiles kernels and makes workspaces, which capture may not do
+        torch.cuda.synchronize(self.device)
+        torch.cuda.empty_cache()  # capturing does so too, which would hide what it takes
+        free, pooled = torch.cuda.mem_get_info(self.device)[0], torch.cuda.memory_reserved(self.device)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may allocate and map meanwhile; this one runs no finaliser of ours and no signal handler.
+        capturing = torch.cuda.graph(
+            graph, pool=self._pool, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"
+        )
+        with Uninterrupted(), FinalisersWait(), capturing:
+            self._run(bucket)
+        graph.replay()  # the first one uploads it
+        torch.cuda.synchronize(self.device)
+        report = GraphReport(
+            bucket,
+            True,
+            (perf_counter() - start) * 1e3,
+            max(0, torch.cuda.memory_reserved(self.device) - pooled),
+            max(0, free - torch.cuda.mem_get_info(self.device)[0]),
+        )
+        self._graphs[bucket] = graph
+        if self.mode == "measure":
+            graph_us, eager_us = self._time(graph.replay), self._time(lambda: self._run(bucket))
+            report = replace(report, graph_us=graph_us, eager_us=eager_us, captured=graph_us < eager_us)
+            if not report.captured:
+                del self._graphs[bucket]
+        return report
+
+    def _time(self, launch: Callable[[], None], repeats: int = 5) -> float:
+        """Microseconds of a step, the median, launches and waiting included as a loop would see them."""
+        samples = []
+        for _ in range(repeats):
+            torch.cuda.synchronize(self.device)
+            start = perf_counter()
+            launch()
+            torch.cuda.synchronize(self.device)
+            samples.append((perf_counter() - start) * 1e6)
+        return sorted(samples)[repeats // 2]

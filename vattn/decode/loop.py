@@ -1,0 +1,451 @@
+"""The decode loop: sequences come and go, each step is one replay, and the host never makes the GPU wait.
+
+Everything that a step reads lies in device tensors with an entry per slot: the token that a sequence feeds next, its
+length, how to sample, when to stop (``decode_state``). What the device does in a step is in ``decode_step``; here is
+who decodes, which rows are mapped for it, and what the host was told.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import weakref
+from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from types import TracebackType
+
+import numpy as np
+import torch
+
+from ..arguments import require_int
+from ..attention import AttentionBackend, get
+from ..errors import ConfigError, OutOfPages
+from ..interrupts import Uninterrupted, finish, for_one_thread
+from ..kv_cache import KVCache
+from .graphs import GraphReport, default_buckets
+from .map_ahead import MapAhead
+from .state import DecodedToken, DecodeModel, DecodeState, Sampling, as_sequence, bind_for
+from .step import RING, DecodeStep, LaunchedStep
+
+__all__ = ["DecodeLoop", "DecodeModel", "DecodedToken", "Sampling"]
+
+
+_LOOPS: weakref.WeakKeyDictionary[KVCache, weakref.WeakSet[DecodeLoop]] = weakref.WeakKeyDictionary()
+
+
+@dataclass(eq=False)
+class _Live:
+    """A sequence that is decoding: once the launched steps have run, it has ``rows`` rows of at most ``limit``.
+
+    ``version`` is that of its slot: another one there means that the sequence is not what the loop takes it for.
+    """
+
+    slot: int
+    rows: int
+    limit: int
+    version: int
+
+
+class DecodeLoop:
+    """Decodes sequences whose prompts are in the cache. For one thread at a time.
+
+    While a slot decodes it belongs to the loop: rows are mapped ahead of it, which its ``seq_len`` counts too. When
+    its end is reported (or ``cancel`` returns) the slot holds exactly the rows of its tokens again, all but the newest
+    token's; it is the caller's to fork, go on with, or release.
+
+    A sequence that is released or truncated in the cache meanwhile is dropped: the next step that would decode it
+    raises ``ConfigError``, which names the slot, launches nothing, and leaves the slot to whoever has it now. Calling
+    again goes on with the others.
+
+    Args:
+        model: computes a step.
+        cache: holds the sequences. One slot is taken for rows that only fill up a batch.
+        max_batch: sequences of a step; None for all slots of the cache but that one.
+        attention: backend for decode, or its name; None for the one measured as fastest for each batch size, of those
+            that the cache has a margin for.
+        typical_len: rows that sequences are expected to have, for that choice; None for half of what they can have.
+        buckets: batch sizes to capture; None for ``default_buckets``.
+        graphs: ``"always"``, ``"measure"`` or ``"never"`` (see ``StepGraphs``); None: always on CUDA, never elsewhere.
+        ahead_tokens: rows to map ahead of each sequence; None for two pages' worth.
+        mapping: ``"thread"``, or ``"inline"`` to map between steps in the caller's thread.
+        max_stop_tokens: of a sequence.
+
+    Attributes:
+        stream: that steps are launched on; None on the CPU.
+
+    Raises:
+        ConfigError: an argument is wrong, or model, attention and cache do not fit each other.
+    """
+
+    def __init__(
+        self,
+        model: DecodeModel,
+        cache: KVCache,
+        *,
+        max_batch: int | None = None,
+        attention: AttentionBackend | str | None = None,
+        typical_len: int | None = None,
+        buckets: Sequence[int] | None = None,
+        graphs: str | None = None,
+        ahead_tokens: int | None = None,
+        mapping: str = "thread",
+        max_stop_tokens: int = 8,
+    ) -> None:
+        if not isinstance(model, DecodeModel):
+            raise ConfigError(f"a decode loop takes a fused model, FusedLlama(model), not a {type(model).__name__}")
+        self.model, self.cache = model, cache
+        self._pid = os.getpid()
+        self._one_thread: int | None = None
+        self.max_seq_len = min(cache.layout.max_seq_len, model.max_seq_len)
+        if cache.max_slots < 2:
+            raise ConfigError("the decode loop takes a slot for itself: open the cache with max_slots of at least 2")
+        if max_batch is None:
+            max_batch = cache.max_slots - 1
+        self.max_batch = require_int("max_batch", max_batch, 1, cache.max_slots - 1)
+        if isinstance(attention, str):
+            attention = get(attention)
+        if mapping not in ("thread", "inline"):
+            raise ConfigError(f"mapping must be 'thread' or 'inline', got {mapping!r}")
+        if model.embedding.device != cache.device:
+            raise ConfigError(f"the model is on {model.embedding.device}, the cache on {cache.device}")
+        model.require_fit(cache)
+        device = cache.device
+        mode = ("always" if device.type == "cuda" else "never") if graphs is None else graphs
+        if typical_len is None:
+            typical_len = max(1, self.max_seq_len // 2)
+        if ahead_tokens is None:
+            ahead_tokens = max(16, math.ceil(2 * cache.layout.tokens_per_page(cache.page_bytes)))
+        ahead_tokens = require_int("ahead_tokens", ahead_tokens, 0)
+        self.state = DecodeState(cache.max_slots, require_int("max_stop_tokens", max_stop_tokens, 1), device)
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._live: dict[int, _Live] = {}
+        self._ended: dict[int, _Live] = {}  # the last sequence of each slot, which has exactly its rows
+        self._under_way: deque[tuple[tuple[_Live, ...], LaunchedStep]] = deque()
+        self._unreported: list[DecodedToken] = []
+        self._closed = False
+        self._scratch = cache.acquire()
+        try:
+            cache.ensure(self._scratch, 1)
+            self._step = DecodeStep(
+                model,
+                cache,
+                self.state,
+                self._scratch,
+                max_batch=self.max_batch,
+                attention=None if attention is None else bind_for(cache, attention, mode),
+                typical_len=require_int("typical_len", typical_len, 1),
+                max_seq_len=self.max_seq_len,
+                buckets=default_buckets(self.max_batch) if buckets is None else buckets,
+                mode=mode,
+                stream=self.stream,
+            )
+            self._mapper = MapAhead(cache, ahead_tokens, threaded=mapping == "thread")
+        except BaseException:
+            cache.release(self._scratch)
+            raise
+        _LOOPS.setdefault(cache, weakref.WeakSet()).add(self)
+
+    # -- sequences -----------------------------------------------------------------------------------------------
+    def start(
+        self,
+        slot: int,
+        token: int,
+        max_new_tokens: int,
+        sampling: Sampling | None = None,
+        stop_tokens: Sequence[int] = (),
+    ) -> None:
+        """Decode a sequence from the next step on.
+
+        The first step comes after what was submitted to the current stream, and to any stream inside
+        ``cache.step([slot])``.
+
+        Args:
+            slot: live in the cache; its ``seq_len`` rows are computed.
+            token: the first to feed, not in the cache yet: the prompt's last, or the one sampled after a prefill.
+            max_new_tokens: tokens to decode.
+            sampling: None for greedy.
+            stop_tokens: end the sequence when one of these is sampled; it is still reported.
+
+        Raises:
+            ConfigError: a value out of range, or the slot is decoding already, here or in another loop, or it is
+                given to another sequence at this moment.
+            OutOfPages: no page for the first row; the slot is as it was.
+        """
+        self.start_batch([(slot, token, max_new_tokens, sampling, stop_tokens)])
+
+    @for_one_thread
+    def start_batch(self, sequences: Sequence[tuple[int, int, int, Sampling | None, Sequence[int]]]) -> None:
+        """``start`` for several at once, all or nothing, with one upload."""
+        self._require_open()
+        vocab_size, max_stop_tokens = self.model.config.vocab_size, self.state.stop_tokens.shape[1]
+        checked = [as_sequence(s, vocab_size=vocab_size, max_stop_tokens=max_stop_tokens) for s in sequences]
+        rows = [self._check(slot, max_new_tokens) for slot, _, max_new_tokens, *_ in checked]
+        slots = [sequence[0] for sequence in checked]
+        if not slots:
+            return
+        if len(set(slots)) < len(slots):
+            raise ConfigError(f"expected every slot once, got {slots}")
+        if len(self._live) + len(slots) > self.max_batch:
+            raise ConfigError(f"{len(self._live) + len(slots)} sequences exceed max_batch, {self.max_batch}")
+        with Uninterrupted():
+            versions = self.cache.versions(slots)
+            # What a page shared with another sequence takes to become private, it takes here, before any step is open.
+            self.cache.ensure_batch(slots, [n + 1 for n in rows], versions=versions)
+            try:
+                if self.stream is not None:
+                    self.stream.wait_stream(torch.cuda.current_stream(self.cache.device))
+                with torch.inference_mode(), torch.cuda.stream(self.stream):
+                    self.state.start(self._step.upload, checked, rows)
+            except BaseException:
+                for slot, n in zip(slots, rows, strict=True):
+                    self.cache.truncate(slot, n)
+                raise
+            for slot, n, sequence, version in zip(slots, rows, checked, versions.tolist(), strict=True):
+                limit = n + sequence[2]
+                self._mapper.track(slot, n + 1, limit, version)
+                self._live[slot] = _Live(slot, n, limit, version)
+                self._ended.pop(slot, None)
+
+    @for_one_thread
+    def cancel(self, slot: int) -> None:
+        """Stop decoding a sequence; tokens that were not reported yet are not going to be. Any other slot: no effect.
+
+        The slot then holds the rows of the tokens that were reported, the newest one's excepted.
+        """
+        self._require_open()
+        with Uninterrupted():
+            num_dropped = sum(token.slot == slot for token in self._unreported)
+            self._unreported = [token for token in self._unreported if token.slot != slot]
+            live = self._live.get(slot)
+            if live is not None:
+                self._hand_back(live, num_dropped)
+            elif num_dropped and (ended := self._ended.get(slot)):  # which its caller was not told yet
+                ended.rows -= num_dropped
+                self._cut(ended)
+
+    @for_one_thread
+    def release(self, slot: int) -> None:
+        """End a sequence, decoding or not, and give its slot back to the cache.
+
+        As for ``cache.release``, which keeps the pages for work on the current stream, but that they are kept for the
+        step that may still be under way on the loop's stream, too.
+
+        Raises:
+            ConfigError: it is the loop's own slot, or not live in the cache, or another sequence's by now than the one
+                that decoded.
+        """
+        if slot == self._scratch:
+            raise ConfigError(f"slot {slot} is the loop’s own: close the loop to have it back")
+        live = self._live.get(slot)
+        self.cancel(slot)
+        versions = None if live is None else [live.version]
+        caller = None if self.stream is None else torch.cuda.current_stream(self.cache.device)
+        with (
+            torch.cuda.stream(self.stream),
+            self.cache.step([slot], versions=versions),
+            torch.cuda.stream(caller),
+        ):
+            self.cache.release(slot)  # of either stream's work so far
+
+    @property
+    def slots(self) -> tuple[int, ...]:
+        """Those that are decoding."""
+        return tuple(self._live)
+
+    # -- steps ---------------------------------------------------------------------------------------------------
+    @for_one_thread
+    def step(self) -> list[DecodedToken]:
+        """Launch a step for every sequence, then report the tokens of the step before it.
+
+        So the first call reports nothing, and a call without sequences reports what is left.
+
+        Raises:
+            OutOfPages: no page for the next row of some sequence. Nothing was launched, and no token is lost: cancel a
+                sequence, or make room in the cache, and call again.
+            ConfigError: a sequence was released or truncated in the cache. It was dropped, and nothing launched: call
+                again for the others.
+            DriverError: the driver failed where pages were mapped. If rows of a sequence were lost by that, the next
+                call refuses the sequence as a truncated one.
+        """
+        self._require_open()
+        self._drain(RING // 2)  # more than one is left only where something was raised after a launch
+        try:
+            launched = self._launch()
+        except OutOfPages:
+            if not self._under_way:
+                raise
+            self._drain(0)  # sequences that have ended give their pages back
+            launched = self._launch()
+        self._drain(1 if launched else 0)
+        return self._report()
+
+    @for_one_thread
+    def run(self) -> list[DecodedToken]:
+        """Step until every sequence has ended; all tokens, in the order of their steps.
+
+        Raises:
+            OutOfPages: as ``step``; the tokens so far are returned by the next call of ``step``, ``run`` or ``drain``.
+        """
+        self._require_open()
+        tokens: list[DecodedToken] = []
+        try:
+            while self._live or self._under_way or self._unreported:
+                tokens += self.step()
+        except BaseException:
+            self._unreported[:0] = tokens
+            raise
+        return tokens
+
+    @for_one_thread
+    def drain(self) -> list[DecodedToken]:
+        """Report the tokens of every step launched so far; waits for them."""
+        self._require_open()
+        self._drain(0)
+        return self._report()
+
+    @property
+    def graphs(self) -> tuple[GraphReport, ...]:
+        """What was captured, by batch size."""
+        return self._step.reports
+
+    @for_one_thread
+    def close(self) -> None:
+        """End the loop: graphs and the loop's own slot are freed, sequences stay as they are. Idempotent."""
+        if self._closed:
+            return
+        if os.getpid() != self._pid:  # a forked child: nothing of this is its
+            self._closed = True
+            return
+        for slot in self.slots:
+            self.cancel(slot)
+        self._mapper.close()
+        if self.stream is not None:
+            self.stream.synchronize()
+        self._under_way.clear()
+        self._step.release()
+        with Uninterrupted():
+            with suppress(ConfigError):  # the cache is closed already
+                self.cache.release(self._scratch)
+            self._closed = True
+
+    def __del__(self) -> None:
+        # Nobody closed it: work may be under way, and the mapper's thread would live on.
+        if not sys.is_finalizing() and getattr(self, "_mapper", None) is not None and os.getpid() == self._pid:
+            finish(self.close)
+
+    def __enter__(self) -> DecodeLoop:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # -- inside --------------------------------------------------------------------------------------------------
+    def _launch(self) -> bool:
+        """Launch a step for every sequence that has rows to come; False if none has.
+
+        Raises:
+            ConfigError: some are not in the cache as they were; they are dropped.
+        """
+        sequences = tuple(each for each in self._live.values() if each.rows < each.limit)
+        if not sequences:
+            return False
+        slots = [sequence.slot for sequence in sequences]
+        index = np.array(slots, np.int64)
+        rows = np.array([sequence.rows for sequence in sequences], np.int64) + 1
+        versions = np.array([sequence.version for sequence in sequences], np.int64)
+        try:
+            self._mapper.require(index, rows)
+            # Handlers run before the launch or after its entry in the books, also out of the end of ``cache.step``.
+            with (
+                Uninterrupted(),
+                torch.inference_mode(),
+                torch.cuda.stream(self.stream),
+                self.cache.step(index, versions=versions),
+            ):
+                self._under_way.append((sequences, self._step.launch(slots)))
+                for sequence in sequences:
+                    sequence.rows += 1
+        except ConfigError as error:
+            self._drop(index[self.cache.versions(index) != versions].tolist(), error)
+            raise
+        self._mapper.look_ahead(index, rows)
+        return True
+
+    def _drop(self, slots: list[int], error: ConfigError) -> None:
+        """Decode these no more; their slots are somebody else's, or of another length."""
+        if slots:
+            with Uninterrupted():
+                for slot in slots:
+                    del self._live[slot]
+                    self._mapper.forget(slot)
+                self._unreported = [token for token in self._unreported if token.slot not in slots]
+            raise ConfigError(
+                f"slots {slots} were released or truncated in the cache while this loop decoded them, and are dropped: "
+                "cancel a sequence, or let it end, before its slot is changed"
+            ) from error
+
+    def _drain(self, keep: int) -> None:
+        """Read the ring up to the newest ``keep`` steps."""
+        while len(self._under_way) > keep:
+            sequences, launched = self._under_way[0]
+            sampled = self._step.read(launched)
+            with Uninterrupted():
+                self._under_way.popleft()
+                for sequence, (token, reason) in zip(sequences, sampled, strict=True):
+                    if self._live.get(sequence.slot) is not sequence:  # ended, or cancelled
+                        continue
+                    self._unreported.append(DecodedToken(sequence.slot, token, reason))
+                    if reason:
+                        self._hand_back(sequence)
+
+    def _report(self) -> list[DecodedToken]:
+        tokens, self._unreported = self._unreported, []
+        return tokens
+
+    def _hand_back(self, sequence: _Live, num_dropped: int = 0) -> None:
+        """A sequence has ended: leave its slot with its rows, but for those of tokens that are dropped."""
+        del self._live[sequence.slot]
+        self._mapper.forget(sequence.slot)
+        num_under_way = sum(sequence in sequences for sequences, _ in self._under_way)
+        sequence.rows -= num_under_way + num_dropped
+        self._ended[sequence.slot] = sequence
+        self._cut(sequence)
+
+    def _cut(self, sequence: _Live) -> None:
+        """What was mapped past its rows goes when the GPU is past it."""
+        # ConfigError: the slot was released or truncated, or the cache closed, behind the loop's back.
+        with (
+            suppress(ConfigError),
+            torch.cuda.stream(self.stream),
+            self.cache.step([sequence.slot], versions=[sequence.version]),
+        ):
+            self.cache.truncate(sequence.slot, sequence.rows)
+            sequence.version = int(self.cache.versions([sequence.slot])[0])
+
+    def _check(self, slot: int, max_new_tokens: int) -> int:
+        """ConfigError unless the slot can take so many more; returns its rows."""
+        slot = require_int("slot", slot, 0, self.cache.max_slots - 1)
+        if slot in self._live or slot == self._scratch:
+            raise ConfigError(f"slot {slot} is {'decoding already' if slot in self._live else 'the loop’s own'}")
+        if any(token.slot == slot for token in self._unreported):
+            raise ConfigError(f"slot {slot} has tokens that were not reported yet: call step or drain first")
+        for loop in _LOOPS[self.cache] - {self}:
+            if not loop._closed and (slot in loop._live or slot == loop._scratch):
+                raise ConfigError(f"slot {slot} belongs to another DecodeLoop: cancel it there first")
+        rows = self.cache.seq_len(slot)
+        if rows + max_new_tokens > self.max_seq_len:
+            raise ConfigError(
+                f"slot {slot} has {rows} rows; {max_new_tokens} new ones exceed the context of {self.max_seq_len}"
+            )
+        return rows
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise ConfigError("this DecodeLoop is closed; make a new one")
+        if os.getpid() != self._pid:
+            raise ConfigError("this DecodeLoop belongs to the process that forked this one; make another here")

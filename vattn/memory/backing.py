@@ -1,0 +1,184 @@
+"""What a cache owns of the driver, and how it ends: reservations, page pool, page table."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+
+from ..driver import Driver
+from ..errors import ConfigError, DriverError
+from ..interrupts import finish
+from ..layout import GroupPlan, KVLayout
+from .page_table import OverRead, PageTable
+from .pages import Page, PhysicalPagePool
+from .reservation import Reservation
+
+_DEFAULT_MEMORY_SHARE = 0.9
+
+
+def choose_page_bytes(driver: Driver, page_bytes: int | None) -> int:
+    """The page size asked for, or the driver's own; ConfigError where the driver cannot have it."""
+    granularity = driver.granularity_bytes
+    if page_bytes is None:
+        return driver.default_page_bytes
+    if page_bytes % granularity:
+        raise ConfigError(
+            f"page_bytes must be a multiple of the {driver.name} driver's {granularity}, got {page_bytes}"
+        )
+    return page_bytes
+
+
+def choose_memory_limit(driver: Driver, memory_limit: int | None, page_bytes: int) -> int:
+    """The limit asked for, or a share of what is free now; ConfigError where it does not hold a page."""
+    if memory_limit is None:
+        available, _ = driver.memory_info()
+        memory_limit = int(available * _DEFAULT_MEMORY_SHARE)
+    if memory_limit < page_bytes:
+        raise ConfigError(f"memory_limit must be at least one page of {page_bytes} bytes, got {memory_limit}")
+    return memory_limit
+
+
+class Backing:
+    """Owns the driver, the page pool and one reservation per layer group.
+
+    Tensors over the addresses hold a reference to it: pages are freed by ``close``, or when nobody refers to it any
+    more; the addresses only then.
+    """
+
+    def __init__(
+        self,
+        driver: Driver,
+        layout: KVLayout,
+        max_slots: int,
+        page_bytes: int,
+        limit_bytes: int,
+        over_read: OverRead,
+    ) -> None:
+        self.driver = driver
+        self.page_bytes = page_bytes
+        self.pool = PhysicalPagePool(driver, page_bytes, limit_bytes)
+        self.plans: list[GroupPlan] = [
+            layout.plan(group, max_slots, page_bytes, over_read.tokens) for group in layout.groups
+        ]
+        self.reservations: list[Reservation] = []
+        self.closed = False
+        self._pid = os.getpid()
+        try:
+            for plan in self.plans:
+                self.reservations.append(Reservation(driver, self.pool, plan.size_bytes))
+        except DriverError as error:
+            self._free_ranges()
+            driver.close()
+            if not error.out_of_memory:
+                raise
+            total = sum(plan.size_bytes for plan in self.plans)
+            raise ConfigError(
+                f"{max_slots} slots of {layout.max_seq_len} tokens need {total / (1 << 40):.3g} TiB of addresses, "
+                f"more than the driver can reserve ({error}): lower max_slots or max_seq_len"
+            ) from error
+        lanes = [
+            (reservation, lane)
+            for reservation, plan in zip(self.reservations, self.plans, strict=True)
+            for lane in plan.lanes
+        ]
+        self.table = PageTable(driver, self.pool, lanes, max_slots, over_read)
+
+    @property
+    def reserved_bytes(self) -> int:
+        return sum(reservation.size_bytes for reservation in self.reservations)
+
+    @property
+    def num_mapped(self) -> int:
+        """Mappings, each counted."""
+        return sum(len(reservation.pages) + len(reservation.strays) for reservation in self.reservations)
+
+    # -- looking -------------------------------------------------------------------------------------------------
+    def stray_pages(self) -> Iterator[tuple[int, Page]]:
+        """(address, page) of every page that a failed undo left mapped."""
+        for reservation in self.reservations:
+            for index, page in reservation.strays.items():
+                yield reservation.address_of(index), page
+
+    def clear_strays(self) -> None:
+        """Try again to unmap what failed undos left behind."""
+        for reservation in self.reservations:
+            for index in tuple(reservation.strays):
+                reservation.clear_stray(index)
+
+    def check_integrity(self) -> None:
+        """Page table and pool agree, page by page."""
+        self.pool.check_integrity()
+        maps: dict[Page, set[int]] = {}
+        for reservation in self.reservations:
+            assert not reservation.pages.keys() & reservation.strays.keys(), "a page is both mapped and stray"
+            for table in (reservation.pages, reservation.strays):
+                for index, page in table.items():
+                    maps.setdefault(page, set()).add(reservation.address_of(index))
+        assert maps.keys() <= self.pool.pages, "a page that the pool does not know is mapped"
+        for page in self.pool.pages:
+            assert set(page.maps) == maps.get(page, set()), f"{page} is mapped at other addresses than it says"
+            assert len(set(page.maps)) == len(page.maps), f"{page} lists an address twice"
+        book = getattr(self.driver, "book", None)
+        if book is not None:
+            assert len(book.mappings) == self.num_mapped, "the driver has mappings that the cache does not know"
+            assert len(book.handles) == len(self.pool.pages), "the driver has handles that the pool does not know"
+
+    # -- the end -------------------------------------------------------------------------------------------------
+    def close(self) -> None:
+        """Unmap and release everything; the addresses stay reserved. Goes on past a failure and tries once more.
+
+        Raises:
+            DriverError: the first failure; what could not be freed then is tried again by the next ``close``.
+        """
+        if self.closed:
+            return
+        self.driver.synchronize()
+        failures: list[DriverError] = []
+        for _ in range(2):
+            for reservation in self.reservations:
+                for table in (reservation.pages, reservation.strays):
+                    for index in tuple(table):
+                        self._unmap_finally(reservation, index, table, failures)
+            for page in tuple(self.pool.pages):
+                if not page.maps:
+                    try:
+                        self.driver.release(page.handle)
+                        self.pool.pages.discard(page)
+                    except DriverError as error:
+                        failures.append(error)
+            self.pool.free = [page for page in self.pool.free if page in self.pool.pages]
+            if not self.pool.pages:
+                self.closed = True
+                self.driver.close()
+                break
+        if failures:
+            raise failures[0]
+
+    def _unmap_finally(
+        self, reservation: Reservation, index: int, table: dict[int, Page], failures: list[DriverError]
+    ) -> None:
+        address = reservation.address_of(index)
+        try:
+            self.driver.unmap(address, self.page_bytes)
+        except DriverError as error:
+            failures.append(error)
+            return
+        self.pool.unmapped(table.pop(index), address)
+
+    def _free_ranges(self) -> None:
+        while self.reservations:
+            self.reservations.pop().free()
+
+    def __del__(self) -> None:
+        # At the interpreter's end the system takes everything back; a forked child must not touch its parent's pages.
+        if sys.is_finalizing() or os.getpid() != getattr(self, "_pid", None):
+            return
+        finish(self._end)
+
+    def _end(self) -> None:
+        try:
+            self.close()
+        finally:
+            if self.closed:
+                self._free_ranges()

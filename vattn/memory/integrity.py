@@ -1,0 +1,72 @@
+"""The books of a cache: what they add up to, and whether they agree with each other."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict
+
+from ..stats import CacheStats
+from .slots import FREE, LIVE, RETIRED, Slots
+
+
+def cache_stats(slots: Slots, bytes_per_token: int) -> CacheStats:
+    """Counts and bytes, as ``CacheStats`` defines them."""
+    backing, pool, parking = slots.backing, slots.backing.pool, slots.parking
+    page_bytes = pool.page_bytes
+    # Mappings that no live sequence stands behind: parked ones, retired slots', and what failed undos left.
+    ownerless = parking.maps()
+    ownerless.update(page for _, page in backing.stray_pages())
+    for slot in slots.with_state(RETIRED):
+        ownerless.update(page for _, page in slots.table.pages_of(slot))
+    num_parked = sum(1 for page, maps in ownerless.items() if maps == len(page.maps))
+    num_shared = pool.num_shared - sum(
+        1 for page, maps in ownerless.items() if len(page.maps) - maps < 2 and page.shared
+    )
+    live = slots.state == LIVE
+    row_bytes = int(slots.seq_len[live].sum()) * bytes_per_token
+    return CacheStats(
+        reserved_bytes=backing.reserved_bytes,
+        physical_bytes=pool.physical_bytes,
+        mapped_bytes=backing.num_mapped * page_bytes,
+        in_use_bytes=(len(pool.pages) - len(pool.free) - num_parked) * page_bytes,
+        parked_bytes=num_parked * page_bytes,
+        free_bytes=len(pool.free) * page_bytes,
+        index_bytes=0,
+        shared_bytes=num_shared * page_bytes,
+        row_bytes=row_bytes,
+        waste_bytes=(backing.num_mapped - ownerless.total()) * page_bytes - row_bytes,
+        peak_physical_bytes=pool.peak_pages * page_bytes,
+        memory_limit_bytes=pool.limit_bytes,
+        page_bytes=page_bytes,
+        num_live_slots=int(live.sum()),
+        **asdict(slots.driver.counts),
+        num_oom=slots.num_oom,
+        num_adopted=parking.num_adopted,
+        num_unparked=parking.num_unparked,
+    )
+
+
+def check_integrity(slots: Slots) -> None:
+    """Every live slot has the pages that its rows need, and what is mapped beyond them is parked. AssertionError."""
+    backing, table, parking = slots.backing, slots.table, slots.parking
+    backing.check_integrity()
+    parking.check_integrity()
+    seen: Counter[int] = Counter()
+    for slot, state in enumerate(slots.state.tolist()):
+        rows, reach = int(slots.seq_len[slot]), int(slots.reach[slot])
+        seen.update(address for pages in (table, parking) for address, _ in pages.pages_of(slot))
+        waits = slot in slots.to_shrink
+        assert not waits or state == LIVE, "a slot that is not live waits to be shrunk"
+        assert 0 <= rows <= reach <= slots.max_seq_len, f"slot {slot}: {rows} rows, reach {reach}"
+        if state == LIVE:
+            readable = reach + table.over_read.tokens if reach else 0
+            assert table.backed_rows(slot) >= readable, f"slot {slot} lacks pages for its rows"
+            assert table.private_rows(slot, rows) >= reach, f"slot {slot} would write into a shared page"
+            assert waits or not table.has_pages_past(slot, reach), f"slot {slot} keeps pages past its rows"
+        else:
+            assert rows == 0, f"slot {slot} is not live, yet has rows"
+            assert state == RETIRED or not table.has_pages_past(slot, 0), f"free slot {slot} owns pages"
+            assert state == FREE or slots.work.is_open(slot), f"slot {slot} is retired, though no step is open on it"
+    mapped = {reservation.address_of(index) for reservation in backing.reservations for index in reservation.pages}
+    assert seen.keys() == mapped, "a page is mapped behind a slot that neither owns it nor has it parked"
+    assert not seen or max(seen.values()) == 1, "a page is a sequence's own and parked at one address"

@@ -1,0 +1,173 @@
+"""Submission epochs: which work may still touch a slot's pages, submitted to some stream or only scheduled.
+
+The invariant: a page is unmapped, mapped elsewhere, scrubbed or given another owner only behind its *epoch*: all work
+on it that was launched inside a step, and whatever else was on the current stream when its sequence gave it up.
+
+* Work that was *submitted*, by a step, a graph's replay or a plain launch, lies before a fence of its stream: one is
+  set when a step is left, when a sequence ends, and behind the cache's own copies and scrubbing.
+* Work that is *scheduled*, its launch still to come, has no place in a stream yet, so that not even a synchronisation
+  with the whole device would wait for it. It is announced by entering a step: no epoch is taken while one is open.
+* The host waits for an epoch only before unmapping; scrubbing and copying are put behind it on the device.
+
+Work that comes later, or belongs to other slots, is no part of an epoch, and nobody waits for it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..driver import Driver, Fence
+from .lock import Turns
+
+
+@dataclass(frozen=True, slots=True)
+class Epoch:
+    """The work that may touch some pages, all of it submitted: everything before these fences."""
+
+    fences: tuple[Fence, ...] = ()
+
+    def done(self) -> bool:
+        """Whether that work has ended; never waits."""
+        return all(fence.done() for fence in self.fences)
+
+    def wait(self) -> None:
+        """Block the host until it has."""
+        for fence in self.fences:
+            fence.wait()
+
+
+class _Stream:
+    """What was submitted to one stream: fences by number, later ones with larger numbers, and each slot's newest."""
+
+    def __init__(self, max_slots: int) -> None:
+        self.newest = np.zeros(max_slots, np.int64)  # 0: none
+        self._fences: dict[int, Fence] = {}
+        self._last = 0
+
+    def add(self, fence: Fence) -> int:
+        """The fence's number."""
+        if len(self._fences) > 2 * len(self.newest) + 8:  # most of them are nobody's newest any more
+            used = set(self.newest.tolist())
+            self._fences = {number: each for number, each in self._fences.items() if number in used}
+        self._last += 1
+        self._fences[self._last] = fence
+        return self._last
+
+    def idle(self) -> bool:
+        """Whether nothing that was submitted here for any slot goes on."""
+        fence = self.behind(slice(None))
+        return fence is None or fence.done()
+
+    def behind(self, slots: Sequence[int] | np.ndarray | slice) -> Fence | None:
+        """The fence behind all that was submitted here for these slots: it implies those before it."""
+        number = int(self.newest[slots].max(initial=0))
+        return self._fences[number] if number else None
+
+
+class OpenStep:
+    """A step, from before it is entered.
+
+    Attributes:
+        thread: that began it.
+    """
+
+    __slots__ = ("thread",)
+
+    def __init__(self) -> None:
+        self.thread = threading.get_ident()
+
+
+class WorkTracker:
+    """The open steps, and per slot the newest fence of each stream that worked on it.
+
+    Every step of every slot comes by here, so slots are arrays and a call costs the same for one and for a thousand.
+
+    Attributes:
+        open_steps: with the slots of each.
+    """
+
+    def __init__(self, driver: Driver, max_slots: int, turns: Turns) -> None:
+        self._driver = driver
+        self._max_slots = max_slots
+        self._turns = turns
+        self._streams: dict[int, _Stream] = {}
+        self.open_steps: dict[OpenStep, np.ndarray] = {}
+
+    def is_open(self, slot: int) -> bool:
+        """Whether a step of this slot has been entered and not left."""
+        return any((slots == slot).any() for slots in self.open_steps.values())
+
+    def enter(self, step: OpenStep, slots: np.ndarray) -> None:
+        """A step begins: its work goes to the current stream, behind what other streams did to these slots."""
+        self.order_current_stream(slots)
+        self.open_steps[step] = slots
+
+    def leave(self, step: OpenStep) -> None:
+        """A step ends: everything it launched lies before this point of the current stream. Without effect on one that
+        is not open, so that who was interrupted here can do it again."""
+        if (slots := self.open_steps.get(step)) is not None:
+            try:
+                self.submitted(slots)
+            finally:
+                self.open_steps.pop(step, None)
+
+    def submitted(self, slots: Sequence[int] | np.ndarray) -> None:
+        """Work on these slots was submitted to the current stream; a copy is work on every slot that has the page."""
+        if fence := self._driver.fence():
+            stream = self._stream(fence)
+            stream.newest[slots] = stream.add(fence)
+
+    def order_current_stream(self, slots: Sequence[int] | np.ndarray) -> None:
+        """Make the current stream wait for the work on these slots."""
+        for fence in self._behind(slots):
+            self._driver.order_after(fence)
+
+    def order_behind(self, epochs: Iterable[Epoch]) -> None:
+        """Make the current stream wait for these epochs."""
+        for fence in {id(fence): fence for epoch in epochs for fence in epoch.fences}.values():
+            self._driver.order_after(fence)
+
+    def epoch(self, slot: int) -> Epoch:
+        """All the work that can touch the slot's pages as they are now. The slot has no open step."""
+        assert not self.is_open(slot), "a step that is still open may launch more work"
+        return Epoch(tuple(self._behind([slot])))
+
+    def done(self, slot: int) -> bool:
+        """Whether no work can touch the slot's pages any more; never waits."""
+        return not self.is_open(slot) and self.epoch(slot).done()
+
+    def wait(self, slots: Sequence[int], current_stream: bool) -> None:
+        """Block the host until the submitted work on some slots has ended. They have no open step.
+
+        Args:
+            current_stream: and all that was on the current stream when the operation began.
+
+        Raises:
+            MustWait: it has not, and the operation waits outside; as the others that wait.
+        """
+        fences = [fence for slot in slots for fence in self.epoch(slot).fences]
+        if current_stream:
+            turn = self._turns.turn
+            assert turn is not None
+            turn.fence = turn.fence or self._driver.fence()
+            if turn.fence:
+                fences.append(turn.fence)
+        self._turns.wait_for(Epoch(tuple(fences)))
+        for stream in self._streams.values():
+            stream.newest[slots] = 0
+
+    def _stream(self, fence: Fence) -> _Stream:
+        stream = self._streams.get(fence.stream)
+        if stream is None:
+            # A program may make a stream for every request: forget those whose work has ended.
+            self._streams = {number: each for number, each in self._streams.items() if not each.idle()}
+            stream = self._streams[fence.stream] = _Stream(self._max_slots)
+        return stream
+
+    def _behind(self, slots: Sequence[int] | np.ndarray) -> list[Fence]:
+        fences = (stream.behind(slots) for stream in self._streams.values())
+        return [fence for fence in fences if fence is not None]

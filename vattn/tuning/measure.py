@@ -1,0 +1,309 @@
+"""Timing kernels for ``tuning``: products and attention of a decode step, cold, inside a graph as a loop runs them; and
+attention of a prefill."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
+from itertools import pairwise
+from statistics import median
+from typing import Any
+
+import torch
+
+from ..attention import AttentionBackend, AttentionBatch, DecodeBatch, TritonDecodeAttention, bind, decode_backends, get
+from ..kv_cache import KVCache
+from ..layout import KVLayout
+from ..ops.skinny_linear import LinearConfig, skinny_linear
+from ..ops.swiglu import swiglu
+from .table import dtype_name
+
+__all__ = ["candidates", "graph_us", "measure_attention", "measure_linear", "measure_prefill", "replays_us"]
+
+PREFILL_BACKENDS = ("flash-attn-3", "flash-attn-2", "torch-varlen")
+_BUSY_CYCLES = 2_000_000  # of waiting on the GPU, about a millisecond, while the host launches what is timed
+_MIN_GAIN = 1.01  # a kernel has to beat cuBLAS by this much: measurements have noise
+_COLD_BYTES = 400 << 20  # of weights to go through, so that none are left in the L2 cache
+
+
+def _dots(*tiles: tuple[int, int, int, int], splits: Sequence[int] = (1, 2, 4)) -> list[LinearConfig]:
+    return [LinearConfig(n, k, s, warps, stages) for n, k, warps, stages in tiles for s in splits]
+
+
+# Tiles worth trying, by the most tokens that they are for: the best of a sweep of 300 over the shapes of Llama 8B on an
+# H100, and their neighbours.
+_CANDIDATES: dict[int, list[LinearConfig]] = {
+    1: [
+        *(
+            LinearConfig(n, k, s, warps, stages, dot=False)
+            for n, k, warps, stages, splits in (
+                (2, 2048, 8, 1, (1,)),
+                (1, 2048, 8, 1, (1,)),
+                (4, 2048, 8, 1, (1,)),
+                (2, 1024, 4, 1, (1, 2)),
+                (4, 1024, 4, 1, (1, 2)),
+                (4, 1024, 4, 3, (1, 2)),
+                (8, 1024, 8, 1, (1, 2)),
+                (8, 512, 4, 3, (1, 2)),
+                (1, 2048, 2, 3, (1,)),
+            )
+            for s in splits
+        ),
+        *_dots((32, 128, 2, 4), (64, 128, 4, 4), splits=(1, 2, 4, 8)),
+    ],
+    16: _dots(
+        *((16, 256, 1, 3), (16, 256, 1, 4), (16, 256, 2, 2), (16, 512, 1, 3), (32, 128, 2, 3), (32, 128, 2, 4)),
+        *((32, 256, 2, 4), (32, 256, 2, 3), (64, 128, 4, 3), (64, 128, 4, 4), (64, 256, 4, 3), (128, 128, 4, 3)),
+        *((128, 64, 4, 4), (128, 128, 8, 3)),
+    ),
+    64: _dots(
+        *((32, 128, 2, 3), (32, 128, 2, 4), (32, 128, 4, 3), (32, 256, 2, 3), (64, 64, 4, 4), (64, 128, 4, 2)),
+        *((64, 128, 4, 3), (64, 128, 4, 4), (64, 256, 4, 2), (64, 256, 4, 3), (128, 64, 4, 3), (128, 64, 4, 4)),
+        *((128, 64, 8, 4), (128, 128, 4, 2), (128, 128, 4, 3), (128, 128, 8, 3)),
+    ),
+}
+
+
+def replays_us(launch: Callable[[int], object], count: int, repeats: int) -> list[float]:
+    """Microseconds of one launch: an equal part of each replay of a graph of ``launch(0)`` to ``launch(count - 1)``."""
+    stream = torch.cuda.Stream()
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        launch(0)  # compiles, and makes workspaces
+        stream.synchronize()
+        # Without the collections and emptied caches of torch.cuda.graph, which take longer than the measurement.
+        graph.capture_begin(capture_error_mode="thread_local")
+        try:
+            for i in range(count):
+                launch(i)
+        finally:
+            graph.capture_end()
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+        graph.replay()
+        events[0].record()
+        for event in events[1:]:
+            graph.replay()
+            event.record()
+        stream.synchronize()
+    return [start.elapsed_time(end) * 1e3 / count for start, end in pairwise(events)]
+
+
+def graph_us(launch: Callable[[int], object], count: int, repeats: int = 5) -> float:
+    """Microseconds of one launch, the median of ``replays_us``."""
+    return median(replays_us(launch, count, repeats))
+
+
+def measure_linear(
+    outputs: int,
+    inputs: int,
+    tokens: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+    kind: str = "plain",
+    report: Callable[[dict[str, Any]], None] = lambda record: None,
+) -> list[dict[str, Any]]:
+    """Time the kernels for one product, weights coming from memory and not from the cache; a record per token count.
+
+    Args:
+        kind: ``"plain"``; ``"whole"``, without partial sums; ``"swiglu"``, with SwiGLU behind or in it.
+        report: called with each record.
+    """
+    weight_bytes = outputs * inputs * dtype.itemsize
+    count = max(2, min(16, _COLD_BYTES // weight_bytes))
+    weights = [torch.randn(outputs, inputs, device=device, dtype=dtype) * 0.02 for _ in range(count)]
+    fused = kind == "swiglu"
+    records = []
+    for num_tokens in tokens:
+        x = torch.randn(num_tokens, inputs, device=device, dtype=dtype)
+
+        def by_cublas(i: int, x: torch.Tensor = x) -> torch.Tensor:
+            out = torch.nn.functional.linear(x, weights[i])
+            return swiglu(out) if fused else out
+
+        cublas_us = graph_us(by_cublas, count)
+        best_us, best = cublas_us / _MIN_GAIN, None
+        for config in candidates(outputs, inputs, num_tokens, whole=kind != "plain"):
+
+            def launch(i: int, x: torch.Tensor = x, config: LinearConfig = config) -> torch.Tensor:
+                return skinny_linear(x, weights[i], config, swiglu=fused)
+
+            try:
+                us = graph_us(launch, count, 3)
+            except Exception as error:
+                if "out of resource" not in str(error):  # tiles too large for this GPU's shared memory
+                    raise
+                continue
+            if us < best_us:
+                best_us, best = us, config
+        record = {
+            "outputs": outputs,
+            "inputs": inputs,
+            "dtype": dtype_name(dtype),
+            "tokens": num_tokens,
+            "swiglu": fused,
+            "config": None if best is None else asdict(best),
+            "us": round(cublas_us if best is None else best_us, 2),
+            "cublas_us": round(cublas_us, 2),
+        }
+        report(record)
+        records.append(record)
+    return records
+
+
+def candidates(outputs: int, inputs: int, tokens: int, whole: bool) -> list[LinearConfig]:
+    """Configs worth timing for a product; none beyond 64 tokens, where cuBLAS is good."""
+    limit = next((limit for limit in _CANDIDATES if tokens <= limit), None)
+    if limit is None:
+        return []
+    return [
+        config
+        for config in _CANDIDATES[limit]
+        if inputs >= config.splits * config.block_k
+        and not (whole and config.splits > 1)
+        and (config.splits == 1 or outputs // config.block_n * config.splits <= 1056)  # eight to an SM fill it
+    ]
+
+
+def _attention_candidates() -> list[tuple[str, dict[str, Any]]]:
+    """(backend, options) worth timing for captured decode steps."""
+    triton = [
+        {"block_n": block_n, "num_warps": warps, "num_stages": stages, "fused_combine": fused}
+        for block_n, warps, stages in ((64, 4, 3), (64, 4, 2), (128, 4, 2), (128, 8, 2), (32, 2, 4))
+        for fused in (True, False)
+    ]
+    return [
+        ("flash-attn-3", {}),
+        ("flash-attn-2", {}),
+        ("torch-varlen", {}),
+        *(("triton-decode", options) for options in triton),
+    ]
+
+
+def measure_attention(
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    cases: Sequence[tuple[int, int]],
+    pdl: bool = False,
+    report: Callable[[dict[str, Any]], None] = lambda record: None,
+) -> list[dict[str, Any]]:
+    """Time one layer of decode attention over a cache, K and V interleaved and from memory; a record per case.
+
+    Args:
+        cases: (batch, context).
+        pdl: time vattn's kernel with programmatic dependent launch.
+        report: called with each record.
+    """
+    records = []
+    for batch, context in cases:
+        num_layers = _layers_of(batch * context * num_kv_heads * head_dim * 2 * dtype.itemsize, device)
+        layout = KVLayout(num_layers, num_kv_heads, head_dim, context + 64, dtype)
+        margin = max(backend.over_read_tokens for backend in decode_backends())
+        with KVCache(layout, batch, device, over_read_tokens=margin) as cache:
+            slots = [cache.acquire() for _ in range(batch)]
+            cache.ensure_batch(slots, [context] * batch)
+            for slot in slots:
+                for layer in range(num_layers):
+                    for rows in cache.rows(slot, layer):
+                        rows.normal_()
+            q = torch.randn(batch, num_heads, head_dim, device=device, dtype=dtype)
+            index = torch.arange(batch, dtype=torch.int32, device=device)
+            rows = torch.full_like(index, context - 1)
+            decode_batch = DecodeBatch(index, rows, rows + 1, layout.max_seq_len)
+            times: dict[str, float] = {}
+            best_us = float("inf")
+            best: tuple[str, dict[str, Any]] = ("", {})
+            for name, options in _attention_candidates():
+                backend = TritonDecodeAttention(**options, pdl=pdl) if options else get(name)
+                if backend.supports(device, dtype, head_dim):
+                    continue
+                bound = bind(backend)
+
+                us = graph_us(partial(_attend, bound, q, cache, decode_batch), num_layers)
+                times[name] = round(min(us, times.get(name, us)), 2)
+                if us < best_us:
+                    best_us, best = us, (name, options)
+        record = {
+            "num_heads": num_heads,
+            "num_kv_heads": num_kv_heads,
+            "head_dim": head_dim,
+            "dtype": dtype_name(dtype),
+            "batch": batch,
+            "context": context,
+            "backend": best[0],
+            "options": best[1],
+            "us": times,
+        }
+        report(record)
+        records.append(record)
+    return records
+
+
+def measure_prefill(
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    cases: Sequence[tuple[int, int]],
+    report: Callable[[dict[str, Any]], None] = lambda record: None,
+) -> list[dict[str, Any]]:
+    """Time one layer of attention of one sequence's new tokens over a cache, backends in turn; a record per case.
+
+    Args:
+        cases: (new tokens, all tokens).
+        report: called with each record.
+    """
+    records = []
+    names = [name for name in PREFILL_BACKENDS if get(name).supports(device, dtype, head_dim) is None]
+    for new, total in cases:
+        num_layers = _layers_of(total * num_kv_heads * head_dim * 2 * dtype.itemsize, device)
+        layout = KVLayout(num_layers, num_kv_heads, head_dim, total + 256, dtype)
+        margin = max((get(name).over_read_tokens for name in names), default=0)
+        with KVCache(layout, 1, device, over_read_tokens=margin) as cache:
+            slot = cache.acquire()
+            cache.ensure(slot, total)
+            for rows in cache.rows(slot, 0):
+                rows.normal_()
+            q = torch.randn(new, num_heads, head_dim, device=device, dtype=dtype)
+            batch = AttentionBatch.build([slot], [new], [total], device)
+            samples: dict[str, list[float]] = {name: [] for name in names}
+            for _ in range(6):
+                for name in names:
+                    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                    torch.cuda._sleep(_BUSY_CYCLES)
+                    start.record()
+                    get(name)(q, cache.k(0), cache.v(0), batch, scale=head_dim**-0.5)
+                    end.record()
+                    end.synchronize()
+                    samples[name].append(start.elapsed_time(end) * 1e3)
+        record = {
+            "num_heads": num_heads,
+            "num_kv_heads": num_kv_heads,
+            "head_dim": head_dim,
+            "dtype": dtype_name(dtype),
+            "new": new,
+            "total": total,
+            "us": {name: round(sorted(us[1:])[2], 1) for name, us in samples.items()},  # but for the first, which loads
+        }
+        report(record)
+        records.append(record)
+    return records
+
+
+def _layers_of(layer_bytes: int, device: torch.device) -> int:
+    """As many layers as a model has, or fit into half of the free memory: those of a token lie side by side, and how
+    far its neighbour is changes what kernels take. Where a layer is small, that also keeps the L2 cache cold.
+    """
+    free_bytes, _ = torch.cuda.mem_get_info(device)
+    return max(4, min(32, free_bytes // 2 // layer_bytes))
+
+
+def _attend(
+    attention: AttentionBackend, q: torch.Tensor, cache: KVCache, batch: DecodeBatch, layer: int
+) -> torch.Tensor:
+    return attention(q, cache.k(layer), cache.v(layer), batch, scale=q.shape[-1] ** -0.5)
