@@ -122,7 +122,7 @@ def test_wrong_arguments_change_nothing(fused, model):
             ((2, 1, 1), "holds no sequence"),
             ((slot, 128, 1), "vocabulary"),
             ((slot, -1, 1), "vocabulary"),
-            ((slot, 1.0, 1), "vocabulary"),
+            ((slot, 1.0, 1), "token ids"),
             ((slot, 1, 0), "max_new_tokens"),
             ((slot, 1, 511), "exceed the context"),
             ((slot, 1, 1, {"temperature": 1}), "Sampling"),
