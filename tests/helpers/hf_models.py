@@ -333,6 +333,8 @@ ALWAYS = {
 REFUSED = {("Qwen3-Next", "prompt lookup"): "transformers does not assist models with recurrent layers"}
 # Models that do not take their attention from transformers' registry: they compute their own over views.
 OWN_ATTENTION = {"Falcon", "Falcon, ALiBi", "MPT"}
+# Models that came to that registry between the oldest and the newest transformers that vattn supports.
+MOVED = {"GPT-J"}
 # Models that change K or V between cache and attention: what they ask for is passed on.
 PASSED_ON = {"DiffLlama", "DeepSeek-V3"}
 

@@ -12,9 +12,11 @@ import torch
 transformers = pytest.importorskip("transformers")
 from helpers.hf_models import (  # noqa: E402
     ALWAYS,
+    CACHE,
     MAX_LENGTH,
     MODELS,
     MODES,
+    MOVED,
     NEW_TOKENS,
     OWN_ATTENTION,
     PASSED_ON,
@@ -70,7 +72,8 @@ def test_token_for_token(name, mode, monkeypatch):
         assert torch.equal(run(model, mode, past), wanted)
         past.kv_cache.check_integrity()
         assert past.stats().row_bytes > 0
-    assert any(computed) == (name not in OWN_ATTENTION | PASSED_ON)
+    if name not in MOVED or CACHE == "cache":  # else a transformers of before the move, or of around it
+        assert any(computed) == (name not in OWN_ATTENTION | PASSED_ON)
     assert model.config._attn_implementation == before
 
 

@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -145,7 +146,7 @@ with VirtualCache(model.config, max_length=32) as past:
 assert calls == [11] * 8, calls
 torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 """
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=__file__.rpartition("/")[0], timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1], timeout=120)
 
 
 def test_an_eager_attention_that_is_not_the_usual_one(monkeypatch):
