@@ -104,7 +104,7 @@ def show(path: Path) -> str:
 def plots(check: bool, png: Path | None) -> list[Path]:
     """Draws what differs from its file, and returns it; ``check`` only compares, and only what this matplotlib drew."""
     if not importlib.util.find_spec("matplotlib"):
-        print("plots are as they were: matplotlib is not installed (pip install 'vattn[experiments]')")
+        print("plots are as they were: matplotlib is not installed (in a clone: pip install '.[experiments]')")
         return []
     import plotting
 
