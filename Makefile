@@ -73,8 +73,9 @@ test-newest:
 
 test-transformers:
 	$(PYTHON) -m venv $(VENV)-transformers
-	$(VENV)-transformers/bin/python $(INSTALL) --constraint constraints.txt torch setuptools pytest hypothesis
-	$(VENV)-transformers/bin/python $(INSTALL) --upgrade transformers $(EDITABLE) '.[hf]' accelerate
+	$(VENV)-transformers/bin/python $(INSTALL) --constraint constraints.txt torch setuptools
+	$(VENV)-transformers/bin/python $(INSTALL) --constraint constraints.txt $(EDITABLE) '.[hf,dev]'
+	$(VENV)-transformers/bin/python $(INSTALL) --upgrade transformers
 	$(VENV)-transformers/bin/python $(INSTALL) $(MODEL)
 	$(TEST) $(VENV)-transformers/bin/python -m pytest -m "not gpu" $(shell grep -lrE 'transformers|vattn.hf|smollm2' tests --include='test_*.py')
 

@@ -161,7 +161,7 @@ class Tokenizer:
 
         # Put each marker of the messages between two strings that nobody can guess, and look where the template put
         # them. What it cut from its pair begins or ends there, but joins nothing.
-        key = str(secrets.randbelow(10**20))
+        key = f"{secrets.randbelow(10**20):020}"
         start, end = f"\ue000{key}\ue001", f"\ue002{key}\ue001"
         chat = [{k: markers.sub(rf"{start}\g<0>{end}", text) for k, text in message.items()} for message in chat]
         text = self._render(chat, add_generation_prompt=True)
