@@ -3,28 +3,49 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .errors import ConfigError, DriverError, OutOfPages, OutOfSlots, VattnError
+from .errors import ConfigError, DriverError, OutOfPages, OutOfSlots, QueueFull, VattnError
 from .stats import CacheStats
 
 if TYPE_CHECKING:
+    from .engine import AsyncEngine, Engine, EngineStats
     from .kv_cache import KVCache
     from .layout import KVLayout, LayerGroup
+    from .requests import Completion, Request, Sampling, StepToken
 
 __all__ = [
+    "AsyncEngine",
     "CacheStats",
+    "Completion",
     "ConfigError",
     "DriverError",
+    "Engine",
+    "EngineStats",
     "KVCache",
     "KVLayout",
     "LayerGroup",
     "OutOfPages",
     "OutOfSlots",
+    "QueueFull",
+    "Request",
+    "Sampling",
+    "StepToken",
     "VattnError",
 ]
 __version__ = "0.1.0"
 
 # What needs torch is imported when it is first asked for: the command line has something to say before (cli.threads).
-_LATER = {"KVCache": "kv_cache", "KVLayout": "layout", "LayerGroup": "layout"}
+_LATER = {
+    "AsyncEngine": "engine",
+    "Completion": "requests",
+    "Engine": "engine",
+    "EngineStats": "engine",
+    "KVCache": "kv_cache",
+    "KVLayout": "layout",
+    "LayerGroup": "layout",
+    "Request": "requests",
+    "Sampling": "requests",
+    "StepToken": "requests",
+}
 
 
 def __getattr__(name: str) -> Any:

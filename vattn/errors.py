@@ -3,12 +3,13 @@
 ``ConfigError``    the caller must change an argument or the machine's settings; nothing was touched.
 ``OutOfPages``     no physical memory within the limit; wait for a sequence to end, or raise the limit.
 ``OutOfSlots``     every slot is taken; wait for a sequence to end.
+``QueueFull``      as many requests wait as may; send it again later.
 ``DriverError``    the virtual-memory driver refused a call; the operation was undone.
 """
 
 from __future__ import annotations
 
-__all__ = ["ConfigError", "DriverError", "OutOfPages", "OutOfSlots", "VattnError"]
+__all__ = ["ConfigError", "DriverError", "OutOfPages", "OutOfSlots", "QueueFull", "VattnError"]
 
 
 class VattnError(Exception):
@@ -37,6 +38,18 @@ class OutOfPages(VattnError, RuntimeError):
 
 class OutOfSlots(VattnError, RuntimeError):
     """Every slot belongs to a sequence. The caller can wait for one to be released."""
+
+
+class QueueFull(VattnError, RuntimeError):
+    """As many requests wait as the engine's ``max_waiting`` allows. The caller can send it again later.
+
+    Attributes:
+        max_waiting: that limit.
+    """
+
+    def __init__(self, message: str, *, max_waiting: int) -> None:
+        super().__init__(message)
+        self.max_waiting = max_waiting
 
 
 class DriverError(VattnError, RuntimeError):

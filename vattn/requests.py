@@ -5,9 +5,10 @@ Whoever is given a request checks it here: the result is a copy in plain Python 
 
 from __future__ import annotations
 
+import math
 import operator
-from collections.abc import Collection, Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,38 +17,71 @@ import torch
 from .errors import ConfigError
 
 __all__ = [
+    "MAX_LOGIT_BIAS",
+    "MAX_LOGPROBS",
     "Completion",
-    "EngineStats",
     "Request",
     "Sampling",
     "StepToken",
     "checked_int",
+    "checked_number",
     "checked_request",
     "checked_sampling",
     "checked_tokens",
 ]
 
 _FLOAT32_MAX = 3.4028234663852886e38
+MAX_LOGIT_BIAS = 300  # tokens of a request
+MAX_LOGPROBS = 20
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Sampling:
-    """How a sequence's tokens are chosen. Of equal logits, top-k and top-p keep all or none.
+    """How a sequence's tokens are chosen: penalties and biases, then temperature, then the filters, then a draw.
 
-    A logit of NaN is never chosen unless all are (then token 0 is); one of -inf is never drawn unless all are.
+    The filters keep or drop equal logits together. A logit of NaN is never chosen unless all are NaN (then token 0 is).
+    A logit of -inf is never drawn unless all are.
 
     Attributes:
-        temperature: what logits are divided by, as float32; 0, and what float32 rounds to 0, takes the largest logit,
-            of equal ones that of the lowest token id.
-        top_k: then keep the so many largest logits, and those equal to the last of them; 0 for all, 1 is greedy.
-        top_p: then keep the fewest largest logits that hold this share of the rest's mass; 1 for all.
-        seed: with the position it determines what is drawn, whatever else is in the batch.
+        temperature: divides the logits, as float32. 0, and what float32 rounds to 0, takes the largest logit, of equal
+            ones that of the lowest token id.
+        top_k: keeps the so many largest logits; 0 keeps all, 1 is greedy.
+        top_p: keeps the fewest largest logits that hold this share of the probability that top_k left; 1 keeps all.
+        min_p: keeps the tokens that are at least this share as likely as the likeliest; 0 keeps all.
+        seed: determines, with the position, what is drawn, whatever else is in the batch.
+        repetition_penalty: divides positive logits of tokens of prompt and answer, and multiplies negative ones; 1 for
+            none (Keskar et al. 2019).
+        presence_penalty: is subtracted once from the logit of every token of the answer so far.
+        frequency_penalty: is subtracted from a token's logit for each time that the answer so far has it.
+        logit_bias: token id -> what is added to its logit, -inf to forbid it; at most 300 tokens.
+        min_new_tokens: stop tokens are not chosen before the answer has so many tokens.
     """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
     seed: int = 0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    min_new_tokens: int = 0
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether what was said before changes what comes."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+    def for_sample(self, index: int) -> Sampling:
+        """Of sample ``index`` of a request: the first draws from the seed, every other from a seed derived from it."""
+        if index == 0:
+            return self
+        # SplitMix64 (Steele et al., OOPSLA 2014): neighbouring seeds and indices come apart.
+        mixed = (self.seed + index * 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+        mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+        mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+        return replace(self, seed=(mixed ^ (mixed >> 31)) >> 1)
 
 
 @dataclass(frozen=True)
@@ -59,107 +93,155 @@ class Request:
     Attributes:
         prompt_tokens: at least one token id; a 1-D array or tensor is fine.
         max_new_tokens: at least 1; the request ends with finish reason ``"length"`` when it has that many.
-        temperature, top_p, seed: see ``Sampling``.
+        sampling: how its tokens are chosen; None for greedy.
         stop_tokens: ids that end the request with finish reason ``"stop"``; the stop token is its last token.
-        top_k: see ``Sampling``.
+        num_logprobs: report each token's log-probability and those of so many likeliest tokens, 0 to 20; None for
+            neither. They are of the model's own distribution, before penalties, temperature and filters.
+        n: independent samples of the same prompt, which is computed once.
+        priority: a higher one goes first. One that waits long goes before a higher one that came later.
+        deadline_s: seconds after ``submit`` at which it ends with finish reason ``"deadline"``; None for never.
+        allowed_tokens: for grammars; called before each token with the answer so far, it returns which tokens may
+            come: booleans ``[vocab_size]``, or 32 of them to an int32, the first lowest, ``[ceil(vocab_size / 32)]``.
+            Its sequence then decodes every other step: the next token waits for the last one to be known.
     """
 
     prompt_tokens: Sequence[int]
     max_new_tokens: int = 128
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-    stop_tokens: Collection[int] = frozenset()
-    top_k: int = 0
-
-    @property
-    def sampling(self) -> Sampling:
-        """How its tokens are chosen."""
-        return Sampling(self.temperature, self.top_k, self.top_p, self.seed)
+    sampling: Sampling | None = None
+    stop_tokens: Collection[int] = ()
+    num_logprobs: int | None = None
+    n: int = 1
+    priority: int = 0
+    deadline_s: float | None = None
+    allowed_tokens: Callable[[Sequence[int]], Any] | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class StepToken:
-    """One new token; ``finish_reason`` is ``"stop"`` or ``"length"`` on a request's last, else None."""
+    """One new token of one sample of a request, or its end without one.
+
+    Attributes:
+        request_id: what ``submit`` returned.
+        index: which of the request's ``n`` samples.
+        token: its id; None where the sample ended without one (``"deadline"``, ``"error"``).
+        logprob: its log-probability, where ``num_logprobs`` asked for it.
+        top_logprobs: (token, log-probability) of the likeliest tokens, likeliest first.
+        finish_reason: None while the sample goes on; ``"stop"``, ``"length"``, ``"deadline"`` or ``"error"``.
+        error: what was raised, with ``"error"``.
+    """
 
     request_id: int
-    token: int
-    finish_reason: str | None
+    index: int
+    token: int | None
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+    finish_reason: str | None = None
+    error: BaseException | None = None
 
 
 @dataclass(frozen=True)
 class Completion:
-    """What a request came to: its new tokens, and why it ended (``"stop"``, ``"length"`` or ``"cancelled"``)."""
-
-    request_id: int
-    tokens: tuple[int, ...]
-    finish_reason: str
-
-
-@dataclass
-class EngineStats:
-    """Counts and wall-clock seconds since the engine was made; a step counts until its tokens are on the host.
+    """What a sample of a request came to.
 
     Attributes:
-        num_prefill_tokens: tokens computed in prefill steps, those recomputed after a preemption included.
-        num_decode_tokens: tokens produced by decode steps (a request's first comes from its prefill).
-        prefill_s, decode_s: seconds in those steps, mapping and sampling included.
-        num_prefill_steps, num_decode_steps: steps of either kind.
-        num_decode_rows: K and V rows that decode steps read, each once a step.
-        num_preemptions: how often a running sequence gave its memory back to be recomputed later.
+        request_id, index: whose.
+        tokens: the new ones, a stop token included.
+        finish_reason: ``"stop"``, ``"length"``, ``"cancelled"``, ``"deadline"`` or ``"error"``.
+        logprobs, top_logprobs: of each token, where ``num_logprobs`` asked for them.
+        error: what was raised, with ``"error"``.
     """
 
-    num_prefill_tokens: int = 0
-    num_decode_tokens: int = 0
-    prefill_s: float = 0.0
-    decode_s: float = 0.0
-    num_prefill_steps: int = 0
-    num_decode_steps: int = 0
-    num_decode_rows: int = 0
-    num_preemptions: int = 0
+    request_id: int
+    index: int
+    tokens: tuple[int, ...]
+    finish_reason: str
+    logprobs: tuple[float, ...] = ()
+    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()
+    error: BaseException | None = None
 
 
 def checked_request(request: Request, *, vocab_size: int) -> Request:
-    """The request in plain values: ints, floats, a tuple of prompt tokens and a frozenset of stop tokens.
+    """The request in plain values: ints, floats, tuples and a ``Sampling``.
 
     Raises:
         ConfigError: it is no request, or a value of it is wrong whatever runs it.
     """
     if not isinstance(request, Request):
         raise ConfigError(f"expected a Request, as Request(prompt_tokens), got {request!r}")
-    sampling = checked_sampling(request.sampling)
     if isinstance(request.prompt_tokens, Set):
         raise ConfigError(f"prompt_tokens must have an order, got {request.prompt_tokens!r}")
     prompt_tokens = checked_tokens("prompt_tokens", request.prompt_tokens, vocab_size)
     if not prompt_tokens:
         raise ConfigError("the prompt is empty; expected at least one token")
+    sampling = checked_sampling(request.sampling, vocab_size=vocab_size)
+    max_new_tokens = checked_int("max_new_tokens", request.max_new_tokens, 1)
+    if sampling.min_new_tokens > max_new_tokens:
+        raise ConfigError(f"min_new_tokens {sampling.min_new_tokens} exceeds max_new_tokens {max_new_tokens}")
+    if request.allowed_tokens is not None and not callable(request.allowed_tokens):
+        raise ConfigError(f"allowed_tokens must be a function of the answer so far, got {request.allowed_tokens!r}")
+    logprobs = request.num_logprobs
+    deadline = request.deadline_s
     return replace(
         request,
         prompt_tokens=prompt_tokens,
-        max_new_tokens=checked_int("max_new_tokens", request.max_new_tokens, 1),
-        temperature=sampling.temperature,
-        top_k=sampling.top_k,
-        top_p=sampling.top_p,
-        seed=sampling.seed,
-        stop_tokens=frozenset(checked_tokens("stop_tokens", request.stop_tokens, vocab_size)),
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        stop_tokens=tuple(dict.fromkeys(checked_tokens("stop_tokens", request.stop_tokens, vocab_size))),
+        num_logprobs=None if logprobs is None else checked_int("num_logprobs", logprobs, 0, MAX_LOGPROBS),
+        n=checked_int("n", request.n, 1),
+        priority=checked_int("priority", request.priority, -(2**31), 2**31 - 1),
+        deadline_s=None if deadline is None else checked_number("deadline_s", deadline, 0),
     )
 
 
-def checked_sampling(sampling: Sampling) -> Sampling:
-    """The same in plain values; ConfigError unless the temperature is finite in float32 and the rest in range."""
+def checked_sampling(sampling: Sampling | None, *, vocab_size: int) -> Sampling:
+    """The same in plain values, greedy for None.
+
+    Raises:
+        ConfigError: a value is out of range; names it and what would be accepted.
+    """
+    if sampling is None:
+        return Sampling()
     if not isinstance(sampling, Sampling):
-        raise ConfigError(f"sampling must be a vattn.decode.Sampling or None, got {sampling!r}")
-    temperature, top_p = sampling.temperature, sampling.top_p
-    if not _is_number(temperature) or not 0 <= temperature <= _FLOAT32_MAX:
-        raise ConfigError(f"temperature must be a finite number >= 0 (0 is greedy), got {temperature!r}")
-    if not _is_number(top_p) or not 0 < top_p <= 1:
-        raise ConfigError(f"top_p must be in (0, 1] (1 keeps every token), got {top_p!r}")
+        raise ConfigError(f"sampling must be a vattn.Sampling or None, got {sampling!r}")
+    if not isinstance(sampling.logit_bias, Mapping):
+        raise ConfigError(f"logit_bias must map token ids to numbers, as {{5: -1.0}}, got {sampling.logit_bias!r}")
+    biased = checked_tokens("logit_bias", list(sampling.logit_bias), vocab_size)
+    if len(biased) > MAX_LOGIT_BIAS:
+        raise ConfigError(f"logit_bias has {len(biased)} tokens; at most {MAX_LOGIT_BIAS} are accepted")
+    bias = {}
+    for token, value in zip(biased, sampling.logit_bias.values(), strict=True):
+        forbidden = _is_number(value) and value == -math.inf
+        bias[token] = -math.inf if forbidden else checked_number(f"logit_bias of token {token}", value)
     return Sampling(
-        float(temperature),
-        checked_int("top_k", sampling.top_k, 0, 2**31 - 1),
-        float(top_p),
-        checked_int("seed", sampling.seed, 0, 2**63 - 1),
+        temperature=checked_number("temperature", sampling.temperature, 0),
+        top_k=checked_int("top_k", sampling.top_k, 0, 2**31 - 1),
+        top_p=checked_number("top_p", sampling.top_p, 0, 1, excluded=0),
+        min_p=checked_number("min_p", sampling.min_p, 0, 1),
+        seed=checked_int("seed", sampling.seed, 0, 2**63 - 1),
+        repetition_penalty=checked_number("repetition_penalty", sampling.repetition_penalty, 0, excluded=0),
+        presence_penalty=checked_number("presence_penalty", sampling.presence_penalty),
+        frequency_penalty=checked_number("frequency_penalty", sampling.frequency_penalty),
+        logit_bias=bias,
+        min_new_tokens=checked_int("min_new_tokens", sampling.min_new_tokens, 0),
     )
+
+
+def checked_number(
+    name: str,
+    value: Any,
+    minimum: float = -_FLOAT32_MAX,
+    maximum: float = _FLOAT32_MAX,
+    *,
+    excluded: float | None = None,
+) -> float:
+    """``value`` as a float; ConfigError unless it is a number in that range, and not the excluded one."""
+    if not _is_number(value) or not minimum <= value <= maximum or value == excluded:
+        wanted = f"above {minimum:g}" if excluded == minimum else f"of at least {minimum:g}"
+        upper = "" if maximum == _FLOAT32_MAX else f" and at most {maximum:g}"
+        plain = "a finite number" if minimum == -_FLOAT32_MAX else f"a finite number {wanted}{upper}"
+        raise ConfigError(f"{name} must be {plain}, got {value!r}")
+    return float(value)
 
 
 def checked_tokens(name: str, given: Iterable[Any], vocab_size: int) -> tuple[int, ...]:
