@@ -1,7 +1,7 @@
-"""The decode step of a Llama: one token of each sequence through fused operations, with nothing read on the host.
+"""A Llama as the runtime computes it: decode steps and prefill passes of fused operations over merged weights.
 
-Prefill stays with ``Llama``, whose weights this shares: Q, K and V projections are merged into one matrix, gate and up
-into another, and the model's own parameters become views of them.
+The weights are ``Llama``'s: Q, K and V projections are merged into one matrix, gate and up into another, and the
+model's own parameters become views of them. ``Llama.forward`` computes the same without any of that.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from vattn.attention import AttentionBackend, DecodeBatch
+from vattn.attention import AttentionBackend, AttentionBatch, DecodeBatch
 from vattn.errors import ConfigError
 from vattn.ops.ops_table import Ops
 from vattn.ops.rope_append import rope_table
@@ -24,6 +25,7 @@ from .llama import DecoderLayer, Llama
 
 if TYPE_CHECKING:
     from vattn.kv_cache import KVCache
+    from vattn.layout import KVLayout
 
 __all__ = ["FusedLlama", "products"]
 
@@ -46,7 +48,7 @@ class _Layer:
 
 
 class FusedLlama:
-    """What ``DecodeLoop`` runs.
+    """What ``Engine`` and ``DecodeLoop`` run.
 
     Args:
         model: its projections are merged in place; it goes on working.
@@ -112,6 +114,22 @@ class FusedLlama:
             raise ConfigError(f"the model is on {merged.device}, the cache on {cache.device}")
 
     @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights."""
+        return self.model.dtype
+
+    def kv_layout(
+        self, max_seq_len: int | None = None, dtype: torch.dtype | None = None, order: str = "token"
+    ) -> KVLayout:
+        """``Llama.kv_layout``; ``max_seq_len`` None: the positions that this computes."""
+        return self.model.kv_layout(self.max_seq_len if max_seq_len is None else max_seq_len, dtype, order)
+
+    @property
     def embedding(self) -> torch.Tensor:
         """``[vocab_size, hidden_size]``, what tokens are looked up in."""
         return self.model.embed_tokens.weight
@@ -146,6 +164,44 @@ class FusedLlama:
             last = index + 1 == len(self.layers)
             x = ops.add_rms_norm(x, residual, self.model.norm.weight if last else self.layers[index + 1].norm, eps)
         return ops.linear(x, self.model.output_weight, whole=True)
+
+    def prefill(self, tokens: torch.Tensor, batch: AttentionBatch, cache: KVCache, attention: AttentionBackend) -> None:
+        """Compute the new tokens of a batch and append their K and V. Nothing else: the last layer stops there.
+
+        Args:
+            tokens: ``[T]`` int64, the new tokens of all sequences, packed in the batch's order.
+            batch: slots and lengths.
+            cache: has rows ``[0, seq_len)`` of every sequence backed and writable, all but the new ones computed.
+            attention: reads them.
+
+        Raises:
+            ConfigError: another number of tokens than the batch has, rows of padding, or a row beyond ``max_seq_len``.
+        """
+        if batch.starts is not None:
+            raise ConfigError("this model takes packed tokens: a batch without starts, that is without padding")
+        if tokens.shape != (batch.num_tokens,):
+            raise ConfigError(f"the batch has {batch.num_tokens} new tokens, got a tensor of shape {[*tokens.shape]}")
+        if batch.max_end > self.max_seq_len:
+            raise ConfigError(f"row {batch.max_end - 1} is beyond the model's context of {self.max_seq_len} tokens")
+        ops, eps, head_dim = self.ops, self.config.rms_norm_eps, self.config.head_dim
+        slots, rows = batch.token_slots, batch.token_positions
+        residual = F.embedding(tokens, self.embedding)
+        x = ops.add_rms_norm(None, residual, self.layers[0].norm, eps)
+        for index, layer in enumerate(self.layers):
+            k, v = cache.k(index), cache.v(index)
+            last = index + 1 == len(self.layers)
+            first_k = self.num_heads * head_dim if last else 0  # nobody asks the last layer's queries
+            bias = None if layer.qkv_bias is None else layer.qkv_bias[first_k:]
+            qkv = ops.linear(x, layer.qkv[first_k:], bias)
+            q = ops.rope_append(qkv, self.table, slots, rows, k, v, layer.q_norm, layer.k_norm, eps)
+            if last:
+                return
+            out = attention(q, k, v, batch, scale=head_dim**-0.5, window=layer.window)
+            x = ops.linear(out.flatten(-2), layer.o, layer.o_bias)
+            x = ops.add_rms_norm(x, residual, layer.mlp_norm, eps)
+            x = ops.linear_swiglu(x, layer.gate_up, layer.gate_up_bias)
+            x = ops.linear(x, layer.down, layer.down_bias)
+            x = ops.add_rms_norm(x, residual, self.layers[index + 1].norm, eps)
 
 
 def products(config: LlamaConfig) -> list[tuple[int, int, str]]:

@@ -25,6 +25,8 @@ from .config import LlamaConfig
 if TYPE_CHECKING:
     from vattn.kv_cache import KVCache
 
+    from .fused_llama import FusedLlama
+
 __all__ = ["Llama"]
 
 
@@ -240,6 +242,16 @@ class Llama(nn.Module):
             dtype=self.dtype if dtype is None else dtype,
             order=order,
         )
+
+    def runtime(self, max_seq_len: int | None = None) -> FusedLlama:
+        """This model as ``Engine`` and ``DecodeLoop`` run it. Merges projections in place; it goes on working.
+
+        Args:
+            max_seq_len: positions to compute at most; None for the model's context.
+        """
+        from .fused_llama import FusedLlama
+
+        return FusedLlama(self, max_seq_len)
 
     def forward(
         self,

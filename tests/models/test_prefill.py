@@ -1,0 +1,158 @@
+"""Prefill passes of the runtime's model: the K and V that they append are those of ``Llama.forward``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from helpers.llama import hf_model_of, open_cache, random_tokens, run, same_in_vattn, small_model
+
+from vattn.attention import AttentionBatch, get
+from vattn.errors import ConfigError
+from vattn.kv_cache import KVCache
+from vattn.memory.upload import upload
+from vattn.models import FusedLlama, Llama
+from vattn.ops.ops_table import Ops, fused_ops, reference_ops
+
+# name -> (architecture, what differs from the common small shape); windows are smaller than the prompts
+FAMILY: dict[str, tuple[str, dict[str, object]]] = {
+    "llama": ("llama", {}),
+    "one layer": ("llama", {"num_hidden_layers": 1}),
+    "biases, one KV head, tied": (
+        "llama",
+        {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 1, "tie_word_embeddings": True},
+    ),
+    "windows": ("mistral", {"sliding_window": 16}),
+    "biases of Q, K and V, windows in some layers": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 2},
+    ),
+    "normalised heads": ("qwen3", {"head_dim": 24}),
+    "3 KV heads of 80": (
+        "llama",
+        {"hidden_size": 90, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 80},
+    ),
+}
+LENGTHS = (1, 70, 33, 9)
+# Each pass: how many new tokens each prompt gets; short ones beside long ones, in chunks, one token at a time.
+PASSES = ([1, 40, 0, 2], [0, 1, 33, 0], [0, 29, 0, 7])
+
+
+def prefill(
+    fused: FusedLlama, cache: KVCache, slots: Sequence[int], chunks: Sequence[Sequence[int]], attention: str = "sdpa"
+) -> None:
+    """One pass, of the slots that get any tokens."""
+    work = [(slot, chunk) for slot, chunk in zip(slots, chunks, strict=True) if chunk]
+    used, counts = [slot for slot, _ in work], [len(chunk) for _, chunk in work]
+    ends = [cache.seq_len(slot) + count for slot, count in zip(used, counts, strict=True)]
+    cache.ensure_batch(used, ends)
+    tokens = upload([token for _, chunk in work for token in chunk], cache.device, torch.int64)
+    with cache.step(used), torch.inference_mode():
+        fused.prefill(tokens, AttentionBatch.build(used, counts, ends, cache.device), cache, get(attention))
+
+
+def check(model: Llama, ops: Ops | None, order: str = "token") -> None:
+    fused = FusedLlama(model, ops=ops)
+    prompts = [random_tokens(n, model.config.vocab_size, seed=n) for n in LENGTHS]
+    with open_cache(model, 9, order) as cache:
+        slots, expected = [cache.acquire(slot) for slot in (6, 0, 7, 3)], [cache.acquire() for _ in prompts]
+        run(model, cache, expected, prompts)
+        done = [0] * len(prompts)
+        for counts in PASSES:
+            prefill(fused, cache, slots, [p[n : n + c] for p, n, c in zip(prompts, done, counts, strict=True)])
+            done = [n + c for n, c in zip(done, counts, strict=True)]
+        assert done == [*LENGTHS]
+        for slot, other in zip(slots, expected, strict=True):
+            for layer in range(model.config.num_layers):
+                for got, wanted in zip(cache.rows(slot, layer), cache.rows(other, layer), strict=True):
+                    torch.testing.assert_close(got, wanted, rtol=2e-4, atol=2e-5)
+        cache.check_integrity()
+
+
+@pytest.mark.parametrize("order", ["token", "layer"])
+@pytest.mark.parametrize("name", FAMILY)
+def test_rows_are_those_of_the_eager_model(name: str, order: str, device: torch.device) -> None:
+    """Several prompts in chunks, packed in passes of mixed lengths."""
+    kind, changes = FAMILY[name]
+    check(same_in_vattn(hf_model_of(kind, **changes)).to(device), None, order)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="passes run fused operations there anyway")
+@pytest.mark.parametrize("name", ["biases, one KV head, tied", "normalised heads"])
+def test_fused_operations_in_the_interpreter(name: str) -> None:
+    kind, changes = FAMILY[name]
+    check(same_in_vattn(hf_model_of(kind, **{"num_hidden_layers": 2, **changes})), fused_ops())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_tokens", [7, 700])
+def test_as_good_as_eager_in_bfloat16(num_tokens: int) -> None:
+    """Rows of the last layer against float32's: no further from them than twice what the eager model is."""
+    model = small_model().to("cuda")
+    prompts = [random_tokens(n, 128, seed=n) for n in (num_tokens // 2, num_tokens - num_tokens // 2)]
+
+    def rows(kind: str, model: Llama) -> torch.Tensor:
+        with open_cache(model, 2, max_seq_len=512) as cache:
+            slots = [cache.acquire(), cache.acquire()]
+            if kind == "eager":
+                run(model, cache, slots, prompts)
+            else:
+                prefill(FusedLlama(model), cache, slots, prompts)
+            found = [cache.rows(slot, layer)[i].float() for slot in slots for layer in (0, 1) for i in (0, 1)]
+            return torch.cat([each.flatten().cpu() for each in found])
+
+    exact = rows("eager", model)
+    model = model.to(torch.bfloat16)
+    allowed = (rows("eager", model) - exact).norm()
+    assert (rows("fused", model) - exact).norm() < 2 * allowed < 0.1 * exact.norm()
+
+
+def test_prefill_then_decode_one_token(device: torch.device) -> None:
+    """What the runtime does with a prompt: all but its last token by a pass, that one by a decode step."""
+    from vattn.attention import DecodeBatch
+
+    model = small_model().to(device)
+    fused, prompt = model.runtime(), random_tokens(50, 128)
+    with open_cache(model, 2) as cache:
+        expected = run(model, cache, [cache.acquire()], [prompt])
+        slot = cache.acquire()
+        prefill(fused, cache, [slot], [prompt[:-1]])
+        cache.ensure(slot, len(prompt))
+        slots, row, end = (
+            torch.tensor([value], dtype=torch.int32, device=device) for value in (slot, len(prompt) - 1, len(prompt))
+        )
+        residual = fused.embedding[torch.tensor([prompt[-1]], device=device)]
+        with cache.step([slot]), torch.inference_mode():
+            got = fused.decode(residual, DecodeBatch(slots, row, end, len(prompt)), cache, get("sdpa")).cpu()
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_a_pass_refuses(device: torch.device) -> None:
+    model = small_model().to(device)
+    fused = FusedLlama(model, 40)
+    with open_cache(model) as cache:
+        slot = cache.acquire()
+        cache.ensure(slot, 64)
+
+        def passing(num_tokens: int, end: int, starts: tuple[int, ...] | None = None) -> None:
+            batch = AttentionBatch((slot,), (3,), (end,), cache.device, starts)
+            fused.prefill(torch.zeros(num_tokens, dtype=torch.int64, device=device), batch, cache, get("sdpa"))
+
+        with pytest.raises(ConfigError, match="padding"):
+            passing(3, 3, (5,))
+        with pytest.raises(ConfigError, match=r"3 new tokens, got a tensor of shape \[4\]"):
+            passing(4, 3)
+        with pytest.raises(ConfigError, match="row 40 is beyond the model's context of 40"):
+            passing(3, 41)
+        passing(3, 40)
+
+
+def test_the_runtime_s_own_description(device: torch.device) -> None:
+    model = small_model().to(device)
+    fused = model.runtime(100)
+    assert (fused.device, fused.dtype, fused.max_seq_len) == (model.device, model.dtype, 100)
+    assert repr(fused.kv_layout()) == repr(model.kv_layout(100))
+    assert repr(fused.kv_layout(60, torch.bfloat16, "layer")) == repr(model.kv_layout(60, torch.bfloat16, "layer"))
+    assert model.runtime().max_seq_len == model.config.max_position_embeddings
+    assert model.runtime().ops.name == (reference_ops() if device.type == "cpu" else fused_ops()).name
