@@ -12,7 +12,7 @@ import os
 import sys
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
@@ -27,7 +27,7 @@ from ..interrupts import Uninterrupted, finish, for_one_thread
 from ..kv_cache import KVCache
 from .graphs import GraphReport, default_buckets
 from .map_ahead import MapAhead
-from .state import DecodedToken, DecodeModel, DecodeState, Sampling, as_sequence, bind_for
+from .state import DecodedToken, DecodeModel, DecodeState, Sampling, Start, bind_for
 from .step import RING, DecodeStep, LaunchedStep
 
 __all__ = ["DecodeLoop", "DecodeModel", "DecodedToken", "Sampling"]
@@ -92,7 +92,7 @@ class DecodeLoop:
         graphs: str | None = None,
         ahead_tokens: int | None = None,
         mapping: str = "thread",
-        max_stop_tokens: int = 8,
+        max_stop_tokens: int = 16,
     ) -> None:
         if not isinstance(model, DecodeModel):
             raise ConfigError(f"a decode loop takes a fused model, FusedLlama(model), not a {type(model).__name__}")
@@ -119,7 +119,8 @@ class DecodeLoop:
         if ahead_tokens is None:
             ahead_tokens = max(16, math.ceil(2 * cache.layout.tokens_per_page(cache.page_bytes)))
         ahead_tokens = require_int("ahead_tokens", ahead_tokens, 0)
-        self.state = DecodeState(cache.max_slots, require_int("max_stop_tokens", max_stop_tokens, 1), device)
+        max_stop_tokens = require_int("max_stop_tokens", max_stop_tokens, 1)
+        self.state = DecodeState(cache.max_slots, max_stop_tokens, model.config.vocab_size, device)
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._live: dict[int, _Live] = {}
         self._ended: dict[int, _Live] = {}  # the last sequence of each slot, which has exactly its rows
@@ -155,7 +156,11 @@ class DecodeLoop:
         token: int,
         max_new_tokens: int,
         sampling: Sampling | None = None,
-        stop_tokens: Sequence[int] = (),
+        stop_tokens: Collection[int] = (),
+        *,
+        prompt_tokens: Sequence[int] = (),
+        answer_tokens: Sequence[int] = (),
+        num_logprobs: int | None = None,
     ) -> None:
         """Decode a sequence from the next step on.
 
@@ -168,22 +173,25 @@ class DecodeLoop:
             max_new_tokens: tokens to decode.
             sampling: None for greedy.
             stop_tokens: end the sequence when one of these is sampled; it is still reported.
+            prompt_tokens, answer_tokens, num_logprobs: as in ``Start``.
 
         Raises:
             ConfigError: a value out of range, or the slot is decoding already, here or in another loop, or it is
                 given to another sequence at this moment.
             OutOfPages: no page for the first row; the slot is as it was.
         """
-        self.start_batch([(slot, token, max_new_tokens, sampling, stop_tokens)])
+        self.start_batch(
+            [Start(slot, token, max_new_tokens, sampling, stop_tokens, prompt_tokens, answer_tokens, num_logprobs)]
+        )
 
     @for_one_thread
-    def start_batch(self, sequences: Sequence[tuple[int, int, int, Sampling | None, Sequence[int]]]) -> None:
+    def start_batch(self, sequences: Sequence[Start]) -> None:
         """``start`` for several at once, all or nothing, with one upload."""
         self._require_open()
-        vocab_size, max_stop_tokens = self.model.config.vocab_size, self.state.stop_tokens.shape[1]
-        checked = [as_sequence(s, vocab_size=vocab_size, max_stop_tokens=max_stop_tokens) for s in sequences]
-        rows = [self._check(slot, max_new_tokens) for slot, _, max_new_tokens, *_ in checked]
-        slots = [sequence[0] for sequence in checked]
+        vocab_size, max_stop_tokens = self.model.config.vocab_size, self.state.sampler.stop_tokens.shape[1]
+        checked = [start.checked(vocab_size=vocab_size, max_stop_tokens=max_stop_tokens) for start in sequences]
+        rows = [self._check(start.slot, start.max_new_tokens) for start in checked]
+        slots = [start.slot for start in checked]
         if not slots:
             return
         if len(set(slots)) < len(slots):
@@ -204,7 +212,7 @@ class DecodeLoop:
                     self.cache.truncate(slot, n)
                 raise
             for slot, n, sequence, version in zip(slots, rows, checked, versions.tolist(), strict=True):
-                limit = n + sequence[2]
+                limit = n + sequence.max_new_tokens
                 self._mapper.track(slot, n + 1, limit, version)
                 self._live[slot] = _Live(slot, n, limit, version)
                 self._ended.pop(slot, None)
@@ -396,11 +404,11 @@ class DecodeLoop:
             sampled = self._step.read(launched)
             with Uninterrupted():
                 self._under_way.popleft()
-                for sequence, (token, reason) in zip(sequences, sampled, strict=True):
+                for sequence, token in zip(sequences, sampled, strict=True):
                     if self._live.get(sequence.slot) is not sequence:  # ended, or cancelled
                         continue
-                    self._unreported.append(DecodedToken(sequence.slot, token, reason))
-                    if reason:
+                    self._unreported.append(token)
+                    if token.finish_reason:
                         self._hand_back(sequence)
 
     def _report(self) -> list[DecodedToken]:
