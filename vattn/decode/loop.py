@@ -108,7 +108,7 @@ class DecodeLoop:
             ahead_tokens = max(16, math.ceil(2 * cache.layout.tokens_per_page(cache.page_bytes)))
         ahead_tokens = require_int("ahead_tokens", ahead_tokens, 0)
         self.max_stop_tokens = require_int("max_stop_tokens", max_stop_tokens, 1)
-        self.state = DecodeState(cache.max_slots, self.max_stop_tokens, device)
+        self.state = DecodeState(cache.max_slots, self.max_stop_tokens, model.config.vocab_size, device)
         self.stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
         self._closed = False
         if buckets is None:

@@ -71,18 +71,18 @@ class Progress:
         for sequence in sequences:
             sequence.rows += 1
 
-    def drain(self, keep: int, read: Callable[[LaunchedStep], Sequence[tuple[int, str | None]]]) -> None:
+    def drain(self, keep: int, read: Callable[[LaunchedStep], Sequence[DecodedToken]]) -> None:
         """Read what steps sampled, up to the newest ``keep`` of them."""
         while len(self.under_way) > keep:
             sequences, launched = self.under_way[0]
             sampled = read(launched)
             with Uninterrupted():
                 self.under_way.popleft()
-                for sequence, (token, reason) in zip(sequences, sampled, strict=True):
+                for sequence, token in zip(sequences, sampled, strict=True):
                     if self.live.get(sequence.slot) is not sequence:  # ended, or cancelled
                         continue
-                    self.unreported.append(DecodedToken(sequence.slot, token, reason))
-                    if reason:
+                    self.unreported.append(token)
+                    if token.finish_reason is not None:
                         self._hand_back(sequence)
 
     def report(self) -> list[DecodedToken]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -13,9 +14,22 @@ from ..attention import AttentionBackend, DecodeBatch, bind, require_fit
 from ..errors import ConfigError
 from ..kv_cache import KVCache
 from ..ops.ops_table import Ops
-from ..requests import MAX_LOGPROBS, Sampling, checked_int, checked_sampling, checked_tokens
+from ..ops.process_logits import ALLOWED, BIAS, IN_PROMPT, PENALTIES, STOPS, SamplerState
+from ..ops.sample_tokens import MAX_TEMPERATURE
+from ..requests import MAX_LOGIT_BIAS, MAX_LOGPROBS, Sampling, checked_int, checked_sampling, checked_tokens
 
-__all__ = ["DecodeModel", "DecodeState", "DecodedToken", "Sampling", "Start", "bind_for"]
+__all__ = [
+    "CheckedStart",
+    "DecodeModel",
+    "DecodeState",
+    "DecodedToken",
+    "Sampling",
+    "Start",
+    "bind_for",
+    "checked_mask",
+]
+
+_INT32_MAX = 2**31 - 1
 
 
 @runtime_checkable
@@ -146,16 +160,77 @@ def _token_array(name: str, given: Sequence[int], vocab_size: int) -> np.ndarray
     return np.array(checked_tokens(name, given, vocab_size), np.int64)
 
 
-class DecodeState:
-    """Per slot, on the device. Integers share one tensor, so that starting sequences is one small upload."""
+def checked_mask(mask: Any, vocab_size: int) -> np.ndarray:
+    """Which tokens may come, as ``[ceil(vocab_size / 32)]`` int32, the first token in the lowest bit.
 
-    def __init__(self, max_slots: int, max_stop_tokens: int, device: torch.device) -> None:
-        self.integers = torch.zeros(4, max_slots, dtype=torch.int32, device=device)
-        self.tokens, self.lengths, self.remaining, self.top_k = self.integers
-        self.floats = torch.zeros(2, max_slots, dtype=torch.float32, device=device)
-        self.temperature, self.top_p = self.floats
-        self.seeds = torch.zeros(max_slots, dtype=torch.int64, device=device)
-        self.stop_tokens = torch.full((max_slots, max_stop_tokens), -1, dtype=torch.int32, device=device)
+    Args:
+        mask: that, or booleans ``[vocab_size]``, of numpy, torch, or in a list.
+
+    Raises:
+        ConfigError: it is neither, or allows nothing.
+    """
+    num_words = -(-vocab_size // 32)
+    wanted = f"allowed tokens must be [{vocab_size}] booleans or [{num_words}] int32"
+    try:
+        array = mask.detach().cpu().numpy() if isinstance(mask, torch.Tensor) else np.asarray(mask)
+    except Exception as error:  # what an object of the caller's raises
+        raise ConfigError(f"{wanted}, got {mask!r}") from error
+    bits = np.zeros(32 * num_words, bool)
+    if array.dtype == bool and array.shape == (vocab_size,):
+        bits[:vocab_size] = array
+    elif array.dtype == np.int32 and array.shape == (num_words,):
+        bits[:vocab_size] = np.unpackbits(array.astype("<i4").view(np.uint8), bitorder="little")[:vocab_size]
+    else:
+        raise ConfigError(f"{wanted}, got {array.dtype} of shape {list(array.shape)}")
+    if not bits.any():
+        raise ConfigError("allowed tokens allow nothing: end the sequence, or allow a stop token")
+    return np.packbits(bits, bitorder="little").view("<i4").astype(np.int32)
+
+
+class DecodeState:
+    """Per slot, on the device. Numbers of a type share one tensor, so that starting sequences is one small upload.
+
+    Args:
+        max_slots: of the cache.
+        max_stop_tokens: of a sequence.
+        vocab_size: of the model.
+        device: of both.
+
+    Attributes:
+        tokens, lengths, remaining: ``[max_slots]`` int32: what each sequence feeds next, its rows in the cache, and how
+            many tokens it may still get.
+        sampler: how its tokens are chosen.
+        num_logprobs: by slot, on the host, for those that asked.
+    """
+
+    def __init__(self, max_slots: int, max_stop_tokens: int, vocab_size: int, device: torch.device) -> None:
+        def zeros(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        self.vocab_size = vocab_size
+        self.integers = zeros(6, max_slots, dtype=torch.int32)
+        self.tokens, self.lengths, self.remaining, top_k, min_rows, flags = self.integers
+        self.floats = zeros(6, max_slots, dtype=torch.float32)
+        temperature, top_p, reach, repetition, presence, frequency = self.floats
+        self.sampler = SamplerState(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            reach=reach,
+            seeds=zeros(max_slots, dtype=torch.int64),
+            flags=flags,
+            repetition=repetition,
+            presence=presence,
+            frequency=frequency,
+            counts=zeros(max_slots, vocab_size, dtype=torch.int16),
+            bias_ids=torch.full((max_slots, MAX_LOGIT_BIAS), -1, dtype=torch.int32, device=device),
+            bias_values=zeros(max_slots, MAX_LOGIT_BIAS, dtype=torch.float32),
+            allowed=zeros(max_slots, -(-vocab_size // 32), dtype=torch.int32),
+            stop_tokens=torch.full((max_slots, max_stop_tokens), -1, dtype=torch.int32, device=device),
+            min_rows=min_rows,
+        )
+        self.num_logprobs: dict[int, int] = {}
+        self._masks: dict[int, np.ndarray | None] = {}  # that the device is still to get
 
     def start(
         self, upload: Callable[[np.ndarray], torch.Tensor], starts: Sequence[CheckedStart], rows: Sequence[int]
@@ -164,22 +239,75 @@ class DecodeState:
 
         Args:
             upload: brings an array to the device without waiting.
-            starts: checked.
+            starts: the sequences.
             rows: that each has in the cache.
         """
-        chosen = [start.sampling or Sampling() for start in starts]
-        stops = np.full((len(starts), self.stop_tokens.shape[1]), -1, np.int32)
-        for i, start in enumerate(starts):
-            stops[i, : len(start.stop_tokens)] = tuple(start.stop_tokens)
-        integers = [
-            [start.token, n, start.max_new_tokens, choice.top_k]
-            for start, n, choice in zip(starts, rows, chosen, strict=True)
-        ]
+        sampler = self.sampler
+        stops = np.full((len(starts), sampler.stop_tokens.shape[1]), -1, np.int32)
+        integers = np.zeros((len(starts), len(self.integers)), np.int32)
+        floats = np.zeros((len(starts), len(self.floats)), np.float32)
+        for i, (start, n) in enumerate(zip(starts, rows, strict=True)):
+            how = start.sampling
+            stops[i, : len(start.stop_tokens)] = start.stop_tokens
+            min_row = min(n + how.min_new_tokens - len(start.answer_tokens), _INT32_MAX)
+            flags = PENALTIES * how.has_penalties + BIAS * bool(how.logit_bias)
+            flags += STOPS * bool(min_row > n and start.stop_tokens)
+            integers[i] = start.token, n, start.max_new_tokens, how.top_k, min_row, flags
+            floats[i, :3] = how.temperature, how.top_p, _reach(how)
+            floats[i, 3:] = how.repetition_penalty, how.presence_penalty, how.frequency_penalty
         index = upload(np.array([start.slot for start in starts], np.int64))
-        self.integers[:, index] = upload(np.array(integers, np.int32)).T
-        self.floats[:, index] = upload(np.array([[c.temperature, c.top_p] for c in chosen], np.float32)).T
-        self.seeds[index] = upload(np.array([c.seed for c in chosen], np.int64))
-        self.stop_tokens[index] = upload(stops)
+        self.integers[:, index] = upload(integers).T
+        self.floats[:, index] = upload(floats).T
+        sampler.seeds[index] = upload(np.array([start.sampling.seed for start in starts], np.int64))
+        sampler.stop_tokens[index] = upload(stops)
+        self._start_flagged(upload, starts)
+        for start in starts:
+            self._masks.pop(start.slot, None)
+            self.num_logprobs.pop(start.slot, None)
+            if start.num_logprobs is not None:
+                self.num_logprobs[start.slot] = start.num_logprobs
+
+    def _start_flagged(self, upload: Callable[[np.ndarray], torch.Tensor], starts: Sequence[CheckedStart]) -> None:
+        """The larger things, which few sequences have."""
+        for start in starts:
+            if start.sampling.has_penalties:
+                answer = np.bincount(start.answer_tokens, minlength=self.vocab_size)
+                counts = answer.clip(max=0x7FFF).astype(np.int16)
+                counts[start.prompt_tokens] |= IN_PROMPT
+                self.sampler.counts[start.slot] = upload(counts)
+            if bias := start.sampling.logit_bias:
+                ids = np.full(MAX_LOGIT_BIAS, -1, np.int32)
+                values = np.zeros(MAX_LOGIT_BIAS, np.float32)
+                ids[: len(bias)], values[: len(bias)] = list(bias), list(bias.values())
+                self.sampler.bias_ids[start.slot] = upload(ids)
+                self.sampler.bias_values[start.slot] = upload(values)
+
+    def allow(self, slot: int, mask: Any) -> None:
+        """Which tokens may come in the next steps of a sequence that was started; None for all.
+
+        Raises:
+            ConfigError: as ``checked_mask``.
+        """
+        self._masks[slot] = None if mask is None else checked_mask(mask, self.vocab_size)
+
+    def upload_allowed(self, upload: Callable[[np.ndarray], torch.Tensor]) -> None:
+        """Write what ``allow`` was given, on the current stream."""
+        masks, flags = self._masks, self.sampler.flags
+        given = {slot: mask for slot, mask in masks.items() if mask is not None}
+        if given:
+            index = upload(np.array(list(given), np.int64))
+            self.sampler.allowed[index] = upload(np.stack(list(given.values())))
+            flags[index] |= ALLOWED
+        if len(given) < len(masks):
+            flags[upload(np.array([slot for slot in masks if masks[slot] is None], np.int64))] &= ~ALLOWED
+        masks.clear()
+
+
+def _reach(sampling: Sampling) -> float:
+    """See ``SamplerState.reach``."""
+    if sampling.min_p == 0:
+        return math.inf
+    return -min(sampling.temperature, MAX_TEMPERATURE) * math.log(sampling.min_p)
 
 
 def bind_for(cache: KVCache, attention: AttentionBackend, graphs: str) -> AttentionBackend:
