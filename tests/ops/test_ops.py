@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import vattn
+import vattn.ops.rope_append as rope_module
 from vattn.errors import ConfigError
 from vattn.ops.add_rms_norm import add_rms_norm, add_rms_norm_reference
 from vattn.ops.rope_append import rope_append, rope_append_reference, rope_table
@@ -86,8 +87,20 @@ def open_cache(device, dtype, kv_heads, head_dim, order="token"):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("order", ["token", "layer"])
 @pytest.mark.parametrize("norms", [False, True])
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 2, 64), (3, 3, 80), (8, 1, 128), (9, 3, 48)])
-def test_rope_append(draw, device, dtype, order, norms, heads, kv_heads, head_dim):
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "many"),
+    [
+        (4, 2, 64, False),
+        (3, 3, 80, False),
+        (8, 1, 128, False),
+        (9, 3, 48, False),
+        (9, 3, 48, True),
+        (0, 3, 80, True),  # the last layer of a prefill
+    ],
+)
+def test_rope_append(draw, device, dtype, order, norms, heads, kv_heads, head_dim, many, monkeypatch):
+    """One head to a program, as for few tokens, and several."""
+    monkeypatch.setattr(rope_module, "_MANY_TOKENS", 1 if many else 10**9)
     with open_cache(device, dtype, kv_heads, head_dim, order) as cache:
         slots = [cache.acquire() for _ in range(5)]
         cache.ensure_batch(slots, [700, 3, 33, 1, 699])

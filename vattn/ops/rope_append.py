@@ -11,6 +11,10 @@ from .triton_support import address_of, launch_options, next_power_of_2, require
 
 __all__ = ["rope_append", "rope_append_reference", "rope_table"]
 
+# Heads of a program. A decode step wants many programs, so that few tokens fill the GPU; a prefill wants fewer of more
+# work: 8,192 tokens of 8B heads take an H100 241 µs with one, 122 with two, 79 with four, 81 with eight.
+_HEADS, _MANY_TOKENS = 4, 512
+
 
 def rope_table(frequencies: torch.Tensor, max_positions: int) -> torch.Tensor:
     """Cosines and sines of every position's angles, ``[max_positions, 2, head_dim / 2]`` float32.
@@ -84,7 +88,7 @@ def rope_append(
     out: torch.Tensor | None = None,
     pdl: bool = False,
 ) -> torch.Tensor:
-    """``rope_append_reference`` as one kernel, a program a token and head; offsets in 64 bits.
+    """``rope_append_reference`` as one kernel, a program a token and a few heads; offsets in 64 bits.
 
     Args:
         pdl: as in ``triton_support.launch_options``.
@@ -99,7 +103,8 @@ def rope_append(
         out = qkv.new_empty(tokens, num_heads, head_dim, dtype=qkv.dtype if qkv.dim() == 2 else k_cache.dtype)
     k_address, dtype, k_align = address_of(k_cache)
     v_address, _, v_align = address_of(v_cache)
-    _kernel()[(tokens, num_heads + 2 * num_kv_heads)](
+    heads = _HEADS if tokens >= _MANY_TOKENS else 1
+    _kernel()[(tokens, -(-(num_heads + 2 * num_kv_heads) // heads))](
         qkv,
         table,
         slots,
@@ -124,6 +129,7 @@ def rope_append(
         ALIGN=min(k_align, v_align),
         SPLITS=qkv.shape[0] if qkv.dim() == 3 else 1,
         HALF=next_power_of_2(head_dim // 2),
+        HEADS=heads,
         num_warps=1,
         **launch_options(pdl),
     )
@@ -166,58 +172,59 @@ def _kernel() -> Any:
         ALIGN: tl.constexpr,
         SPLITS: tl.constexpr,
         HALF: tl.constexpr,
+        HEADS: tl.constexpr,
         PDL: tl.constexpr,
     ):
         if PDL:
             gdc_launch_dependents()
             gdc_wait()
         token = tl.program_id(0).to(tl.int64)
-        head = tl.program_id(1)
+        heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
         half = head_dim // 2
-        columns = tl.arange(0, HALF)
-        inside = columns < half
-        source = qkv_ptr + token * qkv_stride + head * head_dim
-        first = tl.load(source + columns, mask=inside, other=0.0).to(tl.float32)
-        second = tl.load(source + half + columns, mask=inside, other=0.0).to(tl.float32)
+        columns = tl.arange(0, HALF)[None, :]
+        inside = (columns < half) & (heads < num_heads + 2 * num_kv_heads)
+        source = qkv_ptr + token * qkv_stride + heads * head_dim + columns
+        first = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+        second = tl.load(source + half, mask=inside, other=0.0).to(tl.float32)
         for split in tl.static_range(1, SPLITS):
             part = source + split * split_stride
-            first += tl.load(part + columns, mask=inside, other=0.0).to(tl.float32)
-            second += tl.load(part + half + columns, mask=inside, other=0.0).to(tl.float32)
+            first += tl.load(part, mask=inside, other=0.0).to(tl.float32)
+            second += tl.load(part + half, mask=inside, other=0.0).to(tl.float32)
         slot = tl.load(slots_ptr + token).to(tl.int64)
         row = tl.load(rows_ptr + token).to(tl.int64)
 
-        is_q = head < num_heads
-        is_k = (head >= num_heads) & (head < num_heads + num_kv_heads)
-        if is_q | is_k:
-            if Q_NORM and is_q:
-                scale = tl.rsqrt((tl.sum(first * first, 0) + tl.sum(second * second, 0)) / head_dim + eps)
-                first *= scale * tl.load(q_norm_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-                second *= scale * tl.load(q_norm_ptr + half + columns, mask=inside, other=0.0).to(tl.float32)
-            if K_NORM and is_k:
-                scale = tl.rsqrt((tl.sum(first * first, 0) + tl.sum(second * second, 0)) / head_dim + eps)
-                first *= scale * tl.load(k_norm_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-                second *= scale * tl.load(k_norm_ptr + half + columns, mask=inside, other=0.0).to(tl.float32)
-            angles = table_ptr + row * head_dim
-            cos = tl.load(angles + columns, mask=inside, other=0.0)
-            sin = tl.load(angles + half + columns, mask=inside, other=0.0)
-            turned = first * cos - second * sin
-            second = second * cos + first * sin
-            first = turned
+        is_q = heads < num_heads
+        is_v = heads >= num_heads + num_kv_heads
+        is_k = (heads >= num_heads) & (heads < num_heads + num_kv_heads)
+        if Q_NORM or K_NORM:
+            square = tl.sum(first * first, 1) + tl.sum(second * second, 1)
+            scale = tl.rsqrt(square / head_dim + eps)[:, None]
+            if Q_NORM:
+                first *= tl.where(is_q, scale * tl.load(q_norm_ptr + columns, mask=columns < half).to(tl.float32), 1.0)
+                weight = tl.load(q_norm_ptr + half + columns, mask=columns < half).to(tl.float32)
+                second *= tl.where(is_q, scale * weight, 1.0)
+            if K_NORM:
+                first *= tl.where(is_k, scale * tl.load(k_norm_ptr + columns, mask=columns < half).to(tl.float32), 1.0)
+                weight = tl.load(k_norm_ptr + half + columns, mask=columns < half).to(tl.float32)
+                second *= tl.where(is_k, scale * weight, 1.0)
+        angles = table_ptr + row * head_dim + columns
+        cos = tl.load(angles, mask=columns < half, other=0.0)
+        sin = tl.load(angles + half, mask=columns < half, other=0.0)
+        turned = tl.where(is_v, first, first * cos - second * sin)
+        second = tl.where(is_v, second, second * cos + first * sin)
+        first = turned
 
-        if is_q:
-            target = out_ptr + token * out_stride + head * head_dim
-            tl.store(target + columns, first.to(out_ptr.dtype.element_ty), mask=inside)
-            tl.store(target + half + columns, second.to(out_ptr.dtype.element_ty), mask=inside)
-        elif is_k:
-            k_ptr = tl.multiple_of(k_address.to(tl.int64).to(tl.pointer_type(DTYPE)), ALIGN)
-            target = k_ptr + slot * k_slot_stride + row * k_row_stride + (head - num_heads) * k_head_stride
-            tl.store(target + columns, first.to(DTYPE), mask=inside)
-            tl.store(target + half + columns, second.to(DTYPE), mask=inside)
-        else:
-            kv_head = head - num_heads - num_kv_heads
-            v_ptr = tl.multiple_of(v_address.to(tl.int64).to(tl.pointer_type(DTYPE)), ALIGN)
-            target = v_ptr + slot * v_slot_stride + row * v_row_stride + kv_head * v_head_stride
-            tl.store(target + columns, first.to(DTYPE), mask=inside)
-            tl.store(target + half + columns, second.to(DTYPE), mask=inside)
+        target = out_ptr + token * out_stride + heads * head_dim + columns
+        tl.store(target, first.to(out_ptr.dtype.element_ty), mask=inside & is_q)
+        tl.store(target + half, second.to(out_ptr.dtype.element_ty), mask=inside & is_q)
+        k_ptr = tl.multiple_of(k_address.to(tl.int64).to(tl.pointer_type(DTYPE)), ALIGN)
+        target = k_ptr + slot * k_slot_stride + row * k_row_stride + (heads - num_heads) * k_head_stride + columns
+        tl.store(target, first.to(DTYPE), mask=inside & is_k)
+        tl.store(target + half, second.to(DTYPE), mask=inside & is_k)
+        v_ptr = tl.multiple_of(v_address.to(tl.int64).to(tl.pointer_type(DTYPE)), ALIGN)
+        target = v_ptr + slot * v_slot_stride + row * v_row_stride + columns
+        target += (heads - num_heads - num_kv_heads) * v_head_stride
+        tl.store(target, first.to(DTYPE), mask=inside & is_v)
+        tl.store(target + half, second.to(DTYPE), mask=inside & is_v)
 
     return rope_append_kernel
