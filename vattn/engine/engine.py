@@ -20,7 +20,7 @@ from ..kv_cache import KVCache
 from ..requests import Completion, Request, StepToken, checked_request
 from .costs import SequenceCosts
 from .mail import Mail
-from .opening import attention_for_prompts, opened_cache
+from .opening import BUDGETS, attention_for_prompts, opened_cache
 from .prefill import PrefillPasses, RuntimeModel
 from .runner import Runner
 from .scheduler import Scheduler
@@ -29,8 +29,6 @@ from .stats import EngineStats, Meters
 __all__ = ["Engine"]
 
 _MAX_BATCH = 64
-# Prompt tokens of a step while somebody decodes, who waits for them, and while nobody does.
-_BUDGETS = {"cuda": (1024, 8192), "cpu": (64, 256)}
 
 
 class Engine:
@@ -80,7 +78,7 @@ class Engine:
         if cache is not None and memory_limit is not None:
             raise ConfigError("memory_limit is of a cache that the engine opens; the one given has its own")
         device = model.device
-        budgets = _BUDGETS[device.type]
+        budgets = BUDGETS[device.type]
         if max_step_tokens is not None:
             budgets = (require_int("max_step_tokens", max_step_tokens, 1),) * 2
         self.max_waiting = None if max_waiting is None else require_int("max_waiting", max_waiting, 1)
@@ -91,7 +89,7 @@ class Engine:
         max_batch = require_int("max_batch", max_batch, 1)
         self.model = model
         self._own_cache = cache is None
-        self.cache = opened_cache(model, attention, max_batch, budgets[1], memory_limit) if cache is None else cache
+        self.cache = opened_cache(model, attention, max_batch, memory_limit) if cache is None else cache
         try:
             self.attention = attention_for_prompts(model, self.cache, budgets[1]) if attention is None else attention
             require_fit(self.attention, self.cache)
@@ -173,6 +171,11 @@ class Engine:
             self._mail.arrived.wait(timeout_s)
             self._mail.arrived.clear()
         return self.has_work
+
+    @property
+    def longest(self) -> int:
+        """Tokens of prompt and answer that a request may come to in the context and the memory of this engine."""
+        return self._costs.rows_within(self._room_bytes, self._loop.max_seq_len) + 1  # the last token has no row
 
     def wake(self) -> None:
         """Let ``wait`` return. From any thread."""

@@ -7,7 +7,10 @@ from ..kv_cache import KVCache
 from ..tuning import default_attention, default_decode
 from .prefill import RuntimeModel
 
-__all__ = ["attention_for_prompts", "opened_cache"]
+__all__ = ["BUDGETS", "attention_for_prompts", "opened_cache"]
+
+# Prompt tokens of a step while somebody decodes, who waits for them, and while nobody does.
+BUDGETS = {"cuda": (1024, 8192), "cpu": (64, 256)}
 
 
 def attention_for_prompts(model: RuntimeModel, cache: KVCache, new: int) -> AttentionBackend:
@@ -24,14 +27,14 @@ def attention_for_prompts(model: RuntimeModel, cache: KVCache, new: int) -> Atte
 
 
 def opened_cache(
-    model: RuntimeModel, attention: AttentionBackend | None, max_batch: int, new: int, memory_limit: int | None
+    model: RuntimeModel, attention: AttentionBackend | None, max_batch: int, memory_limit: int | None
 ) -> KVCache:
     """For so many sequences of the model's whole context, and the slot that a decode loop takes; with the margin that
     ``attention`` wants, or what is fastest for prompts and for decode."""
     layout, device = model.kv_layout(), model.device
     if attention is None:
         wanted = [
-            default_attention(layout, device, model.num_heads, new=new),
+            default_attention(layout, device, model.num_heads, new=BUDGETS[device.type][1]),
             default_decode(layout, device, max_batch, max(1, model.max_seq_len // 2), model.num_heads),
         ]
     else:
