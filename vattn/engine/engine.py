@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import os
+import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -15,7 +17,7 @@ from ..arguments import require_int
 from ..attention import AttentionBackend, get, require_fit
 from ..decode import DecodeLoop
 from ..errors import ConfigError, QueueFull
-from ..interrupts import Uninterrupted
+from ..interrupts import Uninterrupted, finish
 from ..kv_cache import KVCache
 from ..requests import Completion, Request, StepToken, checked_request
 from .costs import SequenceCosts
@@ -117,6 +119,7 @@ class Engine:
         self._stepping = threading.Lock()  # held by whoever is in step, generate or close
         self._stepper: int | None = None  # that thread
         self._mail = Mail()
+        self._pid = os.getpid()
         self._closed = False
 
     # -- requests ------------------------------------------------------------------------------------------------
@@ -281,6 +284,11 @@ class Engine:
     ) -> None:
         self.close()
 
+    def __del__(self) -> None:
+        # Nobody closed it: slots of a cache that lives on may be taken.
+        if not sys.is_finalizing() and not getattr(self, "_closed", True) and os.getpid() == self._pid:
+            finish(self.close)
+
     # -- inside --------------------------------------------------------------------------------------------------
     def _advance(self) -> list[StepToken]:
         self._take_in()
@@ -332,6 +340,8 @@ class Engine:
     def _require_open(self) -> None:
         if self._closed:
             raise ConfigError("this engine is closed; make a new one")
+        if os.getpid() != self._pid:
+            raise ConfigError("this engine belongs to the process that forked this one; make another here")
 
     def _checked(self, request: Request) -> Request:
         """A copy, which this cache can hold."""

@@ -104,7 +104,7 @@ class Scheduler:
         self._deadlines: list[tuple[float, int, int, Sample]] = []
         self._families: dict[int, list[Sample]] = {}  # the samples of requests that have several
         self._prefilling: dict[Sample, None] = {}
-        self._refused: tuple[Sample, int] | None = None  # the head that did not fit, and the bytes that were free
+        self._refused: tuple[Sample, int] | None = None  # the head that did not fit, and the bytes free since
         self._share, self._variance = 1.0, 0.0  # of max_new_tokens that samples come to use
 
     # -- coming and going ----------------------------------------------------------------------------------------
@@ -188,6 +188,7 @@ class Scheduler:
             return found
         head, free = self.head, free_bytes()
         if self._refused is not None and self._refused[0] is head and free <= self._refused[1]:
+            self._refused = head, free  # those who run grow into what is free, and need less from then on
             return found
         self._refused = None
         costs = self.costs
