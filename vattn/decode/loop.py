@@ -7,7 +7,6 @@ reported in ``progress``; here is what a user calls, and in which order that hap
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 import weakref
@@ -20,15 +19,16 @@ import numpy as np
 import torch
 
 from ..arguments import require_int
-from ..attention import AttentionBackend, get
+from ..attention import AttentionBackend
 from ..errors import ConfigError, OutOfPages
 from ..interrupts import Uninterrupted, finish, for_one_thread
 from ..kv_cache import KVCache
 from ..requests import Sampling
-from .graphs import GraphReport, default_buckets
+from .graphs import GraphReport
 from .map_ahead import MapAhead
+from .options import checked_options
 from .progress import Progress
-from .state import DecodedToken, DecodeModel, DecodeState, Start, bind_for
+from .state import DecodedToken, DecodeModel, DecodeState, Start
 from .step import RING, DecodeStep
 
 __all__ = ["DecodeLoop"]
@@ -82,40 +82,21 @@ class DecodeLoop:
         mapping: str = "thread",
         max_stop_tokens: int = 16,
     ) -> None:
-        if not isinstance(model, DecodeModel):
-            raise ConfigError(f"a decode loop takes a fused model, FusedLlama(model), not a {type(model).__name__}")
+        options = checked_options(
+            model, cache, max_batch, attention, typical_len, buckets, graphs, ahead_tokens, mapping, max_stop_tokens
+        )
         self.model, self.cache = model, cache
         self._pid = os.getpid()
         self._one_thread: int | None = None
-        self.max_seq_len = min(cache.layout.max_seq_len, model.max_seq_len)
-        if cache.max_slots < 2:
-            raise ConfigError("the decode loop takes a slot for itself: open the cache with max_slots of at least 2")
-        if max_batch is None:
-            max_batch = cache.max_slots - 1
-        self.max_batch = require_int("max_batch", max_batch, 1, cache.max_slots - 1)
-        if isinstance(attention, str):
-            attention = get(attention)
-        if mapping not in ("thread", "inline"):
-            raise ConfigError(f"mapping must be 'thread' or 'inline', got {mapping!r}")
-        if model.embedding.device != cache.device:
-            raise ConfigError(f"the model is on {model.embedding.device}, the cache on {cache.device}")
-        model.require_fit(cache)
+        self._closed = False
+        self.max_seq_len, self.max_batch = options.max_seq_len, options.max_batch
+        self.max_stop_tokens = options.max_stop_tokens
         device = cache.device
-        mode = ("always" if device.type == "cuda" else "never") if graphs is None else graphs
-        if typical_len is None:
-            typical_len = max(1, self.max_seq_len // 2)
-        if ahead_tokens is None:
-            ahead_tokens = max(16, math.ceil(2 * cache.layout.tokens_per_page(cache.page_bytes)))
-        ahead_tokens = require_int("ahead_tokens", ahead_tokens, 0)
-        self.max_stop_tokens = require_int("max_stop_tokens", max_stop_tokens, 1)
         self.state = DecodeState(cache.max_slots, self.max_stop_tokens, model.config.vocab_size, device)
         self.stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
-        self._closed = False
-        if buckets is None:
-            buckets = range(1, self.max_batch + 1) if mode == "never" else default_buckets(self.max_batch)
         self._scratch = cache.acquire()
         try:
-            if mode != "never" or len(set(buckets)) < self.max_batch:  # else no batch is ever filled up
+            if options.fills_up:
                 cache.ensure(self._scratch, 1)
             self._step = DecodeStep(
                 model,
@@ -123,14 +104,14 @@ class DecodeLoop:
                 self.state,
                 self._scratch,
                 max_batch=self.max_batch,
-                attention=None if attention is None else bind_for(cache, attention, mode),
-                typical_len=require_int("typical_len", typical_len, 1),
+                attention=options.attention,
+                typical_len=options.typical_len,
                 max_seq_len=self.max_seq_len,
-                buckets=buckets,
-                mode=mode,
+                buckets=options.buckets,
+                mode=options.graphs,
                 stream=self.stream,
             )
-            self._mapper = MapAhead(cache, ahead_tokens, threaded=mapping == "thread")
+            self._mapper = MapAhead(cache, options.ahead_tokens, threaded=mapping == "thread")
             self._progress = Progress(cache, self._mapper, self.stream)
         except BaseException:
             cache.release(self._scratch)

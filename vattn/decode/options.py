@@ -1,0 +1,82 @@
+"""What a decode loop can be made with: checks, and what is chosen where nothing was said."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..arguments import require_int
+from ..attention import AttentionBackend, get
+from ..errors import ConfigError
+from ..kv_cache import KVCache
+from .graphs import default_buckets
+from .state import DecodeModel, bind_for
+
+__all__ = ["LoopOptions", "checked_options"]
+
+
+@dataclass(frozen=True)
+class LoopOptions:
+    """The arguments of ``DecodeLoop``, each with a value; ``fills_up``: a batch may get rows that are no sequence's."""
+
+    max_seq_len: int
+    max_batch: int
+    attention: AttentionBackend | None
+    typical_len: int
+    buckets: Sequence[int]
+    graphs: str
+    ahead_tokens: int
+    max_stop_tokens: int
+    fills_up: bool
+
+
+def checked_options(
+    model: DecodeModel,
+    cache: KVCache,
+    max_batch: int | None,
+    attention: AttentionBackend | str | None,
+    typical_len: int | None,
+    buckets: Sequence[int] | None,
+    graphs: str | None,
+    ahead_tokens: int | None,
+    mapping: str,
+    max_stop_tokens: int,
+) -> LoopOptions:
+    """See ``DecodeLoop``.
+
+    Raises:
+        ConfigError: an argument is wrong, or model, attention and cache do not fit each other.
+    """
+    if not isinstance(model, DecodeModel):
+        raise ConfigError(f"a decode loop takes a fused model, FusedLlama(model), not a {type(model).__name__}")
+    if cache.max_slots < 2:
+        raise ConfigError("the decode loop takes a slot for itself: open the cache with max_slots of at least 2")
+    max_batch = (
+        cache.max_slots - 1 if max_batch is None else require_int("max_batch", max_batch, 1, cache.max_slots - 1)
+    )
+    if isinstance(attention, str):
+        attention = get(attention)
+    if mapping not in ("thread", "inline"):
+        raise ConfigError(f"mapping must be 'thread' or 'inline', got {mapping!r}")
+    if model.embedding.device != cache.device:
+        raise ConfigError(f"the model is on {model.embedding.device}, the cache on {cache.device}")
+    model.require_fit(cache)
+    max_seq_len = min(cache.layout.max_seq_len, model.max_seq_len)
+    if graphs is None:
+        graphs = "always" if cache.device.type == "cuda" else "never"
+    if buckets is None:
+        buckets = range(1, max_batch + 1) if graphs == "never" else default_buckets(max_batch)
+    if ahead_tokens is None:
+        ahead_tokens = max(16, math.ceil(2 * cache.layout.tokens_per_page(cache.page_bytes)))
+    return LoopOptions(
+        max_seq_len,
+        max_batch,
+        None if attention is None else bind_for(cache, attention, graphs),
+        max(1, max_seq_len // 2) if typical_len is None else require_int("typical_len", typical_len, 1),
+        buckets,
+        graphs,
+        require_int("ahead_tokens", ahead_tokens, 0),
+        require_int("max_stop_tokens", max_stop_tokens, 1),
+        fills_up=graphs != "never" or len(set(buckets)) < max_batch,
+    )
