@@ -48,10 +48,12 @@ def first_words(seed: int, ids: np.ndarray, position: int) -> np.ndarray:
         ``[count]`` uint64, below ``2 ** 32``.
     """
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
-    c2 = ids.astype(np.uint64)
+    c0: np.ndarray
+    c1: np.ndarray
+    c2: np.ndarray = ids.astype(np.uint64)
     # The first two rounds; the zeros of the counter make c0 and c1 of the first, and c3 of the second, one number.
     c2 *= _FACTORS[0]
-    c3 = c2 & _MASK
+    c3: np.ndarray = c2 & _MASK
     c2 >>= 32
     c2 ^= k1
     product = (position ^ k0) * _FACTORS[0]
