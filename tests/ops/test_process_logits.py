@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
-from helpers.decode_ops import INF, NAN, Requests, plain_sampling
+from helpers.decode_ops import FIELDS, INF, NAN, Requests, plain_sampling
 
 import vattn.ops.sample_tokens as sample_tokens_module
 from vattn.ops.process_logits import (
@@ -233,3 +234,17 @@ def test_order_by_hand(device, function):
     bias = {"bias_ids": [1, -1, -1], "bias_values": [0.9, 0, 0]}
     assert best(PENALTIES | BIAS, counts=said, repetition=2.0, **bias) == 0
     assert best(BIAS, counts=said, repetition=2.0, bias_ids=[2, 3, -1], bias_values=[4.1, 1.0, 0]) == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_same_tokens_on_the_gpu():
+    """The kernel there, the short way here: flags of every kind, a vocabulary of several blocks."""
+    requests, logits = random_requests("cpu", 32, 20_000), torch.randn(32, 20_000) * 4
+    slots, rows, state = requests.arguments
+    out = torch.empty(32, dtype=torch.int32)
+    sample_tokens_eager(logits, slots, rows, state, out)
+    there = replace(state, **{name: getattr(state, name).cuda() for name in FIELDS})
+    found = torch.empty(32, dtype=torch.int32, device="cuda")
+    sample_tokens(logits.cuda(), slots.cuda(), rows.cuda(), there, found)
+    assert torch.equal(found.cpu(), out)
