@@ -9,23 +9,22 @@ from collections.abc import Callable
 
 import torch
 
+from vattn.ops.process_logits import SamplerState
+
 
 def sample_in_torch(
     logits: torch.Tensor,
     slots: torch.Tensor,
     rows: torch.Tensor,
-    temperature: torch.Tensor,
-    top_k: torch.Tensor,
-    top_p: torch.Tensor,
-    seeds: torch.Tensor,
+    state: SamplerState,
     out: torch.Tensor,
 ) -> None:
     """``sample_tokens`` as it is usually written: one sort, then top-k, top-p and a draw over the sorted tokens.
 
-    Draws come from torch's generator instead of each request's seed.
+    No min-p, and nothing that ``state.flags`` asks for. Draws come from torch's generator, not from a request's seed.
     """
     slot = slots.long()
-    heat, k, p = temperature[slot][:, None], top_k[slot].long()[:, None], top_p[slot][:, None]
+    heat, k, p = (each[slot][:, None] for each in (state.temperature, state.top_k.long(), state.top_p))
     descending, order = logits.float().sort(dim=-1, descending=True)
     place = torch.arange(logits.shape[-1], device=logits.device)
     descending = descending.masked_fill((k > 0) & (place >= k), -torch.inf)
@@ -72,10 +71,9 @@ def updating_twice(advance: Callable[..., None]) -> Callable[..., None]:
         lengths: torch.Tensor,
         remaining: torch.Tensor,
         stop_tokens: torch.Tensor,
-        counter: torch.Tensor,
-        ring: torch.Tensor,
+        *rest: torch.Tensor,
     ) -> None:
         update_in_torch(sampled, slots, tokens.clone(), lengths.clone(), remaining.clone(), stop_tokens)
-        advance(sampled, slots, tokens, lengths, remaining, stop_tokens, counter, ring)
+        advance(sampled, slots, tokens, lengths, remaining, stop_tokens, *rest)
 
     return both

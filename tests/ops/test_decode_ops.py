@@ -43,36 +43,46 @@ def test_begin_step(device, dtype, batch, hidden):
 
 
 # -- advance ---------------------------------------------------------------------------------------------------------
-def advance_by_hand(sampled, slots, tokens, lengths, remaining, stop_tokens, counter, ring):
+def advance_by_hand(sampled, slots, tokens, lengths, remaining, stop_tokens, flags, counts, counter, ring):
     step = counter[0] % len(ring)
     before = list(remaining)
     for i, slot in enumerate(slots):
         ring[step][i] = [-1, 0]
         if before[slot] > 0:
-            tokens[slot] = sampled[i]
             lengths[slot] += 1
+            if sampled[i] < 0:
+                remaining[slot] = 0
+                ring[step][i] = [-1, 3]
+                continue
+            tokens[slot] = sampled[i]
             stop = sampled[i] in [token for token in stop_tokens[slot] if token >= 0]
             remaining[slot] = 0 if stop else before[slot] - 1
             ring[step][i] = [sampled[i], 1 if stop else 2 if remaining[slot] == 0 else 0]
+            if flags[slot] % 2 and counts[slot][sampled[i]] not in (-1, 32767):
+                counts[slot][sampled[i]] += 1
     counter[0] += 1
 
 
 @pytest.mark.parametrize("function", [advance, advance_reference])
 @pytest.mark.parametrize(
-    ("batch", "padding", "num_stops", "ring_size"), [(1, 0, 1, 1), (5, 3, 3, 4), (8, 0, 0, 3), (40, 23, 2, 2)]
+    ("batch", "padding", "num_stops", "ring_size"), [(1, 0, 1, 1), (5, 3, 3, 4), (8, 0, 0, 3), (40, 23, 16, 2)]
 )
 def test_advance(device, function, batch, padding, num_stops, ring_size):
+    """Counts are near zero, near their largest, and with the bit of the prompt."""
     num_slots, max_batch = batch + 3, batch + padding + 2
+    near = torch.tensor([0, -(2**15), 32766, -2])  # one more is the largest, alone and with the prompt's bit
     state = [
         torch.randint(0, 6, (num_slots,)),  # tokens
         torch.randint(0, 100, (num_slots,)),  # lengths
         torch.randint(0, 4, (num_slots,)),  # remaining
         torch.randint(-1, 6, (num_slots, num_stops)),
+        torch.randint(0, 16, (num_slots,)),  # flags
     ]
-    state = [each.int().to(device) for each in state]
-    counter = torch.tensor([2**33 + 5], device=device)
-    ring = torch.full((ring_size, max_batch, 2), -9, dtype=torch.int32, device=device)
-    state += [counter, ring]
+    counts = near[torch.randint(0, 4, (num_slots, 6))].short()
+    counter = torch.tensor([2**33 + 5])
+    ring = torch.full((ring_size, max_batch, 2), -9, dtype=torch.int32)
+    state = [each.to(device) for each in (*(each.int() for each in state), counts, counter, ring)]
+    counter, ring = state[-2:]
     by_hand = [each.tolist() for each in state]
     for step in range(6):
         slots = listed_slots(num_slots, batch, padding)
@@ -84,7 +94,7 @@ def test_advance(device, function, batch, padding, num_stops, ring_size):
             state[2].fill_(3)
             by_hand[2] = [3] * num_slots
             slots = slots[:batch]
-        sampled = torch.randint(0, 6, (len(slots),), dtype=torch.int32)
+        sampled = torch.randint(-1, 6, (len(slots),), dtype=torch.int32)
         function(sampled.to(device), slots.to(device), *state)
         advance_by_hand(sampled.tolist(), slots.tolist(), *by_hand)
         assert [each.tolist() for each in state] == by_hand
@@ -93,19 +103,25 @@ def test_advance(device, function, batch, padding, num_stops, ring_size):
 
 
 def test_advance_reasons(device):
-    """By hand: goes on, stops, is out of tokens, stops with its last token, was over already."""
-    remaining = torch.tensor([5, 5, 1, 1, 0], dtype=torch.int32, device=device)
-    tokens, lengths = torch.full((2, 5), 100, dtype=torch.int32, device=device)
-    stops = torch.tensor([[9, -1], [-1, 9], [-1, -1], [9, 9], [9, 9]], dtype=torch.int32, device=device)
-    sampled = torch.tensor([8, 9, 9, 9, 9], dtype=torch.int32, device=device)
-    slots = torch.arange(5, dtype=torch.int32, device=device)
+    """By hand: goes on, stops, is out of tokens, stops with its last token, was over already, could get none."""
+    remaining = torch.tensor([5, 5, 1, 1, 0, 5], dtype=torch.int32, device=device)
+    tokens, lengths = torch.full((2, 6), 100, dtype=torch.int32, device=device)
+    stops = torch.tensor([[9, -1], [-1, 9], [-1, -1], [9, 9], [9, 9], [-1, 9]], dtype=torch.int32, device=device)
+    sampled = torch.tensor([8, 9, 9, 9, 9, -1], dtype=torch.int32, device=device)
+    slots = torch.arange(6, dtype=torch.int32, device=device)
+    flags = torch.ones(6, dtype=torch.int32, device=device)
+    counts = torch.zeros(6, 10, dtype=torch.int16, device=device)
+    counts[0, 8] = -(2**15)
     counter = torch.zeros(1, dtype=torch.int64, device=device)
-    ring = torch.zeros(2, 5, 2, dtype=torch.int32, device=device)
-    advance(sampled, slots, tokens, lengths, remaining, stops, counter, ring)
-    assert ring[0].tolist() == [[8, 0], [9, 1], [9, 2], [9, 1], [-1, 0]]
-    assert remaining.tolist() == [4, 0, 0, 0, 0]
-    assert tokens.tolist() == [8, 9, 9, 9, 100]
-    assert lengths.tolist() == [101, 101, 101, 101, 100]
+    ring = torch.zeros(2, 6, 2, dtype=torch.int32, device=device)
+    advance(sampled, slots, tokens, lengths, remaining, stops, flags, counts, counter, ring)
+    assert ring[0].tolist() == [[8, 0], [9, 1], [9, 2], [9, 1], [-1, 0], [-1, 3]]
+    assert remaining.tolist() == [4, 0, 0, 0, 0, 0]
+    assert tokens.tolist() == [8, 9, 9, 9, 100, 100]
+    assert lengths.tolist() == [101, 101, 101, 101, 100, 101]
+    assert counts[0, 8] == 1 - 2**15
+    assert counts[1:4, 9].tolist() == [1, 1, 1]
+    assert counts.count_nonzero() == 4
     assert not ring[1].any()
 
 
@@ -122,6 +138,7 @@ def test_captured_step_reports_to_pinned_memory():
     ends, out = torch.empty(2, count, dtype=torch.int32, device=device)
     stops = torch.full((count + 1, 2), -1, dtype=torch.int32, device=device)
     ring = torch.zeros(3, count, 2, dtype=torch.int32).pin_memory()
+    flags, counts = requests.state.flags, requests.state.counts
 
     def fresh():
         state = [torch.full((count + 1,), value, dtype=torch.int32, device=device) for value in (7, 0, 4)]
@@ -131,7 +148,7 @@ def test_captured_step_reports_to_pinned_memory():
         tokens, lengths, remaining, counter = state
         start(requests.slots, tokens, lengths, embedding, residual, requests.rows, ends)
         choose(residual @ head.T, *requests.arguments, out)
-        end(out, requests.slots, tokens, lengths, remaining, stops, counter, ring)
+        end(out, requests.slots, tokens, lengths, remaining, stops, flags, counts, counter, ring)
 
     step(begin_step, sample_tokens, advance, fresh(), ring)  # compiled before the capture
     state, graph = fresh(), torch.cuda.CUDAGraph()

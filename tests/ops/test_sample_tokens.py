@@ -9,7 +9,7 @@ import torch
 from helpers.decode_ops import INF, NAN, Requests, plain_sampling
 
 import vattn.ops.sample_tokens as sample_tokens_module
-from vattn.ops.philox import philox_reference
+from vattn.ops.philox import first_words, philox_reference
 from vattn.ops.sample_tokens import sample_tokens_reference, scores_reference
 from vattn.ops.sampling import sample_tokens_eager
 from vattn.ops.triton_support import unavailable
@@ -34,6 +34,18 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 def test_philox_known_answers(key, counter, expected):
     """The answers that Random123, its authors' library, is tested with."""
     assert tuple(int(word) for word in philox_reference(torch.tensor(key), *counter)) == expected
+
+
+def test_first_words_on_the_host():
+    """Keys, positions and ids of every size, of either integer type; what is given is not changed."""
+    for high in (2, 2**20, 2**31, 2**32):
+        seed, position = torch.randint(-(2**63), 2**63 - 1, (1,)), torch.randint(0, high, (1,)).item()
+        ids = torch.randint(0, high, (200,))
+        given = ids.numpy().astype("uint32" if high > 2**31 else "int32")
+        before = given.copy()
+        words = first_words(seed.item(), given, position)
+        assert words.astype("int64").tolist() == philox_reference(seed, ids, position, 0, 0)[0].tolist()
+        assert (given == before).all()
 
 
 def test_philox_is_tritons(device):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -88,6 +90,49 @@ def test_temperature_then_top_k_then_top_p(device, function):
         assert tokens == draw(sample_tokens_eager, logits[:count], temperature, top_k, top_p, seeds=seeds)
 
 
+@pytest.mark.parametrize("function", PATHS)
+def test_min_p(device, function):
+    """Shares of the likeliest: 1, 0.75, 0.375, 0.25, 0.125; at temperature 0.5 their squares. Ties are kept."""
+    logits, seeds = PROBABILITIES.log().to(device), torch.arange(40 if function is sample_tokens_eager else 4)
+
+    def kept(min_p, temperature=1.0, top_k=0, top_p=1.0):
+        reach = -temperature * math.log(min_p)
+        how = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "reach": reach, "seeds": seeds}
+        tokens = draw(function, logits.expand(len(seeds), -1), **how)
+        assert tokens == draw(sample_tokens_eager, logits.expand(len(seeds), -1), **how)
+        return set(tokens)
+
+    cases = [
+        ({1, 3, 4, 0}, kept(0.24)),
+        ({1, 3, 4}, kept(0.26)),
+        ({1}, kept(1.0)),
+        ({1, 3}, kept(0.5, temperature=0.5)),
+        ({1, 3, 4}, kept(0.13, temperature=0.5)),
+        ({1, 3}, kept(0.01, top_k=2)),
+        ({1, 3}, kept(0.3, top_k=4, top_p=0.8)),  # of 0.4, 0.3 and 0.15, the two hold 0.82
+        ({1, 3, 4}, kept(0.3, top_p=0.83)),
+    ]
+    for wanted, found in cases:
+        assert found == wanted if function is sample_tokens_eager else found <= wanted
+
+
+@pytest.mark.parametrize("function", PATHS)
+def test_min_p_of_infinities(device, function):
+    logits = torch.tensor([[INF, 0.0, NAN, INF], [-INF, NAN, NAN, -INF], [3e38, -3e38, NAN, 3e38]], device=device)
+    tokens = draw(function, logits.repeat(5, 1), 1.0, seeds=torch.arange(15), reach=0.5)
+    assert set(tokens) == {0, 3}
+
+
+def test_min_p_against_float64():
+    logits, min_p, temperature = torch.randn(60, 400) * 2, torch.rand(60) * 0.3 + 0.01, torch.rand(60) + 0.7
+    reach = -temperature.double() * min_p.double().log()
+    tokens = draw(sample_tokens_eager, logits, temperature, seeds=torch.arange(60), reach=reach)
+    shares = (logits.double() / temperature[:, None]).softmax(-1)
+    shares /= shares.amax(-1, keepdim=True)
+    assert (shares[range(60), tokens] >= min_p - 1e-5).all()
+    assert (shares[range(60), tokens] < 1).sum() > 10
+
+
 @pytest.mark.parametrize(
     ("top_p", "kept"), [(0.01, {1}), (0.39, {1}), (0.5, {1, 3}), (0.71, {1, 3, 4}), (0.99, {0, 1, 2, 3, 4})]
 )
@@ -104,7 +149,7 @@ def test_shares(top_p, kept, temperature):
     assert ((share - expected).abs() <= 5 * (expected * (1 - expected) / count).sqrt()).all()
 
 
-@pytest.mark.parametrize("chunk", [64, 8192])
+@pytest.mark.parametrize("chunk", [64, 16384])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_the_short_way_is_the_long_way(monkeypatch, chunk, dtype):
     """Vocabularies of several chunks, hot and cold, cut and not: as the reference, which hashes everything."""
@@ -120,7 +165,9 @@ def test_the_short_way_is_the_long_way(monkeypatch, chunk, dtype):
         torch.randint(0, 2**62, (32,)),
         torch.randint(0, 2**31 - 1, (32,)),
     )
-    assert draw(sample_tokens_eager, logits, *settings) == draw(sample_tokens_reference, logits, *settings)
+    more = {"reach": (torch.rand(32) * 9).where(torch.arange(32) % 3 == 0, INF)}
+    found = draw(sample_tokens_eager, logits, *settings, **more)
+    assert found == draw(sample_tokens_reference, logits, *settings, **more)
 
 
 def test_what_is_drawn_is_kept_in_float64():

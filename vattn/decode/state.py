@@ -152,7 +152,7 @@ class CheckedStart:
 def _token_array(name: str, given: Sequence[int], vocab_size: int) -> np.ndarray:
     """``checked_tokens`` for thousands of them."""
     try:
-        array = np.array(given)
+        array = given.detach().cpu().numpy().copy() if isinstance(given, torch.Tensor) else np.array(given)
     except Exception:  # what an object of the caller's raises, or lengths that differ: named below
         array = np.empty(0, object)
     if array.ndim == 1 and array.dtype.kind in "iu" and ((array >= 0) & (array < vocab_size)).all():

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -94,7 +93,7 @@ class DecodeStep:
         self._ring = torch.zeros(RING, max_batch, 2, dtype=torch.int32, pin_memory=on_gpu)
         self._logprobs = torch.zeros(RING, max_batch, 1 + 2 * MAX_LOGPROBS, dtype=torch.int32, pin_memory=on_gpu)
         self._logits: torch.Tensor | None = None  # of a step that was launched eagerly
-        self._graph_logits: dict[int, torch.Tensor] = {}  # of each graph's last replay
+        self._graph_logits: dict[int, _Borrowed] = {}  # of each graph's last replay
         self._residual = torch.zeros(max_batch, embedding.shape[1], dtype=embedding.dtype, device=device)
         self._rows, self._ends, self._sampled = torch.zeros(3, max_batch, dtype=torch.int32, device=device)
         self._batches: dict[int, DecodeBatch] = {}
@@ -127,7 +126,8 @@ class DecodeStep:
         self._graphs.launch(bucket)
         wanted = tuple((i, k) for i, slot in enumerate(slots) if (k := self.state.num_logprobs.get(slot)) is not None)
         if wanted:
-            self._add_logprobs(self._graph_logits[bucket] if self._logits is None else self._logits, wanted, place)
+            logits = self._graph_logits[bucket].tensor() if self._logits is None else self._logits
+            self._add_logprobs(logits, wanted, place)
         self._logits = None
         event = None
         if self.stream is not None:
@@ -181,7 +181,7 @@ class DecodeStep:
         ops.begin_step(slots, state.tokens, state.lengths, self.model.embedding, residual, rows, ends)
         logits = self.model.decode(residual, batch, self.cache, self._attention_for(bucket))
         if logits.is_cuda and torch.cuda.is_current_stream_capturing():
-            self._logits, self._graph_logits[bucket] = None, _borrowed(logits)
+            self._logits, self._graph_logits[bucket] = None, _Borrowed(logits)
         else:
             self._logits = logits
         sampled = self._sampled[:bucket]
@@ -224,18 +224,22 @@ class DecodeStep:
         return self._attentions[bucket]
 
 
-def _borrowed(tensor: torch.Tensor) -> torch.Tensor:
-    """The same memory, without keeping it from later captures of the pool: valid from its graph's replay to the next.
+class _Borrowed:
+    """A captured tensor's memory, not kept from later captures of the pool: valid from its graph's replay to the next.
 
-    Held as it is, every bucket's logits would take memory of their own: 0.8 GB for 256 sequences of 128,256 tokens.
+    Held as tensors, every bucket's logits would take memory of their own: 0.8 GB for 256 sequences of 128,256 tokens.
     """
-    size = {2: "<i2", 4: "<i4", 8: "<i8"}[tensor.element_size()]
-    interface = {
-        "shape": tuple(tensor.shape),
-        "strides": tuple(stride * tensor.element_size() for stride in tensor.stride()),
-        "typestr": size,
-        "data": (tensor.data_ptr(), False),
-        "version": 3,
-    }
-    memory = SimpleNamespace(__cuda_array_interface__=interface)
-    return torch.as_tensor(memory, device=tensor.device).view(tensor.dtype)
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        size = tensor.element_size()
+        self.dtype, self.device = tensor.dtype, tensor.device
+        self.__cuda_array_interface__ = {
+            "shape": tuple(tensor.shape),
+            "strides": tuple(stride * size for stride in tensor.stride()),
+            "typestr": f"<i{size}",  # the interface has no bfloat16
+            "data": (tensor.data_ptr(), False),
+            "version": 3,
+        }
+
+    def tensor(self) -> torch.Tensor:
+        return torch.as_tensor(self, device=self.device).view(self.dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .process_logits import PENALTIES
-from .triton_support import jit, next_power_of_2, require_triton, tl
+from .triton_support import jit, next_power_of_2, num_warps, require_triton, tl
 
 __all__ = ["advance", "advance_reference"]
 
@@ -83,6 +83,7 @@ def advance(
     """
     require_triton(sampled, slots, tokens, lengths, remaining, stop_tokens, flags, counts, counter)
     batch, num_stops = slots.shape[0], stop_tokens.shape[1]
+    block, stops = next_power_of_2(batch), next_power_of_2(max(1, num_stops))
     advance_kernel[(1,)](
         sampled,
         slots,
@@ -100,8 +101,9 @@ def advance(
         counts.stride(0),
         ring.shape[0],
         ring.stride(0),
-        BLOCK=next_power_of_2(batch),
-        STOP_TOKENS=next_power_of_2(max(1, num_stops)),
+        BLOCK=block,
+        STOP_TOKENS=stops,
+        num_warps=max(4, num_warps(block * stops)),
     )
 
 

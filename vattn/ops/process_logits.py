@@ -82,25 +82,32 @@ def process_logits_reference(
         ``[batch, vocab]`` float32 or float64, NaN for a token that may not come.
     """
     values = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
-    for row, slot, flags in zip(values, slots.tolist(), flags_in_use(slots, rows, state).tolist(), strict=True):
-        if flags & BIAS:
+    process_in_place(values, slots, rows, state)
+    return values
+
+
+def process_in_place(values: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor, state: SamplerState) -> None:
+    """``process_logits_reference`` of float32 or float64 logits, which touches only the rows that have flags."""
+    flags = flags_in_use(slots, rows, state)
+    for i in flags.nonzero()[:, 0].tolist():
+        row, slot, flag = values[i], int(slots[i]), int(flags[i])
+        if flag & BIAS:
             used = state.bias_ids[slot] >= 0
             ids, bias = state.bias_ids[slot][used].long(), state.bias_values[slot][used]
             row[ids] = torch.where(bias == -torch.inf, torch.nan, row[ids] + bias.to(row.dtype))
-        if flags & PENALTIES:
+        if flag & PENALTIES:
             ids = state.counts[slot].nonzero()[:, 0]
             x, count = row[ids], state.counts[slot, ids].int() & 0x7FFF
             each = (t[slot].to(row.dtype) for t in (state.repetition, state.presence, state.frequency))
             repetition, presence, frequency = each
             x = torch.where(x > 0, x / repetition, x * repetition)
             row[ids] = torch.where(count > 0, x - frequency * count - presence, x)
-        if flags & ALLOWED:
-            bits = state.allowed[slot][:, None] >> torch.arange(32, device=row.device)
-            row[(bits & 1 == 0).flatten()[: row.numel()]] = torch.nan
-        if flags & STOPS:
+        if flag & ALLOWED:
+            bits = (state.allowed[slot][:, None] >> torch.arange(32, device=row.device)) & 1
+            row += 0 / bits.flatten()[: row.numel()].to(row.dtype)  # 0 or NaN; filling by a mask is far slower
+        if flag & STOPS:
             ids = state.stop_tokens[slot].long()
             row[ids[ids >= 0]] = torch.nan
-    return values
 
 
 def flags_in_use(slots: torch.Tensor, rows: torch.Tensor, state: SamplerState) -> torch.Tensor:

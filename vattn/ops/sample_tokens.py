@@ -6,6 +6,7 @@ import torch
 
 from .philox import philox_reference
 from .process_logits import FORBID, STOPS, SamplerState, process_logits_reference, process_row, token_of_none
+from .select_threshold import load_block, measure, scale, select_threshold
 from .triton_support import jit, next_power_of_2, require_triton, tl
 
 __all__ = ["sample_tokens", "sample_tokens_reference", "scores_reference"]
@@ -148,75 +149,9 @@ def sample_tokens(
 
 
 @jit
-def _load(row_ptr, start, vocab, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    # Beyond the vocabulary as if NaN, which is neither counted nor chosen: it is not >= anything.
-    ids = start + tl.arange(0, BLOCK)
-    return ids, tl.load(row_ptr + ids, mask=ids < vocab, other=float("nan")).to(tl.float32)
-
-
-@jit
-def _scale(x, top, cold):  # type: ignore[no-untyped-def]
-    # By the inverse of the temperature: a division of each logit is slow, and has a slower branch for infinities.
-    return tl.where(x == top, 0.0, (x - top) * cold)
-
-
-@jit
 def _best_of(best, best_id):  # type: ignore[no-untyped-def]
     top = tl.max(best, 0)
     return top, tl.min(tl.where(best == top, best_id, 0x7FFFFFFF), 0)
-
-
-@jit
-def _measure(  # type: ignore[no-untyped-def]
-    row_ptr, vocab, top, cold, low, middle, high, MASS: tl.constexpr, BLOCK: tl.constexpr
-):
-    """How many of the logits are at or above each of three thresholds, or their mass."""
-    at_low = tl.zeros((BLOCK,), tl.float32)
-    at_middle = tl.zeros((BLOCK,), tl.float32)
-    at_high = tl.zeros((BLOCK,), tl.float32)
-    for start in tl.range(0, vocab, BLOCK, loop_unroll_factor=4):
-        _, x = _load(row_ptr, start, vocab, BLOCK)
-        if MASS:
-            weight = tl.exp(_scale(x, top, cold))
-        else:
-            weight = tl.full((BLOCK,), 1.0, tl.float32)
-        at_low += tl.where(x >= low, weight, 0.0)
-        at_middle += tl.where(x >= middle, weight, 0.0)
-        at_high += tl.where(x >= high, weight, 0.0)
-    return tl.sum(at_low, 0), tl.sum(at_middle, 0), tl.sum(at_high, 0)
-
-
-@jit
-def _value_of(key, dtype: tl.constexpr, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The float whose place in the order of floats is ``key``: -inf for any lower, NaN for any above inf."""
-    sign: tl.constexpr = 1 << (BITS - 1)
-    bits = tl.where(key >= sign, key - sign, 2 * sign - 1 - key)
-    if BITS == 32:
-        x = bits.to(tl.uint32).to(tl.float32, bitcast=True)
-    else:
-        x = bits.to(tl.uint16).to(dtype, bitcast=True).to(tl.float32)
-    return tl.where((key < sign) & (x != x), float("-inf"), x)
-
-
-@jit
-def _select(  # type: ignore[no-untyped-def]
-    row_ptr, vocab, top, cold, floor, target, MASS: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr
-):
-    """The highest threshold from ``floor`` on that at least ``target`` of the logits reach: two bits a round."""
-    key = tl.full((), 0, tl.int64)
-    step = tl.full((), 1 << (BITS - 2), tl.int64)
-    dtype: tl.constexpr = row_ptr.dtype.element_ty
-    for _ in range(BITS // 2):
-        low = _value_of(key + step, dtype, BITS)
-        middle = _value_of(key + 2 * step, dtype, BITS)
-        high = _value_of(key + 3 * step, dtype, BITS)
-        at_low, at_middle, at_high = _measure(row_ptr, vocab, top, cold, low, middle, high, MASS, BLOCK)
-        digit = tl.where(at_high >= target, 3, tl.where(at_middle >= target, 2, tl.where(at_low >= target, 1, 0)))
-        key += digit * step
-        step = step // 4
-    threshold = _value_of(key, dtype, BITS)
-    threshold = tl.where(threshold <= top, threshold, top)  # NaN where the target is nothing
-    return tl.where(threshold >= floor, threshold, floor)
 
 
 @jit
@@ -240,7 +175,7 @@ def _choose(  # type: ignore[no-untyped-def]
     best = tl.full((BLOCK,), float("-inf"), tl.float32)
     best_id = tl.full((BLOCK,), nothing, tl.int32)
     for start in tl.range(0, vocab, BLOCK, loop_unroll_factor=4):
-        ids, x = _load(row_ptr, start, vocab, BLOCK)
+        ids, x = load_block(row_ptr, start, vocab, BLOCK)
         better = (x > best) | ((x == x) & (best_id == nothing))
         best = tl.where(better, x, best)
         best_id = tl.where(better, ids, best_id)
@@ -255,15 +190,15 @@ def _choose(  # type: ignore[no-untyped-def]
         reach = tl.load(reach_ptr + slot)
         threshold = tl.where(reach < float("inf"), top - reach, float("-inf"))
         if (k > 0) & (k < vocab):
-            threshold = _select(row_ptr, vocab, top, cold, threshold, k.to(tl.float32), False, BITS, BLOCK)
+            threshold = select_threshold(row_ptr, vocab, top, cold, threshold, k.to(tl.float32), False, BITS, BLOCK)
         if p < 1:
-            mass, _, _ = _measure(row_ptr, vocab, top, cold, threshold, top, top, True, BLOCK)
-            threshold = _select(row_ptr, vocab, top, cold, threshold, p * mass, True, BITS, BLOCK)
+            mass, _, _ = measure(row_ptr, vocab, top, cold, threshold, top, top, True, BLOCK)
+            threshold = select_threshold(row_ptr, vocab, top, cold, threshold, p * mass, True, BITS, BLOCK)
 
         best = tl.full((BLOCK,), float("-inf"), tl.float32)
         best_id = tl.full((BLOCK,), nothing, tl.int32)
         for start in range(0, vocab, BLOCK):
-            ids, x = _load(row_ptr, start, vocab, BLOCK)
+            ids, x = load_block(row_ptr, start, vocab, BLOCK)
             bits, _, _, _ = tl.philox(seed, ids, position, 0, 0)
             integer = (bits >> 8).to(tl.int32).to(tl.float32)
             # A float32 has no room for the half above 1/2, and would make 1 of the largest u, infinite a Gumbel.
@@ -271,7 +206,7 @@ def _choose(  # type: ignore[no-untyped-def]
             u = (integer + 0.5) * 5.9604644775390625e-08
             rest = ((16777215.0 - integer) + 0.5) * 5.9604644775390625e-08
             exponential = (rest - (1.0 - u)) - tl.log(u)
-            score = _scale(x, top, cold) - tl.log(exponential)
+            score = scale(x, top, cold) - tl.log(exponential)
             better = (x >= threshold) & ((score > best) | (best_id == nothing))
             best = tl.where(better, score, best)
             best_id = tl.where(better, ids, best_id)
