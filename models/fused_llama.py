@@ -238,12 +238,29 @@ class FusedLlama:
                 attention(of_part, k, v, batch, scale=head_dim**-0.5, window=layer.window)
                 for of_part, (batch, attention) in zip(q.split([b.num_tokens for b, _ in parts]), parts, strict=True)
             ]
-            x = ops.linear((out[0] if len(out) == 1 else torch.cat(out)).flatten(-2), layer.o, layer.o_bias)
-            x = ops.add_rms_norm(x, residual, layer.mlp_norm, eps)
+            attended = (out[0] if len(out) == 1 else torch.cat(out)).flatten(-2)
+            following = self.model.norm.weight if last else self.layers[index + 1].norm
+            x = self._add(attended, layer.o, layer.o_bias, residual, layer.mlp_norm, num_prefill > 0)
             x = ops.linear_swiglu(x, layer.gate_up, layer.gate_up_bias)
-            x = ops.linear(x, layer.down, layer.down_bias)
-            x = ops.add_rms_norm(x, residual, self.model.norm.weight if last else self.layers[index + 1].norm, eps)
+            x = self._add(x, layer.down, layer.down_bias, residual, following, num_prefill > 0)
         return x
+
+    def _add(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        residual: torch.Tensor,
+        norm: torch.Tensor,
+        many: bool,
+    ) -> torch.Tensor:
+        """Add a product to the residual stream; returns the norm of that. ``many``: there are many tokens."""
+        product = None
+        if many:
+            self.ops.linear_add(x, weight, residual, bias)
+        else:
+            product = self.ops.linear(x, weight, bias)
+        return self.ops.add_rms_norm(product, residual, norm, self.config.rms_norm_eps)
 
     def _check_prefill(self, tokens: torch.Tensor, batch: AttentionBatch) -> None:
         if batch.starts is not None:
