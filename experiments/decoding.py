@@ -11,7 +11,7 @@ import torch
 
 from vattn import KVCache
 from vattn.attention import AttentionBackend, TritonDecodeAttention
-from vattn.decode.loop import DecodeLoop
+from vattn.decode import DecodeLoop, Start
 from vattn.models import FusedLlama, Llama
 from vattn.ops.ops_table import Ops
 from vattn.tuning.table import default_decode
@@ -104,7 +104,7 @@ def decoding(model: Llama, batch: int, length: int, setting: Setting, stagger: i
             mapping=setting.mapping,
             ahead_tokens=setting.ahead_tokens,
         ) as loop:
-            loop.start_batch([(slot, 5 + slot, STEPS + WARM_UP + 1, None, ()) for slot in slots])
+            loop.start_batch([Start(slot, 5 + slot, STEPS + WARM_UP + 1) for slot in slots])
             yield loop
 
 

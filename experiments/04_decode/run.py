@@ -25,7 +25,7 @@ from unfused import sample_in_torch, updating_twice
 
 from vattn import KVCache
 from vattn.attention import get
-from vattn.decode.loop import DecodeLoop
+from vattn.decode import DecodeLoop, Start
 from vattn.models import FusedLlama, Llama, LlamaConfig
 from vattn.ops.ops_table import LinearTable, Ops, fused_ops, reference_ops
 from vattn.ops.swiglu import swiglu_reference
@@ -118,7 +118,7 @@ def run_mapping(records: Records, model: Llama, ops: Ops, steps: int = 600) -> N
                     mapping=setting.mapping,
                     ahead_tokens=setting.ahead_tokens,
                 ) as loop:
-                    loop.start_batch([(slot, 5, steps + WARM_UP + 1, None, ()) for slot in slots])
+                    loop.start_batch([Start(slot, 5, steps + WARM_UP + 1) for slot in slots])
                     samples = step_ms(loop, steps)
                     crossings = cache.stats().num_map
             if repeat:

@@ -16,7 +16,7 @@ from decoding import WARM_UP, step_ms
 from traces import SHAPES
 
 from vattn import KVCache, KVLayout
-from vattn.decode.loop import DecodeLoop
+from vattn.decode import DecodeLoop, Start
 from vattn.driver import LedgerDriver
 from vattn.models import FusedLlama, Llama
 from vattn.ops.ops_table import Ops
@@ -161,7 +161,7 @@ def _loop(model: Llama, ops: Ops, batch: int, length: int, steps: int) -> Iterat
 
 def _block(loop: DecodeLoop, slots: Sequence[int], length: int, steps: int) -> list[float]:
     """The same steps over again: from the same lengths, with the same pages to be mapped on the way."""
-    loop.start_batch([(slot, 5 + slot, WARM_UP + steps + 1, None, ()) for slot in slots])
+    loop.start_batch([Start(slot, 5 + slot, WARM_UP + steps + 1) for slot in slots])
     samples = step_ms(loop, steps)
     for slot in slots:
         loop.cancel(slot)

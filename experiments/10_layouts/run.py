@@ -25,7 +25,7 @@ from paged_attention import PagedFlashAttention2, PagedFlashAttention3
 
 from vattn import KVCache, KVLayout
 from vattn.attention import AttentionBackend, get
-from vattn.decode.loop import DecodeLoop
+from vattn.decode import DecodeLoop, Start
 from vattn.decode.map_ahead import MapAhead
 from vattn.models import FusedLlama, Llama, LlamaConfig
 from vattn.ops.ops_table import Ops
@@ -77,7 +77,7 @@ def paged_decoding(
         fused = FusedLlama(model, layout.max_seq_len, ops=own)
         torch.cuda.synchronize()
         with DecodeLoop(fused, cache, attention=attention, buckets=[batch]) as loop:
-            loop.start_batch([(slot, 5 + slot, STEPS + WARM_UP + 1, None, ()) for slot in slots])
+            loop.start_batch([Start(slot, 5 + slot, STEPS + WARM_UP + 1) for slot in slots])
             yield loop
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vattn.cli.speed import Limits, ModelWork, measure_limits, throughput
-from vattn.engine.engine import EngineStats
+from vattn.cli.speed import Limits, ModelWork, RunCounts, measure_limits, throughput
 
 WORK = ModelWork(weight_bytes=4000, num_weights=1000, num_head_weights=100, bytes_per_token=10)
-STATS = EngineStats(
+STATS = RunCounts(
     num_prefill_tokens=50,
     num_decode_tokens=8,
     prefill_s=1.0,
@@ -21,22 +20,22 @@ STATS = EngineStats(
 
 
 def test_reading_binds_where_memory_is_slow() -> None:
-    speed = throughput(STATS, WORK, 2, Limits(4000.0, 1e9))
+    speed = throughput(STATS, WORK, Limits(4000.0, 1e9))
     assert (speed["decode_bound_by"], speed["decode_limit_s"]) == ("reading", 9.0)
-    assert (speed["prefill_bound_by"], speed["prefill_limit_s"]) == ("reading", 1.0)
+    assert (speed["prefill_bound_by"], speed["prefill_limit_s"]) == ("reading", 0.9)
     assert speed["decode_share_of_limit"] == 0.45
     assert speed["decode_read_bytes_per_s"] == (8 * 4000 + 400 * 10) / 20
 
 
 def test_arithmetic_binds_where_products_are_slow() -> None:
-    speed = throughput(STATS, WORK, 2, Limits(1e9, 2000.0))
+    speed = throughput(STATS, WORK, Limits(1e9, 2000.0))
     assert (speed["decode_bound_by"], speed["decode_limit_s"]) == ("arithmetic", 8.0)
     assert speed["decode_share_of_limit"] == 0.4
-    assert speed["prefill_limit_s"] == pytest.approx(2 * (900 * 50 + 100 * 2) / 2000)
+    assert speed["prefill_limit_s"] == pytest.approx(2 * 900 * 50 / 2000)
 
 
 def test_limits_that_could_not_be_measured() -> None:
-    speed = throughput(STATS, WORK, 2, Limits(0.0, 0.0))
+    speed = throughput(STATS, WORK, Limits(0.0, 0.0))
     assert (speed["decode_bound_by"], speed["decode_share_of_limit"]) == (None, 0.0)
 
 

@@ -1,4 +1,4 @@
-"""The decode loop against the eager engine: on the CPU with eager operations, on a GPU with captured graphs."""
+"""The decode loop against the model's own forward: on the CPU with eager operations, on a GPU with captured graphs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from helpers.decode import by_slot, eager, prefill, prompts_for
 from helpers.llama import SMALL, hf_model_of, open_cache, run, same_in_vattn, small_model
 
 import vattn
-from vattn.decode.loop import DecodedToken, DecodeLoop, Sampling
+from vattn.decode import DecodedToken, DecodeLoop, Sampling, Start
 from vattn.errors import ConfigError, OutOfPages
 from vattn.models import FusedLlama, Llama
 from vattn.models.fused_llama import products
@@ -46,7 +46,7 @@ def test_token_for_token(name, mapping, device):
     with open_cache(model, 9) as cache:
         slots = [prefill(model, cache, prompt) for prompt in prompts]
         with DecodeLoop(FusedLlama(model), cache, max_batch=7, mapping=mapping) as loop:
-            loop.start_batch([(slot, prompt[-1], 40, None, ()) for slot, prompt in zip(slots, prompts, strict=True)])
+            loop.start_batch([Start(slot, prompt[-1], 40) for slot, prompt in zip(slots, prompts, strict=True)])
             assert set(loop.slots) == set(slots)
             tokens = loop.run()
             assert loop.slots == ()
@@ -267,7 +267,7 @@ def test_a_slot_goes_on_and_is_forked(fused, model):
         found = by_slot(loop.run())[slot]
         child, other = cache.fork(slot), cache.fork(slot, len(prompt) - 1)
         loop.start_batch(
-            [(slot, found[-1], 40, None, ()), (child, found[-1], 10, None, ()), (other, prompt[-1], 60, None, ())]
+            [Start(slot, found[-1], 40), Start(child, found[-1], 10), Start(other, prompt[-1], 60)]
         )
         rest = by_slot(loop.run())
         assert tuple(found + rest[slot]) == expected

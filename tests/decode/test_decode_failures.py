@@ -15,7 +15,7 @@ from helpers.failing_driver import FailingDriver
 from helpers.llama import SMALL, open_cache, small_model
 
 import vattn
-from vattn.decode.loop import DecodeLoop
+from vattn.decode import DecodeLoop, Start
 from vattn.driver import HostDriver
 from vattn.errors import ConfigError, OutOfPages, OutOfSlots
 from vattn.models import FusedLlama, Llama
@@ -230,7 +230,7 @@ def test_a_start_that_fails_leaves_the_slot_as_it_was(fused, model, monkeypatch)
         monkeypatch.undo()
         assert cache.seq_len(slot) == 2
         assert loop.slots == ()
-        loop.start_batch((slot, 7, 10, None, {1000 % 128, 127} - set(expected)) for _ in range(1))
+        loop.start_batch(Start(slot, 7, 10, None, {1000 % 128, 127} - set(expected)) for _ in range(1))
         assert tuple(by_slot(loop.run())[slot]) == expected
 
 

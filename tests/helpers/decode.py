@@ -1,4 +1,4 @@
-"""Sequences for the decode loop, and what the eager engine makes of them."""
+"""Sequences for the decode loop, and what the model's own forward makes of them."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from helpers.llama import random_tokens, run
-from vattn.attention import get
-from vattn.decode.loop import DecodedToken
-from vattn.engine.engine import Engine, Request
+from vattn.decode import DecodedToken
 from vattn.kv_cache import KVCache
 from vattn.models import Llama
 
@@ -20,10 +18,18 @@ def prompts_for(model: Llama, count: int, seed: int = 0) -> list[list[int]]:
 
 
 def eager(model: Llama, prompts: Sequence[Sequence[int]], num_tokens: int) -> list[tuple[int, ...]]:
-    """Greedy tokens of each prompt by the engine, one prompt at a time."""
+    """Greedy tokens of each prompt by the model's own forward, one prompt and one token at a time."""
+    attention = "reference" if model.dtype == torch.float32 else "sdpa"
+    found = []
     with KVCache(model.kv_layout(), 1, model.device) as cache:
-        engine = Engine(model, cache, get("reference" if model.dtype == torch.float32 else "sdpa"))
-        return [engine.generate([Request(prompt, max_new_tokens=num_tokens)])[0].tokens for prompt in prompts]
+        for prompt in prompts:
+            slot, chunk, tokens = cache.acquire(), list(prompt), []
+            for _ in range(num_tokens):
+                chunk = [int(run(model, cache, [slot], [chunk], attention=attention).argmax())]
+                tokens += chunk
+            cache.release(slot)
+            found.append(tuple(tokens))
+    return found
 
 
 def prefill(model: Llama, cache: KVCache, prompt: Sequence[int], slot: int | None = None) -> int:

@@ -2,12 +2,47 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
+
 import torch
 
+from vattn.ops.process_logits import SamplerState
 from vattn.ops.sample_tokens import sample_tokens, sample_tokens_reference, scores_reference
 from vattn.ops.sampling import sample_tokens_eager
 
 INF, NAN = float("inf"), float("nan")
+
+FIELDS = [field.name for field in fields(SamplerState)]
+# What slots have that nobody uses.
+SPARE = {torch.float32: NAN, torch.int32: -1, torch.int64: 0, torch.int16: -1}
+
+
+def plain_sampling(max_slots, device, vocab=1, **given):
+    """Greedy everywhere, and nothing else asked for, but what is given: a value for all slots, or one for each."""
+
+    def each(name, value, dtype, *shape):
+        value = torch.as_tensor(given.pop(name, value), dtype=dtype, device=device)
+        return value.expand(max_slots, *shape).contiguous()
+
+    state = SamplerState(
+        temperature=each("temperature", 0, torch.float32),
+        top_k=each("top_k", 0, torch.int32),
+        top_p=each("top_p", 1, torch.float32),
+        reach=each("reach", INF, torch.float32),
+        seeds=each("seeds", 0, torch.int64),
+        flags=each("flags", 0, torch.int32),
+        repetition=each("repetition", 1, torch.float32),
+        presence=each("presence", 0, torch.float32),
+        frequency=each("frequency", 0, torch.float32),
+        counts=each("counts", 0, torch.int16, vocab),
+        bias_ids=each("bias_ids", -1, torch.int32, 3),
+        bias_values=each("bias_values", 0, torch.float32, 3),
+        allowed=each("allowed", 0, torch.int32, -(-vocab // 32)),
+        stop_tokens=each("stop_tokens", -1, torch.int32, 2),
+        min_rows=each("min_rows", 0, torch.int32),
+    )
+    assert not given
+    return state
 
 
 def listed_slots(num_slots, batch, num_padding):
@@ -19,27 +54,29 @@ def listed_slots(num_slots, batch, num_padding):
 class Requests:
     """Parameters by slot, one request for each of ``rows``; with a slot more than there are requests."""
 
-    def __init__(self, device, temperature, top_k, top_p, seeds=None):
-        count = max(len(each) for each in (temperature, top_k, top_p))
+    def __init__(self, device, temperature, top_k, top_p, seeds=None, **more):
+        count = max(len(each) for each in (temperature, top_k, top_p, *more.values()))
         self.slots = listed_slots(count + 1, count, 0).to(device)
         self.rows = torch.randint(0, 1 << 20, (count,), dtype=torch.int32, device=device)
         index = self.slots.long()
 
-        def by_slot(values, dtype, spare):
-            out = torch.full((count + 1,), spare, dtype=dtype, device=device)
-            out[index] = torch.tensor(values, dtype=dtype, device=device).expand(count)
+        def by_slot(values, like):
+            values = torch.as_tensor(values, dtype=like.dtype, device=device)
+            out = torch.full((count + 1, *values.shape[1:]), SPARE[like.dtype], dtype=like.dtype, device=device)
+            out[index] = values.expand(count, *values.shape[1:])
             return out
 
-        self.temperature = by_slot(temperature, torch.float32, NAN)
-        self.top_k = by_slot(top_k, torch.int32, -1)
-        self.top_p = by_slot(top_p, torch.float32, NAN)
         if seeds is None:
             seeds = torch.randint(-(2**63), 2**63 - 1, (count,)).tolist()
-        self.seeds = by_slot(seeds, torch.int64, 0)
+        given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seeds": seeds, **more}
+        plain = plain_sampling(1, device)
+        self.state = replace(
+            plain, **{name: by_slot(given.get(name, getattr(plain, name)), getattr(plain, name)) for name in FIELDS}
+        )
 
     @property
     def arguments(self):
-        return self.slots, self.rows, self.temperature, self.top_k, self.top_p, self.seeds
+        return self.slots, self.rows, self.state
 
     def sample(self, logits, function=sample_tokens):
         out = torch.full((len(self.slots) + 2,), -7, dtype=torch.int32, device=logits.device)

@@ -6,7 +6,7 @@ import os
 
 import pytest
 import torch
-from helpers.decode_ops import NAN, Requests, listed_slots
+from helpers.decode_ops import NAN, Requests, listed_slots, plain_sampling
 
 from vattn.errors import ConfigError
 from vattn.ops.advance import advance, advance_reference
@@ -153,6 +153,6 @@ def test_without_a_gpu_or_the_interpreter(monkeypatch):
     with pytest.raises(ConfigError, match="need CUDA tensors"):
         begin_step(ints, ints, ints, floats, floats, ints, ints)
     with pytest.raises(ConfigError, match="need CUDA tensors"):
-        sample_tokens(floats, ints, ints, floats[0], ints, floats[0], ints.long(), ints)
+        sample_tokens(floats, ints, ints, plain_sampling(1, "cpu", 8), ints)
     with pytest.raises(ConfigError, match="need CUDA tensors"):
-        advance(ints, ints, ints, ints, ints, ints[:, None], ints.long(), ints.view(1, 1, 1))
+        advance(ints, ints, ints, ints, ints, ints[:, None], ints, ints[:, None], ints.long(), ints.view(1, 1, 1))

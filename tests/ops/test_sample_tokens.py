@@ -6,10 +6,11 @@ import math
 
 import pytest
 import torch
-from helpers.decode_ops import INF, NAN, Requests
+from helpers.decode_ops import INF, NAN, Requests, plain_sampling
 
 import vattn.ops.sample_tokens as sample_tokens_module
-from vattn.ops.sample_tokens import philox_reference, sample_tokens_reference, scores_reference
+from vattn.ops.philox import philox_reference
+from vattn.ops.sample_tokens import sample_tokens_reference, scores_reference
 from vattn.ops.sampling import sample_tokens_eager
 from vattn.ops.triton_support import unavailable
 
@@ -98,7 +99,7 @@ def test_thresholds_to_the_last_bit(device, dtype, around):
     ps = [1.0] * 5 + [0.5 / 97, 30.5 / 97, 95.5 / 97, 9.5 / 20, 1.0]
     counts = [1, 2, 14, 40, 96, 1, 31, 96, 10, 8]
     requests = Requests(device, [1e6] * 10, ks, ps)
-    seeds = requests.seeds[requests.slots.long()][:, None]
+    seeds = requests.state.seeds[requests.slots.long()][:, None]
     first = philox_reference(seeds, torch.arange(97, device=device), requests.rows[:, None], 0, 0)[0]
     order = first.argsort(dim=-1, descending=True)
     nearest = torch.tensor(abs(around), dtype=dtype).view(torch.int16 if dtype.itemsize == 2 else torch.int32).item()
@@ -143,8 +144,8 @@ def test_cuts_to_one_and_to_none(device):
     plain = Requests(device, [2.0] * 6, [0] * 6, [1.0] * 6)
     expected = plain.check(logits)
     for k, p in [(97, 1.0), (98, 1.0), (2**31 - 1, 1.0), (-3, 1.0), (0, 1.5)]:
-        plain.top_k.fill_(k)
-        plain.top_p.fill_(p)
+        plain.state.top_k.fill_(k)
+        plain.state.top_p.fill_(p)
         assert torch.equal(plain.check(logits), expected)
 
 
@@ -201,7 +202,7 @@ def test_draw_depends_on_seed_and_position_alone(device):
 
     def drawn(batch, at, seed, position):
         requests = Requests(device, [1.0] * batch, [0] * batch, [1.0] * batch)
-        requests.seeds[requests.slots[at].long()] = seed
+        requests.state.seeds[requests.slots[at].long()] = seed
         requests.rows[at] = position
         many = torch.randn(batch, 97, device=device)
         many[at] = logits
@@ -239,8 +240,9 @@ def test_draws_the_softmax_of_what_it_keeps(function, temperature, k, p, kept):
     size = count // 4 + 1
     seeds = torch.randint(-(2**63), 2**63 - 1, (1,)) + torch.arange(size)
     out = torch.empty(count, dtype=torch.int32)
-    parameters = (torch.full((size,), temperature), torch.full((size,), k, dtype=torch.int32), torch.full((size,), p))
-    function(logits, slots, rows, *parameters, seeds, out)
+    function(
+        logits, slots, rows, plain_sampling(size, "cpu", temperature=temperature, top_k=k, top_p=p, seeds=seeds), out
+    )
     assert set(out.tolist()) == kept
     ids = sorted(kept)
     expected = probabilities[ids] ** (1 / temperature)

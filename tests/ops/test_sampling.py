@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from helpers.decode_ops import INF, NAN
+from helpers.decode_ops import INF, NAN, plain_sampling
 
 import vattn.ops.sampling as sampling_module
 from vattn.ops.sample_tokens import sample_tokens, sample_tokens_reference
@@ -19,24 +19,13 @@ PATHS = [pytest.param(sample_tokens_eager, id="eager"), KERNEL]
 PROBABILITIES = torch.tensor([0.1, 0.4, 0.05, 0.3, 0.15])  # in order: 1, 3, 4, 0, 2
 
 
-def draw(function, logits, temperature=1.0, top_k=0, top_p=1.0, seeds=0, rows=0) -> list[int]:  # type: ignore[no-untyped-def]
+def draw(function, logits, temperature=1.0, top_k=0, top_p=1.0, seeds=0, rows=0, **more) -> list[int]:  # type: ignore[no-untyped-def]
     """A token of each row of logits; parameters are a number for all rows, or one each."""
-    count = len(logits)
-
-    def each(value: object, dtype: torch.dtype) -> torch.Tensor:
-        return torch.as_tensor(value, dtype=dtype).expand(count).contiguous().to(logits.device)
-
-    out = torch.empty(count, dtype=torch.int32, device=logits.device)
-    function(
-        logits,
-        torch.arange(count, dtype=torch.int32, device=logits.device),
-        each(rows, torch.int32),
-        each(temperature, torch.float32),
-        each(top_k, torch.int32),
-        each(top_p, torch.float32),
-        each(seeds, torch.int64),
-        out,
-    )
+    count, device = len(logits), logits.device
+    out = torch.empty(count, dtype=torch.int32, device=device)
+    state = plain_sampling(count, device, temperature=temperature, top_k=top_k, top_p=top_p, seeds=seeds, **more)
+    rows = torch.as_tensor(rows, dtype=torch.int32, device=device).expand(count).contiguous()
+    function(logits, torch.arange(count, dtype=torch.int32, device=device), rows, state, out)
     return out.tolist()
 
 

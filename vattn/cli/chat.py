@@ -8,15 +8,14 @@ import time
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from ..engine import Engine, Request, bytes_for
+from ..engine import Engine, Request, Sampling
 from ..errors import ConfigError
 from .generate import require_text
-from .model import attention_for, open_cache, place_for
+from .model import opened_cache, place_for
 from .report import Meter, format_bytes
 from .text import one_line, printable
 
 if TYPE_CHECKING:
-    from ..kv_cache import KVCache
     from ..models import Tokenizer
 
 __all__ = ["chat"]
@@ -41,12 +40,9 @@ def chat(args: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(place.path)
     if not tokenizer.has_chat_template:
         raise ConfigError("this model has no chat template; vattn generate continues plain text")
-    model = load_model(place.path, place.device, place.dtype)
-    attention = attention_for(place, model)
-    with open_cache(place, model, attention, 1) as cache:
-        meter = Meter()
-        engine = Engine(model, cache, attention, on_step=lambda: meter.observe(cache.stats()))
-        conversation = _Conversation(engine, cache, meter, tokenizer, args)
+    model = load_model(place.path, place.device, place.dtype).runtime()
+    with opened_cache(place, model, 1) as cache, Engine(model, cache, attention=place.attention) as engine:
+        conversation = _Conversation(engine, tokenizer, args)
         is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
         while (message := _read_message(is_terminal)) is not None:
             try:
@@ -81,17 +77,15 @@ def _read_message(is_terminal: bool) -> str | None:
 class _Conversation:
     """What was said so far. Each answer computes all of it anew: the engine keeps no K and V between requests."""
 
-    def __init__(
-        self, engine: Engine, cache: KVCache, meter: Meter, tokenizer: Tokenizer, args: argparse.Namespace
-    ) -> None:
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, args: argparse.Namespace) -> None:
         self._engine = engine
-        self._meter = meter
+        self._meter = Meter()
         self._tokenizer = tokenizer
         self._args = args
         self._system = [] if args.system is None else [{"role": "system", "content": args.system}]
         self._turns: list[dict[str, str]] = []  # of the user and the assistant, alternating
         self._num_answers = 0
-        self._capacity = _capacity(cache)
+        self._capacity = engine.longest
 
     def answer(self, message: str) -> None:
         """Write what the model says to a message; Ctrl-C ends it early, and what was said stays in the history.
@@ -121,20 +115,23 @@ class _Conversation:
         request = Request(
             prompt,
             min(args.max_new_tokens, self._capacity - len(prompt)),
-            args.temperature,
-            args.top_p,
-            (args.seed + self._num_answers) % 2**63,
+            Sampling(args.temperature, args.top_k, args.top_p, seed=(args.seed + self._num_answers) % 2**63),
             self._tokenizer.stop_tokens,
-            top_k=args.top_k,
         )
         self._num_answers += 1
         tokens: list[int] = []
         text, ending = "", ""
         stream = self._tokenizer.stream()
+        engine = self._engine
+        request_id = engine.submit(request)
         try:
-            self._engine.submit(request)
-            while self._engine.has_work:
-                for new in self._engine.step():
+            while engine.has_work:
+                news = engine.step()
+                if engine.has_work:  # at the end its memory has been given back
+                    self._meter.observe(engine.cache.stats())
+                for new in news:
+                    if new.token is None:
+                        raise new.error or RuntimeError(f"the answer ended with {new.finish_reason}")
                     tokens.append(new.token)
                     piece = stream.push(new.token) + ("" if new.finish_reason is None else stream.finish())
                     text += piece
@@ -143,7 +140,7 @@ class _Conversation:
         except KeyboardInterrupt:
             ending = _STOPPED
         finally:
-            self._engine.abort()  # nothing to do unless something was raised
+            engine.cancel(request_id)  # no effect unless something was raised
         return tokens, text, ending
 
     def _prompt(self, turns: list[dict[str, str]]) -> tuple[list[int], list[dict[str, str]]]:
@@ -162,13 +159,3 @@ class _Conversation:
     def _say(self, text: str) -> None:
         if not self._args.quiet:
             print(f"({text})", file=sys.stderr, flush=True)
-
-
-def _capacity(cache: KVCache) -> int:
-    """Tokens of one sequence that fit into the context and the memory limit, its last included, which has no row."""
-    low, high = 0, cache.layout.max_seq_len
-    while low < high:
-        middle = (low + high + 1) // 2
-        fits = bytes_for(cache.layout, middle + cache.over_read_tokens, cache.page_bytes) <= cache.memory_limit
-        low, high = (middle, high) if fits else (low, middle - 1)
-    return low + 1

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..engine import Engine, Request
+from ..engine import Engine, Request, Sampling
 from ..errors import ConfigError
 from .display import Display, NoDisplay, display_for
-from .model import Place, attention_for, open_cache, place_for
+from .model import Place, opened_cache, place_for
 from .report import Meter, memory_table, show
-from .speed import ModelWork, measure_limits, speed_table, throughput
+from .speed import ModelWork, StepTimes, measure_limits, speed_table, throughput
 
 if TYPE_CHECKING:
     from ..attention import AttentionBackend
@@ -74,24 +74,27 @@ def generate(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     tokenizer = load_tokenizer(place.path)
     answers = [_Answer(prompt, _encode(tokenizer, prompt, args)) for prompt in prompts]
-    model = load_model(place.path, place.device, place.dtype)
+    model = load_model(place.path, place.device, place.dtype).runtime()
     load_s = time.perf_counter() - start
 
-    attention = attention_for(place, model)
-    meter = Meter()
-    with open_cache(place, model, attention, min(len(prompts), args.max_batch or _MAX_BATCH)) as cache:
-        engine = Engine(model, cache, attention, on_step=lambda: meter.observe(cache.stats()))
-        _submit(engine, answers, args, tokenizer.stop_tokens)
-        with NoDisplay() if args.json else display_for(prompts, quiet=args.quiet) as display:
-            _run(engine, answers, tokenizer, display, meter)
+    meter, times = Meter(), StepTimes()
+    with opened_cache(place, model, min(len(prompts), args.max_batch or _MAX_BATCH)) as cache:
+        with Engine(model, cache, attention=place.attention) as engine:
+            _submit(engine, answers, args, tokenizer.stop_tokens)
+            with NoDisplay() if args.json else display_for(prompts, quiet=args.quiet) as display:
+                _run(engine, answers, tokenizer, display, meter, times)
         end = cache.stats()
-        work = _work(model, cache.layout.bytes_per_token)
     if args.quiet:
         return
-    speed = throughput(engine.stats, work, len(prompts), measure_limits(place.device, place.dtype))
+    num_rows = sum(len(answer.prompt_tokens) + i for answer in answers for i in range(len(answer.tokens)))
+    speed = throughput(
+        times.counts(num_rows),
+        _work(model.model, cache.layout.bytes_per_token),
+        measure_limits(place.device, place.dtype),
+    )
     assert meter.fullest is not None  # there was at least one step
     if args.json:
-        print(json.dumps(_document(args, answers, place, attention, load_s, meter, end, speed), indent=2))
+        print(json.dumps(_document(args, answers, place, engine.attention, load_s, meter, end, speed), indent=2))
     else:
         sys.stdout.flush()
         show(sys.stderr, memory_table(meter.fullest, end), speed_table(speed))
@@ -159,43 +162,41 @@ def _work(model: Llama, bytes_per_token: int) -> ModelWork:
 def _submit(engine: Engine, answers: list[_Answer], args: argparse.Namespace, stop_tokens: frozenset[int]) -> None:
     """Queue every prompt; its request id is its index."""
     for index, answer in enumerate(answers):
-        request = Request(
-            answer.prompt_tokens,
-            args.max_new_tokens,
-            args.temperature,
-            args.top_p,
-            args.seed + index,
-            stop_tokens,
-            top_k=args.top_k,
-        )
+        sampling = Sampling(args.temperature, args.top_k, args.top_p, seed=args.seed + index)
+        request = Request(answer.prompt_tokens, args.max_new_tokens, sampling, stop_tokens)
         try:
             engine.submit(request)
         except ConfigError as error:
             raise ConfigError(f"prompt {index + 1}: {error}") from error
 
 
-def _run(engine: Engine, answers: list[_Answer], tokenizer: Tokenizer, display: Display, meter: Meter) -> None:
+def _run(
+    engine: Engine, answers: list[_Answer], tokenizer: Tokenizer, display: Display, meter: Meter, times: StepTimes
+) -> None:
     """Step until every answer is complete."""
     streams = [tokenizer.stream() for _ in answers]
     num_tokens = 0
-    try:
-        while engine.has_work:
-            for new in engine.step():
-                answer, stream = answers[new.request_id], streams[new.request_id]
-                num_tokens += 1
-                answer.tokens.append(new.token)
-                piece = stream.push(new.token)
-                if new.finish_reason is not None:
-                    piece += stream.finish()
-                answer.text += piece
-                display.add(new.request_id, piece)
-                if new.finish_reason is not None:
-                    answer.finish_reason = new.finish_reason
-                    display.finish(new.request_id)
-            if meter.latest is not None:
-                display.progress(num_tokens, meter.latest)
-    finally:
-        engine.abort()  # nothing to do unless something was raised between steps
+    while engine.has_work:
+        start = time.perf_counter()
+        news = engine.step()
+        times.note(engine.stats(), time.perf_counter() - start)
+        meter.observe(engine.cache.stats())
+        for new in news:
+            if new.token is None:
+                raise new.error or RuntimeError(f"prompt {new.request_id + 1} ended with {new.finish_reason}")
+            answer, stream = answers[new.request_id], streams[new.request_id]
+            num_tokens += 1
+            answer.tokens.append(new.token)
+            piece = stream.push(new.token)
+            if new.finish_reason is not None:
+                piece += stream.finish()
+            answer.text += piece
+            display.add(new.request_id, piece)
+            if new.finish_reason is not None:
+                answer.finish_reason = new.finish_reason
+                display.finish(new.request_id)
+        if meter.latest is not None:
+            display.progress(num_tokens, meter.latest)
 
 
 def _document(

@@ -13,14 +13,15 @@ import torch
 
 from ..attention import AttentionBackend, get
 from ..driver import Driver, open_driver
+from ..engine import RuntimeModel
+from ..engine.opening import opened_cache as cache_for
 from ..errors import ConfigError
 from ..kv_cache import KVCache
 from ..memory.backing import choose_memory_limit
-from ..models import Llama, LlamaConfig
-from ..tuning import default_attention
+from ..models import LlamaConfig
 from .threads import use_all_cores
 
-__all__ = ["Place", "attention_for", "open_cache", "opened_driver", "place_for", "read_config"]
+__all__ = ["Place", "opened_cache", "opened_driver", "place_for", "read_config"]
 
 _USUAL_HEAD_DIM = 128  # which every backend has a kernel for
 
@@ -78,30 +79,23 @@ def dtype_for(name: str | None, device: torch.device) -> torch.dtype:
     return chosen
 
 
-def attention_for(place: Place, model: Llama) -> AttentionBackend:
-    """The backend asked for, or the best there is; ConfigError when it cannot run this model."""
-    if place.attention is None:
-        return default_attention(model.kv_layout(1), place.device, model.config.num_heads)
-    backend = get(place.attention)
-    _require_support(backend, place.device, place.dtype, model.config.head_dim)
-    return backend
-
-
 def _require_support(backend: AttentionBackend, device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
     if reason := backend.supports(device, dtype, head_dim):
         raise ConfigError(f"attention {backend.name!r} cannot be used here: {reason}")
 
 
-def open_cache(place: Place, model: Llama, attention: AttentionBackend, max_slots: int) -> KVCache:
-    """A cache for ``max_slots`` sequences of the model's whole context."""
-    return KVCache(
-        model.kv_layout(),
-        max_slots,
-        place.device,
-        place.memory_limit,
-        over_read_tokens=attention.over_read_tokens,
-        over_read_masked=attention.masks_over_read,
-    )
+@contextmanager
+def opened_cache(place: Place, model: RuntimeModel, max_batch: int) -> Iterator[KVCache]:
+    """For an engine that runs so many sequences together, of the model's whole context.
+
+    Raises:
+        ConfigError: the backend asked for cannot run this model.
+    """
+    backend = None if place.attention is None else get(place.attention)
+    if backend is not None:
+        _require_support(backend, place.device, place.dtype, model.config.head_dim)
+    with cache_for(model, backend, max_batch, place.memory_limit) as cache:
+        yield cache
 
 
 def read_config(name: str) -> LlamaConfig:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from ..engine import bytes_for
+from ..engine.costs import SequenceCosts
 from ..errors import ConfigError
 from ..memory.backing import choose_memory_limit
 from ..models import Llama
@@ -40,9 +40,10 @@ def size(args: argparse.Namespace) -> dict[str, Any]:
     cache_bytes = limit if args.memory_limit is not None else max(limit - weight_bytes, 0)
     margin = _margin(layout, device, config.num_heads)
     lengths = sorted({length for length in _LENGTHS if length < layout.max_seq_len} | {layout.max_seq_len})
+    costs = SequenceCosts(layout, page_bytes, margin)
     sequences = []
     for length in lengths:
-        each = bytes_for(layout, length + margin, page_bytes)
+        each = costs.bytes(length)
         # Whole pages, as the cache hands them out.
         sequences.append(
             {"tokens": length, "bytes": each, "num_sequences": cache_bytes // page_bytes * page_bytes // each}

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from ..engine import EngineStats
 
-__all__ = ["Limits", "ModelWork", "measure_limits", "speed_table", "throughput"]
+__all__ = ["Limits", "ModelWork", "RunCounts", "StepTimes", "measure_limits", "speed_table", "throughput"]
 
 _LONG_ENOUGH_S = 0.02  # of one product, for a timer's and a launch's own time not to matter
 _LARGEST_PRODUCT = 8192
@@ -41,7 +41,7 @@ class ModelWork:
     Attributes:
         weight_bytes: weights that every pass reads.
         num_weights: of those, the elements; each is multiplied and added once for each token.
-        num_head_weights: those of the output projection, which a prefill needs for a prompt's last token only.
+        num_head_weights: those of the output projection, which a prefill does without.
         bytes_per_token: K and V of one row.
     """
 
@@ -51,17 +51,76 @@ class ModelWork:
     bytes_per_token: int
 
 
-def throughput(stats: EngineStats, work: ModelWork, num_prompts: int, limits: Limits) -> dict[str, Any]:
+@dataclass(frozen=True)
+class RunCounts:
+    """What a run computed, and how long it took.
+
+    Attributes:
+        num_prefill_tokens, num_decode_tokens: rows of prompts, and tokens.
+        prefill_s, decode_s: time of passes and of decode steps.
+        num_prefill_steps, num_decode_steps: steps with a pass, and with decoding sequences.
+        num_decode_rows: rows of K and V that the decode steps read.
+        num_preemptions: of sequences.
+    """
+
+    num_prefill_tokens: int = 0
+    num_decode_tokens: int = 0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    num_prefill_steps: int = 0
+    num_decode_steps: int = 0
+    num_decode_rows: int = 0
+    num_preemptions: int = 0
+
+
+class StepTimes:
+    """Seconds of an engine's steps, seen from outside, by what they did: prefill, decode, or both."""
+
+    def __init__(self) -> None:
+        self._before: EngineStats | None = None
+        self._seconds = {"prefill": 0.0, "decode": 0.0, "both": 0.0}
+        self._num_steps = {"prefill": 0, "decode": 0, "both": 0}
+
+    def note(self, stats: EngineStats, seconds: float) -> None:
+        """A step has taken so long, and these are the engine's figures after it."""
+        before, self._before = self._before, stats
+        prefilled = stats.num_prefill_tokens > (0 if before is None else before.num_prefill_tokens)
+        decoded = stats.num_decode_tokens > (0 if before is None else before.num_decode_tokens)
+        # A step that brought nothing is the first of sequences that begin to decode.
+        kind = "both" if prefilled and decoded else "prefill" if prefilled else "decode"
+        self._seconds[kind] += seconds
+        self._num_steps[kind] += decoded or prefilled
+
+    def counts(self, num_decode_rows: int) -> RunCounts:
+        """Of steps that did both, the part that decoding took is what a step of decode alone took on average."""
+        stats, seconds, num = self._before, self._seconds, self._num_steps
+        if stats is None:
+            return RunCounts()
+        alone = seconds["decode"] / num["decode"] if num["decode"] else 0.5 * seconds["both"] / max(1, num["both"])
+        decode_s = min(num["both"] * alone, seconds["both"])
+        return RunCounts(
+            stats.num_prefill_tokens,
+            stats.num_decode_tokens,
+            seconds["prefill"] + seconds["both"] - decode_s,
+            seconds["decode"] + decode_s,
+            num["prefill"] + num["both"],
+            num["decode"] + num["both"],
+            num_decode_rows,
+            stats.num_preemptions,
+        )
+
+
+def throughput(stats: RunCounts, work: ModelWork, limits: Limits) -> dict[str, Any]:
     """Tokens per second of prefill and decode, and of their time the share that no program could have saved here.
 
     Counted are weights, K and V, each read once a step, and the products with the weights; attention's own products,
     a few per cent below some thousand tokens, are not.
     """
-    prefill_flops = 2.0 * (
-        (work.num_weights - work.num_head_weights) * stats.num_prefill_tokens + work.num_head_weights * num_prompts
-    )
+    prefill_flops = 2.0 * (work.num_weights - work.num_head_weights) * stats.num_prefill_tokens
+    head_share = work.num_head_weights / work.num_weights if work.num_weights else 0.0
+    prefill_bytes = stats.num_prefill_steps * work.weight_bytes * (1 - head_share)
     decode_bytes = stats.num_decode_steps * work.weight_bytes + stats.num_decode_rows * work.bytes_per_token
-    prefill_s, prefill_by = limits.least_s(stats.num_prefill_steps * work.weight_bytes, prefill_flops)
+    prefill_s, prefill_by = limits.least_s(prefill_bytes, prefill_flops)
     decode_s, decode_by = limits.least_s(decode_bytes, 2.0 * work.num_weights * stats.num_decode_tokens)
     return {
         **asdict(stats),

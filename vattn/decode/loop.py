@@ -1,8 +1,8 @@
 """The decode loop: sequences come and go, each step is one replay, and the host never makes the GPU wait.
 
 Everything that a step reads lies in device tensors with an entry per slot: the token that a sequence feeds next, its
-length, how to sample, when to stop (``decode_state``). What the device does in a step is in ``decode_step``; here is
-who decodes, which rows are mapped for it, and what the host was told.
+length, how to sample, when to stop (``state``). What the device does in a step is in ``step``, who decodes and what was
+reported in ``progress``; here is what a user calls, and in which order that happens.
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ import math
 import os
 import sys
 import weakref
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,28 +24,17 @@ from ..attention import AttentionBackend, get
 from ..errors import ConfigError, OutOfPages
 from ..interrupts import Uninterrupted, finish, for_one_thread
 from ..kv_cache import KVCache
+from ..requests import Sampling
 from .graphs import GraphReport, default_buckets
 from .map_ahead import MapAhead
-from .state import DecodedToken, DecodeModel, DecodeState, Sampling, as_sequence, bind_for
-from .step import RING, DecodeStep, LaunchedStep
+from .progress import Progress
+from .state import DecodedToken, DecodeModel, DecodeState, Start, bind_for
+from .step import RING, DecodeStep
 
-__all__ = ["DecodeLoop", "DecodeModel", "DecodedToken", "Sampling"]
+__all__ = ["DecodeLoop"]
 
 
 _LOOPS: weakref.WeakKeyDictionary[KVCache, weakref.WeakSet[DecodeLoop]] = weakref.WeakKeyDictionary()
-
-
-@dataclass(eq=False)
-class _Live:
-    """A sequence that is decoding: once the launched steps have run, it has ``rows`` rows of at most ``limit``.
-
-    ``version`` is that of its slot: another one there means that the sequence is not what the loop takes it for.
-    """
-
-    slot: int
-    rows: int
-    limit: int
-    version: int
 
 
 class DecodeLoop:
@@ -67,7 +55,7 @@ class DecodeLoop:
         attention: backend for decode, or its name; None for the one measured as fastest for each batch size, of those
             that the cache has a margin for.
         typical_len: rows that sequences are expected to have, for that choice; None for half of what they can have.
-        buckets: batch sizes to capture; None for ``default_buckets``.
+        buckets: batch sizes to capture; None for ``default_buckets``, or without graphs for every size.
         graphs: ``"always"``, ``"measure"`` or ``"never"`` (see ``StepGraphs``); None: always on CUDA, never elsewhere.
         ahead_tokens: rows to map ahead of each sequence; None for two pages' worth.
         mapping: ``"thread"``, or ``"inline"`` to map between steps in the caller's thread.
@@ -92,7 +80,7 @@ class DecodeLoop:
         graphs: str | None = None,
         ahead_tokens: int | None = None,
         mapping: str = "thread",
-        max_stop_tokens: int = 8,
+        max_stop_tokens: int = 16,
     ) -> None:
         if not isinstance(model, DecodeModel):
             raise ConfigError(f"a decode loop takes a fused model, FusedLlama(model), not a {type(model).__name__}")
@@ -119,16 +107,16 @@ class DecodeLoop:
         if ahead_tokens is None:
             ahead_tokens = max(16, math.ceil(2 * cache.layout.tokens_per_page(cache.page_bytes)))
         ahead_tokens = require_int("ahead_tokens", ahead_tokens, 0)
-        self.state = DecodeState(cache.max_slots, require_int("max_stop_tokens", max_stop_tokens, 1), device)
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._live: dict[int, _Live] = {}
-        self._ended: dict[int, _Live] = {}  # the last sequence of each slot, which has exactly its rows
-        self._under_way: deque[tuple[tuple[_Live, ...], LaunchedStep]] = deque()
-        self._unreported: list[DecodedToken] = []
+        self.max_stop_tokens = require_int("max_stop_tokens", max_stop_tokens, 1)
+        self.state = DecodeState(cache.max_slots, self.max_stop_tokens, model.config.vocab_size, device)
+        self.stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
         self._closed = False
+        if buckets is None:
+            buckets = range(1, self.max_batch + 1) if mode == "never" else default_buckets(self.max_batch)
         self._scratch = cache.acquire()
         try:
-            cache.ensure(self._scratch, 1)
+            if mode != "never" or len(set(buckets)) < self.max_batch:  # else no batch is ever filled up
+                cache.ensure(self._scratch, 1)
             self._step = DecodeStep(
                 model,
                 cache,
@@ -138,11 +126,12 @@ class DecodeLoop:
                 attention=None if attention is None else bind_for(cache, attention, mode),
                 typical_len=require_int("typical_len", typical_len, 1),
                 max_seq_len=self.max_seq_len,
-                buckets=default_buckets(self.max_batch) if buckets is None else buckets,
+                buckets=buckets,
                 mode=mode,
                 stream=self.stream,
             )
             self._mapper = MapAhead(cache, ahead_tokens, threaded=mapping == "thread")
+            self._progress = Progress(cache, self._mapper, self.stream)
         except BaseException:
             cache.release(self._scratch)
             raise
@@ -155,41 +144,45 @@ class DecodeLoop:
         token: int,
         max_new_tokens: int,
         sampling: Sampling | None = None,
-        stop_tokens: Sequence[int] = (),
+        stop_tokens: Collection[int] = (),
+        *,
+        prompt_tokens: Sequence[int] = (),
+        answer_tokens: Sequence[int] = (),
+        num_logprobs: int | None = None,
     ) -> None:
-        """Decode a sequence from the next step on.
+        """Decode a sequence from the next step on; ``Start`` says what the arguments are.
 
         The first step comes after what was submitted to the current stream, and to any stream inside
         ``cache.step([slot])``.
-
-        Args:
-            slot: live in the cache; its ``seq_len`` rows are computed.
-            token: the first to feed, not in the cache yet: the prompt's last, or the one sampled after a prefill.
-            max_new_tokens: tokens to decode.
-            sampling: None for greedy.
-            stop_tokens: end the sequence when one of these is sampled; it is still reported.
 
         Raises:
             ConfigError: a value out of range, or the slot is decoding already, here or in another loop, or it is
                 given to another sequence at this moment.
             OutOfPages: no page for the first row; the slot is as it was.
         """
-        self.start_batch([(slot, token, max_new_tokens, sampling, stop_tokens)])
+        self.start_batch(
+            [Start(slot, token, max_new_tokens, sampling, stop_tokens, prompt_tokens, answer_tokens, num_logprobs)]
+        )
 
     @for_one_thread
-    def start_batch(self, sequences: Sequence[tuple[int, int, int, Sampling | None, Sequence[int]]]) -> None:
+    def start_batch(self, starts: Iterable[Start]) -> None:
         """``start`` for several at once, all or nothing, with one upload."""
         self._require_open()
-        vocab_size, max_stop_tokens = self.model.config.vocab_size, self.state.stop_tokens.shape[1]
-        checked = [as_sequence(s, vocab_size=vocab_size, max_stop_tokens=max_stop_tokens) for s in sequences]
-        rows = [self._check(slot, max_new_tokens) for slot, _, max_new_tokens, *_ in checked]
-        slots = [sequence[0] for sequence in checked]
+        starts = list(starts)
+        for each in starts:
+            if not isinstance(each, Start):
+                raise ConfigError(f"a sequence is a Start(slot, token, max_new_tokens, ...), got {each!r}")
+        vocab_size = self.model.config.vocab_size
+        checked = [each.checked(vocab_size=vocab_size, max_stop_tokens=self.max_stop_tokens) for each in starts]
+        rows = [self._check(start.slot, start.max_new_tokens) for start in checked]
+        slots = [start.slot for start in checked]
         if not slots:
             return
         if len(set(slots)) < len(slots):
             raise ConfigError(f"expected every slot once, got {slots}")
-        if len(self._live) + len(slots) > self.max_batch:
-            raise ConfigError(f"{len(self._live) + len(slots)} sequences exceed max_batch, {self.max_batch}")
+        num_live = len(self._progress.live) + len(slots)
+        if num_live > self.max_batch:
+            raise ConfigError(f"{num_live} sequences exceed max_batch, {self.max_batch}")
         with Uninterrupted():
             versions = self.cache.versions(slots)
             # What a page shared with another sequence takes to become private, it takes here, before any step is open.
@@ -203,11 +196,23 @@ class DecodeLoop:
                 for slot, n in zip(slots, rows, strict=True):
                     self.cache.truncate(slot, n)
                 raise
-            for slot, n, sequence, version in zip(slots, rows, checked, versions.tolist(), strict=True):
-                limit = n + sequence[2]
-                self._mapper.track(slot, n + 1, limit, version)
-                self._live[slot] = _Live(slot, n, limit, version)
-                self._ended.pop(slot, None)
+            for n, start, version in zip(rows, checked, versions.tolist(), strict=True):
+                self._progress.begin(start.slot, n, n + start.max_new_tokens, version)
+
+    @for_one_thread
+    def allow(self, slot: int, mask: Any) -> None:
+        """Let only some tokens come in the next steps of a sequence.
+
+        Args:
+            mask: booleans ``[vocab_size]``, or 32 of them to an int32, the first lowest; None for all tokens.
+
+        Raises:
+            ConfigError: it is neither, or allows nothing; or the slot does not decode.
+        """
+        self._require_open()
+        if slot not in self._progress.live:
+            raise ConfigError(f"slot {slot} does not decode here")
+        self.state.allow(slot, mask)
 
     @for_one_thread
     def cancel(self, slot: int) -> None:
@@ -217,14 +222,7 @@ class DecodeLoop:
         """
         self._require_open()
         with Uninterrupted():
-            num_dropped = sum(token.slot == slot for token in self._unreported)
-            self._unreported = [token for token in self._unreported if token.slot != slot]
-            live = self._live.get(slot)
-            if live is not None:
-                self._hand_back(live, num_dropped)
-            elif num_dropped and (ended := self._ended.get(slot)):  # which its caller was not told yet
-                ended.rows -= num_dropped
-                self._cut(ended)
+            self._progress.cancel(slot)
 
     @for_one_thread
     def release(self, slot: int) -> None:
@@ -239,7 +237,7 @@ class DecodeLoop:
         """
         if slot == self._scratch:
             raise ConfigError(f"slot {slot} is the loop’s own: close the loop to have it back")
-        live = self._live.get(slot)
+        live = self._progress.live.get(slot)
         self.cancel(slot)
         versions = None if live is None else [live.version]
         caller = None if self.stream is None else torch.cuda.current_stream(self.cache.device)
@@ -251,16 +249,25 @@ class DecodeLoop:
             self.cache.release(slot)  # of either stream's work so far
 
     @property
+    def own_slot(self) -> int:
+        """That of rows which only fill up a batch."""
+        return self._scratch
+
+    @property
     def slots(self) -> tuple[int, ...]:
         """Those that are decoding."""
-        return tuple(self._live)
+        return tuple(self._progress.live)
 
     # -- steps ---------------------------------------------------------------------------------------------------
     @for_one_thread
-    def step(self) -> list[DecodedToken]:
+    def step(self, slots: Collection[int] | None = None) -> list[DecodedToken]:
         """Launch a step for every sequence, then report the tokens of the step before it.
 
-        So the first call reports nothing, and a call without sequences reports what is left.
+        So the first call reports nothing, and a call without sequences reports what is left. Whatever is raised by the
+        model or the driver: no step was launched, no token is lost, and the sequences decode on with the next call.
+
+        Args:
+            slots: those that take part; None for all.
 
         Raises:
             OutOfPages: no page for the next row of some sequence. Nothing was launched, and no token is lost: cancel a
@@ -273,12 +280,12 @@ class DecodeLoop:
         self._require_open()
         self._drain(RING // 2)  # more than one is left only where something was raised after a launch
         try:
-            launched = self._launch()
+            launched = self._launch(slots)
         except OutOfPages:
-            if not self._under_way:
+            if not self._progress.under_way:
                 raise
             self._drain(0)  # sequences that have ended give their pages back
-            launched = self._launch()
+            launched = self._launch(slots)
         self._drain(1 if launched else 0)
         return self._report()
 
@@ -292,10 +299,11 @@ class DecodeLoop:
         self._require_open()
         tokens: list[DecodedToken] = []
         try:
-            while self._live or self._under_way or self._unreported:
+            progress = self._progress
+            while progress.live or progress.under_way or progress.unreported:
                 tokens += self.step()
         except BaseException:
-            self._unreported[:0] = tokens
+            self._progress.unreported[:0] = tokens
             raise
         return tokens
 
@@ -324,7 +332,7 @@ class DecodeLoop:
         self._mapper.close()
         if self.stream is not None:
             self.stream.synchronize()
-        self._under_way.clear()
+        self._progress.under_way.clear()
         self._step.release()
         with Uninterrupted():
             with suppress(ConfigError):  # the cache is closed already
@@ -345,17 +353,17 @@ class DecodeLoop:
         self.close()
 
     # -- inside --------------------------------------------------------------------------------------------------
-    def _launch(self) -> bool:
-        """Launch a step for every sequence that has rows to come; False if none has.
+    def _launch(self, slots: Collection[int] | None) -> bool:
+        """Launch a step for every sequence (of these slots) that has rows to come; False if none has.
 
         Raises:
             ConfigError: some are not in the cache as they were; they are dropped.
         """
-        sequences = tuple(each for each in self._live.values() if each.rows < each.limit)
+        sequences = self._progress.due(slots)
         if not sequences:
             return False
-        slots = [sequence.slot for sequence in sequences]
-        index = np.array(slots, np.int64)
+        taken = [sequence.slot for sequence in sequences]
+        index = np.array(taken, np.int64)
         rows = np.array([sequence.rows for sequence in sequences], np.int64) + 1
         versions = np.array([sequence.version for sequence in sequences], np.int64)
         try:
@@ -367,75 +375,42 @@ class DecodeLoop:
                 torch.cuda.stream(self.stream),
                 self.cache.step(index, versions=versions),
             ):
-                self._under_way.append((sequences, self._step.launch(slots)))
-                for sequence in sequences:
-                    sequence.rows += 1
+                self._progress.launched(sequences, self._step.launch(taken))
         except ConfigError as error:
-            self._drop(index[self.cache.versions(index) != versions].tolist(), error)
+            self._drop(index, versions, error)
             raise
         self._mapper.look_ahead(index, rows)
         return True
 
-    def _drop(self, slots: list[int], error: ConfigError) -> None:
-        """Decode these no more; their slots are somebody else's, or of another length."""
-        if slots:
+    def _drop(self, index: np.ndarray, versions: np.ndarray, error: ConfigError) -> None:
+        """Decode no more what is somebody else's slot by now, or of another length."""
+        gone = index[self.cache.versions(index) != versions].tolist()
+        if gone:
             with Uninterrupted():
-                for slot in slots:
-                    del self._live[slot]
-                    self._mapper.forget(slot)
-                self._unreported = [token for token in self._unreported if token.slot not in slots]
+                self._progress.forget(gone)
             raise ConfigError(
-                f"slots {slots} were released or truncated in the cache while this loop decoded them, and are dropped: "
+                f"slots {gone} were released or truncated in the cache while this loop decoded them, and are dropped: "
                 "cancel a sequence, or let it end, before its slot is changed"
             ) from error
 
     def _drain(self, keep: int) -> None:
         """Read the ring up to the newest ``keep`` steps."""
-        while len(self._under_way) > keep:
-            sequences, launched = self._under_way[0]
-            sampled = self._step.read(launched)
-            with Uninterrupted():
-                self._under_way.popleft()
-                for sequence, (token, reason) in zip(sequences, sampled, strict=True):
-                    if self._live.get(sequence.slot) is not sequence:  # ended, or cancelled
-                        continue
-                    self._unreported.append(DecodedToken(sequence.slot, token, reason))
-                    if reason:
-                        self._hand_back(sequence)
+        self._progress.drain(keep, self._step.read)
 
     def _report(self) -> list[DecodedToken]:
-        tokens, self._unreported = self._unreported, []
-        return tokens
-
-    def _hand_back(self, sequence: _Live, num_dropped: int = 0) -> None:
-        """A sequence has ended: leave its slot with its rows, but for those of tokens that are dropped."""
-        del self._live[sequence.slot]
-        self._mapper.forget(sequence.slot)
-        num_under_way = sum(sequence in sequences for sequences, _ in self._under_way)
-        sequence.rows -= num_under_way + num_dropped
-        self._ended[sequence.slot] = sequence
-        self._cut(sequence)
-
-    def _cut(self, sequence: _Live) -> None:
-        """What was mapped past its rows goes when the GPU is past it."""
-        # ConfigError: the slot was released or truncated, or the cache closed, behind the loop's back.
-        with (
-            suppress(ConfigError),
-            torch.cuda.stream(self.stream),
-            self.cache.step([sequence.slot], versions=[sequence.version]),
-        ):
-            self.cache.truncate(sequence.slot, sequence.rows)
-            sequence.version = int(self.cache.versions([sequence.slot])[0])
+        return self._progress.report()
 
     def _check(self, slot: int, max_new_tokens: int) -> int:
         """ConfigError unless the slot can take so many more; returns its rows."""
         slot = require_int("slot", slot, 0, self.cache.max_slots - 1)
-        if slot in self._live or slot == self._scratch:
-            raise ConfigError(f"slot {slot} is {'decoding already' if slot in self._live else 'the loop’s own'}")
-        if any(token.slot == slot for token in self._unreported):
+        if slot in self._progress.live or slot == self._scratch:
+            raise ConfigError(
+                f"slot {slot} is {'decoding already' if slot in self._progress.live else 'the loop’s own'}"
+            )
+        if any(token.slot == slot for token in self._progress.unreported):
             raise ConfigError(f"slot {slot} has tokens that were not reported yet: call step or drain first")
         for loop in _LOOPS[self.cache] - {self}:
-            if not loop._closed and (slot in loop._live or slot == loop._scratch):
+            if not loop._closed and (slot in loop._progress.live or slot == loop._scratch):
                 raise ConfigError(f"slot {slot} belongs to another DecodeLoop: cancel it there first")
         rows = self.cache.seq_len(slot)
         if rows + max_new_tokens > self.max_seq_len:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,20 +19,30 @@ from ..attention import AttentionBackend, DecodeBatch, bind
 from ..errors import ConfigError
 from ..kv_cache import KVCache
 from ..memory.upload import upload
+from ..ops.logprobs import logprobs
+from ..requests import MAX_LOGPROBS
 from ..tuning import decode_attention
 from .graphs import GraphReport, StepGraphs
-from .state import DecodeModel, DecodeState
+from .state import DecodedToken, DecodeModel, DecodeState
 
 RING = 8  # steps whose tokens the ring holds
-_REASONS = {0: None, 1: "stop", 2: "length"}
+_REASONS = {0: None, 1: "stop", 2: "length", 3: "error"}
 
 
 @dataclass(frozen=True)
 class LaunchedStep:
-    """A step under way: how many sequences it has, the row of the ring that it writes, and the event behind it."""
+    """A step under way.
 
-    num_sequences: int
+    Attributes:
+        slots: its sequences.
+        place: the row of the ring that it writes.
+        logprobs: for each sequence that wants log-probabilities: its place in ``slots``, and of how many tokens.
+        event: behind it; None on the CPU.
+    """
+
+    slots: tuple[int, ...]
     place: int
+    logprobs: tuple[tuple[int, int], ...]
     event: torch.cuda.Event | None
 
 
@@ -78,7 +90,11 @@ class DecodeStep:
         self._slots = torch.full((max_batch,), scratch, dtype=torch.int32, device=device)
         self._order: list[int] = []  # of the batch that ``_slots`` holds
         self._counter = torch.zeros(1, dtype=torch.int64, device=device)
-        self._ring = torch.zeros(RING, max_batch, 2, dtype=torch.int32, pin_memory=device.type == "cuda")
+        on_gpu = device.type == "cuda"
+        self._ring = torch.zeros(RING, max_batch, 2, dtype=torch.int32, pin_memory=on_gpu)
+        self._logprobs = torch.zeros(RING, max_batch, 1 + 2 * MAX_LOGPROBS, dtype=torch.int32, pin_memory=on_gpu)
+        self._logits: torch.Tensor | None = None  # of a step that was launched eagerly
+        self._graph_logits: dict[int, torch.Tensor] = {}  # of each graph's last replay
         self._residual = torch.zeros(max_batch, embedding.shape[1], dtype=embedding.dtype, device=device)
         self._rows, self._ends, self._sampled = torch.zeros(3, max_batch, dtype=torch.int32, device=device)
         self._batches: dict[int, DecodeBatch] = {}
@@ -91,6 +107,7 @@ class DecodeStep:
                 torch.cuda.synchronize(device)
             self._graphs.capture()
             self._counter.zero_()
+            self._logits = None
 
     @property
     def reports(self) -> tuple[GraphReport, ...]:
@@ -105,21 +122,46 @@ class DecodeStep:
             padded[: len(slots)] = slots
             self._slots.copy_(self.upload(padded))
             self._order = slots
-        self._graphs.launch(self._graphs.bucket_for(len(slots)))
+        self.state.upload_allowed(self.upload)
+        bucket, place = self._graphs.bucket_for(len(slots)), self._num_launched % RING
+        self._graphs.launch(bucket)
+        wanted = tuple((i, k) for i, slot in enumerate(slots) if (k := self.state.num_logprobs.get(slot)) is not None)
+        if wanted:
+            self._add_logprobs(self._graph_logits[bucket] if self._logits is None else self._logits, wanted, place)
+        self._logits = None
         event = None
         if self.stream is not None:
             event = torch.cuda.Event()
             event.record()
-        launched = LaunchedStep(len(slots), self._num_launched % RING, event)
         self._num_launched += 1
-        return launched
+        return LaunchedStep(tuple(slots), place, wanted, event)
 
-    def read(self, launched: LaunchedStep) -> list[tuple[int, str | None]]:
-        """(token, why its sequence ends or None) of each sequence of the step; waits for it."""
+    def read(self, launched: LaunchedStep) -> list[DecodedToken]:
+        """What each sequence of the step got; waits for it."""
         if launched.event is not None:
             launched.event.synchronize()
-        sampled = self._ring[launched.place, : launched.num_sequences].tolist()
-        return [(token, _REASONS[reason]) for token, reason in sampled]
+        asked = self._read_logprobs(launched) if launched.logprobs else {}
+        sampled = self._ring[launched.place, : len(launched.slots)].tolist()
+        return [
+            DecodedToken(slot, None, _REASONS[reason])
+            if token < 0
+            else DecodedToken(slot, token, _REASONS[reason], *asked.get(i, ()))
+            for i, (slot, (token, reason)) in enumerate(zip(launched.slots, sampled, strict=True))
+        ]
+
+    def allow(self, slot: int, mask: Any) -> None:
+        """Which tokens may come from the next launch on, in a sequence that was started; None for all.
+
+        Args:
+            slot: of the sequence.
+            mask: booleans ``[vocab_size]``, or int32 ``[ceil(vocab_size / 32)]`` with the first token in the lowest
+                bit. It stays until another is given, or another sequence starts in that slot.
+
+        Raises:
+            ConfigError: it is neither, or allows nothing. What it allows may be forbidden by a bias or the minimum
+                length; the sequence then ends with ``"error"`` and without a token.
+        """
+        self.state.allow(slot, mask)
 
     def upload(self, array: np.ndarray) -> torch.Tensor:
         """On the device, in the order of the current stream."""
@@ -138,18 +180,40 @@ class DecodeStep:
             batch = self._batches[bucket] = DecodeBatch(slots, rows, ends, self.max_seq_len)
         ops.begin_step(slots, state.tokens, state.lengths, self.model.embedding, residual, rows, ends)
         logits = self.model.decode(residual, batch, self.cache, self._attention_for(bucket))
+        if logits.is_cuda and torch.cuda.is_current_stream_capturing():
+            self._logits, self._graph_logits[bucket] = None, _borrowed(logits)
+        else:
+            self._logits = logits
         sampled = self._sampled[:bucket]
-        ops.sample_tokens(logits, slots, rows, state.temperature, state.top_k, state.top_p, state.seeds, sampled)
+        ops.sample_tokens(logits, slots, rows, state.sampler, sampled)
         ops.advance(
             sampled,
             slots,
             state.tokens,
             state.lengths,
             state.remaining,
-            state.stop_tokens,
+            state.sampler.stop_tokens,
+            state.sampler.flags,
+            state.sampler.counts,
             self._counter,
             self._ring,
         )
+
+    def _add_logprobs(self, logits: torch.Tensor, wanted: tuple[tuple[int, int], ...], place: int) -> None:
+        """Compute them for these rows, behind the step, and bring them to the host without waiting."""
+        index = self.upload(np.array([i for i, _ in wanted], np.int64))
+        found = logprobs(logits[index], self._sampled[index], max(k for _, k in wanted))
+        self._logprobs[place, : found.shape[0], : found.shape[1]].copy_(found, non_blocking=True)
+
+    def _read_logprobs(self, launched: LaunchedStep) -> dict[int, tuple[float, tuple[tuple[int, float], ...]]]:
+        """By place in the batch: the chosen token's log-probability, and the likeliest tokens with theirs."""
+        most = max(k for _, k in launched.logprobs)
+        bits = self._logprobs[launched.place, : len(launched.logprobs), : 1 + 2 * most]
+        logs, ids = bits.view(torch.float32).tolist(), bits[:, 1 + most :].tolist()
+        return {
+            i: (logs[j][0], tuple(zip(ids[j][:k], logs[j][1 : 1 + k], strict=True)))
+            for j, (i, k) in enumerate(launched.logprobs)
+        }
 
     def _attention_for(self, bucket: int) -> AttentionBackend:
         if self._attention is not None:
@@ -158,3 +222,20 @@ class DecodeStep:
             chosen = decode_attention(self.cache, self.model.num_heads, bucket, self._typical_len)
             self._attentions[bucket] = bind(chosen)
         return self._attentions[bucket]
+
+
+def _borrowed(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory, without keeping it from later captures of the pool: valid from its graph's replay to the next.
+
+    Held as it is, every bucket's logits would take memory of their own: 0.8 GB for 256 sequences of 128,256 tokens.
+    """
+    size = {2: "<i2", 4: "<i4", 8: "<i8"}[tensor.element_size()]
+    interface = {
+        "shape": tuple(tensor.shape),
+        "strides": tuple(stride * tensor.element_size() for stride in tensor.stride()),
+        "typestr": size,
+        "data": (tensor.data_ptr(), False),
+        "version": 3,
+    }
+    memory = SimpleNamespace(__cuda_array_interface__=interface)
+    return torch.as_tensor(memory, device=tensor.device).view(tensor.dtype)

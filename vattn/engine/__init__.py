@@ -1,5 +1,19 @@
-"""Requests in, tokens out."""
+"""Requests in, tokens out: the runtime of every door."""
 
-from .engine import Completion, Engine, EngineStats, LanguageModel, Request, StepToken, bytes_for
+from ..requests import Completion, Request, Sampling, StepToken
+from .aio import AsyncEngine
+from .engine import Engine
+from .prefill import RuntimeModel
+from .stats import EngineStats, Histogram
 
-__all__ = ["Completion", "Engine", "EngineStats", "LanguageModel", "Request", "StepToken", "bytes_for"]
+__all__ = [
+    "AsyncEngine",
+    "Completion",
+    "Engine",
+    "EngineStats",
+    "Histogram",
+    "Request",
+    "RuntimeModel",
+    "Sampling",
+    "StepToken",
+]

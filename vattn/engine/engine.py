@@ -1,405 +1,393 @@
-"""Requests in, tokens out: admit in arrival order, prefill, decode together, preempt when memory runs out."""
+"""``Engine``: requests in, tokens out. The one runtime that every door uses."""
 
 from __future__ import annotations
 
 import itertools
+import os
+import sys
+import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import Any, Protocol
-
-import numpy as np
-import torch
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
 
 from ..arguments import require_int
-from ..attention import AttentionBackend, AttentionBatch, get, require_fit
-from ..errors import ConfigError, OutOfPages, OutOfSlots
-from ..interrupts import Uninterrupted
+from ..attention import AttentionBackend, get, require_fit
+from ..decode import DecodeLoop
+from ..errors import ConfigError, QueueFull
+from ..interrupts import Uninterrupted, finish
 from ..kv_cache import KVCache
-from ..layout import KVLayout
-from ..memory.upload import upload
-from ..requests import Completion, EngineStats, Request, StepToken, checked_request
-from ..tuning import default_attention, default_ops
+from ..requests import Completion, Request, StepToken, checked_request
+from .costs import SequenceCosts
+from .mail import Mail
+from .opening import BUDGETS, attention_for_prompts, opened_cache
+from .prefill import PrefillPasses, RuntimeModel
+from .runner import Runner
+from .scheduler import Scheduler
+from .stats import EngineStats, Meters
 
-__all__ = ["Completion", "Engine", "EngineStats", "LanguageModel", "Request", "StepToken", "bytes_for"]
+__all__ = ["Engine"]
 
-
-class LanguageModel(Protocol):
-    """What the engine asks of a model; ``vattn.models.Llama`` is one."""
-
-    @property
-    def config(self) -> Any:
-        """Has ``vocab_size``."""
-        ...
-
-    def __call__(
-        self, tokens: torch.Tensor, batch: AttentionBatch, cache: KVCache, attention: AttentionBackend
-    ) -> torch.Tensor:
-        """Packed tokens ``[num_tokens]`` int64 -> logits ``[batch, vocab_size]`` of each sequence's last."""
-        ...
-
-
-@dataclass(eq=False)
-class _Sequence:
-    """A request under way. ``tokens[:num_cached]`` have their K and V in the cache."""
-
-    request_id: int
-    request: Request
-    tokens: list[int]
-    slot: int = -1
-    num_cached: int = 0
-
-    @property
-    def num_generated(self) -> int:
-        return len(self.tokens) - len(self.request.prompt_tokens)
+_MAX_BATCH = 64
 
 
 class Engine:
     """Runs many requests through one model and one cache.
 
-    A step is either the prefill of newly admitted requests or one decode step of all running ones. When a growing batch
-    runs out of pages, the youngest sequence gives its pages back and waits at the head of the queue; what it generated
-    is kept, and its K and V are recomputed when a sequence has finished. The engine releases every slot it acquired,
-    whatever is raised.
+    A step gives every running sequence a token and computes a part of a waiting prompt. Where pages run out, the
+    sequence whose turn would come last gives its own back and is computed again later, which changes none of its
+    tokens.
+
+    ``submit`` and ``cancel`` may be called from any thread at any time, ``step`` and ``generate`` from one at a time.
 
     Args:
-        model: see ``LanguageModel``.
-        cache: where K and V go. Other users may hold slots of it.
-        attention: backend, or its name; None for the best one that runs on the cache's device within its margin.
-        max_prefill_tokens: tokens computed in one forward pass; a longer prompt is computed in chunks.
-        on_step: called once per step while every sequence that took part still holds its slot, for observing the cache.
+        model: ``vattn.models.Llama``, or what its ``runtime()`` returns (see ``RuntimeModel``).
+        cache: where K and V go; others may hold slots of it, and the engine takes one for itself. None: the engine
+            opens one, and closes it.
+        max_batch: sequences that run together; None for 64, or as many as the given cache has slots for.
+        max_step_tokens: prompt tokens that a step computes at most: a running sequence waits no longer than these
+            take. None: on CUDA 1,024, and 8,192 while nobody decodes; on the CPU 64 and 256.
+        memory_limit: of the cache that the engine opens, in bytes; None: 90 % of what is free.
+        max_waiting: samples that may wait before ``submit`` raises ``QueueFull``; None for any number.
+        attention: backend or its name, for prompts, and for decode where captured steps can use it; None for the ones
+            measured as fastest.
 
     Raises:
-        ConfigError: the attention reads further past the end than the cache keeps rows mapped, or does not mask what it
-            reads there although the cache was told that it does.
+        ConfigError: an argument is wrong, or model, attention and cache do not fit each other.
     """
 
     def __init__(
         self,
-        model: LanguageModel,
-        cache: KVCache,
-        attention: AttentionBackend | str | None = None,
+        model: Any,
+        cache: KVCache | None = None,
         *,
-        max_prefill_tokens: int = 2048,
-        on_step: Callable[[], None] | None = None,
+        max_batch: int | None = None,
+        max_step_tokens: int | None = None,
+        memory_limit: int | None = None,
+        max_waiting: int | None = None,
+        attention: AttentionBackend | str | None = None,
     ) -> None:
-        if not isinstance(cache, KVCache):
+        if not isinstance(model, RuntimeModel) and callable(getattr(model, "runtime", None)):
+            model = model.runtime()
+        if not isinstance(model, RuntimeModel):
+            raise ConfigError(
+                f"an engine takes a model as vattn.models.load() returns it, not a {type(model).__name__}"
+            )
+        if cache is not None and not isinstance(cache, KVCache):
             raise ConfigError(f"an engine takes a model and a vattn.KVCache, got a {type(cache).__name__} as cache")
+        if cache is not None and memory_limit is not None:
+            raise ConfigError("memory_limit is of a cache that the engine opens; the one given has its own")
+        device = model.device
+        budgets = BUDGETS[device.type]
+        if max_step_tokens is not None:
+            budgets = (require_int("max_step_tokens", max_step_tokens, 1),) * 2
+        self.max_waiting = None if max_waiting is None else require_int("max_waiting", max_waiting, 1)
         if isinstance(attention, str):
             attention = get(attention)
+        if max_batch is None:
+            max_batch = _MAX_BATCH if cache is None else max(1, cache.max_slots - 1)
+        max_batch = require_int("max_batch", max_batch, 1)
         self.model = model
-        self.cache = cache
-        self.max_prefill_tokens = require_int("max_prefill_tokens", max_prefill_tokens, 1)
-        if attention is None:
-            margin = 0 if cache.over_read_masked else cache.over_read_tokens
-            groups = cache.layout.groups
-            if {group.head_dim for group in groups} == {group.v_head_dim for group in groups} == {groups[0].head_dim}:
-                heads = getattr(model.config, "num_heads", groups[0].num_kv_heads)
-                attention = default_attention(
-                    cache.layout, cache.device, heads, max_over_read=margin, new=max_prefill_tokens
-                )
-            else:  # the kernels want one head_dim for K and V
-                attention = get("sdpa")
-        require_fit(attention, cache)
-        self.attention = attention
-        self._sample_tokens = default_ops(cache.device, cache.layout.dtype).sample_tokens
-        self.stats = EngineStats()
-        self._on_step = on_step
-        self._waiting: deque[_Sequence] = deque()
-        self._running: list[_Sequence] = []  # in arrival order, because admission is
-        # Closed by a preemption until a sequence finishes: until then memory only gets tighter, and a sequence admitted
-        # again would be computed only to be preempted again.
-        self._admitting = True
+        self._own_cache = cache is None
+        self.cache = opened_cache(model, attention, max_batch, memory_limit) if cache is None else cache
+        try:
+            self.attention = attention_for_prompts(model, self.cache, budgets[1]) if attention is None else attention
+            require_fit(self.attention, self.cache)
+            on_gpu = device.type == "cuda"
+            is_captured = attention is not None and not (on_gpu and attention.name in ("sdpa", "reference"))
+            self._loop = DecodeLoop(
+                model,
+                self.cache,
+                max_batch=max_batch,
+                attention=attention if is_captured else None,
+                mapping="thread" if on_gpu else "inline",
+            )
+        except BaseException:
+            if self._own_cache:
+                self.cache.close()
+            raise
+        self._costs = SequenceCosts(self.cache.layout, self.cache.page_bytes, self.cache.over_read_tokens)
+        self._meters = Meters()
+        self._scheduler = Scheduler(self._costs, max_batch)
+        passes = PrefillPasses(model, self.cache, self.attention, self._loop.stream)
+        self._runner = Runner(self._loop, passes, self._scheduler, self._meters, budgets)
+        self._passes = passes
+        self._room_bytes = self.cache.memory_limit - self._costs.bytes(self.cache.seq_len(self._loop.own_slot))
         self._ids = itertools.count()
-        self._unreported: list[StepToken] = []  # others' tokens, of steps that ``generate`` made
+        self._stepping = threading.Lock()  # held by whoever is in step, generate or close
+        self._stepper: int | None = None  # that thread
+        self._mail = Mail()
+        self._pid = os.getpid()
+        self._closed = False
+
+    # -- requests ------------------------------------------------------------------------------------------------
+    def submit(self, request: Request) -> int:
+        """Queue a copy of a request and return its id. From any thread.
+
+        Raises:
+            ConfigError: a value out of range, a request that this cache could not hold even alone, or the engine is
+                closed.
+            QueueFull: ``max_waiting`` samples wait already.
+        """
+        self._require_open()
+        checked = self._checked(request)
+        with Uninterrupted(), self._mail.lock:
+            if self.max_waiting is not None and self.num_waiting >= self.max_waiting:
+                raise QueueFull(
+                    f"{self.num_waiting} samples wait, and max_waiting is {self.max_waiting}: send it again later",
+                    max_waiting=self.max_waiting,
+                )
+            return self._post(checked)
+
+    def cancel(self, request_id: int) -> None:
+        """End a request: nothing of it is reported any more. One that is unknown or has ended: no effect. From any
+        thread; while another one is in ``step``, the memory comes back when that one is through."""
+        with Uninterrupted():
+            self._mail.cancel(request_id)
+            if not self._closed and self._stepping.acquire(blocking=False):
+                try:
+                    self._take_in()
+                finally:
+                    self._stepping.release()
 
     @property
     def has_work(self) -> bool:
-        """Whether a request is waiting or running, or ``step`` has tokens to tell."""
-        return bool(self._waiting or self._running or self._unreported)
+        """Whether a request waits or runs, or ``step`` has tokens to tell."""
+        mail, scheduler = self._mail, self._scheduler
+        return bool(scheduler.running or scheduler.num_waiting or mail.num_arrived or mail.kept)
 
     @property
     def num_running(self) -> int:
-        return len(self._running)
+        """Samples that have a slot, or are about to fork."""
+        return len(self._scheduler.running)
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        """Samples that have none."""
+        return self._scheduler.num_waiting + self._mail.num_arrived
 
-    def submit(self, request: Request) -> int:
-        """Queue a copy of a request and return its id. May be called from any thread.
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Sleep until there is something to do, so long at most. From any thread. Returns ``has_work``."""
+        if not self.has_work:
+            self._mail.arrived.wait(timeout_s)
+            self._mail.arrived.clear()
+        return self.has_work
 
-        Raises:
-            ConfigError: a value out of range, or a request that this cache could not hold even alone.
-        """
-        return self._queue(self._checked(request))
+    @property
+    def longest(self) -> int:
+        """Tokens of prompt and answer that a request may come to in the context and the memory of this engine."""
+        return self._costs.rows_within(self._room_bytes, self._loop.max_seq_len) + 1  # the last token has no row
 
+    def wake(self) -> None:
+        """Let ``wait`` return. From any thread."""
+        self._mail.arrived.set()
+
+    def is_running(self, request_id: int) -> bool:
+        """Whether a sample of the request has a slot. For the thread that steps."""
+        return any(sample.request_id == request_id for sample in self._scheduler.running)
+
+    # -- steps ---------------------------------------------------------------------------------------------------
     def step(self) -> list[StepToken]:
-        """Advance by one step and return its tokens, at most one per request; empty when there is nothing to do.
+        """Advance by one step and return what it brought, at most one token of each sample; often nothing.
 
-        After ``generate`` the next call computes nothing: it returns what ``generate``'s steps made for other requests,
-        in the order of those steps.
+        Signals are handled when the step is through. What their handlers raise takes no token with it: the next call
+        returns them.
 
         Raises:
-            OutOfPages, OutOfSlots: nothing of this engine's runs and not even the oldest request could start, because
-                others hold the memory. Requests stay queued; call again when memory is free.
-            BaseException: whatever else goes wrong, after every slot was released and every request dropped.
+            OutOfPages, OutOfSlots: others hold the memory or the slots of the cache, and nothing of this engine runs.
+                The requests stay queued.
+            ConfigError: another thread is in ``step`` or ``generate``, or the engine is closed.
         """
-        if self._unreported:
-            tokens, self._unreported = self._unreported, []
-            return tokens
-        return self._advance()
+        tokens: list[StepToken] = []
+        try:
+            with Uninterrupted(), self._alone():
+                tokens = self._advance()
+        except BaseException:
+            self._mail.keep(tokens)
+            raise
+        return tokens
 
     def generate(self, requests: Iterable[Request]) -> list[Completion]:
-        """Run requests to their end; their completions in the order given.
+        """Run requests to their end -> one completion a sample, in the order given, a request's samples side by side.
 
-        Requests that were submitted before go on meanwhile: the next ``step`` returns their tokens.
+        What was submitted before runs on beside them; its tokens come with the next ``step``. ``max_waiting`` does not
+        count here.
 
         Raises:
-            ConfigError: see ``submit``; before anything ran.
-            OutOfPages, OutOfSlots: see ``step``; these requests are dropped, others stay queued.
+            ConfigError: as ``submit``; then none of them was queued.
+            OutOfPages, OutOfSlots: as ``step``; these requests are cancelled, the others go on waiting.
         """
-        if isinstance(requests, Request):
-            raise ConfigError("generate takes a list of requests: generate([request])")
-        checked = [self._checked(request) for request in requests]  # all of them, before the first is queued
-        tokens: dict[int, list[int]] = {self._queue(request): [] for request in checked}
-        reasons: dict[int, str] = {}
+        self._require_open()
+        if isinstance(requests, Request) or not isinstance(requests, Iterable):
+            raise ConfigError(f"generate takes a list of requests, as [Request(prompt_tokens)], got {requests!r}")
+        checked = [self._checked(request) for request in requests]
+        answers: dict[tuple[int, int], _Answer] = {}
+        others: list[StepToken] = []
+        ids: list[int] = []
         try:
-            while any(sequence.request_id in tokens for sequence in (*self._waiting, *self._running)):
-                for new in self._advance():
-                    if new.request_id not in tokens:
-                        self._unreported.append(new)
-                        continue
-                    tokens[new.request_id].append(new.token)
-                    if new.finish_reason is not None:
-                        reasons[new.request_id] = new.finish_reason
+            with Uninterrupted(), self._mail.lock:
+                for request in checked:
+                    ids.append(self._post(request))
+                    answers.update(((ids[-1], index), _Answer()) for index in range(request.n))
+            mine = set(ids)
+            with self._alone():
+                while any(answer.finish_reason is None for answer in answers.values()):
+                    with Uninterrupted():
+                        tokens = self._advance()
+                        for token in tokens:
+                            if token.request_id in mine:
+                                answers[token.request_id, token.index].add(token)
+                            else:
+                                others.append(token)
+                        for (request_id, _), answer in answers.items():
+                            if answer.finish_reason is None and not self._goes_on(request_id):
+                                answer.finish_reason = "cancelled"
         except BaseException:
-            for request_id in tokens:
+            for request_id in ids:
                 self.cancel(request_id)
             raise
-        return [
-            Completion(request_id, tuple(new), reasons.get(request_id, "cancelled"))
-            for request_id, new in tokens.items()
-        ]
+        finally:
+            self._mail.keep(others)
+        return [answer.completion(*key) for key, answer in answers.items()]
 
-    def cancel(self, request_id: int) -> None:
-        """Drop a request: nothing of it is reported any more. One that is unknown or has ended: no effect."""
-        self._unreported = [token for token in self._unreported if token.request_id != request_id]
-        for sequence in tuple(self._waiting):
-            if sequence.request_id == request_id:
-                self._waiting.remove(sequence)
-        for sequence in tuple(self._running):
-            if sequence.request_id == request_id:
-                self._release(sequence)
-                self._admitting = True
+    def stats(self) -> EngineStats:
+        """A snapshot; from any thread, in constant time."""
+        usage = 0.0
+        with suppress(ConfigError):  # the cache is closed
+            usage = self.cache.stats().in_use_bytes / self.cache.memory_limit
+        return self._meters.snapshot(self.num_waiting, self.num_running, usage, time.monotonic())
 
-    def abort(self) -> None:
-        """Drop every request and release every slot; one whose release fails is tried again by the next ``abort``."""
-        self._waiting.clear()
-        self._unreported.clear()
-        self._admitting = True
-        with ExitStack() as releases:  # runs them all, even if one raises
-            for sequence in tuple(self._running):
-                releases.callback(self._release, sequence)
+    def close(self) -> None:
+        """Drop every request, release every slot, and close the cache if the engine opened it. Idempotent.
 
-    # One step ---------------------------------------------------------------------------------------------------
+        Raises:
+            ConfigError: another thread is in ``step`` or ``generate``.
+        """
+        with Uninterrupted(), self._alone(even_closed=True):
+            if not self._closed:
+                self._closed = True
+                self._take_in()
+                for sample in list(self._scheduler):
+                    self._runner.cancel(sample.request_id)
+                self._passes.settle()
+                self._loop.close()
+            if self._own_cache:
+                self.cache.close()
 
-    def _queue(self, request: Request) -> int:
-        sequence = _Sequence(next(self._ids), request, list(request.prompt_tokens))
-        self._waiting.append(sequence)
-        return sequence.request_id
+    def __enter__(self) -> Engine:
+        return self
 
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        # Nobody closed it: slots of a cache that lives on may be taken.
+        if not sys.is_finalizing() and not getattr(self, "_closed", True) and os.getpid() == self._pid:
+            finish(self.close)
+
+    # -- inside --------------------------------------------------------------------------------------------------
     def _advance(self) -> list[StepToken]:
+        self._take_in()
+        self._runner.advance(time.monotonic())
+        return self._collect()
+
+    def _take_in(self) -> None:
+        """What other threads have left: new requests, then cancellations."""
+        arrived, cancelled = self._mail.take()
+        for request_id, request, arrived_s in arrived:
+            self._runner.add(request_id, request, arrived_s)
+        for request_id in cancelled:
+            self._runner.cancel(request_id)
+
+    def _collect(self) -> list[StepToken]:
+        """What is there to report, less what was cancelled meanwhile."""
+        tokens, self._runner.reported = self._runner.reported, []
+        return self._mail.reportable(tokens)
+
+    def _goes_on(self, request_id: int) -> bool:
+        return self._runner.goes_on(request_id) or self._mail.has(request_id)
+
+    def _post(self, request: Request) -> int:
+        request_id = next(self._ids)
+        self._mail.post(request_id, request)
+        return request_id
+
+    @contextmanager
+    def _alone(self, even_closed: bool = False) -> Iterator[None]:
+        """Only one thread at a time, and no call out of another's."""
+        taken = self._stepping.acquire(blocking=False)
         try:
-            return self._step()
-        except (OutOfPages, OutOfSlots):
-            if self._running:
-                self.abort()
-            raise
-        except BaseException:
-            self.abort()
-            raise
-
-    def _step(self) -> list[StepToken]:
-        start = time.perf_counter()
-        stats = self.stats
-        if admitted := self._admit():
-            num_tokens = sum(len(sequence.tokens) for sequence in admitted)
-            new = self._prefill(admitted)
-            stats.num_prefill_steps += 1
-            stats.num_prefill_tokens += num_tokens
-            stats.prefill_s += time.perf_counter() - start
-            return new
-        if not self._running:
-            return []
-        new = self._decode()
-        stats.num_decode_steps += 1
-        stats.num_decode_tokens += len(new)
-        stats.decode_s += time.perf_counter() - start
-        return new
-
-    def _admit(self) -> list[_Sequence]:
-        """Give slots and pages to waiting sequences, oldest first, until something runs short."""
-        admitted: list[_Sequence] = []
-        num_tokens = 0
-        while self._waiting and (self._admitting or not self._running):
-            sequence = self._waiting[0]
-            num_tokens += len(sequence.tokens)
-            if admitted and num_tokens > self.max_prefill_tokens:
-                break
-            try:
-                request = sequence.request
-                longest = len(request.prompt_tokens) + request.max_new_tokens - 1  # the last token has no row
-                sequence.slot = self.cache.acquire(expect_len=longest)
-                self._running.append(sequence)  # from here on `abort` releases it
-                self.cache.ensure(sequence.slot, len(sequence.tokens))
-            except (OutOfPages, OutOfSlots):
-                if sequence in self._running:
-                    self._release(sequence)
-                if not self._running:
-                    raise
-                break
-            self._waiting.popleft()
-            admitted.append(sequence)
-        return admitted
-
-    def _prefill(self, sequences: list[_Sequence]) -> list[StepToken]:
-        """Compute all tokens of newly admitted sequences, at most ``max_prefill_tokens`` a pass."""
-        last_logits: dict[int, torch.Tensor] = {}
-        pending = deque(sequences)
-        while pending:
-            work: list[tuple[_Sequence, int]] = []
-            room = self.max_prefill_tokens
-            while pending and room:
-                sequence = pending[0]
-                count = min(room, len(sequence.tokens) - sequence.num_cached)
-                room -= count
-                work.append((sequence, count))
-                if sequence.num_cached + count < len(sequence.tokens):
-                    break  # the rest of it is the next pass
-                pending.popleft()
-            logits = self._forward(work)
-            last_logits.update({sequence.slot: row for (sequence, _), row in zip(work, logits, strict=True)})
-        return self._finish_step(sequences, torch.stack([last_logits[sequence.slot] for sequence in sequences]))
-
-    def _decode(self) -> list[StepToken]:
-        """One token for every running sequence that keeps its memory."""
-        while True:
-            try:
-                self.cache.ensure_batch(
-                    [sequence.slot for sequence in self._running],
-                    [sequence.num_cached + 1 for sequence in self._running],
+            if not taken:
+                inside = self._stepper == threading.get_ident()
+                raise ConfigError(
+                    "step, generate and close cannot be called from within a step of the same engine"
+                    if inside
+                    else "another thread is in step or generate of this engine: call them from one thread at a time"
                 )
-                break
-            except OutOfPages:
-                self._preempt_youngest()
-                if not self._running:
-                    raise
-        running = list(self._running)
-        logits = self._forward([(sequence, 1) for sequence in running])
-        self.stats.num_decode_rows += sum(sequence.num_cached for sequence in running)
-        return self._finish_step(running, logits)
+            if not even_closed:
+                self._require_open()
+            self._stepper = threading.get_ident()
+            yield
+        finally:
+            if taken:
+                self._stepper = None
+                self._stepping.release()
 
-    @torch.inference_mode()
-    def _forward(self, work: list[tuple[_Sequence, int]]) -> torch.Tensor:
-        """Compute the next ``count`` uncomputed tokens of each sequence -> logits ``[len(work), vocab_size]``."""
-        slots = [sequence.slot for sequence, _ in work]
-        counts = [count for _, count in work]
-        ends = [sequence.num_cached + count for sequence, count in work]
-        batch = AttentionBatch.build(slots, counts, ends, self.cache.device)
-        packed: list[int] = []
-        for (sequence, _), end in zip(work, ends, strict=True):
-            packed += sequence.tokens[sequence.num_cached : end]
-        tokens = upload(packed, self.cache.device, torch.int64)
-        with self.cache.step(slots):
-            logits = self.model(tokens, batch, self.cache, self.attention)
-        for (sequence, _), end in zip(work, ends, strict=True):
-            sequence.num_cached = end
-        return logits
-
-    def _finish_step(self, sequences: list[_Sequence], logits: torch.Tensor) -> list[StepToken]:
-        """Sample, record, and release the sequences that ended. ``logits``: ``[len(sequences), vocab_size]``."""
-        chosen = self._sample(sequences, logits)
-        new: list[StepToken] = []
-        finished: list[_Sequence] = []
-        for sequence, token in zip(sequences, chosen, strict=True):
-            sequence.tokens.append(token)
-            reason = None
-            if token in sequence.request.stop_tokens:
-                reason = "stop"
-            elif sequence.num_generated >= sequence.request.max_new_tokens:
-                reason = "length"
-            if reason is not None:
-                finished.append(sequence)
-            new.append(StepToken(sequence.request_id, token, reason))
-        if self._on_step is not None:
-            self._on_step()
-        for sequence in finished:
-            self._release(sequence)
-            self._admitting = True
-        return new
-
-    def _sample(self, sequences: list[_Sequence], logits: torch.Tensor) -> list[int]:
-        """Each one's next token: drawn with its seed and the position of the token that its logits came from."""
-        requests, device = [sequence.request for sequence in sequences], self.cache.device
-
-        def put(values: Iterable[float], dtype: type) -> torch.Tensor:
-            return upload(np.array(list(values), dtype), device)
-
-        out = torch.empty(len(requests), dtype=torch.int32, device=device)
-        self._sample_tokens(
-            logits,
-            put(range(len(requests)), np.int32),
-            put((len(sequence.tokens) - 1 for sequence in sequences), np.int32),
-            put((request.temperature for request in requests), np.float32),
-            put((request.top_k for request in requests), np.int32),
-            put((request.top_p for request in requests), np.float32),
-            put((request.seed for request in requests), np.int64),
-            out,
-        )
-        return out.tolist()
-
-    def _preempt_youngest(self) -> None:
-        sequence = self._running[-1]
-        self._release(sequence)
-        sequence.num_cached = 0
-        self._waiting.appendleft(sequence)
-        self._admitting = False
-        self.stats.num_preemptions += 1
-
-    def _release(self, sequence: _Sequence) -> None:
-        if sequence in self._running:  # the caller's on_step may have cancelled it
-            # Both or none: released twice, the slot might be another user's by then.
-            with Uninterrupted():
-                self.cache.release(sequence.slot)
-                self._running.remove(sequence)
-
-    # Checks -----------------------------------------------------------------------------------------------------
+    def _require_open(self) -> None:
+        if self._closed:
+            raise ConfigError("this engine is closed; make a new one")
+        if os.getpid() != self._pid:
+            raise ConfigError("this engine belongs to the process that forked this one; make another here")
 
     def _checked(self, request: Request) -> Request:
         """A copy, which this cache can hold."""
         request = checked_request(request, vocab_size=self.model.config.vocab_size)
-        max_new_tokens = request.max_new_tokens
-        layout = self.cache.layout
-        # The last new token is returned and never read, so it needs no row.
-        num_rows = len(request.prompt_tokens) + max_new_tokens - 1
-        if num_rows > layout.max_seq_len:
+        num_prompt, num_new = len(request.prompt_tokens), request.max_new_tokens
+        rows = num_prompt + num_new - 1  # the last new token is reported and never read
+        context = self._loop.max_seq_len
+        if rows > context:
             raise ConfigError(
-                f"a prompt of {len(request.prompt_tokens)} tokens and {max_new_tokens} new ones exceed the context of "
-                f"{layout.max_seq_len} tokens"
+                f"a prompt of {num_prompt} tokens and {num_new} new ones exceed the context of {context} tokens"
             )
-        needed = bytes_for(layout, num_rows + self.cache.over_read_tokens, self.cache.page_bytes)
-        if needed > self.cache.memory_limit:
+        needed = self._costs.bytes(rows)
+        if needed > self._room_bytes:
             raise ConfigError(
-                f"a prompt of {len(request.prompt_tokens)} tokens and {max_new_tokens} new ones need {needed} bytes of "
-                f"memory, the limit is {self.cache.memory_limit} bytes"
+                f"a prompt of {num_prompt} tokens and {num_new} new ones need {needed} bytes of memory, the limit is "
+                f"{self.cache.memory_limit} bytes, of which the engine itself takes "
+                f"{self.cache.memory_limit - self._room_bytes}"
+            )
+        if len(request.stop_tokens) > self._loop.max_stop_tokens:
+            raise ConfigError(
+                f"{len(request.stop_tokens)} stop tokens are more than the {self._loop.max_stop_tokens} accepted"
             )
         return request
 
 
-def bytes_for(layout: KVLayout, num_rows: int, page_bytes: int) -> int:
-    """Physical bytes that one sequence of ``num_rows`` tokens takes, in whole pages."""
-    lanes = (lane for group in layout.groups for lane in layout.plan(group, 1, page_bytes).lanes)
-    return sum(-(-num_rows * lane.row_bytes // page_bytes) * page_bytes for lane in lanes)
+@dataclass
+class _Answer:
+    """A sample's completion in the making."""
+
+    tokens: list[StepToken] = field(default_factory=list)
+    finish_reason: str | None = None
+    error: BaseException | None = None
+
+    def add(self, token: StepToken) -> None:
+        if token.token is not None:
+            self.tokens.append(token)
+        self.finish_reason, self.error = token.finish_reason, token.error
+
+    def completion(self, request_id: int, index: int) -> Completion:
+        logprobs = [token for token in self.tokens if token.logprob is not None]
+        return Completion(
+            request_id,
+            index,
+            tuple(token.token for token in self.tokens if token.token is not None),
+            self.finish_reason or "cancelled",
+            tuple(token.logprob for token in logprobs if token.logprob is not None),
+            tuple(token.top_logprobs for token in logprobs),
+            self.error,
+        )

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any
-
 import torch
 
-from .triton_support import next_power_of_2, require_triton
+from .triton_support import jit, next_power_of_2, require_triton, tl
 
 __all__ = ["begin_step", "begin_step_reference"]
 
@@ -59,7 +56,7 @@ def begin_step(
     require_triton(slots, tokens, lengths, embedding, residual, rows, ends)
     batch, hidden = residual.shape
     block = min(_BLOCK, next_power_of_2(hidden))
-    _kernel()[(batch, -(-hidden // block))](
+    begin_step_kernel[(batch, -(-hidden // block))](
         slots,
         tokens,
         lengths,
@@ -74,35 +71,28 @@ def begin_step(
     )
 
 
-@cache
-def _kernel() -> Any:
-    import triton
-    import triton.language as tl
-
-    @triton.jit
-    def begin_step_kernel(  # type: ignore[no-untyped-def]
-        slots_ptr,
-        tokens_ptr,
-        lengths_ptr,
-        embedding_ptr,
-        residual_ptr,
-        rows_ptr,
-        ends_ptr,
-        embedding_stride,
-        residual_stride,
-        hidden,
-        BLOCK: tl.constexpr,
-    ):
-        i = tl.program_id(0).to(tl.int64)
-        slot = tl.load(slots_ptr + i).to(tl.int64)
-        token = tl.load(tokens_ptr + slot).to(tl.int64)
-        columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        inside = columns < hidden
-        value = tl.load(embedding_ptr + token * embedding_stride + columns, mask=inside)
-        tl.store(residual_ptr + i * residual_stride + columns, value.to(residual_ptr.dtype.element_ty), mask=inside)
-        if tl.program_id(1) == 0:
-            row = tl.load(lengths_ptr + slot)
-            tl.store(rows_ptr + i, row)
-            tl.store(ends_ptr + i, row + 1)
-
-    return begin_step_kernel
+@jit
+def begin_step_kernel(  # type: ignore[no-untyped-def]
+    slots_ptr,
+    tokens_ptr,
+    lengths_ptr,
+    embedding_ptr,
+    residual_ptr,
+    rows_ptr,
+    ends_ptr,
+    embedding_stride,
+    residual_stride,
+    hidden,
+    BLOCK: tl.constexpr,
+):
+    i = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots_ptr + i).to(tl.int64)
+    token = tl.load(tokens_ptr + slot).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < hidden
+    value = tl.load(embedding_ptr + token * embedding_stride + columns, mask=inside)
+    tl.store(residual_ptr + i * residual_stride + columns, value.to(residual_ptr.dtype.element_ty), mask=inside)
+    if tl.program_id(1) == 0:
+        row = tl.load(lengths_ptr + slot)
+        tl.store(rows_ptr + i, row)
+        tl.store(ends_ptr + i, row + 1)

@@ -9,7 +9,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from .sample_tokens import MAX_TEMPERATURE, philox_words, sample_tokens_reference
+from .philox import philox_words
+from .process_logits import SamplerState, flags_in_use, process_logits_reference, token_of_none
+from .sample_tokens import MAX_TEMPERATURE, sample_tokens_reference
 
 __all__ = ["sample_tokens_eager"]
 
@@ -22,10 +24,7 @@ def sample_tokens_eager(
     logits: torch.Tensor,
     slots: torch.Tensor,
     rows: torch.Tensor,
-    temperature: torch.Tensor,
-    top_k: torch.Tensor,
-    top_p: torch.Tensor,
-    seeds: torch.Tensor,
+    state: SamplerState,
     out: torch.Tensor,
 ) -> None:
     """``sample_tokens_reference`` for tensors of any device; on the CPU without sorting whole rows more than it must.
@@ -33,30 +32,37 @@ def sample_tokens_eager(
     Logits of float64 are compared as such.
     """
     if logits.device.type != "cpu":
-        sample_tokens_reference(logits, slots, rows, temperature, top_k, top_p, seeds, out)
+        sample_tokens_reference(logits, slots, rows, state, out)
         return
-    values = logits.to(torch.promote_types(logits.dtype, torch.float32)).numpy()
     slot = slots.long()
-    heat, k = temperature[slot].float().numpy(), top_k[slot].numpy()
+    flagged = flags_in_use(slots, rows, state).nonzero()[:, 0]
+    tensor = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=len(flagged) > 0)
+    if len(flagged):
+        tensor[flagged] = process_logits_reference(logits[flagged], slots[flagged], rows[flagged], state)
+    values = tensor.numpy()
+    heat, k = state.temperature[slot].float().numpy(), state.top_k[slot].numpy()
+    reach, p, seed = state.reach[slot].numpy(), state.top_p[slot].double().tolist(), state.seeds[slot].tolist()
+    none = token_of_none(slots, rows, state).tolist()
     chosen = values.argmax(-1)  # the first NaN where there is one
     is_drawn = (heat > 0) & (k != 1)
-    p, seed = top_p[slot].double().tolist(), seeds[slot].tolist()
     for i, position in enumerate(rows.tolist()):
         row, ids = values[i], None
         if np.isnan(row[chosen[i]]):
             ids = np.flatnonzero(~np.isnan(row))
             row = row[ids]
-            chosen[i] = ids[row.argmax()] if ids.size else 0
+            chosen[i] = ids[row.argmax()] if ids.size else none[i]
         if is_drawn[i] and row.size:
-            scaled, kept = _kept(row, heat[i], int(k[i]), p[i])
+            scaled, kept = _kept(row, heat[i], int(k[i]), p[i], reach[i])
             chosen[i] = _draw(scaled, kept if ids is None else ids[kept], seed[i], position)
     out.copy_(torch.from_numpy(chosen))
 
 
-def _kept(row: np.ndarray, heat: np.floating, k: int, p: float) -> tuple[np.ndarray, np.ndarray]:
+def _kept(row: np.ndarray, heat: np.floating, k: int, p: float, reach: np.floating) -> tuple[np.ndarray, np.ndarray]:
     """What the cuts keep of a row without NaN: (logits over the temperature, largest 0; places in the row)."""
     top = row.max()
     threshold = np.partition(row, row.size - k)[row.size - k] if 0 < k < row.size else row.dtype.type(-np.inf)
+    if reach < np.inf:
+        threshold = max(threshold, top - reach)
     if p < 1:
         descending = np.sort(row[row >= threshold])[::-1]
         # float64, or the rounding of a hundred thousand additions would move the cut

@@ -1,0 +1,100 @@
+"""Random arrivals, cancellations, priorities, deadlines and shortages: every token is what its request gives alone."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+from helpers.engine import Fate, alone, any_request, cache_of
+from helpers.llama import small_model
+
+from vattn import Engine
+from vattn.errors import OutOfPages
+from vattn.models import Llama
+
+
+@pytest.fixture(scope="module")
+def model() -> Llama:
+    return small_model()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_hundred_random_requests(model: Llama, seed: int) -> None:
+    walk(model, 100, seed)
+
+
+@pytest.mark.long
+@pytest.mark.slow
+def test_ten_thousand_random_requests(model: Llama) -> None:
+    walk(model, 10_000, seed=99)
+
+
+def walk(model: Llama, num_requests: int, seed: int) -> None:
+    """Nothing is lost, nothing comes twice, nobody waits for ever, and memory stays within its limit."""
+    rng = random.Random(seed)
+    kinds = [any_request(rng) for _ in range(min(num_requests, 300) // 2)]
+    expected = alone(model, kinds)
+    order = rng.choice(("token", "layer"))
+    num_pages = (12 if order == "token" else 44) + rng.randrange(10)
+    with cache_of(model, max_slots=rng.choice((4, 7)), num_pages=num_pages, order=order) as cache:
+        with Engine(model, cache, max_step_tokens=rng.choice((7, 32, 256))) as engine:
+            fates: dict[tuple[int, int], Fate] = {}
+            open_requests: set[int] = set()
+            num_submitted, num_cancelled, held = 0, 0, None
+            while num_submitted < num_requests or engine.has_work:
+                while num_submitted < num_requests and engine.num_waiting < 30 and rng.random() < 0.6:
+                    kind = rng.randrange(len(kinds))
+                    options = {
+                        "priority": rng.choice((0, 0, 0, 1, -3, 10)),
+                        "deadline_s": rng.choice((None,) * 12 + (0.0, 0.005, 0.05, 1000.0)),
+                    }
+                    request_id = engine.submit(replace(kinds[kind], **options))
+                    fates.update(((request_id, c.index), Fate(c)) for c in expected[kind])
+                    open_requests.add(request_id)
+                    num_submitted += 1
+                if open_requests and rng.random() < 0.03:
+                    request_id = rng.choice(sorted(open_requests))
+                    engine.cancel(request_id)
+                    open_requests.discard(request_id)
+                    for key in [key for key in fates if key[0] == request_id]:
+                        del fates[key]
+                    num_cancelled += 1
+                if rng.random() < 0.05:  # somebody else takes memory of the cache, or gives it back
+                    if held is not None:
+                        cache.release(held)
+                        held = None
+                    elif engine.num_running < cache.max_slots - 2:
+                        held = cache.acquire()
+                        try:
+                            cache.ensure(held, rng.randrange(1, 60))
+                        except OutOfPages:
+                            cache.release(held)
+                            held = None
+                try:
+                    tokens = engine.step()
+                except OutOfPages:
+                    assert held is not None, "nobody else holds memory"
+                    cache.release(held)
+                    held = None
+                    continue
+                for new in tokens:
+                    fates[new.request_id, new.index].add(new)  # KeyError: of a cancelled request
+                open_requests = {
+                    each for each in open_requests if engine._runner.goes_on(each) or engine._mail.has(each)
+                }
+                if rng.random() < 0.05:
+                    cache.check_integrity()
+            assert all(fate.finish_reason for fate in fates.values())
+            reasons = [fate.finish_reason for fate in fates.values()]
+            assert reasons.count("length") > num_requests / 5
+            assert {"stop", "length", "deadline"} == set(reasons)
+            stats = engine.stats()
+            assert num_cancelled
+            assert stats.num_preemptions or num_requests < 1000
+            if held is not None:
+                cache.release(held)
+        end = cache.stats()
+        assert end.peak_physical_bytes <= cache.memory_limit
+        assert end.num_live_slots == end.in_use_bytes == 0
+        cache.check_integrity()

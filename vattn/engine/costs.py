@@ -1,0 +1,44 @@
+"""What a sequence takes of memory, in whole pages. Pure arithmetic."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from ..layout import KVLayout
+
+__all__ = ["SequenceCosts"]
+
+
+class SequenceCosts:
+    """Physical bytes of sequences by their rows.
+
+    Args:
+        layout: of the cache.
+        page_bytes: size of its pages.
+        over_read_tokens: rows past the end of a sequence that have pages too.
+    """
+
+    def __init__(self, layout: KVLayout, page_bytes: int, over_read_tokens: int = 0) -> None:
+        lanes = (lane for group in layout.groups for lane in layout.plan(group, 1, page_bytes).lanes)
+        self._lanes = tuple(Counter(lane.row_bytes for lane in lanes).items())  # those alike are counted together
+        self._page_bytes = page_bytes
+        self._over_read_tokens = over_read_tokens
+
+    def bytes(self, rows: int) -> int:
+        """Of a sequence of that many rows, the margin past its end included; 0 of one without rows."""
+        if not rows:
+            return 0
+        rows, page_bytes = rows + self._over_read_tokens, self._page_bytes
+        return sum(-(-rows * row_bytes // page_bytes) * num for row_bytes, num in self._lanes) * page_bytes
+
+    def shared_bytes(self, rows: int) -> int:
+        """Of pages that are full of the first so many rows, which forks share."""
+        return sum(rows * row_bytes // self._page_bytes * num for row_bytes, num in self._lanes) * self._page_bytes
+
+    def rows_within(self, num_bytes: int, most: int) -> int:
+        """The longest sequence that fits, of ``most`` rows at most."""
+        low, high = 0, most
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self.bytes(middle) <= num_bytes else (low, middle - 1)
+        return low

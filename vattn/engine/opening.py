@@ -1,0 +1,49 @@
+"""Which attention an engine computes prompts with, and the cache that it opens where it is given none."""
+
+from __future__ import annotations
+
+from ..attention import AttentionBackend, get
+from ..kv_cache import KVCache
+from ..tuning import default_attention, default_decode
+from .prefill import RuntimeModel
+
+__all__ = ["BUDGETS", "attention_for_prompts", "opened_cache"]
+
+# Prompt tokens of a step while somebody decodes, who waits for them, and while nobody does.
+BUDGETS = {"cuda": (1024, 8192), "cpu": (64, 256)}
+
+
+def attention_for_prompts(model: RuntimeModel, cache: KVCache, new: int) -> AttentionBackend:
+    """The one measured as fastest for passes of ``new`` tokens, of those that the cache has a margin for.
+
+    Raises:
+        ConfigError: none runs there.
+    """
+    groups = cache.layout.groups
+    if {group.head_dim for group in groups} | {group.v_head_dim for group in groups} != {groups[0].head_dim}:
+        return get("sdpa")  # the kernels want one head_dim for K and V
+    margin = 0 if cache.over_read_masked else cache.over_read_tokens
+    return default_attention(cache.layout, cache.device, model.num_heads, max_over_read=margin, new=new)
+
+
+def opened_cache(
+    model: RuntimeModel, attention: AttentionBackend | None, max_batch: int, memory_limit: int | None
+) -> KVCache:
+    """For so many sequences of the model's whole context, and the slot that a decode loop takes; with the margin that
+    ``attention`` wants, or what is fastest for prompts and for decode."""
+    layout, device = model.kv_layout(), model.device
+    if attention is None:
+        wanted = [
+            default_attention(layout, device, model.num_heads, new=BUDGETS[device.type][1]),
+            default_decode(layout, device, max_batch, max(1, model.max_seq_len // 2), model.num_heads),
+        ]
+    else:
+        wanted = [attention]
+    return KVCache(
+        layout,
+        max_batch + 1,
+        device,
+        memory_limit,
+        over_read_tokens=max(each.over_read_tokens for each in wanted),
+        over_read_masked=all(each.masks_over_read for each in wanted if each.over_read_tokens),
+    )

@@ -1,0 +1,359 @@
+"""One step of everything: prompts that are done start to decode, those that decode get a token, the next pass goes out.
+
+The order within a step is that of the GPU's time: the decode step is launched first, and while it runs the host gives
+slots away, maps what the next pass needs, and launches that.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+from ..decode import DecodedToken, DecodeLoop, Start
+from ..errors import ConfigError, DriverError, OutOfPages, OutOfSlots
+from ..requests import Request, StepToken
+from .prefill import Chunk, PrefillPasses
+from .scheduler import Phase, Sample, Scheduler
+from .stats import Meters
+
+__all__ = ["Runner"]
+
+# Of a sample with ``allowed_tokens``: its newest token is known and the next mask is to be made; it may take part in
+# the next step; it took part in one whose token is not known yet.
+_KNOWN, _READY, _AWAY = range(3)
+
+
+class Runner:
+    """Carries out what the scheduler says. For one thread; its caller puts signals off.
+
+    Whatever goes wrong ends the samples that it went wrong for: their own ``allowed_tokens``, the pass or the decode
+    step that they were part of, their slot. A shortage of memory or slots makes them wait.
+
+    Args:
+        loop: decodes.
+        passes: compute prompts.
+        scheduler: says who is next.
+        meters: count.
+        budgets: prompt tokens of a step while somebody decodes, and while nobody does.
+
+    Attributes:
+        reported: tokens and ends that nobody has collected yet.
+    """
+
+    def __init__(
+        self,
+        loop: DecodeLoop,
+        passes: PrefillPasses[tuple[Sample, int]],
+        scheduler: Scheduler,
+        meters: Meters,
+        budgets: tuple[int, int],
+    ) -> None:
+        self._loop, self._cache, self._passes = loop, loop.cache, passes
+        self._scheduler, self._meters = scheduler, meters
+        self._busy_budget, self._idle_budget = budgets
+        self.reported: list[StepToken] = []
+        self._samples: dict[int, list[Sample]] = {}  # of requests that go on
+        self._decoding: dict[int, Sample] = {}  # by slot
+        self._grammars: dict[Sample, int] = {}  # those that decode with ``allowed_tokens``
+        self._shortage: OutOfPages | OutOfSlots | None = None  # why nothing of ours runs
+
+    # -- requests ------------------------------------------------------------------------------------------------
+    def add(self, request_id: int, request: Request, arrived_s: float) -> None:
+        """A checked request arrives."""
+        deadline = arrived_s + request.deadline_s if request.deadline_s is not None else float("inf")
+        samples = [Sample(request_id, index, request, request_id, arrived_s, deadline) for index in range(request.n)]
+        self._samples[request_id] = samples
+        for sample in samples:
+            self._scheduler.add(sample)
+
+    def cancel(self, request_id: int) -> None:
+        """Nothing of the request is reported any more; one that is unknown or has ended: no effect."""
+        for sample in tuple(self._samples.get(request_id, ())):
+            self._leave(sample)
+        self.reported = [token for token in self.reported if token.request_id != request_id]
+
+    def goes_on(self, request_id: int) -> bool:
+        """Whether a sample of the request waits or runs."""
+        return request_id in self._samples
+
+    # -- a step --------------------------------------------------------------------------------------------------
+    def advance(self, now: float) -> None:
+        """One step; what it brings is in ``reported``.
+
+        Raises:
+            OutOfPages, OutOfSlots: others hold the memory or the slots, and nothing of ours runs. Whoever waits goes on
+                waiting.
+        """
+        self._meters.num_steps += 1
+        for sample in self._scheduler.expired(now):
+            self._end(sample, "deadline")
+        self._finish_passes()
+        self._decode(now)
+        self._admit(now)
+        self._launch_pass()
+        if self._scheduler.running:
+            self._shortage = None
+        elif self._shortage is not None and not self.reported:
+            shortage, self._shortage = self._shortage, None
+            raise shortage
+
+    def _finish_passes(self) -> None:
+        """Prompts that are computed start to decode; where nobody does, wait for one."""
+        ready: list[Sample] = []
+        for chunk in self._passes.done(wait=not self._decoding):
+            sample, life = chunk.owner
+            if sample.life == life and chunk.end == sample.num_rows:
+                ready.append(sample)
+        self._start(ready)
+
+    def _start(self, ready: list[Sample]) -> None:
+        """Decode these from now on; those that follow them fork first, while the slots hold the prompts and no more."""
+        followers = [(each, sample) for sample in ready for each in self._scheduler.followers(sample)]
+        taken = [follower for follower, sample in followers if self._take_slot(follower, sample)]
+        ready = ready + [follower for follower in taken if follower.computed == follower.num_rows]
+        while ready:
+            try:
+                self._loop.start_batch([self._start_of(sample) for sample in ready])
+                break
+            except OutOfPages as error:
+                self._preempt(error)
+                ready = [sample for sample in ready if sample.phase is Phase.PREFILLING]
+            except Exception as error:
+                self._fail(ready, error)
+                return
+        for sample in ready:
+            self._scheduler.decode(sample)
+            self._decoding[sample.slot] = sample
+            if sample.request.allowed_tokens is not None:
+                self._grammars[sample] = _KNOWN
+
+    @staticmethod
+    def _start_of(sample: Sample) -> Start:
+        request, answer = sample.request, sample.answer
+        return Start(
+            sample.slot,
+            answer[-1] if answer else request.prompt_tokens[-1],
+            request.max_new_tokens - len(answer),
+            None if request.sampling is None else request.sampling.for_sample(sample.index),
+            request.stop_tokens,
+            request.prompt_tokens,
+            answer,
+            request.num_logprobs,
+        )
+
+    def _decode(self, now: float) -> None:
+        """A token for everybody who decodes; who has no page for the next row waits."""
+        loop, may_retry = self._loop, True
+        while self._decoding:
+            slots = self._slots_to_step()
+            try:
+                tokens = loop.step(slots)
+                if loop.stream is None:  # nothing runs beside the host: there is nothing to be one step behind for
+                    tokens += loop.drain()
+            except OutOfPages as error:
+                # What has ended meanwhile gives its memory back.
+                if not self._note(self._rest(), now):
+                    self._preempt(error)
+                continue
+            except Exception as error:
+                self._note(self._rest(), now)
+                lost = [sample for slot, sample in self._decoding.items() if slot not in loop.slots]
+                if lost:  # released or truncated behind our back: they are somebody else's
+                    self._fail(lost, error, gone=True)
+                elif isinstance(error, DriverError) and may_retry:
+                    may_retry = False
+                else:
+                    self._fail([s for slot, s in self._decoding.items() if slots is None or slot in slots], error)
+                continue
+            for sample in self._grammars:
+                if self._grammars[sample] == _READY:
+                    self._grammars[sample] = _AWAY
+            self._note(tokens, now)
+            return
+
+    def _rest(self) -> list[DecodedToken]:
+        """Of steps that are launched already, after something was raised; none where the device has failed."""
+        with suppress(Exception):
+            return self._loop.drain()
+        return []
+
+    def _slots_to_step(self) -> list[int] | None:
+        """Those that take part in the next step: all (None), but for those whose next mask cannot be made yet."""
+        if not self._grammars:
+            return None
+        for sample in [sample for sample, state in self._grammars.items() if state == _KNOWN]:
+            try:
+                assert sample.request.allowed_tokens is not None
+                self._loop.allow(sample.slot, sample.request.allowed_tokens(tuple(sample.answer)))
+                self._grammars[sample] = _READY
+            except Exception as error:
+                self._fail([sample], error)
+        return [slot for slot, sample in self._decoding.items() if self._grammars.get(sample) != _AWAY]
+
+    def _note(self, tokens: list[DecodedToken], now: float) -> bool:
+        """Report tokens; True if a sample ended."""
+        ended: list[Sample] = []
+        gaps: dict[float, int] = {}
+        num_tokens = 0
+        for token in tokens:
+            sample = self._decoding.get(token.slot)
+            if sample is None:
+                continue
+            if token.token is None:
+                error = RuntimeError("no token could be chosen: each one was forbidden, or its logit was NaN")
+                self._fail([sample], error)
+                continue
+            if sample.answer:
+                gaps[sample.last_s] = gaps.get(sample.last_s, 0) + 1
+            else:
+                self._meters.first_token_s.add(now - sample.arrived_s)
+            num_tokens += 1
+            sample.last_s = now
+            sample.answer.append(token.token)
+            logprobs, reason = token.top_logprobs, token.finish_reason
+            self.reported.append(
+                StepToken(sample.request_id, sample.index, token.token, token.logprob, logprobs, reason)
+            )
+            if reason is not None:
+                ended.append(sample)
+            elif sample in self._grammars:
+                self._grammars[sample] = _KNOWN
+        for last_s, times in gaps.items():
+            self._meters.between_tokens_s.add(now - last_s, times)
+        self._meters.note_tokens(num_tokens, now)
+        for sample in ended:
+            self._scheduler.note_length(sample)
+            self._leave(sample)
+        return bool(ended)
+
+    # -- slots and memory ----------------------------------------------------------------------------------------
+    def _admit(self, now: float) -> None:
+        """Give slots to those whose turn it is."""
+        scheduler = self._scheduler
+        if not scheduler.num_waiting or self._shortage is not None:
+            return
+        try:
+            admitted = scheduler.admit(self._free_bytes, self._backed_rows)
+        except ConfigError as error:  # the cache was closed
+            self._fail(list(scheduler), error)
+            return
+        for sample in admitted:
+            if sample.phase is not Phase.PREFILLING:
+                continue  # it follows another, or could not
+            if self._shortage is not None:
+                scheduler.requeue(sample)
+            elif self._take_slot(sample, scheduler.source_of(sample)) and not sample.was_admitted:
+                sample.was_admitted = True
+                self._meters.queue_s.add(now - sample.arrived_s)
+        self._start([s for s in admitted if s.phase is Phase.PREFILLING and s.slot >= 0 and s.computed == s.num_rows])
+        if not scheduler.running and self._shortage is None and (head := scheduler.head) is not None:
+            asked, free, limit = scheduler.least_bytes(head), self._free_bytes(), self._cache.memory_limit
+            self._shortage = OutOfPages(
+                f"request {head.request_id} needs {asked} bytes to begin with; {free} of {limit} bytes are free, and "
+                "nothing of this engine runs: others hold slots of its cache",
+                asked_bytes=asked,
+                free_bytes=free,
+                limit_bytes=limit,
+            )
+
+    def _take_slot(self, sample: Sample, source: Sample | None) -> bool:
+        """A slot for a sample: an empty one, or a fork of another's of the same request. False: it waits again."""
+        rows = sample.num_prompt_rows
+        try:
+            if source is not None and rows:
+                slot, computed = self._cache.fork(source.slot, rows), rows
+            else:
+                slot, computed = self._cache.acquire(expect_len=self._scheduler.expected_rows(sample)), 0
+        except (OutOfPages, OutOfSlots) as error:
+            self._scheduler.requeue(sample)
+            self._shortage = error
+            return False
+        except Exception as error:
+            self._fail([sample], error)
+            return False
+        if sample.phase is Phase.FOLLOWING:
+            self._scheduler.lead_no_more(sample)
+        sample.slot, sample.computed = slot, computed
+        return True
+
+    def _launch_pass(self) -> None:
+        """The next chunks of prompts; while nobody decodes a second pass, so that mapping for it takes no time."""
+        scheduler = self._scheduler
+        while scheduler.is_prefilling and self._passes.num_under_way < (1 if self._decoding else 2):
+            parts = scheduler.chunks(self._busy_budget if self._decoding else self._idle_budget)
+            if not parts:
+                return
+            chunks = [
+                Chunk((sample, sample.life), sample.slot, sample.tokens(sample.computed, end), end)
+                for sample, end in ((sample, sample.computed + count) for sample, count in parts)
+            ]
+            try:
+                self._passes.launch(chunks)
+            except OutOfPages as error:
+                self._preempt(error)
+                continue
+            except Exception as error:
+                self._fail([sample for sample, _ in parts], error)
+                continue
+            for sample, count in parts:
+                sample.computed += count
+                self._meters.num_prefill_tokens += count
+            if self._loop.stream is None:  # it has been computed by now
+                return
+
+    def _preempt(self, error: OutOfPages) -> None:
+        """Take a sample's memory back; its rows are computed again when they fit."""
+        victim = self._scheduler.victim()
+        if victim is not None:
+            self._give_back(victim)
+            self._scheduler.requeue(victim)
+            self._meters.num_preemptions += 1
+        if not self._scheduler.running:
+            self._shortage = error
+
+    def _free_bytes(self) -> int:
+        return self._cache.memory_limit - self._cache.stats().in_use_bytes
+
+    def _backed_rows(self, sample: Sample) -> int:
+        with suppress(ConfigError):  # its slot was released behind our back, of which the next step tells
+            return self._cache.seq_len(sample.slot) if sample.slot >= 0 else 0
+        return sample.computed
+
+    # -- ends ----------------------------------------------------------------------------------------------------
+    def _fail(self, samples: list[Sample], error: Exception, gone: bool = False) -> None:
+        """They end with an error, and so do those that wait for their prompts."""
+        for sample in samples:
+            if sample.phase is not Phase.ENDED:
+                followers = self._scheduler.followers(sample)
+                if gone:
+                    self._decoding.pop(sample.slot, None)
+                    sample.slot = -1
+                self._end(sample, "error", error)
+                self._fail(followers, error)
+
+    def _end(self, sample: Sample, reason: str, error: Exception | None = None) -> None:
+        self.reported.append(StepToken(sample.request_id, sample.index, None, finish_reason=reason, error=error))
+        self._leave(sample)
+
+    def _leave(self, sample: Sample) -> None:
+        """It waits and runs no more."""
+        self._give_back(sample)
+        self._scheduler.discard(sample)
+        samples = self._samples[sample.request_id]
+        samples.remove(sample)
+        if not samples:
+            del self._samples[sample.request_id]
+
+    def _give_back(self, sample: Sample) -> None:
+        """Its slot, if it has one."""
+        slot, sample.slot = sample.slot, -1
+        self._grammars.pop(sample, None)
+        if slot < 0:
+            return
+        with suppress(ConfigError):  # the cache is closed, or the slot is somebody else's by now
+            if self._decoding.pop(slot, None) is None:
+                self._cache.release(slot)
+                return
+            try:
+                self._loop.release(slot)
+            except (OutOfPages, DriverError):  # of what lies past the end of its rows
+                self._cache.release(slot)
