@@ -1,33 +1,39 @@
-"""The engine on the real cache: admission, waiting, preemption, stopping, and slots given back whatever happens."""
+"""The engine on the real cache: what requests give, alone and together, in chunks, in steps, forked and preempted."""
 
 from __future__ import annotations
 
-import signal
+import math
 from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
-from helpers.llama import random_tokens, run, small_model
+from helpers.decode import eager
+from helpers.engine import (
+    PAGE_BYTES,
+    TOKENS_PER_PAGE,
+    alone,
+    by_sample,
+    cache_of,
+    ends,
+    requests_of,
+    run_out,
+    tokens_of,
+)
+from helpers.llama import random_tokens, small_model
 
+import vattn
+from vattn import Completion, Engine, KVCache, Request, Sampling
 from vattn.attention.sdpa import SdpaAttention
-from vattn.engine.engine import Engine, Request
 from vattn.errors import ConfigError, OutOfPages, OutOfSlots
-from vattn.kv_cache import KVCache
-from vattn.models.llama import Llama
-
-PAGE_BYTES = 4096  # 16 tokens of the small model
-TOKENS_PER_PAGE = 16
+from vattn.models import FusedLlama, Llama
 
 
 @pytest.fixture(scope="module")
 def model() -> Llama:
     return small_model()
-
-
-def cache_of(model: Llama, max_slots: int = 4, num_pages: int = 64, order: str = "token") -> KVCache:
-    return KVCache(
-        model.kv_layout(order=order), max_slots, "cpu", memory_limit=num_pages * PAGE_BYTES, page_bytes=PAGE_BYTES
-    )
 
 
 @pytest.fixture
@@ -38,155 +44,259 @@ def cache(model: Llama) -> Iterator[KVCache]:
         assert cache.stats().num_live_slots == 0
 
 
-def requests(count: int, max_new_tokens: int = 40, **settings: object) -> list[Request]:
-    """Prompts of 1, 8, 15, … tokens; every other one sampled."""
-    return [
-        Request(random_tokens(1 + 7 * i, 128, seed=i), max_new_tokens, temperature=1.0 * (i % 2), seed=i, **settings)  # type: ignore[arg-type]
-        for i in range(count)
-    ]
+@pytest.fixture
+def engine(model: Llama, cache: KVCache) -> Iterator[Engine]:
+    with Engine(model, cache) as engine:
+        yield engine
 
 
-def by_hand(model: Llama, cache: KVCache, request: Request) -> tuple[int, ...]:
-    """Greedy, without the engine."""
-    slot = cache.acquire()
-    tokens: list[int] = []
-    chunk = list(request.prompt_tokens)
-    for _ in range(request.max_new_tokens):
-        chunk = [int(run(model, cache, [slot], [chunk]).argmax())]
-        tokens += chunk
-    cache.release(slot)
-    return tuple(tokens)
-
-
-def test_greedy_equals_a_loop_by_hand(model: Llama, cache: KVCache) -> None:
-    wanted = [Request(random_tokens(n, 128, seed=n), 20) for n in (1, 16, 17, 50)]
-    completions = Engine(model, cache).generate(wanted)
-    assert [c.tokens for c in completions] == [by_hand(model, cache, request) for request in wanted]
+def test_greedy_equals_the_model_s_own_forward(model: Llama, engine: Engine) -> None:
+    prompts = [random_tokens(n, 128, seed=n) for n in (1, 2, 16, 17, 50)]
+    completions = engine.generate([Request(prompt, 20) for prompt in prompts])
+    assert tokens_of(completions) == eager(model, prompts, 20)
     assert {c.finish_reason for c in completions} == {"length"}
+    assert [(c.request_id, c.index, c.error) for c in completions] == [(i, 0, None) for i in range(5)]
 
 
-def test_tokens_do_not_depend_on_the_batch(model: Llama, cache: KVCache) -> None:
-    together = Engine(model, cache).generate(requests(4))
-    alone = [Engine(model, cache).generate([request])[0].tokens for request in requests(4)]
-    assert [c.tokens for c in together] == alone
+def test_it_opens_a_cache_of_its_own_and_closes_it(model: Llama) -> None:
+    with Engine(model, max_batch=3, memory_limit=64 << 20) as engine:
+        assert (engine.cache.max_slots, engine.cache.memory_limit) == (4, 64 << 20)
+        assert tokens_of(engine.generate([Request([3, 5, 7], 10)])) == eager(model, [[3, 5, 7]], 10)
+        cache = engine.cache
+    engine.close()
+    with pytest.raises(ConfigError, match="closed"):
+        cache.acquire()
 
 
-def test_long_prompts_are_computed_in_chunks(model: Llama, cache: KVCache) -> None:
+def test_a_model_and_its_runtime_are_the_same(model: Llama, cache: KVCache) -> None:
+    with Engine(FusedLlama(model), cache) as engine:
+        assert tokens_of(engine.generate([Request([3, 5, 7], 10)])) == eager(model, [[3, 5, 7]], 10)
+
+
+def test_tokens_do_not_depend_on_the_batch(model: Llama, engine: Engine) -> None:
+    wanted = requests_of(7)
+    assert tokens_of(engine.generate(wanted)) == [c.tokens for (c,) in alone(model, wanted)]
+
+
+@pytest.mark.parametrize("max_step_tokens", [1, 16, 1000])
+def test_prompts_are_computed_in_chunks(model: Llama, cache: KVCache, max_step_tokens: int) -> None:
     wanted = [Request(random_tokens(n, 128, seed=n), 10) for n in (100, 3, 41)]
-    whole = Engine(model, cache).generate(wanted)
-    engine = Engine(model, cache, max_prefill_tokens=16)
-    assert [c.tokens for c in engine.generate(wanted)] == [c.tokens for c in whole]
-    assert engine.stats.num_prefill_tokens == 144
+    with Engine(model, cache, max_step_tokens=max_step_tokens) as engine:
+        assert tokens_of(engine.generate(wanted)) == [c.tokens for (c,) in alone(model, wanted)]
+        assert engine.stats().num_prefill_tokens == 99 + 2 + 40  # the last token of a prompt is decoded
 
 
-def test_requests_wait_for_slots_in_arrival_order(model: Llama, cache: KVCache) -> None:
-    engine = Engine(model, cache)
-    ids = [engine.submit(request) for request in requests(10, max_new_tokens=5)]
+def test_no_step_computes_more_than_its_budget(model: Llama, cache: KVCache) -> None:
+    """So nobody waits longer for a token than a chunk takes: a prompt that comes silences nobody."""
+    with Engine(model, cache, max_step_tokens=16) as engine:
+        first = engine.submit(Request([5, 6, 7], 60))
+        while not engine.step():
+            pass
+        engine.submit(Request(random_tokens(400, 128), 3))
+        for _ in range(24):
+            before = engine.stats().num_prefill_tokens
+            assert [new.request_id for new in engine.step()] == [first]
+            assert 0 < engine.stats().num_prefill_tokens - before <= 16
+        run_out(engine)
+
+
+def test_short_prompts_share_a_pass(model: Llama, cache: KVCache) -> None:
+    with Engine(model, cache, max_step_tokens=64) as engine:
+        for i in range(4):
+            engine.submit(Request(random_tokens(11, 128, seed=i), 2))
+        engine.step()
+        assert engine.stats().num_prefill_tokens == 40
+
+
+def test_requests_wait_for_slots_in_arrival_order(cache: KVCache, engine: Engine) -> None:
+    ids = [engine.submit(request) for request in requests_of(10, max_new_tokens=5)]
     first_seen: list[int] = []
     while engine.has_work:
         new = engine.step()
         first_seen += [t.request_id for t in new if t.request_id not in first_seen]
-        assert engine.num_running <= cache.max_slots
+        assert engine.num_running <= cache.max_slots - 1
         cache.check_integrity()
     assert first_seen == ids
 
 
+def test_a_higher_priority_goes_first(model: Llama, cache: KVCache) -> None:
+    with Engine(model, cache, max_batch=1) as engine:
+        ids = [engine.submit(Request([5], 2, priority=priority)) for priority in (0, 5, -1, 5)]
+        order = list(ends(run_out(engine)))
+    assert [key[0] for key in order] == [ids[1], ids[3], ids[0], ids[2]]
+
+
 @pytest.mark.parametrize("order", ["token", "layer"])
 def test_preemption_changes_no_token(model: Llama, order: str) -> None:
-    wanted = requests(6, max_new_tokens=60)
-    with cache_of(model, max_slots=6, num_pages=400, order=order) as unlimited:
-        engine = Engine(model, unlimited)
-        expected = engine.generate(wanted)
-        assert engine.stats.num_preemptions == 0
-    num_pages = 10 if order == "token" else 24  # the longest request alone takes 6, or 4 lanes of 2
-    with cache_of(model, max_slots=6, num_pages=num_pages, order=order) as tight:
-        engine = Engine(model, tight)
-        for request in wanted:
-            engine.submit(request)
-        tokens: dict[int, list[int]] = {i: [] for i in range(6)}
+    """Samples that use all of their tokens after many that used few: admission did not expect it."""
+    wanted = requests_of(6, max_new_tokens=60)
+    expected = [c.tokens for (c,) in alone(model, wanted)]
+    num_pages = 14 if order == "token" else 20
+    with cache_of(model, max_slots=7, num_pages=num_pages, order=order) as tight, Engine(model, tight) as engine:
+        engine._scheduler._share = 0.1
+        ids = [engine.submit(request) for request in wanted]
+        tokens = []
         while engine.has_work:
-            for new in engine.step():
-                tokens[new.request_id].append(new.token)
+            tokens += engine.step()
             tight.check_integrity()
-        assert engine.stats.num_preemptions > 0
-        assert [tuple(tokens[i]) for i in range(6)] == [c.tokens for c in expected]
+        found = by_sample(tokens)
+        assert [found[i, 0] for i in ids] == expected
+        assert engine.stats().num_preemptions > 0
         stats = tight.stats()
         assert stats.peak_physical_bytes <= tight.memory_limit
-        assert stats.in_use_bytes == stats.num_live_slots == 0
 
 
-def test_stop_tokens_end_a_request(model: Llama, cache: KVCache) -> None:
-    free = Engine(model, cache).generate([Request([5, 6, 7], 30)])[0]
+def test_admission_leaves_room_for_growth(model: Llama) -> None:
+    """The same shortage, with nothing known of others: nobody is computed twice."""
+    wanted = requests_of(6, max_new_tokens=60)
+    with cache_of(model, max_slots=7, num_pages=14) as tight, Engine(model, tight) as engine:
+        assert tokens_of(engine.generate(wanted)) == [c.tokens for (c,) in alone(model, wanted)]
+        stats = engine.stats()
+        assert stats.num_preemptions == 0
+        assert stats.num_prefill_tokens == sum(len(request.prompt_tokens) - 1 for request in wanted)
+
+
+def test_stop_tokens_end_a_request(model: Llama, engine: Engine) -> None:
+    (free,) = engine.generate([Request([5, 6, 7], 30)])
     stop = free.tokens[10]
     unused = next(token for token in range(128) if token not in free.tokens)
     expected = free.tokens[: free.tokens.index(stop) + 1]
-    stopped = Engine(model, cache).generate([Request([5, 6, 7], 30, stop_tokens={stop, unused})])[0]
+    (stopped,) = engine.generate([Request([5, 6, 7], 30, stop_tokens={stop, unused})])
     assert (stopped.tokens, stopped.finish_reason) == (expected, "stop")
-    last = Engine(model, cache).generate([Request([5, 6, 7], 11, stop_tokens={stop})])[0]
+    (last,) = engine.generate([Request([5, 6, 7], len(expected), stop_tokens={stop})])
     assert last.finish_reason == "stop"  # at the length too: the stop token is what ended it
 
 
-def test_steps_stream_one_token_per_request(model: Llama, cache: KVCache) -> None:
-    engine = Engine(model, cache)
-    for request in requests(3, max_new_tokens=4):
+def test_steps_stream_one_token_per_request(engine: Engine) -> None:
+    for request in requests_of(3, max_new_tokens=4):
         engine.submit(request)
     steps = []
     while engine.has_work:
         steps.append(engine.step())
+    steps = [step for step in steps if step]
     assert [len(step) for step in steps] == [3, 3, 3, 3]
     assert [t.finish_reason for t in steps[-1]] == ["length"] * 3
     assert not any(t.finish_reason for step in steps[:-1] for t in step)
     assert engine.step() == []
-    assert (engine.stats.num_prefill_tokens, engine.stats.num_decode_tokens) == (1 + 8 + 15, 9)
+    stats = engine.stats()
+    assert (stats.num_prefill_tokens, stats.num_decode_tokens) == (0 + 7 + 14, 12)
 
 
-def test_the_observer_sees_finished_sequences_in_their_slots(model: Llama, cache: KVCache) -> None:
-    live: list[int] = []
-    Engine(model, cache, on_step=lambda: live.append(cache.stats().num_live_slots)).generate(requests(3, 2))
-    assert live == [3, 3]
+def test_samples_of_one_prompt(model: Llama) -> None:
+    """Computed once, forked, and each its own: the first as without the others, every one as by itself."""
+    request = Request(random_tokens(50, 128), 20, Sampling(1.0, seed=7), n=5)
+    with cache_of(model, max_slots=8) as cache, Engine(model, cache) as engine:
+        completions = engine.generate([request, Request([5], 3)])
+        assert [(c.request_id, c.index) for c in completions] == [*((0, i) for i in range(5)), (1, 0)]
+        assert len(set(tokens_of(completions))) == 6
+        assert engine.stats().num_prefill_tokens == 49
+        assert engine.generate([replace(request, n=1)])[0].tokens == completions[0].tokens
+        for completion in completions[:5]:
+            sampling = request.sampling.for_sample(completion.index)
+            assert engine.generate([replace(request, n=1, sampling=sampling)])[0].tokens == completion.tokens
+        with cache_of(model, max_slots=3) as narrow, Engine(model, narrow) as other:  # two at a time
+            assert tokens_of(other.generate([request])) == tokens_of(completions[:5])
+        cache.check_integrity()
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-@pytest.mark.parametrize("at_call", [0, 1, 5])
-def test_exceptions_release_every_slot(model: Llama, cache: KVCache, error: type[BaseException], at_call: int) -> None:
-    calls = iter(range(1000))
+def test_samples_share_the_pages_of_their_prompt(model: Llama) -> None:
+    request = Request(random_tokens(161, 128), 10, Sampling(1.0), n=4)
+    with cache_of(model, max_slots=6) as cache, Engine(model, cache) as engine:
+        engine.generate([request])
+        assert cache.stats().peak_physical_bytes <= (10 + 4 * 3) * PAGE_BYTES  # 4 x 13 without
 
-    class Failing(Llama):
-        def forward(self, *args: object, **kwargs: object) -> torch.Tensor:
-            if next(calls) == at_call:
-                raise error("from the model")
-            return super().forward(*args, **kwargs)  # type: ignore[arg-type]
 
-    failing = Failing(model.config)
-    failing.load_state_dict(model.state_dict())
-    engine = Engine(failing, cache)
-    with pytest.raises(error):
-        engine.generate(requests(7))
-    assert cache.stats().num_live_slots == 0
-    assert not engine.has_work
-    cache.check_integrity()
-    again = engine.generate(requests(2))  # and the engine goes on working
-    assert [c.tokens for c in again] == [c.tokens for c in Engine(model, cache).generate(requests(2))]
+def test_log_probabilities(model: Llama, engine: Engine) -> None:
+    """Of the model's own distribution, whatever the penalties and the temperature."""
+    sampling = Sampling(1.5, seed=3, repetition_penalty=1.5, logit_bias={5: 4.0})
+    (answer,) = engine.generate([Request([3, 5, 7], 6, sampling, num_logprobs=3)])
+    with cache_of(model) as other:
+        slot = other.acquire()
+        from helpers.llama import run
+
+        chunk = [3, 5, 7]
+        for token, logprob, top in zip(answer.tokens, answer.logprobs, answer.top_logprobs, strict=True):
+            logs = run(model, other, [slot], [chunk])[0].double().log_softmax(-1)
+            assert logprob == pytest.approx(logs[token].item(), abs=1e-4)
+            best = logs.topk(3)
+            assert [each for each, _ in top] == best.indices.tolist()
+            assert [log for _, log in top] == pytest.approx(best.values.tolist(), abs=1e-4)
+            chunk = [token]
+    (plain, none) = engine.generate([Request([3], 2), Request([3], 2, num_logprobs=0)])
+    assert (plain.logprobs, plain.top_logprobs) == ((), ())
+    assert len(none.logprobs) == 2
+    assert none.top_logprobs == ((), ())
+
+
+@pytest.mark.parametrize("kind", ["bools", "torch", "bits"])
+def test_allowed_tokens(engine: Engine, kind: str) -> None:
+    """Called before each token with the answer so far; nothing else is chosen, and others are not held up."""
+    seen: list[tuple[int, ...]] = []
+
+    def even_after_odd(answer: tuple[int, ...]) -> object:
+        seen.append(tuple(answer))
+        mask = np.arange(128) % 2 == len(answer) % 2
+        if kind == "bits":
+            return np.packbits(mask, bitorder="little").view(np.int32)
+        return mask if kind == "bools" else torch.from_numpy(mask)
+
+    free = Request([3, 5, 7], 12, Sampling(1.0, seed=1))
+    masked, plain = engine.generate([replace(free, allowed_tokens=even_after_odd), free])
+    assert [token % 2 for token in masked.tokens] == [0, 1] * 6
+    assert seen == [masked.tokens[:i] for i in range(12)]
+    assert plain.tokens == engine.generate([free])[0].tokens
+
+
+def test_deadlines(model: Llama, engine: Engine) -> None:
+    request = Request([3, 5, 7], 400)
+    (late,) = engine.generate([replace(request, deadline_s=0)])
+    assert (late.tokens, late.finish_reason) == ((), "deadline")
+    (whole,) = engine.generate([request])
+    (cut,) = engine.generate([replace(request, deadline_s=0.05)])
+    assert cut.finish_reason == "deadline"
+    assert cut.tokens == whole.tokens[: len(cut.tokens)]
+    assert len(cut.tokens) < 400
+    assert engine.generate([replace(request, deadline_s=1e6)]) == [Completion(3, 0, whole.tokens, "length")]
 
 
 def test_memory_held_by_others_is_waited_for(model: Llama) -> None:
-    with cache_of(model, max_slots=2, num_pages=6) as cache:
-        engine = Engine(model, cache)
+    with cache_of(model, max_slots=3, num_pages=6) as cache, Engine(model, cache) as engine:
         engine.submit(Request(random_tokens(40, 128), 5))
         other = cache.acquire()
         cache.ensure(other, 4 * TOKENS_PER_PAGE)
-        with pytest.raises(OutOfPages):
-            engine.step()
+        for _ in range(3):
+            with pytest.raises(OutOfPages, match="needs 12288 bytes to begin with"):
+                engine.step()
         cache.truncate(other, 0)
         more = cache.acquire()
         with pytest.raises(OutOfSlots):
             engine.step()
         assert engine.num_waiting == 1
         cache.release(other)
-        while engine.has_work:
-            engine.step()
+        run_out(engine)
         cache.release(more)
-        assert cache.stats().num_live_slots == 0
+
+
+def test_a_sequence_that_others_leave_no_room_to_grow_waits(model: Llama) -> None:
+    """Preempted, with nothing of ours left to run: that is said, and it goes on when there is room."""
+    wanted = Request(random_tokens(10, 128), 60)
+    with cache_of(model, max_slots=3, num_pages=6) as cache, Engine(model, cache) as engine:
+        engine.submit(wanted)
+        tokens = [new for _ in range(5) for new in engine.step()]
+        other = cache.acquire()
+        cache.ensure(other, 3 * TOKENS_PER_PAGE)
+        with suppress(OutOfPages):
+            while engine.num_running:
+                tokens += engine.step()
+        assert 5 < len(tokens) < 60
+        with pytest.raises(OutOfPages):
+            engine.step()
+        assert engine.num_waiting == 1
+        with pytest.raises(OutOfPages):
+            engine.step()
+        cache.release(other)
+        tokens += run_out(engine)
+        assert list(by_sample(tokens).values()) == [alone(model, [wanted])[0][0].tokens]
 
 
 @pytest.mark.parametrize(
@@ -194,26 +304,37 @@ def test_memory_held_by_others_is_waited_for(model: Llama) -> None:
     [
         (Request([]), "empty"),
         (Request([1], 0), "max_new_tokens"),
-        (Request([1], temperature=-1), "temperature"),
-        (Request([1], top_p=0), "top_p"),
-        (Request([1], seed=-1), "seed"),
         (Request([128]), "vocabulary"),
         (Request([1] * 500, 14), "context of 512"),
         (Request([1] * 100, 350), "need 118784 bytes .* limit is 65536"),
+        (Request([1], stop_tokens=range(17)), "17 stop tokens .* 16"),
+        (Request([1], n=0), "n must be"),
+        (Request([1], deadline_s=-1), "deadline_s"),
+        (Request([1], priority=0.5), "priority"),  # type: ignore[arg-type]
+        (Request([1], allowed_tokens=5), "allowed_tokens"),  # type: ignore[arg-type]
+        (Request([1], num_logprobs=21), "num_logprobs"),
+        (Request([1], 3, Sampling(min_new_tokens=4)), "min_new_tokens 4 exceeds"),
     ],
 )
 def test_impossible_requests_are_refused_at_once(model: Llama, request_: Request, message: str) -> None:
-    with cache_of(model, num_pages=16) as cache:
-        engine = Engine(model, cache)
+    """What is running is untouched."""
+    with cache_of(model, num_pages=16) as cache, Engine(model, cache) as engine:
+        (expected,) = engine.generate([Request([3], 10)])
+        running = engine.submit(Request([3], 10))
+        tokens = engine.step()
         with pytest.raises(ConfigError, match=message):
             engine.submit(request_)
-        assert not engine.has_work
+        with pytest.raises(ConfigError, match=message):
+            engine.generate([Request([5], 3), request_])
+        assert (engine.num_running, engine.num_waiting) == (1, 0)
+        assert by_sample(tokens + run_out(engine)) == {(running, 0): expected.tokens}
 
 
 def test_the_largest_request_that_fits_runs(model: Llama) -> None:
     """Exactly the context, and exactly the memory limit: the last new token needs no row."""
-    with cache_of(model, num_pages=512 // TOKENS_PER_PAGE) as cache:
-        completion = Engine(model, cache).generate([Request([3] * 500, 13)])[0]
+    with cache_of(model, num_pages=512 // TOKENS_PER_PAGE) as cache, Engine(model, cache) as engine:
+        assert engine.longest == 513
+        (completion,) = engine.generate([Request([3] * 500, 13)])
         assert len(completion.tokens) == 13
         assert cache.stats().peak_physical_bytes == cache.memory_limit
 
@@ -229,24 +350,27 @@ class OverReading(SdpaAttention):
 def test_attention_that_reads_further_than_the_cache_allows(model: Llama) -> None:
     with cache_of(model) as cache:
         with pytest.raises(ConfigError, match=r"'over-reading' reads up to 40 rows .* keeps 0 mapped"):
-            Engine(model, cache, OverReading())
-        expected = Engine(model, cache).generate(requests(4))
-    with KVCache(
-        model.kv_layout(), 4, "cpu", memory_limit=64 * PAGE_BYTES, page_bytes=PAGE_BYTES, over_read_tokens=40
-    ) as cache:
-        assert Engine(model, cache).attention.name == "sdpa"  # what is chosen need not use the margin
-        engine = Engine(model, cache, OverReading())
-        assert [c.tokens for c in engine.generate(requests(4))] == [c.tokens for c in expected]
-        cache.check_integrity()
+            Engine(model, cache, attention=OverReading())
+        assert cache.stats().num_live_slots == 0
+        with Engine(model, cache) as engine:
+            expected = tokens_of(engine.generate(requests_of(4)))
+    with cache_of(model, over_read_tokens=40) as cache:
+        with Engine(model, cache) as engine:
+            assert engine.attention.name == "sdpa"  # what is chosen need not use the margin
+        with Engine(model, cache, attention=OverReading()) as engine:
+            assert tokens_of(engine.generate(requests_of(4))) == expected
+            cache.check_integrity()
+    with Engine(model, attention=OverReading(), memory_limit=64 << 20) as engine:
+        assert engine.cache.over_read_tokens == 40
 
 
 def test_the_margin_counts_as_memory(model: Llama) -> None:
     """472 tokens fit in 30 pages, and with 40 more mapped behind them in 32."""
     for num_pages, fits in ((32, True), (31, False)):
-        with KVCache(
-            model.kv_layout(), 1, "cpu", memory_limit=num_pages * PAGE_BYTES, page_bytes=PAGE_BYTES, over_read_tokens=40
-        ) as cache:
-            engine = Engine(model, cache, OverReading())
+        with (
+            cache_of(model, max_slots=2, num_pages=num_pages, over_read_tokens=40) as cache,
+            Engine(model, cache, attention=OverReading()) as engine,
+        ):
             request = Request([3] * 470, 3)
             if fits:
                 assert len(engine.generate([request])[0].tokens) == 3
@@ -255,118 +379,103 @@ def test_the_margin_counts_as_memory(model: Llama) -> None:
                     engine.submit(request)
 
 
-def test_generate_returns_its_own_and_leaves_the_others(model: Llama, cache: KVCache) -> None:
+def test_generate_returns_its_own_and_leaves_the_others(model: Llama, engine: Engine) -> None:
     """What was submitted before runs on beside it; its tokens come with the next ``step``, none lost."""
-    wanted = requests(4, max_new_tokens=6)
-    expected = [c.tokens for c in Engine(model, cache).generate(wanted)]
-    engine = Engine(model, cache)
+    wanted = requests_of(4, max_new_tokens=6)
+    expected = [c.tokens for (c,) in alone(model, wanted)]
     first = engine.submit(wanted[0])
-    tokens = {first: [new.token for new in engine.step()]}
+    tokens = engine.step()
     late = engine.submit(wanted[1])
-    tokens[late] = []
     mine = engine.generate(wanted[2:])
-    assert [c.tokens for c in mine] == expected[2:]
+    assert tokens_of(mine) == expected[2:]
     assert engine.generate([]) == []
-    ended = []
-    while engine.has_work:
-        for new in engine.step():
-            tokens[new.request_id].append(new.token)
-            ended += [new.request_id] if new.finish_reason else []
-    assert [tuple(tokens[i]) for i in (first, late)] == expected[:2]
-    assert ended == [first, late]
+    tokens += run_out(engine)
+    assert by_sample(tokens) == {(first, 0): expected[0], (late, 0): expected[1]}
+    assert list(ends(tokens)) == [(first, 0), (late, 0)]
 
 
-def test_a_wrong_request_in_generate_leaves_the_others(model: Llama, cache: KVCache) -> None:
-    wanted = requests(3, max_new_tokens=6)
-    expected = [c.tokens for c in Engine(model, cache).generate(wanted)]
-    engine = Engine(model, cache)
-    ids = [engine.submit(request) for request in wanted]
-    tokens = {new.request_id: [new.token] for new in engine.step()}
-    with pytest.raises(ConfigError, match="999 is not in"):
-        engine.generate([Request([5], 3), Request([999], 3)])
-    assert engine.num_running + engine.num_waiting == 3
-    while engine.has_work:
-        for new in engine.step():
-            tokens[new.request_id].append(new.token)
-    assert [tuple(tokens[i]) for i in ids] == expected
-
-
-def test_an_interrupted_generate_drops_its_own_only(model: Llama) -> None:
+def test_a_generate_that_raises_drops_its_own_only(model: Llama) -> None:
     """There is no slot for it: it is dropped, and what waited before still waits."""
-    with cache_of(model, max_slots=1) as cache:
-        engine = Engine(model, cache)
+    with cache_of(model, max_slots=2) as cache, Engine(model, cache) as engine:
         other = cache.acquire()
         waiting = engine.submit(Request([1, 2], 3))
         with pytest.raises(OutOfSlots):
             engine.generate([Request([5], 3)])
         assert engine.num_waiting == 1
         cache.release(other)
-        tokens = []
-        while engine.has_work:
-            tokens += engine.step()
-        assert {new.request_id for new in tokens} == {waiting}
-        assert len(tokens) == 3
+        assert {key: len(found) for key, found in by_sample(run_out(engine)).items()} == {(waiting, 0): 3}
 
 
-def test_cancel(model: Llama, cache: KVCache) -> None:
-    expected = [c.tokens for c in Engine(model, cache).generate(requests(5, max_new_tokens=6))]
-    engine = Engine(model, cache)
-    ids = [engine.submit(request) for request in requests(5, max_new_tokens=6)]  # the last waits for a slot
-    tokens: dict[int, list[int]] = {i: [] for i in ids}
-    for new in engine.step():
-        tokens[new.request_id].append(new.token)
+def test_cancel(model: Llama, engine: Engine) -> None:
+    wanted = requests_of(5, max_new_tokens=6)
+    expected = [c.tokens for (c,) in alone(model, wanted)]
+    ids = [engine.submit(request) for request in wanted]  # the last waits for a slot
+    tokens = engine.step()
     engine.cancel(ids[1])
     engine.cancel(ids[4])
     engine.cancel(12345)
     assert (engine.num_running, engine.num_waiting) == (3, 0)
-    engine.generate([Request([5], 2)])  # a step or two, whose tokens of the others are kept
+    engine.generate([Request([5], 2)])  # some steps, whose tokens of the others are kept
     engine.cancel(ids[0])
-    while engine.has_work:
-        for new in engine.step():
-            tokens[new.request_id].append(new.token)
+    tokens += run_out(engine)
     engine.cancel(ids[2])  # has ended: no effect
-    assert [len(tokens[i]) for i in ids] == [1, 1, 6, 6, 0]
-    assert [tuple(tokens[i]) for i in ids[2:4]] == expected[2:4]
+    assert by_sample(tokens) == {(ids[2], 0): expected[2], (ids[3], 0): expected[3]}
 
 
-def test_a_request_may_be_cancelled_by_the_observer_of_its_last_step(model: Llama, cache: KVCache) -> None:
-    ids: list[int] = []
-    engine = Engine(model, cache, on_step=lambda: engine.cancel(ids[0]))
-    ids += [engine.submit(request) for request in requests(2, max_new_tokens=1)]
-    assert {token.request_id for token in engine.step()} >= {ids[1]}
-    assert not engine.has_work
-    assert cache.stats().num_live_slots == 0
+def test_stats(model: Llama, cache: KVCache, engine: Engine) -> None:
+    empty = engine.stats()
+    assert (empty.num_waiting, empty.num_running, empty.num_steps, empty.kv_usage) == (0, 0, 0, 0.0)
+    assert empty.first_token_s.quantile(0.5) == 0.0
+    for request in requests_of(6, max_new_tokens=8):
+        engine.submit(request)
+    assert engine.stats().num_waiting == 6
+    engine.step()
+    under_way = engine.stats()
+    assert (under_way.num_waiting, under_way.num_running) == (2, 4)
+    assert under_way.kv_usage == cache.stats().in_use_bytes / cache.memory_limit > 0
+    run_out(engine)
+    stats = engine.stats()
+    assert (stats.num_waiting, stats.num_running, stats.num_decode_tokens) == (0, 0, 48)
+    assert (stats.first_token_s.count, stats.between_tokens_s.count, stats.queue_s.count) == (6, 42, 6)
+    assert stats.first_token_s.sum >= stats.queue_s.sum > 0
+    assert 0 < stats.between_tokens_s.quantile(0.5) <= stats.between_tokens_s.quantile(0.99) < 60
+    assert stats.tokens_per_s > 0
+    assert sum(stats.first_token_s.counts) == 6
+    with pytest.raises(AttributeError):
+        stats.num_steps = 0  # type: ignore[misc]
 
 
-def test_ctrl_c_during_a_release_leaves_the_engine_and_other_slots_alone(
-    model: Llama, cache: KVCache, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    engine = Engine(model, cache)
-    end = cache._slots.end
+def test_the_public_names() -> None:
+    for name in ("Engine", "AsyncEngine", "EngineStats", "Request", "Sampling", "StepToken", "Completion", "QueueFull"):
+        assert getattr(vattn, name).__name__ == name
+        assert name in dir(vattn)
 
-    def interrupted(slot: int) -> None:
-        monkeypatch.undo()
-        signal.raise_signal(signal.SIGINT)
-        end(slot)
 
-    monkeypatch.setattr(cache._slots, "end", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        engine.generate(requests(1, max_new_tokens=2))
-    assert not engine.has_work
-    others = cache.acquire()
-    cache.ensure(others, 5)
-    engine.abort()
-    assert cache.seq_len(others) == 5
-    cache.release(others)
-    assert len(engine.generate(requests(2, max_new_tokens=2))) == 2
+def test_what_no_engine_can_be_made_of(model: Llama, cache: KVCache) -> None:
+    other = small_model()
+    for arguments, options, message in (
+        ((torch.nn.Linear(2, 2), cache), {}, "a Linear"),
+        ((model, "cpu"), {}, "a str as cache"),
+        ((model, cache), {"memory_limit": 1 << 20}, "the one given has its own"),
+        ((model, cache), {"max_batch": 5}, "max_batch"),
+        ((model, cache), {"max_batch": 0}, "max_batch"),
+        ((model, cache), {"max_step_tokens": 0}, "max_step_tokens"),
+        ((model, cache), {"max_waiting": 0}, "max_waiting"),
+        ((model, cache), {"attention": "nonesuch"}, "unknown attention"),
+        ((model,), {"memory_limit": 1}, "page"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            Engine(*arguments, **options)
+        assert cache.stats().num_live_slots == 0
+    assert math.isfinite(other.embed_tokens.weight.sum())
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_same_tokens_on_the_gpu(model: Llama) -> None:
-    with cache_of(model) as cache:
-        expected = [c.tokens for c in Engine(model, cache).generate(requests(4))]
+    wanted = [*requests_of(8), Request(random_tokens(50, 128), 20, Sampling(1.0, seed=7), n=3)]
+    expected = [c.tokens for each in alone(model, wanted) for c in each]
     on_gpu = small_model().to("cuda")
-    with KVCache(on_gpu.kv_layout(), 3, "cuda") as cache:
-        assert [c.tokens for c in Engine(on_gpu, cache).generate(requests(4))] == expected
+    with KVCache(on_gpu.kv_layout(), 5, "cuda", 64 << 20) as cache, Engine(on_gpu, cache, max_step_tokens=16) as engine:
+        assert tokens_of(engine.generate(wanted)) == expected
         cache.check_integrity()

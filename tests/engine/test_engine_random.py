@@ -36,7 +36,7 @@ def walk(model: Llama, num_requests: int, seed: int) -> None:
     kinds = [any_request(rng) for _ in range(min(num_requests, 300) // 2)]
     expected = alone(model, kinds)
     order = rng.choice(("token", "layer"))
-    num_pages = (12 if order == "token" else 44) + rng.randrange(10)
+    num_pages = (12 if order == "token" else 20) + rng.randrange(10)
     with cache_of(model, max_slots=rng.choice((4, 7)), num_pages=num_pages, order=order) as cache:
         with Engine(model, cache, max_step_tokens=rng.choice((7, 32, 256))) as engine:
             fates: dict[tuple[int, int], Fate] = {}

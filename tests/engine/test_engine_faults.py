@@ -1,0 +1,542 @@
+"""What used to go wrong: one request's fault was everybody's, prompts silenced those who decode, threads mixed up."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers.engine import alone, by_sample, cache_of, ends, requests_of, run_out, tokens_of
+from helpers.failing_driver import FailingDriver
+from helpers.llama import SMALL, open_cache, random_tokens, small_model
+
+from vattn import Engine, KVCache, Request, Sampling
+from vattn.driver import HostDriver
+from vattn.errors import ConfigError, DriverError, OutOfPages, QueueFull
+from vattn.models import FusedLlama, Llama
+
+
+@pytest.fixture(scope="module")
+def model() -> Llama:
+    return small_model()
+
+
+@pytest.fixture
+def cache(model: Llama) -> Iterator[KVCache]:
+    with cache_of(model) as cache:
+        yield cache
+        cache.check_integrity()
+        assert cache.stats().num_live_slots == 0
+
+
+class Faulty(FusedLlama):
+    """Raises where the test says so."""
+
+    on_prefill: Callable[[tuple[int, ...]], None] | None = None
+    on_decode: Callable[[], None] | None = None
+
+    def prefill(self, tokens: torch.Tensor, batch: Any, cache: KVCache, attention: Any) -> None:
+        if self.on_prefill is not None:
+            self.on_prefill(tuple(tokens.tolist()))
+        super().prefill(tokens, batch, cache, attention)
+
+    def decode(self, residual: torch.Tensor, batch: Any, cache: KVCache, attention: Any) -> torch.Tensor:
+        if self.on_decode is not None:
+            self.on_decode()
+        return super().decode(residual, batch, cache, attention)
+
+
+# -- one request's fault ---------------------------------------------------------------------------------------------
+def test_one_bad_request_leaves_the_others(model: Llama, cache: KVCache) -> None:
+    wanted = requests_of(3, max_new_tokens=8)
+    expected = [c.tokens for (c,) in alone(model, wanted)]
+    with Engine(model, cache) as engine:
+        ids = [engine.submit(request) for request in wanted]
+        tokens = engine.step()
+        for bad in (Request([1], stop_tokens=5), Request([1], "8"), Request("text"), Request([10**9]), 7):  # type: ignore[arg-type]
+            with pytest.raises(ConfigError):
+                engine.submit(bad)  # type: ignore[arg-type]
+            with pytest.raises(ConfigError):
+                engine.generate([Request([5], 2), bad])  # type: ignore[list-item]
+            tokens += engine.step()
+        small = engine.submit(Request(np.array([3] * 100, np.int8), np.int8(100)))  # type: ignore[arg-type]
+        found = by_sample(tokens + run_out(engine))
+        assert [found[i, 0] for i in ids] == expected
+        assert len(found[small, 0]) == 100
+
+
+@pytest.mark.parametrize("how", ["raises", "nonsense", "shape", "nothing"])
+def test_a_callback_that_fails_ends_its_own_sample(model: Llama, cache: KVCache, how: str) -> None:
+    def allowed(answer: Any) -> Any:
+        if len(answer) < 3:
+            return np.ones(128, bool)
+        return {
+            "raises": lambda: 1 / 0,
+            "nonsense": lambda: "x",
+            "shape": lambda: [True],
+            "nothing": lambda: [False] * 128,
+        }[how]()
+
+    wanted = requests_of(3, max_new_tokens=8)
+    with Engine(model, cache) as engine:
+        *others, bad = engine.generate([*wanted, replace(wanted[1], allowed_tokens=allowed)])
+        assert tokens_of(others) == [c.tokens for (c,) in alone(model, wanted)]
+        assert (bad.tokens, bad.finish_reason) == (others[1].tokens[:3], "error")
+        assert isinstance(bad.error, ZeroDivisionError if how == "raises" else ConfigError)
+
+
+def test_an_answer_with_no_token_left_to_choose_ends(model: Llama, cache: KVCache) -> None:
+    only_five = np.arange(128) == 5
+    sampling = Sampling(logit_bias={5: float("-inf")})
+    with Engine(model, cache) as engine:
+        good, bad = engine.generate(
+            [Request([3], 5), Request([3], 5, sampling, allowed_tokens=lambda answer: only_five)]
+        )
+        assert (len(good.tokens), bad.tokens, bad.finish_reason) == (5, (), "error")
+        assert "no token could be chosen" in str(bad.error)
+
+
+def test_a_model_that_raises_in_a_pass_ends_those_of_the_pass(model: Llama, cache: KVCache) -> None:
+    wanted = requests_of(3, max_new_tokens=20)
+    expected = [c.tokens for (c,) in alone(model, wanted)]
+    faulty = Faulty(model)
+    with Engine(faulty, cache) as engine:
+        ids = [engine.submit(request) for request in wanted]
+        tokens = [new for _ in range(4) for new in engine.step()]
+        assert len(by_sample(tokens)) == 3
+
+        def refuse(packed: tuple[int, ...]) -> None:
+            if 99 in packed:
+                raise RuntimeError("no 99 today")
+
+        faulty.on_prefill = refuse
+        bad = engine.submit(Request([99, 1, 2], 5, n=2))
+        tokens += run_out(engine)
+        faulty.on_prefill = None
+        assert [new.finish_reason for new in tokens if new.request_id == bad] == ["error", "error"]
+        assert all("no 99 today" in str(new.error) for new in tokens if new.request_id == bad)
+        found = by_sample(tokens)
+        assert [found[i, 0] for i in ids] == expected
+        assert len(engine.generate([Request([99, 1, 2], 5)])[0].tokens) == 5  # and it goes on
+
+
+def test_a_model_that_raises_in_a_decode_step_ends_those_of_the_step(model: Llama, cache: KVCache) -> None:
+    faulty = Faulty(model)
+    with Engine(faulty, cache) as engine:
+        running = [engine.submit(request) for request in requests_of(2, max_new_tokens=20)]
+        tokens = [new for _ in range(5) for new in engine.step()]
+        waiting = [engine.submit(request) for request in requests_of(4, max_new_tokens=6)]
+
+        def refuse() -> None:
+            faulty.on_decode = None
+            raise RuntimeError("not now")
+
+        faulty.on_decode = refuse
+        tokens += run_out(engine)
+        reasons = ends(tokens)
+        assert {reasons[each, 0] for each in running} == {"error"}
+        assert {reasons[each, 0] for each in waiting} == {"length"}
+        found = by_sample(tokens)
+        expected = [c.tokens for (c,) in alone(model, requests_of(4, max_new_tokens=6))]
+        assert [found[each, 0] for each in waiting] == expected
+
+
+@pytest.mark.parametrize("where", ["prefill", "decode"])
+@pytest.mark.parametrize("at_call", [0, 3])
+def test_what_is_no_error_of_a_request_comes_out_of_the_step(
+    model: Llama, cache: KVCache, where: str, at_call: int
+) -> None:
+    """A KeyboardInterrupt out of the model, say: nothing was launched, and the same goes on with the next step."""
+    wanted = [Request(random_tokens(n, 128, seed=n), 10) for n in (40, 3)]
+    faulty = Faulty(model)
+    calls = iter(range(1000))
+
+    def interrupt(*_: object) -> None:
+        if next(calls) == at_call:
+            raise KeyboardInterrupt
+
+    setattr(faulty, f"on_{where}", interrupt)
+    with Engine(faulty, cache, max_step_tokens=10) as engine:
+        for request in wanted:
+            engine.submit(request)
+        tokens, interrupted = [], 0
+        while engine.has_work:
+            try:
+                tokens += engine.step()
+            except KeyboardInterrupt:
+                interrupted += 1
+        assert interrupted == 1
+        assert sorted(by_sample(tokens).items()) == [((i, 0), c.tokens) for i, (c,) in enumerate(alone(model, wanted))]
+
+
+# -- who waits for whom ----------------------------------------------------------------------------------------------
+def test_an_arrival_a_step_leaves_those_who_decode_their_tokens(model: Llama, cache: KVCache) -> None:
+    """Prompts went first: with one arrival a step nobody decoded, 0 tokens in 400 steps."""
+    with Engine(model, cache) as engine:
+        first = engine.submit(Request([3, 5, 7], 300))
+        count = 0
+        for i in range(200):
+            engine.submit(Request(random_tokens(20, 128, seed=i), 3))
+            count += sum(new.request_id == first for new in engine.step())
+        assert count >= 195
+        for request_id in range(1, 201):
+            engine.cancel(request_id)
+        engine.cancel(first)
+
+
+def test_a_preempted_request_comes_back_when_it_fits(model: Llama) -> None:
+    """A 4-token request waited for a sequence to end, 3,844 steps, with 96 % of memory idle."""
+    with cache_of(model, max_slots=4, num_pages=40) as cache, Engine(model, cache) as engine:
+        long = engine.submit(Request([3, 5, 7], 400))
+        for _ in range(5):
+            engine.step()
+        wanted = Request([4, 6], 4)
+        short = engine.submit(wanted)
+        tokens = [new for _ in range(3) for new in engine.step()]
+        engine._runner._preempt(OutOfPages("as if there were no page for a moment"))
+        assert (engine.num_running, engine.num_waiting, engine.stats().num_preemptions) == (1, 1, 1)
+        for _ in range(6):
+            tokens += engine.step()
+        assert ends(tokens) == {(short, 0): "length"}
+        assert by_sample(tokens)[short, 0] == alone(model, [wanted])[0][0].tokens
+        engine.cancel(long)
+
+
+def test_nobody_waits_for_ever_under_a_stream_of_more_important_ones(
+    model: Llama, cache: KVCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second of the test's clock a step; ten seconds are worth a level of priority."""
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    with Engine(model, cache, max_batch=2) as engine:
+        for i in range(2):
+            engine.submit(Request([i], 4, priority=3))
+        engine.step()
+        humble = engine.submit(Request([3, 5], 5, priority=-2))
+        served_at = None
+        for step in range(400):
+            now[0] += 1.0
+            engine.submit(Request([step % 128], 4, priority=3))
+            if any(new.request_id == humble for new in engine.step()):
+                served_at = step
+                break
+        assert served_at is not None
+        assert 45 <= served_at <= 120
+        for request_id in range(500):
+            engine.cancel(request_id)
+
+
+# -- threads ---------------------------------------------------------------------------------------------------------
+def test_submit_and_cancel_from_many_threads(model: Llama, cache: KVCache) -> None:
+    """Every client gets an id of his own, and the tokens of his own request."""
+    kinds = [Request([i, i + 1, i + 2], 6) for i in range(40)]
+    expected = [c.tokens for (c,) in alone(model, kinds)]
+    ids: dict[int, int] = {}
+    cancelled: set[int] = set()
+    with Engine(model, cache) as engine:
+
+        def client(first: int) -> None:
+            for i in range(first, 40, 4):
+                ids[i] = engine.submit(kinds[i])
+                if i % 5 == 0:
+                    engine.cancel(ids[i])
+                    cancelled.add(i)
+
+        threads = [threading.Thread(target=client, args=(i,)) for i in range(4)]
+        tokens = []
+        for thread in threads:
+            thread.start()
+        while engine.has_work or any(thread.is_alive() for thread in threads):
+            tokens += engine.step()
+        for thread in threads:
+            thread.join()
+        tokens += run_out(engine)
+    assert sorted(ids.values()) == list(range(40))
+    found = by_sample(tokens)
+    assert {(ids[i], 0): expected[i] for i in range(40) if i not in cancelled} == {
+        key: value for key, value in found.items() if key[0] not in {ids[i] for i in cancelled}
+    }
+
+
+def test_step_from_two_threads_is_refused(model: Llama, cache: KVCache) -> None:
+    faulty = Faulty(model)
+    inside, go_on = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        inside.set()
+        assert go_on.wait(30)
+        faulty.on_decode = None
+
+    faulty.on_decode = wait
+    with Engine(faulty, cache) as engine:
+        request_id = engine.submit(Request([3], 5))
+        tokens: list[Any] = []
+        thread = threading.Thread(target=lambda: tokens.extend(run_out(engine)))
+        thread.start()
+        assert inside.wait(30)
+        for call in (engine.step, lambda: engine.generate([Request([5], 1)]), engine.close):
+            with pytest.raises(ConfigError, match="another thread is in step"):
+                call()
+        later = engine.submit(Request([5], 2))  # these may come at any time
+        engine.cancel(later)
+        go_on.set()
+        thread.join()
+        assert by_sample(tokens) == {(request_id, 0): alone(model, [Request([3], 5)])[0][0].tokens}
+
+
+def test_what_is_cancelled_while_a_step_runs_is_not_reported(model: Llama, cache: KVCache) -> None:
+    faulty = Faulty(model)
+    with Engine(faulty, cache) as engine:
+        first, second = (engine.submit(Request([3 + i], 9)) for i in range(2))
+        engine.step()
+
+        def cancel() -> None:
+            faulty.on_decode = None
+            thread = threading.Thread(target=engine.cancel, args=(first,))
+            thread.start()
+            thread.join()
+
+        faulty.on_decode = cancel
+        tokens = run_out(engine)
+        assert {new.request_id for new in tokens} == {second}
+
+
+def test_a_callback_may_submit_and_cancel_but_not_step(model: Llama, cache: KVCache) -> None:
+    raised = []
+
+    def allowed(answer: Any) -> Any:
+        if not answer:
+            engine.cancel(doomed)
+            ids.append(engine.submit(Request([5], 2)))
+            with pytest.raises(ConfigError, match="from within a step") as caught:
+                engine.step()
+            raised.append(caught.value)
+        return np.ones(128, bool)
+
+    ids: list[int] = []
+    with Engine(model, cache) as engine:
+        doomed = engine.submit(Request([9], 50))
+        asking = engine.submit(Request([3], 3, allowed_tokens=allowed))
+        tokens = run_out(engine)
+        assert {key[0]: reason for key, reason in ends(tokens).items()} == {asking: "length", ids[0]: "length"}
+    assert len(raised) == 1
+
+
+# -- the cache under it ----------------------------------------------------------------------------------------------
+def test_a_cache_that_is_closed_under_it(model: Llama) -> None:
+    """Every request ends with an error: nothing waits for ever."""
+    cache = cache_of(model)
+    with Engine(model, cache) as engine:
+        for request in requests_of(8, max_new_tokens=30):
+            engine.submit(request)
+        tokens = [new for _ in range(4) for new in engine.step()]
+        cache.close()
+        tokens += run_out(engine)
+        assert list(ends(tokens).values()) == ["error"] * 8
+        assert "closed" in str(tokens[-1].error)
+        engine.submit(Request([1], 2))
+        assert [new.finish_reason for new in run_out(engine)] == ["error"]
+        assert engine.stats().kv_usage == 0.0
+
+
+def test_a_cache_that_does_not_fit_the_model(model: Llama) -> None:
+    """Said at once, and not by the first step."""
+    other = Llama.random(replace(SMALL, num_kv_heads=4))
+    with open_cache(other, 4) as cache:
+        with pytest.raises(ConfigError, match=r"open the cache with model.kv_layout"):
+            Engine(model, cache)
+        assert cache.stats().num_live_slots == 0
+
+
+@pytest.mark.parametrize("change", ["release", "take", "truncate"])
+@pytest.mark.parametrize("phase", ["decoding", "prefilling"])
+def test_a_slot_that_is_changed_behind_its_back(model: Llama, cache: KVCache, change: str, phase: str) -> None:
+    """That sample ends with an error, the others go on, and whoever has the slot keeps it."""
+    wanted = [Request(random_tokens(n, 128, seed=n), 20) for n in (3, 60, 9)]
+    expected = [c.tokens for (c,) in alone(model, wanted)]
+    with Engine(model, cache, max_step_tokens=8) as engine:
+        ids = [engine.submit(request) for request in wanted]
+        tokens = [new for _ in range(4) for new in engine.step()]
+        victim = 0 if phase == "decoding" else 1
+        samples = {sample.request_id: sample for sample in engine._scheduler.running}
+        slot = samples[ids[victim]].slot
+        if change == "truncate":
+            cache.truncate(slot, 1)
+        else:
+            cache.release(slot)
+        if change == "take":
+            assert cache.acquire(slot) == slot
+        tokens += run_out(engine)
+        reasons = ends(tokens)
+        found = by_sample(tokens)
+        others = [i for i in range(3) if i != victim]
+        assert [found[ids[i], 0] for i in others] == [expected[i] for i in others]
+        if phase == "decoding":
+            assert reasons[ids[victim], 0] == "error"
+        if change != "release" and slot in cache._slots.with_state(1):
+            cache.release(slot)
+
+
+# -- the queue, the end, interrupts ----------------------------------------------------------------------------------
+def test_a_full_queue(model: Llama, cache: KVCache) -> None:
+    with Engine(model, cache, max_batch=1, max_waiting=2) as engine:
+        ids = [engine.submit(Request([3 + i], 4)) for i in range(2)]
+        with pytest.raises(QueueFull, match=r"2 samples wait, and max_waiting is 2") as caught:
+            engine.submit(Request([9], 4))
+        assert caught.value.max_waiting == 2
+        assert len(engine.generate([Request([i], 1) for i in range(5)])) == 5  # which does not count
+        while len(ids) < 6:
+            engine.step()
+            try:
+                ids.append(engine.submit(Request([9], 4)))
+            except QueueFull:
+                assert engine.num_waiting == 2
+        run_out(engine)
+
+
+def test_a_closed_engine(model: Llama, cache: KVCache) -> None:
+    engine = Engine(model, cache)
+    engine.submit(Request([3], 40))
+    engine.submit(Request([5] * 40, 40))
+    engine.step()
+    engine.close()
+    engine.close()
+    for call in (engine.step, lambda: engine.submit(Request([3])), lambda: engine.generate([])):
+        with pytest.raises(ConfigError, match="engine is closed"):
+            call()
+    engine.cancel(0)
+    assert (engine.has_work, engine.stats().num_running) == (False, 0)
+
+
+def test_an_engine_that_nobody_closed_gives_its_slots_back(model: Llama, cache: KVCache) -> None:
+    engine = Engine(model, cache)
+    engine.submit(Request([3], 40))
+    engine.step()
+    del engine
+    assert cache.stats().num_live_slots == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_forked_child_leaves_the_engine_alone(model: Llama, cache: KVCache) -> None:
+    with Engine(model, cache) as engine:
+        engine.submit(Request([3], 5))
+        engine.step()
+        child = os.fork()
+        if child == 0:
+            try:
+                for call in (engine.step, lambda: engine.submit(Request([3]))):
+                    with pytest.raises(ConfigError, match="forked"):
+                        call()
+                os._exit(0)
+            finally:
+                os._exit(1)
+        assert os.waitpid(child, 0) == (child, 0)
+        assert len(run_out(engine)) == 5
+
+
+def test_ctrl_c_at_every_step_loses_nothing(model: Llama, cache: KVCache) -> None:
+    """It is raised when the step is through, and its tokens come with the next."""
+    wanted = requests_of(6, max_new_tokens=12)
+    faulty = Faulty(model)
+    faulty.on_decode = lambda: signal.raise_signal(signal.SIGINT)
+    faulty.on_prefill = lambda packed: signal.raise_signal(signal.SIGINT)
+    with Engine(faulty, cache, max_step_tokens=5) as engine:
+        ids = [engine.submit(request) for request in wanted]
+        tokens, num_interrupted = [], 0
+        while engine.has_work:
+            try:
+                tokens += engine.step()
+            except KeyboardInterrupt:
+                num_interrupted += 1
+                if num_interrupted == 20:
+                    faulty.on_decode = faulty.on_prefill = None
+        assert num_interrupted == 20
+        found = by_sample(tokens)
+        assert [found[i, 0] for i in ids] == [c.tokens for (c,) in alone(model, wanted)]
+
+
+def test_ctrl_c_in_generate_drops_its_own_only(model: Llama, cache: KVCache) -> None:
+    faulty = Faulty(model)
+    with Engine(faulty, cache) as engine:
+        other = engine.submit(Request([3, 5], 10))
+        tokens = engine.step()
+
+        def interrupt() -> None:
+            faulty.on_decode = None
+            signal.raise_signal(signal.SIGINT)
+
+        faulty.on_decode = interrupt
+        with pytest.raises(KeyboardInterrupt):
+            engine.generate([Request([7], 30)])
+        assert engine.num_running == 1
+        tokens += run_out(engine)
+        assert by_sample(tokens) == {(other, 0): alone(model, [Request([3, 5], 10)])[0][0].tokens}
+
+
+# -- the driver ------------------------------------------------------------------------------------------------------
+def _under_load(model: Llama, driver: FailingDriver, order: str) -> tuple[KVCache, Engine]:
+    cache = cache_of(model, max_slots=5, num_pages=12 if order == "token" else 26, order=order, driver=driver)
+    return cache, Engine(model, cache, max_step_tokens=24)
+
+
+LOAD = [
+    Request(random_tokens(20, 128, seed=1), 40),
+    Request(random_tokens(35, 128, seed=2), 20, Sampling(1.0, seed=3), n=3),
+    Request([5], 50, Sampling(1.0, seed=4)),
+    Request(random_tokens(50, 128, seed=5), 30),
+    Request(random_tokens(9, 128, seed=6), 12, priority=2),
+]
+
+
+@pytest.mark.parametrize("order", ["token", "layer"])
+@pytest.mark.parametrize("call", ["create", "map", "set_access", "unmap", "zero", "copy", "release"])
+def test_every_driver_call_failed_in_turn_under_load(model: Llama, order: str, call: str) -> None:
+    """Requests fail or wait, the engine goes on, memory stays within its limit, and nothing leaks."""
+    expected = {(i, c.index): c.tokens for i, each in enumerate(alone(model, LOAD)) for c in each}
+    driver = FailingDriver(HostDriver())
+    cache, engine = _under_load(model, driver, order)
+    with cache, engine:
+        begin = driver.calls[call]
+        engine.generate(LOAD)
+        total = driver.calls[call] - begin
+    short = os.environ.get("VATTN_SHORT") or total > 12
+    places = sorted({1, 2, total // 3, 2 * total // 3, total} - {0}) if short else range(1, total + 1)
+    for at in places if total else ():
+        for out_of_memory in (False, True):
+            for times in (1, 3):
+                driver = FailingDriver(HostDriver())
+                cache, engine = _under_load(model, driver, order)
+                with cache:
+                    with engine:
+                        driver.fail(call, at=at, times=times, out_of_memory=out_of_memory)
+                        for request in LOAD:
+                            engine.submit(request)
+                        tokens, num_raised = [], 0
+                        while engine.has_work and num_raised < 20:
+                            try:
+                                tokens += engine.step()
+                            except Exception:
+                                num_raised += 1  # nothing of ours runs; it is tried again
+                            cache.check_integrity()
+                        assert not engine.has_work
+                        reasons = ends(tokens)
+                        assert reasons.keys() == expected.keys()
+                        for key, found in by_sample(tokens).items():
+                            assert found == expected[key][: len(found)]
+                            assert reasons[key] == "error" or found == expected[key]
+                        for new in tokens:
+                            assert new.error is None or isinstance(new.error, (DriverError, ConfigError))
+                        driver.heal()
+                        again = engine.generate([LOAD[0], LOAD[4]])
+                        assert tokens_of(again) == [expected[0, 0], expected[4, 0]]
+                    stats = cache.stats()
+                    assert stats.num_live_slots == stats.in_use_bytes == 0
+                    assert stats.peak_physical_bytes <= cache.memory_limit
+                    cache.check_integrity()
