@@ -74,14 +74,18 @@ def make_model(name: str) -> Llama:
 def run_vattn(records: Records, case: workload.Case, requests_per_s: float | None) -> None:
     model = make_model(case.name)
     add_limits(records, case, model)
-    if model.device.type == "cuda":
-        run_loop(records, case, model)
     memory_limit = None if model.device.type == "cuda" else 1 << 28
-    with Engine(model, max_batch=MAX_BATCH if case.name == "8B" else None, memory_limit=memory_limit) as engine:
-        add(records, workload.measure(Vattn(engine), case, requests_per_s), "vattn")
+    with (
+        records.going_on(f"{case.name} vattn"),
+        Engine(model, max_batch=MAX_BATCH if case.name == "8B" else None, memory_limit=memory_limit) as engine,
+    ):
+        for name, metrics in workload.measure(Vattn(engine), case, requests_per_s):
+            add(records, name, metrics, "vattn")
         stats = engine.stats()
         print(f"{stats.num_preemptions} preemptions, {stats.num_prefill_tokens} prompt tokens computed")
-    records.write()
+    if model.device.type == "cuda":
+        with records.going_on(f"{case.name} vattn-loop"):
+            run_loop(records, case, model)
 
 
 def run_loop(records: Records, case: workload.Case, model: Llama) -> None:
@@ -112,11 +116,11 @@ def add_limits(records: Records, case: workload.Case, model: Llama) -> None:
         records.add(name, "limit", "prefill_tokens_per_s", "tokens/s", [most])
 
 
-def add(records: Records, found: dict[str, dict[str, list[float]]], system: str) -> None:
-    for case, metrics in found.items():
-        for metric, samples in metrics.items():
-            if samples:
-                records.add(case, system, metric, workload.UNITS[metric], samples)
+def add(records: Records, case: str, metrics: dict[str, list[float]], system: str) -> None:
+    for metric, samples in metrics.items():
+        if samples:
+            records.add(case, system, metric, workload.UNITS[metric], samples)
+    records.write()
 
 
 def run_vllm(records: Records, site: Path) -> float:
@@ -139,8 +143,8 @@ def run_vllm(records: Records, site: Path) -> float:
                 raise RuntimeError(f"vLLM's side failed:\n{log.read()[-4000:]}")
         document = json.loads(output.read_text())
     print(document["about"])
-    add(records, document["found"], "vllm")
-    records.write()
+    for case, metrics in document["found"].items():
+        add(records, case, metrics, "vllm")
     return float(document["found"]["8B poisson=256"]["arrivals"][0])
 
 
@@ -185,18 +189,18 @@ def main() -> None:
     if parts is None:
         parts = ["8B"] if torch.cuda.is_available() else ["SmolLM2"]
     records = Records("13_serving", options.quick, parts)
-    with torch.inference_mode():
-        if "tiny" in parts:
-            run_vattn(records, workload.CASES["tiny"], None)
-        if "8B" in parts:
-            rate = None
-            if options.vllm is not None:
-                with records.going_on("vLLM"):
-                    rate = run_vllm(records, options.vllm)
-            run_vattn(records, workload.CASES["8B"], rate or told_rate(records))
+    if "tiny" in parts:
+        run_vattn(records, workload.CASES["tiny"], None)
+    if "8B" in parts:
+        rate = None
+        if options.vllm is not None:
+            with records.going_on("vLLM"):
+                rate = run_vllm(records, options.vllm)
+        run_vattn(records, workload.CASES["8B"], rate or told_rate(records))
+        with records.going_on("opening"):
             run_opening(records)
-        if "SmolLM2" in parts:
-            on_cpu.run(records, options.quick)
+    if "SmolLM2" in parts:
+        on_cpu.run(records, options.quick)
     records.end()
 
 

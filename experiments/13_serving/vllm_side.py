@@ -86,8 +86,7 @@ def main() -> None:
         workload.run(system, [(workload.tokens(case, 128, 1), 1)])
         opened = time.perf_counter() - begin
         config = llm.llm_engine.vllm_config.scheduler_config
-        found = workload.measure(system, case)
-        found[f"{case.name} opening"] = {"open_to_first_token": [opened]}
+        found = {f"{case.name} opening": {"open_to_first_token": [opened]}, **dict(workload.measure(system, case))}
         about = f"vLLM {vllm.__version__}, torch {torch.__version__}, {config.max_num_batched_tokens} tokens a step"
         Path(sys.argv[1]).write_text(json.dumps({"about": about, "found": found}))
 

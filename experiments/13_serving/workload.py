@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from statistics import median
@@ -236,39 +236,41 @@ def poisson(system: System, case: Case, requests_per_s: float) -> tuple[list[flo
     return [each.first * 1e3 for each in times], [gap * 1e3 for each in times for gap in each.gaps]
 
 
-def measure(system: System, case: Case, requests_per_s: float | None = None) -> dict[str, dict[str, list[float]]]:
-    """Case -> metric -> samples.
+def measure(
+    system: System, case: Case, requests_per_s: float | None = None
+) -> Iterator[tuple[str, dict[str, list[float]]]]:
+    """(case, metric -> samples), as they come.
 
     Args:
         requests_per_s: at which the trace's requests arrive; None: 80 % of those that this system gets through.
     """
-    found: dict[str, dict[str, list[float]]] = {}
     steps: dict[tuple[int, int], float] = {}
     for batch, context in case.steps:
         samples = step_ms(system, case, batch, context)
-        found[f"{case.name} B={batch} L={context}"] = {"engine_step": samples}
         steps[batch, context] = median(samples)
+        yield f"{case.name} B={batch} L={context}", {"engine_step": samples}
     for count, length in case.prefill:
-        one = next((ms for (batch, context), ms in steps.items() if batch == count and context >= length), None)
-        one = steps[case.steps[-1]] if one is None else one
-        name = f"{case.name} prompts={count} tokens={length}"
-        found[name] = {"prefill_tokens_per_s": prefill_tokens_per_s(system, case, count, length, one)}
+        one = next(ms for (batch, context), ms in steps.items() if batch == count and context >= length)
+        rates = prefill_tokens_per_s(system, case, count, length, one)
+        yield f"{case.name} prompts={count} tokens={length}", {"prefill_tokens_per_s": rates}
     longest, beside, alone = silence(system, case)
-    name = f"{case.name} B={case.running[0]} prompt={case.long_prompt}"
-    found[name] = {"longest_silence": longest, "prompt_beside": beside, "prompt_alone": alone}
+    times = {"longest_silence": longest, "prompt_beside": beside, "prompt_alone": alone}
+    yield f"{case.name} B={case.running[0]} prompt={case.long_prompt}", times
     rates = trace_tokens_per_s(system, case)
-    found[f"{case.name} trace={case.requests}"] = {"trace_tokens_per_s": rates}
+    yield f"{case.name} trace={case.requests}", {"trace_tokens_per_s": rates}
     if requests_per_s is None:
         requests_per_s = 0.8 * median(rates) * case.requests / sum(count for _, count in trace(case))
     first, between = poisson(system, case, requests_per_s)
-    found[f"{case.name} poisson={case.requests}"] = {
-        "arrivals": [requests_per_s],
-        "first_token": first,
-        "first_token_p99": [_p99(first)],
-        "between_tokens": between,
-        "between_tokens_p99": [_p99(between)],
-    }
-    return found
+    yield (
+        f"{case.name} poisson={case.requests}",
+        {
+            "arrivals": [requests_per_s],
+            "first_token": first,
+            "first_token_p99": [_p99(first)],
+            "between_tokens": between,
+            "between_tokens_p99": [_p99(between)],
+        },
+    )
 
 
 def _p99(samples: list[float]) -> float:
