@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import vattn
-from vattn.engine.engine import Engine, Request
+from vattn.engine import Engine, Request
 from vattn.models import Llama, LlamaConfig
 
 TILE = 16
@@ -49,14 +49,16 @@ def main():
     tiled = TiledAttention()
     with vattn.KVCache(
         model.kv_layout(max_seq_len=256),
-        max_slots=2,
+        max_slots=3,
         device="cpu",
         memory_limit=2**26,
         over_read_tokens=tiled.over_read_tokens,
         over_read_masked=tiled.masks_over_read,
     ) as cache:
-        mine = Engine(model, cache, tiled).generate(requests)
-        built_in = Engine(model, cache).generate(requests)
+        with Engine(model, cache, attention=tiled) as engine:
+            mine = engine.generate(requests)
+        with Engine(model, cache) as engine:
+            built_in = engine.generate(requests)
     assert [completion.tokens for completion in mine] == [completion.tokens for completion in built_in]
     print(f"{sum(len(completion.tokens) for completion in mine)} tokens, the same as with the built-in attention")
 

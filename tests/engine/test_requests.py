@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,8 +11,8 @@ import torch
 from helpers.decode import by_slot, prefill
 from helpers.llama import open_cache, small_model
 
-from vattn.decode.loop import DecodeLoop, Sampling
-from vattn.engine.engine import Engine, Request
+from vattn import Engine, Request, Sampling
+from vattn.decode import DecodeLoop
 from vattn.errors import ConfigError
 from vattn.models import FusedLlama, Llama
 from vattn.requests import checked_request
@@ -25,7 +26,8 @@ def model() -> Llama:
 @pytest.fixture
 def engine(model: Llama) -> Iterator[Engine]:
     with open_cache(model, 4) as cache:
-        yield Engine(model, cache)
+        with Engine(model, cache) as engine:
+            yield engine
         assert cache.stats().num_live_slots == 0
 
 
@@ -66,16 +68,35 @@ def test_whatever_holds_integers_is_stop_tokens(engine: Engine, kind: object) ->
 
 
 def test_values_become_plain_ones() -> None:
+    sampling = Sampling(
+        np.float32(0.5),  # type: ignore[arg-type]
+        np.uint8(9),  # type: ignore[arg-type]
+        np.float64(0.25),
+        seed=torch.tensor(7),  # type: ignore[arg-type]
+        logit_bias={np.int64(3): np.float32(2.0)},  # type: ignore[dict-item]
+        min_new_tokens=np.int16(2),  # type: ignore[arg-type]
+    )
     request = checked_request(
         Request(
-            np.arange(3), np.int8(100), np.float32(0.5), np.float64(0.25), torch.tensor(7), [np.int8(5)], np.uint8(9)
-        ),  # type: ignore[arg-type]
+            np.arange(3),  # type: ignore[arg-type]
+            np.int8(100),  # type: ignore[arg-type]
+            sampling,
+            [np.int8(5), 5, 6],  # type: ignore[list-item]
+            np.uint8(2),  # type: ignore[arg-type]
+            torch.tensor(3),  # type: ignore[arg-type]
+            np.int8(-1),  # type: ignore[arg-type]
+            np.float32(1.5),  # type: ignore[arg-type]
+        ),
         vocab_size=128,
     )
-    assert request == Request((0, 1, 2), 100, 0.5, 0.25, 7, frozenset({5}), 9)
-    values = (request.max_new_tokens, request.seed, request.top_k, *request.prompt_tokens, *request.stop_tokens)
+    plain = Sampling(0.5, 9, 0.25, seed=7, logit_bias={3: 2.0}, min_new_tokens=2)
+    assert request == Request((0, 1, 2), 100, plain, (5, 6), 2, 3, -1, 1.5)
+    values = (request.max_new_tokens, request.n, request.priority, *request.prompt_tokens, *request.stop_tokens)
     assert {type(value) for value in values} == {int}
-    assert type(request.temperature) is type(request.top_p) is float
+    chosen = request.sampling
+    assert chosen is not None
+    assert {type(each) for each in (chosen.seed, chosen.top_k, chosen.min_new_tokens, *chosen.logit_bias)} == {int}
+    assert {type(each) for each in (chosen.temperature, chosen.top_p, *chosen.logit_bias.values())} == {float}
 
 
 def test_small_integers_do_not_overflow(engine: Engine) -> None:
@@ -115,6 +136,27 @@ def test_small_integers_do_not_overflow(engine: Engine) -> None:
         ({"max_new_tokens": 5.0}, "max_new_tokens"),
         ({"max_new_tokens": True}, "max_new_tokens"),
         ({"max_new_tokens": None}, "max_new_tokens"),
+        ({"n": 0}, "n must be"),
+        ({"n": True}, "n must be"),
+        ({"num_logprobs": -1}, "num_logprobs"),
+        ({"num_logprobs": 21}, "num_logprobs"),
+        ({"priority": 1.5}, "priority"),
+        ({"priority": 2**31}, "priority"),
+        ({"deadline_s": -1}, "deadline_s"),
+        ({"deadline_s": "soon"}, "deadline_s"),
+        ({"allowed_tokens": [1]}, "allowed_tokens"),
+        ({"sampling": {"temperature": 1}}, "sampling must be"),
+    ],
+)
+def test_wrong_values_are_refused_by_submit(engine: Engine, values: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        engine.submit(Request(**{"prompt_tokens": [1], **values}))  # type: ignore[arg-type]
+    assert not engine.has_work
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
         ({"temperature": -0.1}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),
         ({"temperature": float("inf")}, "temperature"),
@@ -132,11 +174,22 @@ def test_small_integers_do_not_overflow(engine: Engine) -> None:
         ({"seed": 2**63}, "seed"),
         ({"seed": 1.0}, "seed"),
         ({"seed": True}, "seed"),
+        ({"min_p": 1.1}, "min_p"),
+        ({"min_p": -0.1}, "min_p"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"presence_penalty": float("inf")}, "presence_penalty"),
+        ({"frequency_penalty": "much"}, "frequency_penalty"),
+        ({"logit_bias": [5]}, "logit_bias must map"),
+        ({"logit_bias": {128: 1.0}}, "logit_bias: 128 is not in"),
+        ({"logit_bias": {5: float("inf")}}, "logit_bias of token 5"),
+        ({"logit_bias": {5: float("nan")}}, "logit_bias of token 5"),
+        ({"min_new_tokens": -1}, "min_new_tokens"),
+        ({"min_new_tokens": 129}, "min_new_tokens 129 exceeds"),
     ],
 )
-def test_wrong_values_are_refused_by_submit(engine: Engine, values: dict[str, object], message: str) -> None:
+def test_wrong_sampling_is_refused_by_submit(engine: Engine, values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        engine.submit(Request(**{"prompt_tokens": [1], **values}))  # type: ignore[arg-type]
+        engine.submit(Request([1], sampling=Sampling(**values)))
     assert not engine.has_work
 
 
@@ -188,8 +241,7 @@ def test_the_same_tokens_from_the_engine_and_from_the_decode_loop(
     model: Llama, engine: Engine, values: dict[str, float]
 ) -> None:
     sampling = Sampling(**{"temperature": 1.5, "seed": 11, **values})  # type: ignore[arg-type]
-    request = Request([1, 2, 3], 40, sampling.temperature, sampling.top_p, sampling.seed, top_k=sampling.top_k)
-    assert request.sampling == sampling
+    request = Request([1, 2, 3], 40, sampling)
     with open_cache(model, 3) as cache, DecodeLoop(FusedLlama(model), cache) as loop:
         slot = prefill(model, cache, [1, 2, 3])
         loop.start(slot, 3, 40, sampling)
@@ -198,9 +250,9 @@ def test_the_same_tokens_from_the_engine_and_from_the_decode_loop(
 
 def test_temperatures_that_float32_rounds_to_zero_are_greedy(engine: Engine) -> None:
     greedy = engine.generate([Request([1, 2, 3], 20)])[0].tokens
-    assert engine.generate([Request([1, 2, 3], 20, temperature=1e-46)])[0].tokens == greedy
-    assert engine.generate([Request([1, 2, 3], 20, temperature=2.0, top_k=1)])[0].tokens == greedy
-    assert engine.generate([Request([1, 2, 3], 20, temperature=2.0)])[0].tokens != greedy
+    assert engine.generate([Request([1, 2, 3], 20, Sampling(1e-46))])[0].tokens == greedy
+    assert engine.generate([Request([1, 2, 3], 20, Sampling(2.0, top_k=1))])[0].tokens == greedy
+    assert engine.generate([Request([1, 2, 3], 20, Sampling(2.0))])[0].tokens != greedy
 
 
 class Raises:
@@ -211,11 +263,12 @@ class Raises:
 def test_what_is_no_list_of_requests_and_no_cache(engine: Engine, model: Llama) -> None:
     with pytest.raises(ConfigError, match="list of requests"):
         engine.generate(Request([1]))  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match=r"a NoneType as cache"):
-        Engine(model, None)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"a str as cache"):
+        Engine(model, "cpu")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="unknown attention"):
-        Engine(model, engine.cache, "nonesuch")
-    assert Engine(model, engine.cache, "sdpa").attention.name == "sdpa"
+        Engine(model, engine.cache, attention="nonesuch")
+    with Engine(model, engine.cache, attention="sdpa") as other:
+        assert other.attention.name == "sdpa"
     with pytest.raises(ConfigError, match="token ids"):
         engine.submit(Request({1: 2}))  # type: ignore[arg-type]
 

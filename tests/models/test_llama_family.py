@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers.llama import hf_llama, hf_model_of, open_cache, random_tokens, run, same_in_vattn
 
-from vattn.engine.engine import Engine, Request
+from vattn.engine import Engine, Request
 from vattn.errors import ConfigError
 from vattn.kv_cache import KVCache
 from vattn.models.config import LlamaConfig
@@ -93,15 +93,16 @@ def test_the_engine_prefills_windows_in_chunks() -> None:
     model = Llama.random(config, std=0.3)
     wanted = [Request(random_tokens(n, 128, seed=n), 12) for n in (61, 3, 40)]
     tokens = []
-    for max_prefill_tokens in (2048, 16, 7):
-        with KVCache(model.kv_layout(), 3, "cpu", memory_limit=2**24, page_bytes=4096) as cache:
-            engine = Engine(model, cache, max_prefill_tokens=max_prefill_tokens)
-            tokens.append([completion.tokens for completion in engine.generate(wanted)])
+    for max_step_tokens in (2048, 16, 7):
+        with KVCache(model.kv_layout(), 4, "cpu", memory_limit=2**24, page_bytes=4096) as cache:
+            with Engine(model, cache, max_step_tokens=max_step_tokens) as engine:
+                tokens.append([completion.tokens for completion in engine.generate(wanted)])
             cache.check_integrity()
     assert tokens[0] == tokens[1] == tokens[2]
     unlimited = Llama.random(LlamaConfig(**{**vars(config), "windows": None}), std=0.3)
-    with KVCache(unlimited.kv_layout(), 3, "cpu", memory_limit=2**24, page_bytes=4096) as cache:
-        assert [c.tokens for c in Engine(unlimited, cache).generate(wanted)] != tokens[0]
+    with KVCache(unlimited.kv_layout(), 4, "cpu", memory_limit=2**24, page_bytes=4096) as cache:
+        with Engine(unlimited, cache) as engine:
+            assert [c.tokens for c in engine.generate(wanted)] != tokens[0]
 
 
 def test_layers_with_one_window_share_a_group() -> None:

@@ -11,7 +11,7 @@ from helpers.llama import LLAMA_3_1_8B_SHAPE, ODD_SHAPE, SMOLLM2_SHAPE, open_cac
 
 from vattn.attention import AttentionBackend, backends, choose, get
 from vattn.driver.cuda import unavailable
-from vattn.engine.engine import Engine, Request
+from vattn.engine import Engine, Request
 from vattn.models.config import LlamaConfig
 from vattn.models.llama import Llama
 
@@ -102,9 +102,9 @@ def test_an_odd_shape_end_to_end(backend: AttentionBackend) -> None:
     usable(backend, ODD_SHAPE.head_dim)
     model = Llama.random(ODD_SHAPE, device="cuda", dtype=torch.bfloat16, std=STD)
     requests = [Request(random_tokens(n, 5000, seed=n), 30) for n in (1, 700, 64, 129, 2000, 17)]
-    with open_cache(model, max_slots=4, attention=backend) as cache:
-        engine = Engine(model, cache, backend, max_prefill_tokens=512)
-        completions = engine.generate(requests)
+    with open_cache(model, max_slots=5, attention=backend) as cache:
+        with Engine(model, cache, max_step_tokens=512, attention=backend) as engine:
+            completions = engine.generate(requests)
         assert [len(completion.tokens) for completion in completions] == [30] * len(requests)
         cache.check_integrity()
         assert cache.stats().num_live_slots == 0
@@ -163,12 +163,11 @@ def test_8b_at_16k_end_to_end(llama_8b: Llama) -> None:
     """Through the engine, on the backends chosen for this machine, beside a short request."""
     attention = choose("cuda", torch.bfloat16, 128)
     requests = [Request(random_tokens(n, 128256, seed=n), NUM_STEPS) for n in (CONTEXT - NUM_STEPS, 40)]
-    with open_cache(llama_8b, max_slots=2, attention=attention) as cache:
-        engine = Engine(llama_8b, cache, max_prefill_tokens=CHUNK)
-        assert engine.attention.name == attention.name
-        completions = engine.generate(requests)
-        assert [len(completion.tokens) for completion in completions] == [NUM_STEPS] * 2
-        assert engine.stats.num_prefill_tokens == CONTEXT - NUM_STEPS + 40
+    with open_cache(llama_8b, max_slots=3, attention=attention) as cache:
+        with Engine(llama_8b, cache, max_step_tokens=CHUNK) as engine:
+            completions = engine.generate(requests)
+            assert [len(completion.tokens) for completion in completions] == [NUM_STEPS] * 2
+            assert engine.stats().num_prefill_tokens == CONTEXT - NUM_STEPS + 40 - 2
         stats = cache.stats()
         assert stats.peak_physical_bytes < (CONTEXT + 40 + 2 * attention.over_read_tokens + 64) * 131072
         cache.check_integrity()

@@ -25,7 +25,7 @@ from .mail import Mail
 from .opening import BUDGETS, attention_for_prompts, opened_cache
 from .prefill import PrefillPasses, RuntimeModel
 from .runner import Runner
-from .scheduler import Scheduler
+from .scheduler import Sample, Scheduler
 from .stats import EngineStats, Meters
 
 __all__ = ["Engine"]
@@ -111,9 +111,10 @@ class Engine:
         self._costs = SequenceCosts(self.cache.layout, self.cache.page_bytes, self.cache.over_read_tokens)
         self._meters = Meters()
         self._scheduler = Scheduler(self._costs, max_batch)
-        passes = PrefillPasses(model, self.cache, self.attention, self._loop.stream)
-        self._runner = Runner(self._loop, passes, self._scheduler, self._meters, budgets)
-        self._passes = passes
+        self._passes: PrefillPasses[tuple[Sample, int]] = PrefillPasses(
+            model, self.cache, self.attention, self._loop.stream
+        )
+        self._runner = Runner(self._loop, self._passes, self._scheduler, self._meters, budgets)
         self._room_bytes = self.cache.memory_limit - self._costs.bytes(self.cache.seq_len(self._loop.own_slot))
         self._ids = itertools.count()
         self._stepping = threading.Lock()  # held by whoever is in step, generate or close
