@@ -148,22 +148,8 @@ class FusedLlama:
         Returns:
             ``[batch, vocab_size]`` in the weights' dtype.
         """
-        ops, eps, head_dim = self.ops, self.config.rms_norm_eps, self.config.head_dim
-        x = ops.add_rms_norm(None, residual, self.layers[0].norm, eps)
-        for index, layer in enumerate(self.layers):
-            k, v = cache.k(index), cache.v(index)
-            qkv = ops.linear(x, layer.qkv, layer.qkv_bias)
-            q = ops.rope_append(
-                qkv, self.table, batch.slots_int32, batch.rows_int32, k, v, layer.q_norm, layer.k_norm, eps
-            )
-            out = attention(q, k, v, batch, scale=head_dim**-0.5, window=layer.window)
-            x = ops.linear(out.flatten(-2), layer.o, layer.o_bias)
-            x = ops.add_rms_norm(x, residual, layer.mlp_norm, eps)
-            x = ops.linear_swiglu(x, layer.gate_up, layer.gate_up_bias)
-            x = ops.linear(x, layer.down, layer.down_bias)
-            last = index + 1 == len(self.layers)
-            x = ops.add_rms_norm(x, residual, self.model.norm.weight if last else self.layers[index + 1].norm, eps)
-        return ops.linear(x, self.model.output_weight, whole=True)
+        x = self._layers(residual, batch.slots_int32, batch.rows_int32, cache, [(batch, attention)])
+        return self.ops.linear(x, self.model.output_weight, whole=True)
 
     def prefill(self, tokens: torch.Tensor, batch: AttentionBatch, cache: KVCache, attention: AttentionBackend) -> None:
         """Compute the new tokens of a batch and append their K and V. Nothing else: the last layer stops there.
@@ -177,31 +163,112 @@ class FusedLlama:
         Raises:
             ConfigError: another number of tokens than the batch has, rows of padding, or a row beyond ``max_seq_len``.
         """
+        self._check_prefill(tokens, batch)
+        residual, slots, rows = F.embedding(tokens, self.embedding), batch.token_slots, batch.token_positions
+        self._layers(residual, slots, rows, cache, [(batch, attention)], num_prefill=batch.num_tokens)
+
+    def prefill_and_decode(
+        self,
+        tokens: torch.Tensor,
+        prefill: AttentionBatch,
+        prefill_attention: AttentionBackend,
+        residual: torch.Tensor,
+        decode: DecodeBatch,
+        decode_attention: AttentionBackend,
+        cache: KVCache,
+    ) -> torch.Tensor:
+        """``prefill`` and ``decode`` in one pass, which reads the weights once.
+
+        Args:
+            tokens, prefill, prefill_attention: as for ``prefill``.
+            residual, decode, decode_attention: as for ``decode``; of other slots.
+            cache: as for both.
+
+        Returns:
+            ``[batch, vocab_size]``, the logits of ``decode``.
+
+        Raises:
+            ConfigError: as for ``prefill``.
+        """
+        self._check_prefill(tokens, prefill)
+        residual = torch.cat((F.embedding(tokens, self.embedding), residual))
+        slots = torch.cat((prefill.token_slots, decode.slots_int32))
+        rows = torch.cat((prefill.token_positions, decode.rows_int32))
+        parts = [(prefill, prefill_attention), (decode, decode_attention)]
+        x = self._layers(residual, slots, rows, cache, parts, num_prefill=len(tokens))
+        return self.ops.linear(x, self.model.output_weight, whole=True)
+
+    def _layers(
+        self,
+        residual: torch.Tensor,
+        slots: torch.Tensor,
+        rows: torch.Tensor,
+        cache: KVCache,
+        parts: list[tuple[AttentionBatch, AttentionBackend]],
+        num_prefill: int = 0,
+    ) -> torch.Tensor:
+        """All layers; appends K and V of every token.
+
+        Args:
+            residual: ``[tokens, hidden_size]``, embeddings; used up.
+            slots, rows: ``[tokens]`` int, of each token.
+            parts: (batch, attention), of all tokens in order.
+            num_prefill: the first tokens, a part by themselves, of which nobody asks more than K and V.
+
+        Returns:
+            ``[tokens - num_prefill, hidden_size]``, what the output projection takes.
+        """
+        ops, eps, head_dim = self.ops, self.config.rms_norm_eps, self.config.head_dim
+        x = ops.add_rms_norm(None, residual, self.layers[0].norm, eps)
+        for index, layer in enumerate(self.layers):
+            k, v = cache.k(index), cache.v(index)
+            last = index + 1 == len(self.layers)
+            qkv, qkv_bias = layer.qkv, layer.qkv_bias
+            if last and num_prefill == len(x):  # nobody asks for queries either
+                num_q = self.num_heads * head_dim
+                qkv, qkv_bias = qkv[num_q:], None if qkv_bias is None else qkv_bias[num_q:]
+            q = ops.rope_append(
+                ops.linear(x, qkv, qkv_bias), self.table, slots, rows, k, v, layer.q_norm, layer.k_norm, eps
+            )
+            if last and num_prefill:
+                q, residual, parts = q[num_prefill:], residual[num_prefill:], parts[1:]
+                if not parts:
+                    return residual
+            out = [
+                attention(of_part, k, v, batch, scale=head_dim**-0.5, window=layer.window)
+                for of_part, (batch, attention) in zip(q.split([b.num_tokens for b, _ in parts]), parts, strict=True)
+            ]
+            attended = (out[0] if len(out) == 1 else torch.cat(out)).flatten(-2)
+            following = self.model.norm.weight if last else self.layers[index + 1].norm
+            x = self._add(attended, layer.o, layer.o_bias, residual, layer.mlp_norm, num_prefill > 0)
+            x = ops.linear_swiglu(x, layer.gate_up, layer.gate_up_bias)
+            x = self._add(x, layer.down, layer.down_bias, residual, following, num_prefill > 0)
+        return x
+
+    def _add(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        residual: torch.Tensor,
+        norm: torch.Tensor,
+        many: bool,
+    ) -> torch.Tensor:
+        """Add a product to the residual stream; returns the norm of that. ``many``: there are many tokens."""
+        product = None
+        if many:
+            self.ops.linear_add(x, weight, residual, bias)
+        else:
+            product = self.ops.linear(x, weight, bias)
+        return self.ops.add_rms_norm(product, residual, norm, self.config.rms_norm_eps)
+
+    def _check_prefill(self, tokens: torch.Tensor, batch: AttentionBatch) -> None:
         if batch.starts is not None:
             raise ConfigError("this model takes packed tokens: a batch without starts, that is without padding")
         if tokens.shape != (batch.num_tokens,):
             raise ConfigError(f"the batch has {batch.num_tokens} new tokens, got a tensor of shape {[*tokens.shape]}")
         if batch.max_end > self.max_seq_len:
             raise ConfigError(f"row {batch.max_end - 1} is beyond the model's context of {self.max_seq_len} tokens")
-        ops, eps, head_dim = self.ops, self.config.rms_norm_eps, self.config.head_dim
-        slots, rows = batch.token_slots, batch.token_positions
-        residual = F.embedding(tokens, self.embedding)
-        x = ops.add_rms_norm(None, residual, self.layers[0].norm, eps)
-        for index, layer in enumerate(self.layers):
-            k, v = cache.k(index), cache.v(index)
-            last = index + 1 == len(self.layers)
-            first_k = self.num_heads * head_dim if last else 0  # nobody asks the last layer's queries
-            bias = None if layer.qkv_bias is None else layer.qkv_bias[first_k:]
-            qkv = ops.linear(x, layer.qkv[first_k:], bias)
-            q = ops.rope_append(qkv, self.table, slots, rows, k, v, layer.q_norm, layer.k_norm, eps)
-            if last:
-                return
-            out = attention(q, k, v, batch, scale=head_dim**-0.5, window=layer.window)
-            x = ops.linear(out.flatten(-2), layer.o, layer.o_bias)
-            x = ops.add_rms_norm(x, residual, layer.mlp_norm, eps)
-            x = ops.linear_swiglu(x, layer.gate_up, layer.gate_up_bias)
-            x = ops.linear(x, layer.down, layer.down_bias)
-            x = ops.add_rms_norm(x, residual, self.layers[index + 1].norm, eps)
 
 
 def products(config: LlamaConfig) -> list[tuple[int, int, str]]:

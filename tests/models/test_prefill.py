@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers.llama import hf_model_of, open_cache, random_tokens, run, same_in_vattn, small_model
 
-from vattn.attention import AttentionBatch, get
+from vattn.attention import AttentionBatch, DecodeBatch, get
 from vattn.errors import ConfigError
 from vattn.kv_cache import KVCache
 from vattn.memory.upload import upload
@@ -108,24 +108,48 @@ def test_as_good_as_eager_in_bfloat16(num_tokens: int) -> None:
     assert (rows("fused", model) - exact).norm() < 2 * allowed < 0.1 * exact.norm()
 
 
-def test_prefill_then_decode_one_token(device: str) -> None:
-    """What the runtime does with a prompt: all but its last token by a pass, that one by a decode step."""
-    from vattn.attention import DecodeBatch
+def decode_batch(cache: KVCache, slots: Sequence[int], rows: Sequence[int]) -> DecodeBatch:
+    slot, row = (torch.tensor(values, dtype=torch.int32, device=cache.device) for values in (slots, rows))
+    return DecodeBatch(slot, row, row + 1, cache.layout.max_seq_len)
 
-    model = small_model().to(device)
-    fused, prompt = model.runtime(), random_tokens(50, 128)
-    with open_cache(model, 2) as cache:
-        expected = run(model, cache, [cache.acquire()], [prompt])
-        slot = cache.acquire()
-        prefill(fused, cache, [slot], [prompt[:-1]])
-        cache.ensure(slot, len(prompt))
-        slots, row, end = (
-            torch.tensor([value], dtype=torch.int32, device=device) for value in (slot, len(prompt) - 1, len(prompt))
-        )
-        residual = fused.embedding[torch.tensor([prompt[-1]], device=device)]
-        with cache.step([slot]), torch.inference_mode():
-            got = fused.decode(residual, DecodeBatch(slots, row, end, len(prompt)), cache, get("sdpa")).cpu()
-        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("name", FAMILY)
+def test_prefill_then_decode(name: str, together: bool, device: str) -> None:
+    """What the runtime does with prompts: all but their last tokens by passes, those by a decode step. ``together``: in
+    the same pass as the tokens of other prompts."""
+    kind, changes = FAMILY[name]
+    model = same_in_vattn(hf_model_of(kind, **changes)).to(device)
+    fused, vocab_size = model.runtime(), model.config.vocab_size
+    prompts = [random_tokens(n, vocab_size, seed=n) for n in (50, 2, 21)]
+    others = [random_tokens(n, vocab_size, seed=n) for n in (1, 40)]
+    with open_cache(model, 12) as cache:
+        expected = run(model, cache, [cache.acquire() for _ in prompts], prompts)
+        wanted = [cache.acquire() for _ in others]
+        run(model, cache, wanted, others)
+        slots = [cache.acquire() for _ in prompts]
+        prefill(fused, cache, slots, [prompt[:-1] for prompt in prompts])
+        cache.ensure_batch(slots, [len(prompt) for prompt in prompts])
+        batch = decode_batch(cache, slots, [len(prompt) - 1 for prompt in prompts])
+        residual = fused.embedding[torch.tensor([prompt[-1] for prompt in prompts], device=device)]
+        other = [cache.acquire() for _ in others]
+        if together:
+            lengths = [len(each) for each in others]
+            cache.ensure_batch(other, lengths)
+            tokens = torch.tensor([token for each in others for token in each], device=device)
+            packed = AttentionBatch.build(other, lengths, lengths, cache.device)
+            with cache.step([*slots, *other]), torch.inference_mode():
+                got = fused.prefill_and_decode(tokens, packed, get("sdpa"), residual, batch, get("reference"), cache)
+        else:
+            prefill(fused, cache, other, others)
+            with cache.step(slots), torch.inference_mode():
+                got = fused.decode(residual, batch, cache, get("sdpa"))
+        torch.testing.assert_close(got.cpu(), expected, rtol=2e-4, atol=2e-5)
+        for slot, same in zip(other, wanted, strict=True):
+            for layer in range(model.config.num_layers):
+                for rows, as_eager in zip(cache.rows(slot, layer), cache.rows(same, layer), strict=True):
+                    torch.testing.assert_close(rows, as_eager, rtol=2e-4, atol=2e-5)
+        cache.check_integrity()
 
 
 def test_what_a_pass_refuses(device: str) -> None:
