@@ -64,6 +64,25 @@ def test_streams_side_by_side(model: Llama, cache: KVCache) -> None:
         assert not engine.has_work
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_streams_on_the_gpu() -> None:
+    model = small_model().to("cuda")
+    wanted = requests_of(6, max_new_tokens=20)
+    expected = [c.tokens for (c,) in alone(model, wanted)]
+
+    async def main() -> list[list[StepToken]]:
+        async with AsyncEngine(engine) as serving:
+            early = serving.stream(Request([3], 400))
+            await anext(early)
+            await early.aclose()
+            return await asyncio.gather(*(collect(serving, request) for request in wanted))
+
+    with cache_of(model, num_pages=64) as cache, Engine(model, cache, max_step_tokens=8) as engine:
+        assert [tuple(token.token for token in tokens) for tokens in run(main())] == expected
+        cache.check_integrity()
+
+
 def test_tokens_come_as_they_are_made(model: Llama, cache: KVCache) -> None:
     async def main() -> None:
         async with AsyncEngine(engine) as serving:

@@ -6,6 +6,7 @@ import random
 from dataclasses import replace
 
 import pytest
+import torch
 from helpers.engine import Fate, alone, any_request, cache_of
 from helpers.llama import small_model
 
@@ -30,12 +31,21 @@ def test_ten_thousand_random_requests(model: Llama) -> None:
     walk(model, 10_000, seed=99)
 
 
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("seed", [7, 8])
+def test_a_thousand_random_requests_on_the_gpu(seed: int) -> None:
+    """Passes beside captured steps, on streams of their own. A sequence takes four pages, so memory is short."""
+    walk(small_model().to("cuda"), 1000, seed)
+
+
 def walk(model: Llama, num_requests: int, seed: int) -> None:
     """Nothing is lost, nothing comes twice, nobody waits for ever, and memory stays within its limit."""
     rng = random.Random(seed)
     kinds = [any_request(rng) for _ in range(min(num_requests, 300) // 2)]
     expected = alone(model, kinds)
-    order = rng.choice(("token", "layer"))
+    order = rng.choice(("token", "layer")) if model.device.type == "cpu" else "layer"
     num_pages = (12 if order == "token" else 20) + rng.randrange(10)
     with cache_of(model, max_slots=rng.choice((4, 7)), num_pages=num_pages, order=order) as cache:
         with Engine(model, cache, max_step_tokens=rng.choice((7, 32, 256))) as engine:

@@ -1,4 +1,4 @@
-"""Engines over small caches on the CPU, requests of every kind, and what each of them gives alone."""
+"""Engines over small caches, requests of every kind, and what each of them gives alone."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def cache_of(
     **options: int,
 ) -> KVCache:
     """With a slot for the decode loop among ``max_slots``."""
-    limit = num_pages * PAGE_BYTES
-    layout = model.kv_layout(order=order)
-    return KVCache(layout, max_slots, "cpu", limit, page_bytes=PAGE_BYTES, driver=driver, **options)  # type: ignore[arg-type]
+    page_bytes = PAGE_BYTES if model.device.type == "cpu" else 2 << 20
+    layout, limit = model.kv_layout(order=order), num_pages * page_bytes
+    return KVCache(layout, max_slots, model.device, limit, page_bytes=page_bytes, driver=driver, **options)  # type: ignore[arg-type]
 
 
 def requests_of(count: int, max_new_tokens: int = 40, **settings: object) -> list[Request]:

@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
@@ -20,9 +19,10 @@ from ..errors import ConfigError, QueueFull
 from ..interrupts import Uninterrupted, finish
 from ..kv_cache import KVCache
 from ..requests import Completion, Request, StepToken, checked_request
+from .answers import Answer
 from .costs import SequenceCosts
 from .mail import Mail
-from .opening import BUDGETS, attention_for_prompts, opened_cache
+from .opening import BUDGETS, TYPICAL_LEN, attention_for_prompts, opened_cache
 from .prefill import PrefillPasses, RuntimeModel
 from .runner import Runner
 from .scheduler import Sample, Scheduler
@@ -102,6 +102,7 @@ class Engine:
                 self.cache,
                 max_batch=max_batch,
                 attention=attention if is_captured else None,
+                typical_len=min(TYPICAL_LEN, self.cache.layout.max_seq_len),
                 mapping="thread" if on_gpu else "inline",
             )
         except BaseException:
@@ -224,14 +225,14 @@ class Engine:
         if isinstance(requests, Request) or not isinstance(requests, Iterable):
             raise ConfigError(f"generate takes a list of requests, as [Request(prompt_tokens)], got {requests!r}")
         checked = [self._checked(request) for request in requests]
-        answers: dict[tuple[int, int], _Answer] = {}
+        answers: dict[tuple[int, int], Answer] = {}
         others: list[StepToken] = []
         ids: list[int] = []
         try:
             with Uninterrupted(), self._mail.lock:
                 for request in checked:
                     ids.append(self._post(request))
-                    answers.update(((ids[-1], index), _Answer()) for index in range(request.n))
+                    answers.update(((ids[-1], index), Answer()) for index in range(request.n))
             mine = set(ids)
             with self._alone():
                 while any(answer.finish_reason is None for answer in answers.values()):
@@ -366,29 +367,3 @@ class Engine:
                 f"{len(request.stop_tokens)} stop tokens are more than the {self._loop.max_stop_tokens} accepted"
             )
         return request
-
-
-@dataclass
-class _Answer:
-    """A sample's completion in the making."""
-
-    tokens: list[StepToken] = field(default_factory=list)
-    finish_reason: str | None = None
-    error: BaseException | None = None
-
-    def add(self, token: StepToken) -> None:
-        if token.token is not None:
-            self.tokens.append(token)
-        self.finish_reason, self.error = token.finish_reason, token.error
-
-    def completion(self, request_id: int, index: int) -> Completion:
-        logprobs = [token for token in self.tokens if token.logprob is not None]
-        return Completion(
-            request_id,
-            index,
-            tuple(token.token for token in self.tokens if token.token is not None),
-            self.finish_reason or "cancelled",
-            tuple(token.logprob for token in logprobs if token.logprob is not None),
-            tuple(token.top_logprobs for token in logprobs),
-            self.error,
-        )

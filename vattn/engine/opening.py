@@ -7,10 +7,11 @@ from ..kv_cache import KVCache
 from ..tuning import default_attention, default_decode
 from .prefill import RuntimeModel
 
-__all__ = ["BUDGETS", "attention_for_prompts", "opened_cache"]
+__all__ = ["BUDGETS", "TYPICAL_LEN", "attention_for_prompts", "opened_cache"]
 
 # Prompt tokens of a step while somebody decodes, who waits for them, and while nobody does.
 BUDGETS = {"cuda": (1024, 8192), "cpu": (64, 256)}
+TYPICAL_LEN = 2048  # rows of a sequence, for the choice of a kernel for decode: most requests are far from the context
 
 
 def attention_for_prompts(model: RuntimeModel, cache: KVCache, new: int) -> AttentionBackend:
@@ -35,7 +36,7 @@ def opened_cache(
     if attention is None:
         wanted = [
             default_attention(layout, device, model.num_heads, new=BUDGETS[device.type][1]),
-            default_decode(layout, device, max_batch, max(1, model.max_seq_len // 2), model.num_heads),
+            default_decode(layout, device, max_batch, min(TYPICAL_LEN, layout.max_seq_len), model.num_heads),
         ]
     else:
         wanted = [attention]

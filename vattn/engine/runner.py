@@ -276,9 +276,10 @@ class Runner:
         return True
 
     def _launch_pass(self) -> None:
-        """The next chunks of prompts; while nobody decodes a second pass, so that mapping for it takes no time."""
+        """The next chunks of prompts: one pass where somebody decodes, so that no more of them lie between two of his
+        tokens. On a GPU another one may still be running, so that it is never without one while the host maps pages."""
         scheduler = self._scheduler
-        while scheduler.is_prefilling and self._passes.num_under_way < (1 if self._decoding else 2):
+        while scheduler.is_prefilling and self._passes.num_under_way < 2:
             parts = scheduler.chunks(self._busy_budget if self._decoding else self._idle_budget)
             if not parts:
                 return
@@ -297,7 +298,7 @@ class Runner:
             for sample, count in parts:
                 sample.computed += count
                 self._meters.num_prefill_tokens += count
-            if self._loop.stream is None:  # it has been computed by now
+            if self._decoding or self._loop.stream is None:  # on the CPU it has been computed by now
                 return
 
     def _preempt(self, error: OutOfPages) -> None:
