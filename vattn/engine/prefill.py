@@ -53,10 +53,12 @@ class Chunk(Generic[_Owner]):
 
     Attributes:
         owner: whoever asked for it, to be told when it is done.
+        version: the cache's, of the slot: nothing is written to it where it has another one.
     """
 
     owner: _Owner
     slot: int
+    version: int
     tokens: Sequence[int]
     end: int
 
@@ -91,17 +93,19 @@ class PrefillPasses(Generic[_Owner]):
 
         Raises:
             OutOfPages: no pages for the rows; nothing was changed.
+            ConfigError: a slot was released or truncated by somebody else, or the cache is closed.
         """
         slots, ends = [chunk.slot for chunk in chunks], [chunk.end for chunk in chunks]
+        versions = [chunk.version for chunk in chunks]
         device, event = self._cache.device, None
         with torch.inference_mode(), torch.cuda.stream(self._stream):
-            self._cache.ensure_batch(slots, ends)
+            self._cache.ensure_batch(slots, ends, versions=versions)
             batch = AttentionBatch.build(slots, [len(chunk.tokens) for chunk in chunks], ends, device)
             tokens = upload([token for chunk in chunks for token in chunk.tokens], device, torch.int64)
             if self._stream is not None and self._decoding is not None and not BESIDE_DECODE:
                 self._stream.wait_stream(self._decoding)
             with Uninterrupted():
-                with self._cache.step(slots):
+                with self._cache.step(slots, versions=versions):
                     self._model.prefill(tokens, batch, self._cache, self._attention)
                 if self._stream is not None:
                     event = torch.cuda.Event()
