@@ -266,9 +266,7 @@ def test_a_slot_goes_on_and_is_forked(fused, model):
         loop.start(slot, prompt[-1], 20)
         found = by_slot(loop.run())[slot]
         child, other = cache.fork(slot), cache.fork(slot, len(prompt) - 1)
-        loop.start_batch(
-            [Start(slot, found[-1], 40), Start(child, found[-1], 10), Start(other, prompt[-1], 60)]
-        )
+        loop.start_batch([Start(slot, found[-1], 40), Start(child, found[-1], 10), Start(other, prompt[-1], 60)])
         rest = by_slot(loop.run())
         assert tuple(found + rest[slot]) == expected
         assert tuple(found + rest[child]) == expected[:30]
