@@ -155,6 +155,16 @@ def test_what_differs_from_its_records_is_found(copy, of, old, new):
         assert path.read_text() == text
 
 
+def test_pages_of_docs_are_rendered_and_checked(copy):
+    page = copy.parent / "docs" / "page.md"
+    page.parent.mkdir()
+    page.write_text("Of <!-- fig 05 over_paged-16 vattn .3f -->1.000<!-- end -->.\n")
+    assert run(copy, "--check").returncode == 1
+    assert "page.md" in run(copy).stdout
+    assert page.read_text() == "Of <!-- fig 05 over_paged-16 vattn .3f -->0.985 to 1.000<!-- end -->.\n"
+    assert run(copy, "--check").returncode == 0
+
+
 def test_the_same_records_draw_the_same_plots(copy):
     pytest.importorskip("matplotlib")
     path = copy / "05_capacity" / "capacity.svg"
