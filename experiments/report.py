@@ -42,7 +42,7 @@ def results(_: list[Record]) -> str:
             marked(f"{fits} vattn .0f"),
             f"blocks of 16 tokens {blocks}, pages of one layer {layers}",
         ],
-        *(_prefill(*total) for total in ((65536, "mapping included"), (8192, "where it loses most"))),
+        *(_prefill(*total) for total in ((65536, "mapping included"), (8192, "the worst of four lengths"))),
     ]
     return markdown(["what", "vattn", "instead"], rows)
 

@@ -74,3 +74,9 @@ def test_a_figure_without_a_source_is_found():
         "1.5 times",
         "12 %",
     ]
+
+
+@pytest.mark.parametrize("page", LINKING, ids=lambda page: str(page.relative_to(ROOT)))
+def test_no_line_begins_with_a_figure(page):
+    """Markdown takes such a line for HTML and shows its links and emphasis as they are typed."""
+    assert not re.search(r"^ *<!-- fig ", page.read_text(), re.MULTILINE)
