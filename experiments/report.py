@@ -22,7 +22,7 @@ def overview(_: list[Record]) -> str:
         machines = ", ".join(dict.fromkeys(map(machine, records))) or "–"
         question = text.partition("\n")[0].removeprefix("# ")
         rows.append([f"[{folder.name}]({folder.name})", question, found, machines, runs])
-    return markdown(["experiment", "question", "answer", "machine", "runs, newest"], rows)
+    return markdown(["experiment", "question", "answer", "machine", "runs, date of the newest"], rows)
 
 
 def results(_: list[Record]) -> str:

@@ -25,7 +25,7 @@ def growth(records: list[Record]) -> str:
         if g := steps.fit(system):
             row = [system, ", ".join(g.shapes), f"{g.times_limit:.3f}", f"{g.layer_us:.1f}", f"{g.sequence_us:.2f}"]
             rows.append([*row, f"{g.largest_error:.1%}", *(f"{ms:,.1f}" for ms in g.far_ms.values())])
-    header = ["system", "fitted to", "times the limit", "and a layer, µs", "and a sequence in a layer, µs"]
+    header = ["system", "fitted to", "times the limit", "plus a layer, µs", "plus a sequence in a layer, µs"]
     header += ["largest error of the fit", "8B, 128 × 65,536, ms", "70B on 8 GPUs, 64 × 4,096, ms"]
     return markdown(header, rows)
 
