@@ -58,7 +58,7 @@ def again(records: list[Record]) -> str:
         row = [metric, str(len(found)), f"{within(spread, 0.5)}, {within(spread, 0.9)}" if any(spread) else "–"]
         row += [f"{statistics.median(ratio):.3f}", within(apart, 0.9)]
         rows.append([*row, f"{ratio[worst]:.3f} ({found[worst]['case']}, {found[worst]['system']})"])
-    header = ["metric", "figures", "spread within a run: half, nine of ten below"]
+    header = ["metric", "figures", "(80th - 20th percentile) / median: half, nine of ten below"]
     header += ["second / first, median", "difference of the runs: nine of ten below", "largest"]
     return markdown(header, rows) if rows else ""
 
