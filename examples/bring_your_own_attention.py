@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import vattn
-from vattn.engine.engine import Engine, Request
+from vattn.engine import Engine, Request
 from vattn.models import Llama, LlamaConfig
 
 TILE = 16
