@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-from types import SimpleNamespace
-
 import pytest
 import torch
 
 from vattn import KVLayout, LayerGroup
-from vattn.attention import LEFT_PADDING, SINKS, SOFTCAP, choose, flash_attn2, flash_attn3
+from vattn.attention import LEFT_PADDING, SINKS, SOFTCAP, choose, flash_attn2, flash_attn3, triton_decode
 from vattn.errors import ConfigError
-from vattn.hf.backends import choose_backend
-from vattn.hf.shapes import LayerShape
-from vattn.tuning import decode_attention
+from vattn.tuning import default_attention, default_decode
 
 # device, compute capability, which of the packages are installed
 MACHINES = {
@@ -32,7 +27,6 @@ HALF, FLOAT = torch.bfloat16, torch.float32
 @pytest.fixture
 def on(monkeypatch):
     """A function that makes this machine look like another."""
-    find_spec = importlib.util.find_spec
 
     def pretend(machine):
         device, capability, installed = MACHINES[machine]
@@ -43,11 +37,7 @@ def on(monkeypatch):
         for name, module in (("flash-attn-2", flash_attn2), ("flash-attn-3", flash_attn3)):
             monkeypatch.setattr(module, "_unavailable", lambda name=name: None if name in installed else "absent")
         monkeypatch.setattr(flash_attn3, "_build_flags", dict)
-        monkeypatch.setattr(
-            importlib.util,
-            "find_spec",
-            lambda name, *rest: find_spec(name, *rest) if name != "triton" or "triton" in installed else None,
-        )
+        monkeypatch.setattr(triton_decode, "unavailable", lambda: None if "triton" in installed else "absent")
         return torch.device(device)
 
     return pretend
@@ -102,9 +92,9 @@ def test_for_both_phases(on, machine, dtype, head_dim, max_over_read, features, 
 )
 def test_for_a_layer_of_transformers(on, machine, dtype, head_dims, features, name):
     """Whose K and V heads may differ in size, in a cache without a margin."""
-    cache = SimpleNamespace(device=on(machine), layout=SimpleNamespace(dtype=dtype))
-    storage = SimpleNamespace(kv_cache=cache, options=SimpleNamespace(attention="auto"))
-    assert choose_backend(storage, LayerShape(8, *head_dims), frozenset(features)).name == name
+    head_dim, v_head_dim = head_dims
+    options = {"max_over_read": 0, "features": frozenset(features)}
+    assert choose(on(machine), dtype, head_dim, v_head_dim=v_head_dim, **options).name == name
 
 
 ONE, UNLIKE, MIXED = [(128, 128)], [(192, 128)], [(128, 128), (64, 64)]  # K and V heads, by layer
@@ -132,9 +122,49 @@ ONE, UNLIKE, MIXED = [(128, 128)], [(192, 128)], [(128, 128), (64, 64)]  # K and
 def test_for_captured_steps(on, machine, dtype, head_dims, margin, name):
     groups = [LayerGroup([i], 8, k, v) for i, (k, v) in enumerate(head_dims)]
     layout = KVLayout(groups=groups, max_seq_len=64, dtype=dtype)
-    cache = SimpleNamespace(device=on(machine), layout=layout, over_read_tokens=margin, over_read_masked=False)
+    asked = (layout, on(machine), 1, 64, 32)
     if " " in name:
         with pytest.raises(ConfigError, match=name):
-            decode_attention(cache, 32, 1, 64)
+            default_decode(*asked, max_over_read=margin)
     else:
-        assert decode_attention(cache, 32, 1, 64).name == name
+        assert default_decode(*asked, max_over_read=margin).name == name
+
+
+@pytest.mark.parametrize("head_dims", [ONE, UNLIKE, MIXED])
+def test_for_an_engine(on, head_dims):
+    """Heads of several sizes have no measured order, and take what takes any."""
+    groups = [LayerGroup([i], 8, k, v) for i, (k, v) in enumerate(head_dims)]
+    layout = KVLayout(groups=groups, max_seq_len=64, dtype=HALF)
+    name = "flash-attn-3+flash-attn-2" if head_dims == ONE else "sdpa"
+    assert default_attention(layout, on("H100"), 32, max_over_read=191).name == name
+
+
+@pytest.mark.parametrize(
+    ("machine", "dtype", "name", "options", "reason"),
+    [
+        ("CPU", FLOAT, "flash-attn-2", {}, "needs an NVIDIA GPU, got device cpu"),
+        ("T4", HALF, "torch-varlen", {}, "compute capability 8.0"),
+        ("A100", HALF, "flash-attn-3", {}, "compute capability 9.0"),
+        ("A100", FLOAT, "flash-attn-2", {}, "expected float16 or bfloat16, got torch.float32"),
+        ("H100, torch alone", HALF, "flash-attn-2", {}, "absent"),
+        ("H100", HALF, "flash-attn-3", {"max_over_read": 190}, "reads 191 rows past the end, 190 are allowed"),
+        ("H100", HALF, "torch-varlen", {"v_head_dim": 64}, "needs K and V heads of one size, got 64 and 128"),
+        ("H100", HALF, "torch-varlen", {"features": frozenset({SOFTCAP})}, "has no soft-capping"),
+        ("H100", HALF, "triton-decode", {}, "computes one new token of each sequence and no prefill"),
+    ],
+)
+def test_why_the_one_asked_for_is_refused(on, machine, dtype, name, options, reason):
+    with pytest.raises(ConfigError, match=f"attention {name!r} cannot be used here: .*{reason}"):
+        choose(on(machine), dtype, 128, name=name, **options)
+
+
+def test_the_one_asked_for_is_not_changed_for_a_better(on):
+    assert choose(on("H100"), HALF, 128, name="sdpa").name == "sdpa"
+    assert choose(on("H100"), HALF, 128, name="flash-attn-3").name == "flash-attn-3"
+
+
+def test_every_reason_is_given(on):
+    with pytest.raises(ConfigError) as raised:
+        choose(on("H100, torch alone"), HALF, 128, features=frozenset({"alibi"}))
+    reasons = ("flash-attn-3: absent", "flash-attn-2: absent", "torch-varlen: has no alibi", "reference: has no alibi")
+    assert all(reason in str(raised.value) for reason in reasons)

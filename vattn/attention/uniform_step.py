@@ -15,8 +15,6 @@ import torch
 from ..ops.relaunch import Relaunch
 from ..ops.triton_support import address_of, interpreted, require_triton
 from .triton_decode import DecodeWorkspace, TritonDecodeAttention
-from .triton_decode_kernels import kernels
-from .uniform_append import append_kernel
 
 __all__ = ["StepState", "UniformStep", "supports_uniform_step"]
 
@@ -188,6 +186,8 @@ class UniformStep:
         scale: float | None,
         **features: Any,
     ) -> Relaunch:
+        from .triton_decode_kernels import decode_attention_kernel
+
         state = self._state
         arguments, options = _ATTENTION.arguments(
             *(q.squeeze(2), self._k, self._v, out.squeeze(1), state.slots, state.slots, starts),
@@ -198,9 +198,11 @@ class UniformStep:
         varying = ("q_ptr", "out_ptr", "ends_ptr", "starts_ptr", "sinks_ptr")
         for name in varying:
             del arguments[name]
-        return Relaunch(kernels()[0], arguments, varying, q.device, options)
+        return Relaunch(decode_attention_kernel, arguments, varying, q.device, options)
 
     def _prepare_append(self, new_k: torch.Tensor, new_v: torch.Tensor) -> Relaunch:
+        from .triton_decode_kernels import append_kernel
+
         k, v = self._k, self._v
         (k_address, dtype, _), (v_address, _, _) = address_of(k), address_of(v)
         arguments: dict[str, Any] = {"k_address": k_address, "v_address": v_address, "DTYPE": dtype}
@@ -210,4 +212,4 @@ class UniformStep:
             strides = zip((f"{name}_stride", f"{name}_row_stride", f"{name}_head_stride"), view.stride(), strict=False)
             arguments.update(strides)
         arguments["BLOCK_D"], arguments["BLOCK_DV"] = (1 << (x.shape[3] - 1).bit_length() for x in (k, v))
-        return Relaunch(append_kernel(), arguments, ("new_k_ptr", "new_v_ptr", "ends_ptr"), k.device, {"num_warps": 1})
+        return Relaunch(append_kernel, arguments, ("new_k_ptr", "new_v_ptr", "ends_ptr"), k.device, {"num_warps": 1})

@@ -42,11 +42,11 @@ def tune(args: argparse.Namespace) -> None:
     table.pdl = torch.cuda.get_device_capability(device) >= (9, 0)
     for config in configs:
         for outputs, inputs, kind in products(config):
-            table.add_linear(measure_linear(outputs, inputs, batches, dtype, device, kind, _print_linear))
+            table.add("linear", measure_linear(outputs, inputs, batches, dtype, device, kind, _print_linear))
         cases = [(batch, context) for batch in batches for context in contexts]
         heads = (config.num_heads, config.num_kv_heads, config.head_dim)
-        table.add_attention(measure_attention(*heads, dtype, device, cases, table.pdl, _print_attention))
-        table.add_prefill(measure_prefill(*heads, dtype, device, _PREFILL, _print_prefill))
+        table.add("attention", measure_attention(*heads, dtype, device, cases, table.pdl, _print_attention))
+        table.add("prefill", measure_prefill(*heads, dtype, device, _PREFILL, _print_prefill))
     path, _ = table_paths(table.gpu)
     table.write(path)
     print(f"written: {one_line(path)}")

@@ -25,8 +25,9 @@ from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..attention import LEFT_PADDING, SINKS, SOFTCAP
-from .backends import build_batch, choose_backend
+from ..attention import LEFT_PADDING, SINKS, SOFTCAP, AttentionBackend, choose, declared
+from ..errors import ConfigError
+from .backends import build_batch
 from .layer import VirtualLayer, take_note
 from .masks import LazyMask, register_masks
 from .usual import is_usual
@@ -157,16 +158,13 @@ def _attend(
         out = layer.attend_step(query, scaling, softcap=softcap, sinks=sinks, starts=starts)
         if out is not None:
             return out
-    if new == 1 and layer.uniform_decode is not None and wanted == (False, False, False):
-        return layer.uniform_decode(query, key, value, scaling).transpose(1, 2)
     backend = layer.backends.get(wanted)
     if backend is None:
-        assert layer.shape is not None
         features = frozenset(
             name for name, needed in zip((SOFTCAP, SINKS, LEFT_PADDING), wanted, strict=True) if needed
         )
-        backend = layer.backends[wanted] = choose_backend(storage, layer.shape, features)
-    if backend.name == "reference" and query.is_cuda:
+        backend = layer.backends[wanted] = _backend(layer, features)
+    if query.is_cuda and not declared(backend, "optimised"):
         return None
     stamp = (storage.version, new, layer.length, starts)
     if storage.batch is None or storage.batch[0] != stamp:
@@ -182,6 +180,18 @@ def _attend(
         # What padding computes is seen by nothing: its K and V are masked wherever it could be.
         out = out.new_zeros(size * new, *out.shape[1:]).index_copy_(0, tokens, out)
     return out.unsqueeze(1) if new == 1 else out.view(size, new, num_heads, -1)
+
+
+def _backend(layer: VirtualLayer, features: frozenset[str]) -> AttentionBackend:
+    """The one that the user asked for, or the best that reads nothing past the end of a sequence."""
+    k, v, asked = layer.full_k, layer.full_v, layer.storage.options.attention
+    name = None if asked == "auto" else asked
+    try:
+        return choose(
+            *(k.device, k.dtype, k.shape[3]), v_head_dim=v.shape[3], max_over_read=0, features=features, name=name
+        )
+    except ConfigError as error:
+        raise ConfigError(f'{error}; use attention="auto"') from error
 
 
 # -- in front of transformers' functions -----------------------------------------------------------------------------

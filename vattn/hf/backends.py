@@ -1,4 +1,4 @@
-"""Which of vattn's backends attends for a layer, and the batch that it is given."""
+"""The batch that vattn's attention is given."""
 
 from __future__ import annotations
 
@@ -6,34 +6,11 @@ from collections.abc import Sequence
 
 import torch
 
-from ..attention import AttentionBackend, AttentionBatch, choose, get
-from ..errors import ConfigError
+from ..attention import AttentionBatch
 from ..memory.upload import upload
-from .shapes import LayerShape
 from .storage import Storage
 
-__all__ = ["build_batch", "choose_backend"]
-
-
-def choose_backend(storage: Storage, shape: LayerShape, features: frozenset[str]) -> AttentionBackend:
-    """The backend for a layer, one that reads nothing past the end of a sequence.
-
-    Raises:
-        ConfigError: the one that was asked for by name does not do here.
-    """
-    assert storage.kv_cache is not None
-    name, cache = storage.options.attention, storage.kv_cache
-    if name not in ("auto", None):
-        backend = get(name)
-        missing = sorted(features - backend.features)
-        if missing:
-            raise ConfigError(f'attention {name!r} has no {" or ".join(missing)}; use attention="auto"')
-        if reason := backend.supports(cache.device, cache.layout.dtype, shape.head_dim):
-            raise ConfigError(f'attention {name!r} cannot be used: {reason}; use attention="auto"')
-        return backend
-    if shape.head_dim != shape.v_head_dim:  # the FlashAttention kernels want them equal
-        return get("sdpa") if features <= get("sdpa").features else get("reference")
-    return choose(cache.device, cache.layout.dtype, shape.head_dim, max_over_read=0, features=features)
+__all__ = ["build_batch"]
 
 
 def build_batch(

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..attention import AttentionBackend, AttentionBatch, DecodeBatch, TritonDecodeAttention, bind, decode_backends, get
+from ..attention import AttentionBackend, AttentionBatch, DecodeBatch, bind, decode_backends, get
 from ..kv_cache import KVCache
 from ..layout import KVLayout
 from ..ops.skinny_linear import LinearConfig, skinny_linear
@@ -218,7 +218,7 @@ def measure_attention(
             best_us = float("inf")
             best: tuple[str, dict[str, Any]] = ("", {})
             for name, options in _attention_candidates():
-                backend = TritonDecodeAttention(**options, pdl=pdl) if options else get(name)
+                backend = get(name).tuned(options, pdl=pdl)
                 if backend.supports(device, dtype, head_dim):
                     continue
                 bound = bind(backend)
