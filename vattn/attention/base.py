@@ -210,20 +210,11 @@ class PhasedAttention:
         return None
 
     def __call__(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        batch: AttentionBatch,
-        *,
-        scale: float,
-        window: int | None = None,
-        softcap: float | None = None,
-        sinks: torch.Tensor | None = None,
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: AttentionBatch, **options: Any
     ) -> torch.Tensor:
         """See :class:`vattn.attention.AttentionBackend`."""
         backend = self.decode if batch.max_query_len == 1 else self.prefill
-        return backend(q, k, v, batch, scale=scale, window=window, softcap=softcap, sinks=sinks)
+        return backend(q, k, v, batch, **options)
 
 
 def declared(backend: AttentionBackend, attribute: str) -> Any:

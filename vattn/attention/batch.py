@@ -123,11 +123,6 @@ class AttentionBatch:
         return self._upload(self.slots, torch.int32)
 
     @cached_property
-    def slots_int64(self) -> torch.Tensor:
-        """``[batch]`` int64."""
-        return self._upload(self.slots, torch.int64)
-
-    @cached_property
     def cu_seqlens_q(self) -> torch.Tensor:
         """``[batch + 1]`` int32: ``query_starts`` on the device."""
         return self._upload(self.query_starts, torch.int32)

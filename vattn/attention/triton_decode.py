@@ -136,46 +136,22 @@ class TritonDecodeAttention(Backend):
         window: int | None = None,
         softcap: float | None = None,
         sinks: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """See :class:`vattn.attention.AttentionBackend`.
-
-        Raises:
-            ConfigError: a sequence has several new tokens.
-        """
-        workspace = None
-        if self.workspaces is not None:
-            shape = (batch.batch_size, q.shape[1], k.shape[2], v.shape[3], batch.max_end, q.device)
-            if shape not in self.workspaces:
-                self.workspaces[shape] = self.workspace(*shape)
-            workspace = self.workspaces[shape]
-        options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap, "sinks": sinks}
-        return self.decode(q, k, v, batch, **options, workspace=workspace)
-
-    def decode(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        batch: AttentionBatch,
-        *,
-        scale: float,
-        window: int | None = None,
-        softcap: float | None = None,
-        sinks: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
         workspace: DecodeWorkspace | None = None,
     ) -> torch.Tensor:
-        """``__call__`` with memory from the caller.
+        """See :class:`vattn.attention.AttentionBackend`.
 
         Args:
             batch: of it only ``batch_size``, ``max_query_len``, ``max_end`` and the int32 tensors of slots, ends and
                 starts are used; a slot may be listed several times.
             out: ``[batch_size, num_heads, v_head_dim]``, the last axis contiguous; None to allocate it.
-            workspace: None to allocate one, with a kernel that clears the counters.
+            workspace: None to take the bound one, or to allocate one, with a kernel that clears the counters.
 
         Raises:
             ConfigError: a sequence has several new tokens, or the workspace is too small.
         """
+        from .triton_decode_kernels import combine_kernel, decode_attention_kernel
+
         if batch.max_query_len != 1:
             raise ConfigError(f"{self.name} computes one new token of each sequence, got up to {batch.max_query_len}")
         batch_size, num_kv_heads = batch.batch_size, k.shape[2]
@@ -183,6 +159,11 @@ class TritonDecodeAttention(Backend):
         out = q.new_empty(batch_size, num_heads, v_head_dim) if out is None else out
         rows = batch.max_end if window is None else min(batch.max_end, window)
         splits = self.num_splits(batch_size, num_kv_heads, rows, q.device)
+        if workspace is None and self.workspaces is not None:
+            shape = (batch_size, num_heads, num_kv_heads, v_head_dim, batch.max_end, q.device)
+            if shape not in self.workspaces:
+                self.workspaces[shape] = self.workspace(*shape)
+            workspace = self.workspaces[shape]
         if splits > 1:
             workspace = self._workspace(workspace, batch_size, num_heads, num_kv_heads, v_head_dim, splits, q.device)
         arguments, options = self.arguments(
@@ -194,8 +175,6 @@ class TritonDecodeAttention(Backend):
             sinks=sinks,
             several_splits=splits > 1,
         )
-        from .triton_decode_kernels import combine_kernel, decode_attention_kernel
-
         with torch.cuda.device_of(q):
             decode_attention_kernel[splits, num_kv_heads, batch_size](**arguments, **options)
             if splits > 1 and not self.fused_combine:
@@ -224,7 +203,7 @@ class TritonDecodeAttention(Backend):
         """What the kernel is launched with, by name, and the options of its compilation.
 
         Args:
-            q, k, v, out, workspace, scale, window, softcap, sinks: as in ``decode``; a workspace unless one program
+            q, k, v, out, workspace, scale, window, softcap, sinks: as in ``__call__``; a workspace unless one program
                 takes all of a context.
             slots, ends, starts: ``[batch_size]`` int32; starts may be None.
             several_splits: False where there is one split; then the kernel has no code for several.

@@ -15,7 +15,7 @@ would give them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -25,11 +25,12 @@ from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..attention import LEFT_PADDING, SINKS, SOFTCAP, AttentionBackend, choose, declared
+from ..attention import LEFT_PADDING, SINKS, SOFTCAP, AttentionBackend, AttentionBatch, choose, declared
 from ..errors import ConfigError
-from .backends import build_batch
+from ..memory.upload import upload
 from .layer import VirtualLayer, take_note
 from .masks import LazyMask, register_masks
+from .storage import Storage
 from .usual import is_usual
 
 __all__ = ["register"]
@@ -168,7 +169,7 @@ def _attend(
         return None
     stamp = (storage.version, new, layer.length, starts)
     if storage.batch is None or storage.batch[0] != stamp:
-        storage.batch = (stamp, *build_batch(storage, new, layer.length, starts))
+        storage.batch = (stamp, *_build_batch(storage, new, layer.length, starts))
     _, batch, tokens = storage.batch
     packed = query.squeeze(2) if new == 1 else query.transpose(1, 2).reshape(size * new, num_heads, head_dim)
     if tokens is not None:
@@ -192,6 +193,34 @@ def _backend(layer: VirtualLayer, features: frozenset[str]) -> AttentionBackend:
         )
     except ConfigError as error:
         raise ConfigError(f'{error}; use attention="auto"') from error
+
+
+def _build_batch(
+    storage: Storage, new: int, end: int, starts: Sequence[int] | None
+) -> tuple[AttentionBatch, torch.Tensor | None]:
+    """The batch of a forward pass.
+
+    Args:
+        new: tokens that the pass computes, of each sequence.
+        end: tokens that each sequence then has, padding included.
+        starts: left padding of each sequence, or None.
+
+    Returns:
+        The batch without the padding, and where its packed tokens lie among the ``batch * new`` of the pass (None:
+        they are all of them).
+    """
+    assert storage.kv_cache is not None
+    size, device = storage.batch_size, storage.kv_cache.device
+    if starts is None:
+        return AttentionBatch.build(range(size), [new] * size, [end] * size, device), None
+    live = [i for i in range(size) if starts[i] < end]  # a chunk of a prompt may be nothing but padding
+    query_lens = [min(new, end - starts[i]) for i in live]
+    lengths, firsts = tuple(end - starts[i] for i in live), tuple(starts[i] for i in live)
+    batch = AttentionBatch(tuple(live), tuple(query_lens), lengths, device, firsts)
+    if batch.num_tokens == size * new:
+        return batch, None
+    tokens = [i * new + j for i, n in zip(live, query_lens, strict=True) for j in range(new - n, new)]
+    return batch, upload(tokens, device, torch.int64)
 
 
 # -- in front of transformers' functions -----------------------------------------------------------------------------
