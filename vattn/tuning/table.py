@@ -57,7 +57,7 @@ class TuningTable:
         attention: records with num_heads, num_kv_heads, head_dim, dtype, batch, context, backend, options, us.
         prefill: records with num_heads, num_kv_heads, head_dim, dtype, new, total, us (of each backend).
         pdl: whether kernels take programmatic dependent launch: what GPUs of capability 9.0 and newer have.
-        made: date and torch version, by the room that measured.
+        made: date and torch version of the newest records, by their kind.
     """
 
     gpu: str
