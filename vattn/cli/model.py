@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ..attention import AttentionBackend, get
+from ..attention import AttentionBackend, choose
 from ..driver import Driver, open_driver
 from ..errors import ConfigError
 from ..kv_cache import KVCache
@@ -46,14 +46,13 @@ def place_for(args: argparse.Namespace) -> Place:
 
     if not args.model:
         raise ConfigError("--model is empty; expected smollm2, a folder or a .gguf file")
-    backend = None if args.attention is None else get(args.attention)
     with opened_driver(args.device) as driver:
         device = driver.device
         if args.memory_limit is not None:
             choose_memory_limit(driver, args.memory_limit, driver.default_page_bytes)
     dtype = dtype_for(args.dtype, device)
-    if backend is not None:
-        _require_support(backend, device, dtype, _USUAL_HEAD_DIM)
+    if args.attention is not None:
+        choose(device, dtype, _USUAL_HEAD_DIM, name=args.attention)
     path = find(args.model)
     if device.type == "cpu":
         use_all_cores()
@@ -80,16 +79,7 @@ def dtype_for(name: str | None, device: torch.device) -> torch.dtype:
 
 def attention_for(place: Place, model: Llama) -> AttentionBackend:
     """The backend asked for, or the best there is; ConfigError when it cannot run this model."""
-    if place.attention is None:
-        return default_attention(model.kv_layout(1), place.device, model.config.num_heads)
-    backend = get(place.attention)
-    _require_support(backend, place.device, place.dtype, model.config.head_dim)
-    return backend
-
-
-def _require_support(backend: AttentionBackend, device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
-    if reason := backend.supports(device, dtype, head_dim):
-        raise ConfigError(f"attention {backend.name!r} cannot be used here: {reason}")
+    return default_attention(model.kv_layout(1), place.device, model.config.num_heads, name=place.attention)
 
 
 def open_cache(place: Place, model: Llama, attention: AttentionBackend, max_slots: int) -> KVCache:

@@ -94,14 +94,10 @@ class Engine:
         self.max_prefill_tokens = require_int("max_prefill_tokens", max_prefill_tokens, 1)
         if attention is None:
             margin = 0 if cache.over_read_masked else cache.over_read_tokens
-            groups = cache.layout.groups
-            if {group.head_dim for group in groups} == {group.v_head_dim for group in groups} == {groups[0].head_dim}:
-                heads = getattr(model.config, "num_heads", groups[0].num_kv_heads)
-                attention = default_attention(
-                    cache.layout, cache.device, heads, max_over_read=margin, new=max_prefill_tokens
-                )
-            else:  # the kernels want one head_dim for K and V
-                attention = get("sdpa")
+            heads = getattr(model.config, "num_heads", cache.layout.groups[0].num_kv_heads)
+            attention = default_attention(
+                cache.layout, cache.device, heads, max_over_read=margin, new=max_prefill_tokens
+            )
         require_fit(attention, cache)
         self.attention = attention
         self._sample_tokens = default_ops(cache.device, cache.layout.dtype).sample_tokens

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import torch
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
-from ..attention import AttentionBackend, UniformDecode, uniform_decode
+from ..attention import AttentionBackend
 from ..attention.uniform_step import UniformStep
 from ..errors import ConfigError
 from .shapes import LayerShape
@@ -58,8 +58,6 @@ class VirtualLayer(CacheLayerMixin):
         shape: None before the first update.
         full_k, full_v: ``[batch, max_length, num_kv_heads, head_dim]``, backed as far as the storage's rows.
         backends: vattn's attention for this layer, by what it has to support.
-        uniform_decode: its attention of a step of one token where nothing has to be supported and ``attend_step`` has
-            nothing; None for a backend's.
     """
 
     is_compileable = False
@@ -84,7 +82,6 @@ class VirtualLayer(CacheLayerMixin):
         self._step_views: StepViews | None = None
         self._step: UniformStep | None = None
         self.backends: dict[tuple[bool, ...], AttentionBackend] = {}
-        self.uniform_decode: UniformDecode | None = None
         self._fits: tuple[Any, ...] | None = None  # what the newest update looked like; one like it needs no checks
         self._version = -1
 
@@ -321,7 +318,6 @@ class VirtualLayer(CacheLayerMixin):
         self.backends.clear()
         k, v = self.full_k, self.full_v
         if self.storage.options.attention == "auto" and self._version != self.storage.version:
-            self.uniform_decode = uniform_decode(k.device, k.dtype, k.shape[3], v.shape[3])
             self._step = self.storage.uniform_step(k, v)
         self._version = self.storage.version
 
