@@ -13,10 +13,12 @@ import torch
 from vattn.arguments import escaped, is_int
 from vattn.errors import ConfigError
 
-from . import gguf, safetensors
+from . import gguf
 from .config import LlamaConfig
+from .files import read_json
 from .llama import Llama
 from .tokenizer import Tokenizer
+from .weights import load_folder
 
 __all__ = ["find", "load", "load_model", "load_tokenizer"]
 
@@ -69,7 +71,7 @@ def find(name_or_folder: str | Path) -> Path:
     if files:
         return files[0]
     if (path / "config.json").exists():
-        LlamaConfig.from_hf(safetensors.read_json(path / "config.json"))  # an unknown architecture is the better answer
+        LlamaConfig.from_hf(read_json(path / "config.json"))  # an unknown architecture is the better answer
     raise ConfigError(f"{path} holds no weights: expected *.safetensors beside config.json, or a .gguf file")
 
 
@@ -86,7 +88,7 @@ def load_model(path: Path, device: torch.device | str = "cpu", dtype: torch.dtyp
         torch.empty(0, device=place)
     except (RuntimeError, AssertionError, TypeError) as error:  # PyTorch says so in any of these
         raise ConfigError(f"device {device!r} cannot be used: {error}") from error
-    return safetensors.load_folder(path, place, dtype) if path.is_dir() else gguf.load_file(path, place, dtype)
+    return load_folder(path, place, dtype) if path.is_dir() else gguf.load_file(path, place, dtype)
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
@@ -101,13 +103,13 @@ def load_tokenizer(path: Path) -> Tokenizer:
         files = [path / "generation_config.json", path / "config.json"]
         stop_tokens = next((_declared_stop_tokens(file) for file in files if file.exists()), [])
     else:
-        gguf.check_file(path)  # before transformers reads it, which believes what it says
+        gguf.open_file(path)  # before transformers reads it, which believes what it says
     with _quiet_transformers():
         return Tokenizer.from_path(path, stop_tokens)
 
 
 def _declared_stop_tokens(file: Path) -> list[int]:
-    declared = safetensors.read_json(file).get("eos_token_id")
+    declared = read_json(file).get("eos_token_id")
     tokens = declared if isinstance(declared, list) else [] if declared is None else [declared]
     for token in tokens:
         if not is_int(token) or not 0 <= token < 2**31:
