@@ -66,40 +66,23 @@ def add_rms_norm(
     out = torch.empty_like(residual) if out is None else out
     block = next_power_of_2(hidden)
     add_rms_norm_kernel[(tokens,)](
-        residual if x is None else x,
-        residual,
-        weight,
-        out,
-        0 if x is None else x.stride(-2),
-        0 if x is None or x.dim() == 2 else x.stride(0),
-        residual.stride(0),
-        out.stride(0),
-        hidden,
-        eps,
-        SPLITS=0 if x is None else 1 if x.dim() == 2 else x.shape[0],
-        BLOCK=block,
-        num_warps=num_warps(block),
-        **launch_options(pdl),
-    )
+        residual if x is None else x, residual, weight, out,
+        0 if x is None else x.stride(-2), 0 if x is None or x.dim() == 2 else x.stride(0),
+        residual.stride(0), out.stride(0),
+        hidden, eps,
+        SPLITS=0 if x is None else 1 if x.dim() == 2 else x.shape[0], BLOCK=block,
+        num_warps=num_warps(block), **launch_options(pdl),
+    )  # fmt: skip
     return out
 
 
 @jit
 def add_rms_norm_kernel(  # type: ignore[no-untyped-def]
-    x_ptr,
-    residual_ptr,
-    weight_ptr,
-    out_ptr,
-    x_stride,
-    split_stride,
-    residual_stride,
-    out_stride,
-    hidden,
-    eps,
-    SPLITS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    x_ptr, residual_ptr, weight_ptr, out_ptr,
+    x_stride, split_stride, residual_stride, out_stride,
+    hidden, eps,
+    SPLITS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     if PDL:
         gdc_launch_dependents()
         gdc_wait()

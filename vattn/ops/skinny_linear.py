@@ -108,61 +108,29 @@ def skinny_linear(
         out = x.new_empty(shape, dtype=x.dtype if splits == 1 else torch.float32)
     stretch = _stretch(inputs, splits, config.block_k)
     skinny_linear_kernel[(-(-outputs // config.block_n), splits)](
-        x,
-        weight,
-        weight if bias is None else bias,
-        out,
-        tokens,
-        outputs,
-        inputs,
-        stretch,
-        x.stride(0),
-        weight.stride(0),
-        out.stride(0) if splits > 1 else 0,
-        out.stride(-2),
-        HAS_BIAS=bias is not None,
-        SWIGLU=swiglu,
-        BLOCK_M=max(8, next_power_of_2(tokens)) if config.dot else 1,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
+        x, weight, weight if bias is None else bias, out,
+        tokens, outputs, inputs, stretch,
+        x.stride(0), weight.stride(0), out.stride(0) if splits > 1 else 0, out.stride(-2),
+        HAS_BIAS=bias is not None, SWIGLU=swiglu,
+        BLOCK_M=max(8, next_power_of_2(tokens)) if config.dot else 1, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
         WHOLE=outputs % config.block_n == 0 and inputs % (splits * config.block_k) == 0,
-        DOT=config.dot,
-        STAGES=config.num_stages,
-        UPCAST=interpreted(),
+        DOT=config.dot, STAGES=config.num_stages, UPCAST=interpreted(),
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        **launch_options(pdl),
-    )
+        num_warps=config.num_warps, num_stages=config.num_stages, **launch_options(pdl),
+    )  # fmt: skip
     return out
 
 
 @jit
 def skinny_linear_kernel(  # type: ignore[no-untyped-def]
-    x_ptr,
-    weight_ptr,
-    bias_ptr,
-    out_ptr,
-    tokens,
-    outputs,
-    inputs,
-    stretch,
-    x_stride,
-    weight_stride,
-    split_stride,
-    out_stride,
-    HAS_BIAS: tl.constexpr,
-    SWIGLU: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    WHOLE: tl.constexpr,
-    DOT: tl.constexpr,
-    STAGES: tl.constexpr,
-    UPCAST: tl.constexpr,
-    PRECISION: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    x_ptr, weight_ptr, bias_ptr, out_ptr,
+    tokens, outputs, inputs, stretch,
+    x_stride, weight_stride, split_stride, out_stride,
+    HAS_BIAS: tl.constexpr, SWIGLU: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    WHOLE: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr, UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     split = tl.program_id(1)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = split * stretch + tl.arange(0, BLOCK_K)

@@ -44,31 +44,17 @@ def swiglu(
     tokens, size = gate_up.shape[-2], gate_up.shape[-1] // 2
     out = gate_up.new_empty(tokens, size, dtype=dtype or gate_up.dtype) if out is None else out
     swiglu_kernel[(tokens, -(-size // _BLOCK))](
-        gate_up,
-        out,
-        gate_up.stride(-2),
-        gate_up.stride(0) if gate_up.dim() == 3 else 0,
-        out.stride(0),
-        size,
-        SPLITS=gate_up.shape[0] if gate_up.dim() == 3 else 1,
-        BLOCK=_BLOCK,
-        **launch_options(pdl),
-    )
+        gate_up, out, gate_up.stride(-2), gate_up.stride(0) if gate_up.dim() == 3 else 0, out.stride(0), size,
+        SPLITS=gate_up.shape[0] if gate_up.dim() == 3 else 1, BLOCK=_BLOCK, **launch_options(pdl),
+    )  # fmt: skip
     return out
 
 
 @jit
 def swiglu_kernel(  # type: ignore[no-untyped-def]
-    gate_up_ptr,
-    out_ptr,
-    in_stride,
-    split_stride,
-    out_stride,
-    size,
-    SPLITS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    gate_up_ptr, out_ptr, in_stride, split_stride, out_stride, size,
+    SPLITS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
