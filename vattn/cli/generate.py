@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..engine import Engine, Request
 from ..errors import ConfigError
-from .display import Display, NoDisplay, display_for
+from .display import Display, display_for
 from .model import Place, attention_for, open_cache, place_for
 from .report import Meter, memory_table, show
 from .speed import ModelWork, measure_limits, speed_table, throughput
@@ -82,7 +82,7 @@ def generate(args: argparse.Namespace) -> None:
     with open_cache(place, model, attention, min(len(prompts), args.max_batch or _MAX_BATCH)) as cache:
         engine = Engine(model, cache, attention, on_step=lambda: meter.observe(cache.stats()))
         _submit(engine, answers, args, tokenizer.stop_tokens)
-        with NoDisplay() if args.json else display_for(prompts, quiet=args.quiet) as display:
+        with Display() if args.json else display_for(prompts, quiet=args.quiet) as display:
             _run(engine, answers, tokenizer, display, meter)
         end = cache.stats()
         work = _work(model, cache.layout.bytes_per_token)

@@ -100,9 +100,9 @@ def read_config(name: str) -> LlamaConfig:
     Raises:
         ConfigError: there is none, or it is not one of a model that runs here.
     """
-    from ..models.gguf import check_file, config_of
+    from ..models.files import read_json
+    from ..models.gguf import config_of, open_file
     from ..models.loader import find
-    from ..models.safetensors import read_json
 
     path = Path(name).expanduser()
     if (path / "config.json").is_file():
@@ -113,4 +113,4 @@ def read_config(name: str) -> LlamaConfig:
         found = find(name)
     except ConfigError as error:
         raise ConfigError(f"{error}; here a folder needs config.json only") from error
-    return config_of(check_file(found))
+    return config_of(open_file(found))

@@ -18,9 +18,9 @@ _WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 def sleep_while_waiting() -> None:
     """Let threads of a parallel region sleep, not spin, while they wait for the others.
 
-    A decode step on the CPU is some hundred short regions. Where another process wants the same cores, a thread that
-    spins keeps them from the one that it waits for, until the scheduler steps in: decoding may take twenty times as
-    long. No effect once torch is loaded, and none where the user has set one of the variables.
+    A decode step on the CPU is some hundred short regions. Where another process wants the same cores, a spinning
+    thread keeps a core from the thread that it waits for: decoding may take twenty times as long. This has no effect
+    once torch is loaded, and none where the user has set one of the variables.
     """
     if "torch" not in sys.modules and not any(name in os.environ for name in _WAITING):
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
@@ -36,10 +36,10 @@ def use_all_cores() -> int:
 
 
 def num_threads(root: Path = Path("/")) -> int:
-    """Cores in this process's affinity mask, within its cgroup's CPU quota.
+    """Cores in this process's affinity mask, at most its cgroup's CPU quota.
 
-    One per core: two threads of a core share the arithmetic units that matrix products wait for. More threads than the
-    quota allows spend most of each period stopped, and the others spin for them.
+    A core gets one thread: two would share the arithmetic units that matrix products wait for. Threads beyond the quota
+    are stopped for most of each period, while the others wait for them.
 
     Args:
         root: where ``/proc`` and ``/sys`` are looked for.

@@ -1,13 +1,19 @@
-"""QK-norm, rotary embedding and the append of K and V straight into the cache's views."""
+"""QK-norm, rotary embedding, and the append of K and V to the cache, in one pass."""
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any
-
 import torch
 
-from .triton_support import address_of, launch_options, next_power_of_2, require_triton
+from .triton_support import (
+    address_of,
+    gdc_launch_dependents,
+    gdc_wait,
+    jit,
+    launch_options,
+    next_power_of_2,
+    require_triton,
+    tl,
+)
 
 __all__ = ["rope_append", "rope_append_reference", "rope_table"]
 
@@ -34,23 +40,23 @@ def rope_append_reference(
     k_norm: torch.Tensor | None = None,
     eps: float = 1e-6,
 ) -> torch.Tensor:
-    """Normalise Q and K heads where asked, turn them by their position, write K and V to the cache.
+    """Normalise Q and K heads where asked, rotate them by their position, write K and V to the cache.
 
-    All in float32 or wider, rounded once. Heads are split in halves, as Hugging Face checkpoints have them: the pair
-    ``(x[i], x[i + head_dim / 2])`` turns by the angle ``i``.
+    All is computed in float32 or wider and rounded once. As in Hugging Face checkpoints, a pair is half a head apart:
+    ``(x[i], x[i + head_dim / 2])`` rotates by the angle ``i``.
 
     Args:
         qkv: ``[tokens, (num_heads + 2 * num_kv_heads) * head_dim]``, Q's heads first, then K's, then V's; or
             ``[splits, tokens, …]`` partial sums.
         table: ``rope_table``.
         slots: ``[tokens]`` int, the slot of each token.
-        rows: ``[tokens]`` int, its row there, which is its position too.
+        rows: ``[tokens]`` int, the token's row in the slot, which is also its position.
         k_cache, v_cache: ``[max_slots, max_seq_len, num_kv_heads, head_dim]``, any strides but the last.
         q_norm, k_norm: ``[head_dim]``, weights of the norm over each head; None for none.
         eps: of that norm.
 
     Returns:
-        Q, ``[tokens, num_heads, head_dim]`` in qkv's dtype; in the cache's, of partial sums.
+        Q, ``[tokens, num_heads, head_dim]``, in qkv's dtype, or in the cache's where qkv is partial sums.
     """
     head_dim, num_kv_heads = k_cache.shape[3], k_cache.shape[2]
     wide = qkv.to(torch.promote_types(qkv.dtype, torch.float32))
@@ -99,125 +105,76 @@ def rope_append(
         out = qkv.new_empty(tokens, num_heads, head_dim, dtype=qkv.dtype if qkv.dim() == 2 else k_cache.dtype)
     k_address, dtype, k_align = address_of(k_cache)
     v_address, _, v_align = address_of(v_cache)
-    _kernel()[(tokens, num_heads + 2 * num_kv_heads)](
-        qkv,
-        table,
-        slots,
-        rows,
-        k_address,
-        v_address,
-        qkv if q_norm is None else q_norm,
-        qkv if k_norm is None else k_norm,
-        out,
-        qkv.stride(-2),
-        qkv.stride(0) if qkv.dim() == 3 else 0,
-        out.stride(0),
-        *k_cache.stride()[:3],
-        *v_cache.stride()[:3],
-        num_heads,
-        num_kv_heads,
-        head_dim,
-        eps,
-        Q_NORM=q_norm is not None,
-        K_NORM=k_norm is not None,
-        DTYPE=dtype,
-        ALIGN=min(k_align, v_align),
-        SPLITS=qkv.shape[0] if qkv.dim() == 3 else 1,
-        HALF=next_power_of_2(head_dim // 2),
-        num_warps=1,
-        **launch_options(pdl),
-    )
+    rope_append_kernel[(tokens, num_heads + 2 * num_kv_heads)](
+        qkv, table, slots, rows, k_address, v_address,
+        qkv if q_norm is None else q_norm, qkv if k_norm is None else k_norm, out,
+        qkv.stride(-2), qkv.stride(0) if qkv.dim() == 3 else 0, out.stride(0),
+        *k_cache.stride()[:3], *v_cache.stride()[:3],
+        num_heads, num_kv_heads, head_dim, eps,
+        Q_NORM=q_norm is not None, K_NORM=k_norm is not None, DTYPE=dtype, ALIGN=min(k_align, v_align),
+        SPLITS=qkv.shape[0] if qkv.dim() == 3 else 1, HALF=next_power_of_2(head_dim // 2),
+        num_warps=1, **launch_options(pdl),
+    )  # fmt: skip
     return out
 
 
-@cache
-def _kernel() -> Any:
-    import triton
-    import triton.language as tl
-    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+@jit
+def rope_append_kernel(  # type: ignore[no-untyped-def]
+    qkv_ptr, table_ptr, slots_ptr, rows_ptr, k_address, v_address, q_norm_ptr, k_norm_ptr, out_ptr,
+    qkv_stride, split_stride, out_stride,
+    k_slot_stride, k_row_stride, k_head_stride, v_slot_stride, v_row_stride, v_head_stride,
+    num_heads, num_kv_heads, head_dim, eps,
+    Q_NORM: tl.constexpr, K_NORM: tl.constexpr, DTYPE: tl.constexpr, ALIGN: tl.constexpr,
+    SPLITS: tl.constexpr, HALF: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    half = head_dim // 2
+    columns = tl.arange(0, HALF)
+    inside = columns < half
+    source = qkv_ptr + token * qkv_stride + head * head_dim
+    first = tl.load(source + columns, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(source + half + columns, mask=inside, other=0.0).to(tl.float32)
+    for split in tl.static_range(1, SPLITS):
+        part = source + split * split_stride
+        first += tl.load(part + columns, mask=inside, other=0.0).to(tl.float32)
+        second += tl.load(part + half + columns, mask=inside, other=0.0).to(tl.float32)
+    slot = tl.load(slots_ptr + token).to(tl.int64)
+    row = tl.load(rows_ptr + token).to(tl.int64)
 
-    @triton.jit
-    def rope_append_kernel(  # type: ignore[no-untyped-def]
-        qkv_ptr,
-        table_ptr,
-        slots_ptr,
-        rows_ptr,
-        k_address,
-        v_address,
-        q_norm_ptr,
-        k_norm_ptr,
-        out_ptr,
-        qkv_stride,
-        split_stride,
-        out_stride,
-        k_slot_stride,
-        k_row_stride,
-        k_head_stride,
-        v_slot_stride,
-        v_row_stride,
-        v_head_stride,
-        num_heads,
-        num_kv_heads,
-        head_dim,
-        eps,
-        Q_NORM: tl.constexpr,
-        K_NORM: tl.constexpr,
-        DTYPE: tl.constexpr,
-        ALIGN: tl.constexpr,
-        SPLITS: tl.constexpr,
-        HALF: tl.constexpr,
-        PDL: tl.constexpr,
-    ):
-        if PDL:
-            gdc_launch_dependents()
-            gdc_wait()
-        token = tl.program_id(0).to(tl.int64)
-        head = tl.program_id(1)
-        half = head_dim // 2
-        columns = tl.arange(0, HALF)
-        inside = columns < half
-        source = qkv_ptr + token * qkv_stride + head * head_dim
-        first = tl.load(source + columns, mask=inside, other=0.0).to(tl.float32)
-        second = tl.load(source + half + columns, mask=inside, other=0.0).to(tl.float32)
-        for split in tl.static_range(1, SPLITS):
-            part = source + split * split_stride
-            first += tl.load(part + columns, mask=inside, other=0.0).to(tl.float32)
-            second += tl.load(part + half + columns, mask=inside, other=0.0).to(tl.float32)
-        slot = tl.load(slots_ptr + token).to(tl.int64)
-        row = tl.load(rows_ptr + token).to(tl.int64)
+    is_q = head < num_heads
+    is_k = (head >= num_heads) & (head < num_heads + num_kv_heads)
+    if is_q | is_k:
+        if Q_NORM and is_q:
+            scale = tl.rsqrt((tl.sum(first * first, 0) + tl.sum(second * second, 0)) / head_dim + eps)
+            first *= scale * tl.load(q_norm_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+            second *= scale * tl.load(q_norm_ptr + half + columns, mask=inside, other=0.0).to(tl.float32)
+        if K_NORM and is_k:
+            scale = tl.rsqrt((tl.sum(first * first, 0) + tl.sum(second * second, 0)) / head_dim + eps)
+            first *= scale * tl.load(k_norm_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+            second *= scale * tl.load(k_norm_ptr + half + columns, mask=inside, other=0.0).to(tl.float32)
+        angles = table_ptr + row * head_dim
+        cos = tl.load(angles + columns, mask=inside, other=0.0)
+        sin = tl.load(angles + half + columns, mask=inside, other=0.0)
+        turned = first * cos - second * sin
+        second = second * cos + first * sin
+        first = turned
 
-        is_q = head < num_heads
-        is_k = (head >= num_heads) & (head < num_heads + num_kv_heads)
-        if is_q | is_k:
-            if Q_NORM and is_q:
-                scale = tl.rsqrt((tl.sum(first * first, 0) + tl.sum(second * second, 0)) / head_dim + eps)
-                first *= scale * tl.load(q_norm_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-                second *= scale * tl.load(q_norm_ptr + half + columns, mask=inside, other=0.0).to(tl.float32)
-            if K_NORM and is_k:
-                scale = tl.rsqrt((tl.sum(first * first, 0) + tl.sum(second * second, 0)) / head_dim + eps)
-                first *= scale * tl.load(k_norm_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-                second *= scale * tl.load(k_norm_ptr + half + columns, mask=inside, other=0.0).to(tl.float32)
-            angles = table_ptr + row * head_dim
-            cos = tl.load(angles + columns, mask=inside, other=0.0)
-            sin = tl.load(angles + half + columns, mask=inside, other=0.0)
-            turned = first * cos - second * sin
-            second = second * cos + first * sin
-            first = turned
-
-        if is_q:
-            target = out_ptr + token * out_stride + head * head_dim
-            tl.store(target + columns, first.to(out_ptr.dtype.element_ty), mask=inside)
-            tl.store(target + half + columns, second.to(out_ptr.dtype.element_ty), mask=inside)
-        elif is_k:
-            k_ptr = tl.multiple_of(k_address.to(tl.int64).to(tl.pointer_type(DTYPE)), ALIGN)
-            target = k_ptr + slot * k_slot_stride + row * k_row_stride + (head - num_heads) * k_head_stride
-            tl.store(target + columns, first.to(DTYPE), mask=inside)
-            tl.store(target + half + columns, second.to(DTYPE), mask=inside)
-        else:
-            kv_head = head - num_heads - num_kv_heads
-            v_ptr = tl.multiple_of(v_address.to(tl.int64).to(tl.pointer_type(DTYPE)), ALIGN)
-            target = v_ptr + slot * v_slot_stride + row * v_row_stride + kv_head * v_head_stride
-            tl.store(target + columns, first.to(DTYPE), mask=inside)
-            tl.store(target + half + columns, second.to(DTYPE), mask=inside)
-
-    return rope_append_kernel
+    if is_q:
+        target = out_ptr + token * out_stride + head * head_dim
+        tl.store(target + columns, first.to(out_ptr.dtype.element_ty), mask=inside)
+        tl.store(target + half + columns, second.to(out_ptr.dtype.element_ty), mask=inside)
+    elif is_k:
+        k_ptr = tl.multiple_of(k_address.to(tl.int64).to(tl.pointer_type(DTYPE)), ALIGN)
+        target = k_ptr + slot * k_slot_stride + row * k_row_stride + (head - num_heads) * k_head_stride
+        tl.store(target + columns, first.to(DTYPE), mask=inside)
+        tl.store(target + half + columns, second.to(DTYPE), mask=inside)
+    else:
+        kv_head = head - num_heads - num_kv_heads
+        v_ptr = tl.multiple_of(v_address.to(tl.int64).to(tl.pointer_type(DTYPE)), ALIGN)
+        target = v_ptr + slot * v_slot_stride + row * v_row_stride + kv_head * v_head_stride
+        tl.store(target + columns, first.to(DTYPE), mask=inside)
+        tl.store(target + half + columns, second.to(DTYPE), mask=inside)
