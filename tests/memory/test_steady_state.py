@@ -107,4 +107,4 @@ def test_a_full_cache_looks_at_few_of_its_parked_pages(monkeypatch):
         for rows in range(16, 1024, 16):
             cache.ensure(empty, rows)
         assert cache.stats().in_use_bytes >= 60 * (2 << 20)
-        assert 0 < looked_at - 3840 < 1000  # stats() has looked at all of them once
+        assert 0 < looked_at < 1000

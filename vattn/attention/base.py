@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ..errors import ConfigError
-from ..memory.upload import upload
+from ..memory.tensors import upload
 
 __all__ = [
     "LEFT_PADDING",

@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 
 from ..errors import ConfigError, DriverError
+from ..machine import available_and_total_bytes
 from .base import Fence, RuledDriver
-from .host_memory import available_and_total_bytes
 
 # From Linux's uapi headers; the same on every architecture that PyTorch supports.
 _MAP_FIXED = 0x10

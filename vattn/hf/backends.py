@@ -8,7 +8,7 @@ import torch
 
 from ..attention import AttentionBackend, AttentionBatch, choose, get
 from ..errors import ConfigError
-from ..memory.upload import upload
+from ..memory.tensors import upload
 from .shapes import LayerShape
 from .storage import Storage
 
