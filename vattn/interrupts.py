@@ -25,9 +25,10 @@ from typing import Any, TypeVar, cast
 
 from .errors import ConfigError
 
-# The signals whose handlers raise in practice: Ctrl-C, a request to end, a timeout. To look at each handler costs up to
-# 3 us an operation, so those that programs hardly ever raise from are left out.
-SIGNALS = (int(signal.SIGINT), int(signal.SIGTERM), int(signal.SIGALRM))
+# Those that ask a program to end or to give up what it is at, so whose handlers raise, or look at what it is doing.
+SIGNALS = tuple(
+    map(int, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM, signal.SIGUSR1, signal.SIGUSR2))
+)
 
 _Handler = Callable[[int, FrameType | None], Any]
 _Method = TypeVar("_Method", bound=Callable[..., Any])

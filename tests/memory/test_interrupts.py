@@ -258,13 +258,13 @@ def test_a_handler_that_is_set_in_an_operation_stays():
     def new(number, frame):
         raise AssertionError
 
-    before = signal.signal(signal.SIGTERM, lambda number, frame: None)
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: None)
     try:
         with Uninterrupted():
-            signal.signal(signal.SIGTERM, new)
-        assert signal.getsignal(signal.SIGTERM) is new
+            signal.signal(signal.SIGUSR1, new)
+        assert signal.getsignal(signal.SIGUSR1) is new
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGUSR1, before)
 
 
 def test_no_signal_is_lost_while_handlers_are_put_off(monkeypatch):
@@ -277,15 +277,15 @@ def test_no_signal_is_lost_while_handlers_are_put_off(monkeypatch):
     def fail(number, frame):
         raise TimeoutError
 
-    handlers = {signal.SIGINT: note, signal.SIGALRM: fail}
+    handlers = {signal.SIGINT: note, signal.SIGUSR2: fail}
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     getsignal = signal.getsignal
 
     def both(number):
-        if number == signal.SIGALRM:
+        if number == signal.SIGUSR2:
             monkeypatch.undo()
             signal.raise_signal(signal.SIGINT)
-            signal.raise_signal(signal.SIGALRM)
+            signal.raise_signal(signal.SIGUSR2)
         return getsignal(number)
 
     monkeypatch.setattr(signal, "getsignal", both)

@@ -43,13 +43,17 @@ def check_integrity(slots: Slots) -> None:
     """Every live slot has the pages that its rows need, and what is mapped beyond them is parked. AssertionError."""
     backing, table, parking = slots.backing, slots.table, slots.parking
     backing.check_integrity()
-    owners = Counter(table.pages_of_all(slots.with_state(LIVE)))
+    owners = Counter(table.owned(slots.with_state(LIVE)))
     assert all(page.owners == owners[page] for page in backing.pool.pages), "a page has other owners than it counts"
     parking.check_integrity()
     seen: Counter[int] = Counter()
     for slot, state in enumerate(slots.state.tolist()):
         rows, reach = int(slots.seq_len[slot]), int(slots.reach[slot])
-        seen.update(address for pages in (table, parking) for address, _ in pages.pages_of(slot))
+        for lane in table.lanes:
+            first, pages = lane.first(slot), lane.pages
+            own = (index for index in range(first, first + lane.ends[slot]) if index in pages)
+            seen.update(map(lane.reservation.address_of, own))
+        seen.update(address for address, _ in parking.pages_of(slot))
         waits = slot in slots.to_shrink
         assert not waits or state == LIVE, "a slot that is not live waits to be shrunk"
         assert 0 <= rows <= reach <= slots.max_seq_len, f"slot {slot}: {rows} rows, reach {reach}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from itertools import islice
 
 import numpy as np
@@ -68,7 +68,8 @@ class PageTable(Planner):
         for (lane, slot), num_pages in growth.ends.items():
             lane.ends[slot] = max(lane.ends[slot], num_pages)
         self.pool.gain(growth.new_pages)
-        self.pool.gain(run.reservation.pages[index] for run in growth.adopted for index in range(run.first, run.stop))
+        for run in growth.adopted:
+            self.pool.gain([run.reservation.pages[index] for index in range(run.first, run.stop)])
         for page, leaving in growth.leaving.items():
             self.pool.lose([page] * len(leaving))
         self._note_plan(growth)
@@ -152,7 +153,7 @@ class PageTable(Planner):
         """It succeeded: rows ``[0, rows)`` of the slot, which had none, have pages now."""
         for lane in self.lanes:
             lane.ends[child] = lane.num_pages(rows)
-        self.pool.gain(page for _, page in self.pages_of(child))
+        self.pool.gain(self.owned([child]))
         self._note_plan(plan)
 
     def wipe(self, slot: int, start: int, end: int, undo: Undo) -> bool:
@@ -202,7 +203,7 @@ class PageTable(Planner):
 
     def disown(self, slot: int) -> None:
         """The slot's sequence has ended: its pages are not in use any more, though they stay where they are."""
-        self.pool.lose(page for _, page in self.pages_of(slot))
+        self.pool.lose(self.owned([slot]))
 
     # -- looking -------------------------------------------------------------------------------------------------
     def rows_of_whole_pages(self, rows: int, limit: int) -> int:
@@ -232,13 +233,6 @@ class PageTable(Planner):
             backed.append(index * self.page_bytes // lane.row_bytes)
         return min(backed)
 
-    def pages_of(self, slot: int) -> Iterator[tuple[int, Page]]:
-        """(address, page) of every page that is a sequence's own."""
-        for lane in self.lanes:
-            yield from lane.owned(slot)
-
-    def pages_of_all(self, slots: Iterable[int]) -> Iterator[Page]:
-        """Every page that these slots' sequences have, once for each address."""
-        for slot in slots:
-            for _, page in self.pages_of(slot):
-                yield page
+    def owned(self, slots: Iterable[int]) -> list[Page]:
+        """Every page that these slots' sequences have, once for each of its addresses."""
+        return [page for slot in slots for lane in self.lanes for page in lane.owned(slot)]

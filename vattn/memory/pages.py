@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from ..driver import Driver
@@ -158,27 +158,33 @@ class PhysicalPagePool:
             )
             raise _with_notes(out, error) from error
 
-    def gain(self, pages: Iterable[Page]) -> None:
+    def gain(self, pages: Sequence[Page]) -> None:
         """A live sequence has each of these pages now, at one address more."""
+        num_first = num_second = 0
         for page in pages:
             page.owners += 1
-            self.num_owned_maps += 1
             if page.owners == 1:
-                self.num_owned += 1
+                num_first += 1
             elif page.owners == 2:
-                self.num_shared += 1
+                num_second += 1
+        self.num_owned_maps += len(pages)
+        self.num_owned += num_first
+        self.num_shared += num_second
 
-    def lose(self, pages: Iterable[Page]) -> None:
+    def lose(self, pages: Sequence[Page]) -> None:
         """Each of these pages has one owner less."""
+        num_last = num_second = 0
         for page in pages:
             page.owners -= 1
-            self.num_owned_maps -= 1
             if page.owners == 0:
-                self.num_owned -= 1
+                num_last += 1
             elif page.owners == 1:
-                self.num_shared -= 1
+                num_second += 1
+        self.num_owned_maps -= len(pages)
+        self.num_owned -= num_last
+        self.num_shared -= num_second
 
-    def recount(self, owned: Iterable[Page]) -> None:
+    def recount(self, owned: Sequence[Page]) -> None:
         """Begin the count of owners anew, with every page that a live sequence has, once for each of its addresses."""
         for page in self.pages:
             page.owners = 0

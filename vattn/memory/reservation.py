@@ -147,16 +147,16 @@ class LanePages:
         """Pages that a sequence of so many rows has, those that kernels read past its end included."""
         return -(-(rows + self._over_read_tokens) * self.row_bytes // self.page_bytes) if rows else 0
 
-    def owned(self, slot: int) -> Iterator[tuple[int, Page]]:
-        """(address, page) of every page that is the sequence's own."""
-        return self._between(self.first(slot), 0, self.ends[slot])
+    def owned(self, slot: int) -> list[Page]:
+        """Every page that is the sequence's own."""
+        first, get = self.first(slot), self.pages.get
+        found = [get(index) for index in range(first, first + self.ends[slot])]
+        return [page for page in found if page is not None]  # after a failed undo one may be missing
 
     def parked(self, slot: int) -> Iterator[tuple[int, Page]]:
         """(address, page) of every page that is parked in the slot."""
-        return self._between(self.first(slot), self.ends[slot], int(self.tops[slot]))
-
-    def _between(self, base: int, first: int, last: int) -> Iterator[tuple[int, Page]]:
-        for index in range(base + first, base + last):
+        first = self.first(slot)
+        for index in range(first + self.ends[slot], first + int(self.tops[slot])):
             page = self.pages.get(index)
             if page is not None:
                 yield self.reservation.address_of(index), page

@@ -341,7 +341,7 @@ class Slots(SlotStates):
             self._cut_to(slot, max(0, min(int(self.seq_len[slot]), readable)))
             if self.state[slot] == LIVE:
                 self.to_shrink.add(slot)
-        self.pool.recount(self.table.pages_of_all(self.with_state(LIVE)))
+        self.pool.recount(self.table.owned(self.with_state(LIVE)))
 
     def refuse_capture(self, what: str) -> None:
         """ConfigError while the current stream is captured into a graph."""
