@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import TracebackType
@@ -16,7 +14,7 @@ from .arguments import is_int, require_int
 from .driver import Driver, open_driver
 from .errors import ConfigError
 from .layout import KVLayout
-from .memory.backing import Backing, choose_memory_limit, choose_page_bytes
+from .memory.backing import Backing
 from .memory.integrity import cache_stats, check_integrity
 from .memory.lock import FairLock, locked
 from .memory.planner import OverRead
@@ -87,16 +85,14 @@ class KVCache:
             driver = open_driver(device)
         elif isinstance(driver, type) or not callable(getattr(driver, "reserve", None)):
             raise ConfigError(f"driver must be a vattn.driver.Driver, LedgerDriver(1 << 40) for one, got {driver!r}")
+        over_read = OverRead(self.over_read_tokens, self.over_read_masked)
         try:
-            self.page_bytes = choose_page_bytes(driver, page_bytes)
-            self.memory_limit = choose_memory_limit(driver, memory_limit, self.page_bytes)
-            self.device = driver.device
-            self.driver = driver
-            over_read = OverRead(self.over_read_tokens, self.over_read_masked)
-            backing = Backing(driver, layout, self.max_slots, self.page_bytes, self.memory_limit, over_read)
+            backing = Backing(driver, layout, self.max_slots, page_bytes, memory_limit, over_read)
         except BaseException:
             driver.close()
             raise
+        self.driver, self.device = driver, driver.device
+        self.page_bytes, self.memory_limit = backing.page_bytes, backing.pool.limit_bytes
         self._k, self._v = backing.views(layout.dtype)
         self._backed_rows = BackedRows(backing)
         self._pid = os.getpid()
@@ -347,13 +343,7 @@ class KVCache:
 
         Waits for the work of released sequences. Returns the bytes given back.
         """
-        slots = self._slots
-        keep_bytes = require_int("keep_bytes", keep_bytes, 0)
-        if not self.driver.is_capturing():
-            slots.finish_deferred(wait=False)
-            slots.unpark(len(slots.backing.pool.pages))
-            slots.backing.clear_strays()
-        return slots.backing.pool.trim(keep_bytes)
+        return self._slots.trim(require_int("keep_bytes", keep_bytes, 0))
 
     @locked(from_finaliser=True)
     def close(self) -> None:
@@ -368,12 +358,7 @@ class KVCache:
         if self._slots_or_none is None or os.getpid() != self._pid:  # a forked child has nothing to free
             return
         slots = self._slots_or_none
-        if slots.work.open_steps:
-            # A signal's handler that raises at the very end of a step's block has it left only when the exception dies.
-            others = any(step.thread != threading.get_ident() for step in slots.work.open_steps)
-            if others or sys.exception() is None:
-                raise ConfigError("close() inside step(): leave the step first")
-            slots.work.open_steps.clear()
+        slots.work.forget_steps()
         self._k.clear()
         self._v.clear()
         self._backed_rows = BackedRows(None)

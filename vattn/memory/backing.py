@@ -47,6 +47,12 @@ class Backing:
 
     Tensors over the addresses hold a reference to it: pages are freed by ``close``, or when nobody refers to it any
     more; the addresses only then.
+
+    Args:
+        page_bytes, memory_limit: None for the driver's own page size, and for a share of the memory that is free now.
+
+    Raises:
+        ConfigError: the driver cannot have such pages, the limit holds none, or there are too few addresses.
     """
 
     def __init__(
@@ -54,15 +60,16 @@ class Backing:
         driver: Driver,
         layout: KVLayout,
         max_slots: int,
-        page_bytes: int,
-        limit_bytes: int,
+        page_bytes: int | None,
+        memory_limit: int | None,
         over_read: OverRead,
     ) -> None:
         self.driver = driver
-        self.page_bytes = page_bytes
-        self.pool = PhysicalPagePool(driver, page_bytes, limit_bytes)
+        self.page_bytes = choose_page_bytes(driver, page_bytes)
+        limit_bytes = choose_memory_limit(driver, memory_limit, self.page_bytes)
+        self.pool = PhysicalPagePool(driver, self.page_bytes, limit_bytes)
         self.plans: list[GroupPlan] = [
-            layout.plan(group, max_slots, page_bytes, over_read.tokens) for group in layout.groups
+            layout.plan(group, max_slots, self.page_bytes, over_read.tokens) for group in layout.groups
         ]
         self.reservations: list[Reservation] = []
         self.closed = False
@@ -72,7 +79,6 @@ class Backing:
                 self.reservations.append(Reservation(driver, self.pool, plan.size_bytes))
         except DriverError as error:
             self._free_ranges()
-            driver.close()
             if not error.out_of_memory:
                 raise
             total = sum(plan.size_bytes for plan in self.plans)

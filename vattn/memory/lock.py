@@ -123,13 +123,7 @@ def _let_in(others: set[int]) -> None:
 @overload
 def locked(method: _Method) -> _Method: ...
 @overload
-def locked(
-    *,
-    urgent: bool = False,
-    waits_outside: bool = False,
-    from_finaliser: bool = False,
-    give_back: Callable[[Any, Any], None] | None = None,
-) -> Callable[[_Method], _Method]: ...
+def locked(**options: Any) -> Callable[[_Method], _Method]: ...
 def locked(
     method: Any = None,
     *,

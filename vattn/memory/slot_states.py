@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..arguments import int_array, require_int
+from ..driver import Driver
 from ..errors import ConfigError, OutOfSlots
 from .lock import FairLock
 
@@ -25,7 +26,8 @@ class SlotStates:
         num_cut: per slot, how often rows were taken from a sequence.
     """
 
-    def __init__(self, max_slots: int, max_seq_len: int, lock: FairLock) -> None:
+    def __init__(self, driver: Driver, max_slots: int, max_seq_len: int, lock: FairLock) -> None:
+        self.driver = driver
         self.max_slots, self.max_seq_len = max_slots, max_seq_len
         self.lock = lock
         self.state = np.zeros(max_slots, np.int8)
@@ -44,6 +46,13 @@ class SlotStates:
         """Whether the slots have other sequences than when this call first left the lock to wait for the GPU."""
         before = None if self.lock.call is None else self.lock.call.before
         return False if before is None else before[slots] != self.generation[slots]
+
+    def refuse_capture(self, what: str) -> None:
+        """ConfigError while the current stream is captured into a graph."""
+        if self.driver.is_capturing():
+            raise ConfigError(
+                f"{what} cannot be part of a graph: call ensure, fork, truncate and release before capture"
+            )
 
     # -- arguments -----------------------------------------------------------------------------------------------
     def number(self, slot: int) -> int:

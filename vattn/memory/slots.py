@@ -25,11 +25,10 @@ class Slots(SlotStates):
     """
 
     def __init__(self, backing: Backing, driver: Driver, max_slots: int, max_seq_len: int, lock: FairLock) -> None:
-        super().__init__(max_slots, max_seq_len, lock)
+        super().__init__(driver, max_slots, max_seq_len, lock)
         self.backing, self.pool = backing, backing.pool
         self.table = backing.table
         self.parking = backing.table.parking
-        self.driver = driver
         self.work = WorkTracker(driver, max_slots, lock)
         # Where kernels do not mask what they read past the end: up to which row an older, longer self of a slot's
         # sequence may have left its data.
@@ -290,6 +289,14 @@ class Slots(SlotStates):
             found = True
         return found
 
+    def trim(self, keep_bytes: int) -> int:
+        """Give free and parked pages back to the driver, but for ``keep_bytes``. Returns the bytes given back."""
+        if not self.driver.is_capturing():
+            self.finish_deferred(wait=False)
+            self.unpark(len(self.pool.pages))
+            self.backing.clear_strays()
+        return self.pool.trim(keep_bytes)
+
     # -- making room ---------------------------------------------------------------------------------------------
     def _has_room(self, plan: Plan, wait: bool) -> bool:
         """Whether there are pages for the plan. If not, some were made free, and it has to be worked out again.
@@ -342,10 +349,3 @@ class Slots(SlotStates):
             if self.state[slot] == LIVE:
                 self.to_shrink.add(slot)
         self.pool.recount(self.table.owned(self.with_state(LIVE)))
-
-    def refuse_capture(self, what: str) -> None:
-        """ConfigError while the current stream is captured into a graph."""
-        if self.driver.is_capturing():
-            raise ConfigError(
-                f"{what} cannot be part of a graph: call ensure, fork, truncate and release before capture"
-            )

@@ -15,6 +15,7 @@ Work that comes later, or belongs to other slots, does not lie before these fenc
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..driver import Driver, Fence
+from ..errors import ConfigError
 from .lock import FairLock
 
 
@@ -120,6 +122,18 @@ class WorkTracker:
                 self.submitted(slots)
             finally:
                 self.open_steps.pop(step, None)
+
+    def forget_steps(self) -> None:
+        """Before the end. ConfigError if a step is open, but for this thread's while an exception is on its way.
+
+        A signal's handler that raises at the very end of a step's block has it left only when the exception dies.
+        """
+        if not self.open_steps:
+            return
+        others = any(step.thread != threading.get_ident() for step in self.open_steps)
+        if others or sys.exception() is None:
+            raise ConfigError("close() inside step(): leave the step first")
+        self.open_steps.clear()
 
     def submitted(self, slots: Sequence[int] | np.ndarray) -> None:
         """Work on these slots was submitted to the current stream; a copy is work on every slot that has the page."""
