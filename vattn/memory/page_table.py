@@ -11,7 +11,7 @@ from ..driver import Driver
 from ..layout import Lane
 from .pages import Page, PhysicalPagePool
 from .parking import Parking
-from .planner import Growth, OverRead, Plan, Planner, PrivateCopy, Sharing
+from .planner import Copy, Growth, OverRead, Plan, Planner, Sharing
 from .reservation import LanePages, Reservation
 from .undo import Undo
 
@@ -84,8 +84,8 @@ class PageTable(Planner):
 
     def _unpark(self, plan: Plan, undo: Undo) -> None:
         """Unmap the parked pages that are in the way. The caller has waited for their fences."""
-        for place in plan.unparked:
-            plan.unparked_pages += place.reservation.unmap(place.index, place.index + 1, undo)
+        for run in plan.unparked:
+            plan.unparked_pages += run.reservation.unmap(run.first, run.stop, undo)
 
     def _scrub_adopted(self, plan: Plan, undo: Undo) -> None:
         """Zero the parked pages that get a new owner, a stretch of them in one call.
@@ -105,14 +105,14 @@ class PageTable(Planner):
         self.driver.zero(address, size_bytes)
         return True
 
-    def _copy_on_write(self, copy: PrivateCopy, page: Page, growth: Growth, undo: Undo) -> None:
+    def _copy_on_write(self, copy: Copy, page: Page, growth: Growth, undo: Undo) -> None:
         """Replace a shared page by a private copy of its first bytes, zeros after them.
 
         The old page is still mapped elsewhere, so the copy is made from there once the new page is in its place: from
         an address that it is not about to leave too, because the copy runs later and unmapping does not wait for it.
         The caller has waited for work that may be using this slot's rows.
         """
-        reservation, index, keep_bytes = copy.reservation, copy.index, copy.keep_bytes
+        reservation, index, keep_bytes = copy.reservation, copy.index, copy.size_bytes
         (shared,) = reservation.unmap(index, index + 1, undo)
         reservation.map([index], [page], undo)
         address = reservation.address_of(index)
@@ -136,7 +136,7 @@ class PageTable(Planner):
         self._unpark(plan, undo)
         for aliases in plan.aliases:
             aliases.reservation.map(aliases.indexes, aliases.pages, undo)
-        kept = {(copy.reservation, copy.target): copy.size_bytes for copy in plan.copies}
+        kept = {(copy.reservation, copy.index): copy.size_bytes for copy in plan.copies}
         for new in plan.own:
             own = list(islice(pages, len(new.indexes)))
             new.reservation.map(new.indexes, own, undo)
@@ -147,7 +147,7 @@ class PageTable(Planner):
         for copy in plan.copies:
             undo.push(self._wait_for_stream)
             address_of = copy.reservation.address_of
-            self.driver.copy(address_of(copy.target), address_of(copy.source), copy.size_bytes)
+            self.driver.copy(address_of(copy.index), address_of(copy.source), copy.size_bytes)
 
     def note_sharing(self, child: int, rows: int, plan: Sharing) -> None:
         """It succeeded: rows ``[0, rows)`` of the slot, which had none, have pages now."""

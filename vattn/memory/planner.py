@@ -35,14 +35,6 @@ class Rows:
 
 
 @dataclass(slots=True)
-class Place:
-    """A page's place in a reservation."""
-
-    reservation: Reservation
-    index: int
-
-
-@dataclass(slots=True)
 class Run:
     """Pages ``[first, stop)`` of a reservation."""
 
@@ -52,39 +44,23 @@ class Run:
 
 
 @dataclass(slots=True)
-class NewPages:
-    """Where new pages go."""
+class Placed:
+    """Pages at some indexes of a reservation; none yet where new ones will be taken."""
 
     reservation: Reservation
     indexes: list[int]
+    pages: list[Page] = field(default_factory=list)
 
 
 @dataclass(slots=True)
-class PrivateCopy:
-    """The shared page at an index is replaced by a copy of its first ``keep_bytes``."""
+class Copy:
+    """The first bytes of the page at an index come from another: in ``fork`` the one at ``source``; on write the shared
+    page that this one replaces."""
 
     reservation: Reservation
     index: int
-    keep_bytes: int
-
-
-@dataclass(slots=True)
-class TailCopy:
-    """The first ``size_bytes`` of one page are copied to another of the reservation."""
-
-    reservation: Reservation
-    source: int
-    target: int
     size_bytes: int
-
-
-@dataclass(slots=True)
-class Aliases:
-    """Pages of a parent, mapped at some indexes more."""
-
-    reservation: Reservation
-    indexes: list[int]
-    pages: list[Page]
+    source: int = -1
 
 
 @dataclass(slots=True)
@@ -94,7 +70,7 @@ class Plan:
     Attributes:
         adopted: parked pages that become the slot's own, in place.
         adopted_pages: those of them that had aliases.
-        unparked: parked mappings that have to go first.
+        unparked: parked mappings that have to go first, one by one.
         slots_adopting, slots_unparked: whose parked pages these are; the work on the latter has to be over first.
         slots_read: all slots that have a page which is copied from.
         new_pages, unparked_pages: noted while the plan is carried out.
@@ -102,7 +78,7 @@ class Plan:
 
     adopted: list[Run] = field(default_factory=list)
     adopted_pages: set[Page] = field(default_factory=set)
-    unparked: list[Place] = field(default_factory=list)
+    unparked: list[Run] = field(default_factory=list)
     slots_adopting: set[int] = field(default_factory=set)
     slots_unparked: set[int] = field(default_factory=set)
     slots_read: set[int] = field(default_factory=set)
@@ -132,7 +108,7 @@ class Growth(Plan):
     """
 
     missing: dict[Reservation, list[int]] = field(default_factory=dict)
-    copies: list[PrivateCopy] = field(default_factory=list)
+    copies: list[Copy] = field(default_factory=list)
     slots_with_shared: set[int] = field(default_factory=set)
     leaving: dict[Page, set[int]] = field(default_factory=dict)
     ends: dict[tuple[LanePages, int], int] = field(default_factory=dict)
@@ -151,9 +127,9 @@ class Sharing(Plan):
         copies: per lane, what the page has that straddles the end.
     """
 
-    aliases: list[Aliases] = field(default_factory=list)
-    own: list[NewPages] = field(default_factory=list)
-    copies: list[TailCopy] = field(default_factory=list)
+    aliases: list[Placed] = field(default_factory=list)
+    own: list[Placed] = field(default_factory=list)
+    copies: list[Copy] = field(default_factory=list)
 
     @property
     def num_pages(self) -> int:
@@ -208,7 +184,7 @@ class Planner:
                         continue
                     leaving.add(reservation.address_of(index))
                     kept = rows.keep * row_bytes - (index - base) * page_bytes
-                    growth.copies.append(PrivateCopy(reservation, index, max(0, min(kept, page_bytes))))
+                    growth.copies.append(Copy(reservation, index, max(0, min(kept, page_bytes))))
                     growth.slots_read.update(self._owners(page))
                     growth.slots_with_shared.add(slot)
 
@@ -239,7 +215,8 @@ class Planner:
     def _unpark_at(self, plan: Plan, addresses: list[int]) -> None:
         for address in addresses:
             lane, slot, number = self._locate(address)
-            plan.unparked.append(Place(lane.reservation, lane.first(slot) + number))
+            index = lane.first(slot) + number
+            plan.unparked.append(Run(lane.reservation, index, index + 1))
             plan.slots_unparked.add(slot)
 
     def sharing(self, parent: int, child: int, rows: int) -> Sharing:
@@ -266,11 +243,11 @@ class Planner:
                     own.append(index)
                 if parked is not None:
                     self._unpark_at(plan, [reservation.address_of(index)])
-            plan.aliases.append(Aliases(reservation, aliased, [pages[source + index - target] for index in aliased]))
-            plan.own.append(NewPages(reservation, own))
+            plan.aliases.append(Placed(reservation, aliased, [pages[source + index - target] for index in aliased]))
+            plan.own.append(Placed(reservation, own))
             if rest:
                 plan.slots_read.update(self._owners(pages[source + num_whole]))
-                plan.copies.append(TailCopy(reservation, source + num_whole, target + num_whole, rest))
+                plan.copies.append(Copy(reservation, target + num_whole, rest, source + num_whole))
         return plan
 
     def num_pages(self, rows: int) -> list[int]:
