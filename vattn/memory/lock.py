@@ -92,15 +92,38 @@ class FairLock:
             raise MustWait(work, progress)
         work.wait()
 
-    def acquire(self, thread: int, urgent: bool, signals: Uninterrupted) -> None:
-        """Take the lock. From then on signal handlers are put off; while the thread waits they run, since one of them
-        may join a thread that waits for the lock."""
+    def run(self, call: Call, urgent: bool, method: Callable[[], Any], results: list[Any]) -> _Work | None:
+        """Take the lock and append what ``method`` returns to ``results``. Signal handlers run before or after.
+
+        Returns:
+            None; or the work that has to end before ``method`` can be called again.
+        """
+        signals = Uninterrupted()
+        try:
+            self._acquire(urgent, signals)
+            try:
+                self.owner, self.call = threading.get_ident(), call
+                results.append(method())
+            finally:
+                self.owner = self.call = None
+                self.lock.release()
+        except MustWait as busy:
+            call.leaves_left -= not busy.progress
+            return busy.work
+        finally:
+            signals.end()
+        return None
+
+    def _acquire(self, urgent: bool, signals: Uninterrupted) -> None:
+        """Take the lock and put signals off. Handlers run while the thread waits, since one of them may join a thread
+        that waits for the lock itself."""
         others = self.hurrying if urgent else self.waiting
         if others:
             _let_in(others)
         signals.begin()
         if self.lock.acquire(blocking=False):
             return
+        thread = threading.get_ident()
         try:
             self.waiting.add(thread)
             if urgent:
@@ -108,7 +131,7 @@ class FairLock:
             while not self.lock.acquire(timeout=_HANDLERS_S):
                 signals.end()
                 signals.begin()
-        finally:  # also where a signal's handler has raised
+        finally:  # also where a handler has raised
             self.waiting.discard(thread)
             self.hurrying.discard(thread)
 
@@ -151,8 +174,7 @@ def locked(
         @wraps(method)
         def with_lock(self: Any, *args: Any, **kwargs: Any) -> Any:
             lock: FairLock = self._lock
-            thread = threading.get_ident()
-            if lock.owner == thread:
+            if lock.owner == threading.get_ident():
                 if from_finaliser:
                     return finish(partial(with_lock, self, *args, **kwargs))
                 raise ConfigError(
@@ -160,30 +182,14 @@ def locked(
                     " a finaliser may release sequences and close, and nothing else"
                 )
             call = Call(_NUM_LEAVES if waits_outside else 0)
-            signals = Uninterrupted()
             results: list[Any] = []
             depth = this_thread.depth
             try:
                 try:
                     this_thread.depth = depth + 1
-                    while not results:
-                        try:
-                            lock.acquire(thread, urgent, signals)
-                            try:
-                                lock.owner, lock.call = thread, call
-                                results.append(method(self, *args, **kwargs))
-                            finally:
-                                lock.owner = lock.call = None
-                                lock.lock.release()
-                        except MustWait as busy:
-                            work: _Work | None = busy.work
-                            call.leaves_left -= not busy.progress
-                        else:
-                            work = None
-                        finally:
-                            signals.end()
-                        if work is not None:
-                            work.wait()
+                    bound = partial(method, self, *args, **kwargs)
+                    while (work := lock.run(call, urgent, bound, results)) is not None:
+                        work.wait()
                 finally:
                     this_thread.depth = depth
                     finish_all()
