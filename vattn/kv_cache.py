@@ -179,14 +179,7 @@ class KVCache:
         slots = self._slots
         slot = slots.live(slot)
         rows = slots.rows_of(slot, slots.seq_len[slot] if seq_len is None else seq_len, "fork")
-        if rows:
-            slots.refuse_capture("fork")
-        child = slots.find_free(into, to_share=True)
-        if rows:
-            slots.fork(slot, child, rows)
-        else:
-            slots.start(child)
-        return child
+        return slots.fork(slot, into, rows)
 
     @locked(waits_outside=True)
     def truncate(self, slot: int, seq_len: int) -> None:

@@ -165,8 +165,14 @@ class Slots(SlotStates):
                 )
         return growth
 
-    def fork(self, parent: int, child: int, rows: int) -> None:
-        """Begin a sequence in a free slot that shares the parent's first rows."""
+    def fork(self, parent: int, into: int | None, rows: int) -> int:
+        """Begin a sequence that shares the parent's first rows, in a free slot, which is returned."""
+        if rows:
+            self.refuse_capture("fork")
+        child = self.find_free(into, to_share=True)
+        if not rows:
+            self.start(child)
+            return child
         self.work.order_current_stream([parent])
         with self.pool.shortage():
             self.backing.clear_strays()
@@ -189,6 +195,7 @@ class Slots(SlotStates):
         self.start(child)
         self.seq_len[child] = rows
         self._measure_reach(child)
+        return child
 
     def _await_parked(self, plan: Plan) -> None:
         """Parked pages are unmapped when the work that used them has ended, and scrubbed behind it."""
