@@ -98,7 +98,7 @@ def _put_back() -> None:
 
 def _hand_over() -> None:
     """Call the handlers of what came; all of them, though the first one raises."""
-    while _came:
+    if _came:
         number, frame = _came.popleft()
         try:
             _handlers[number](number, frame)
@@ -132,8 +132,7 @@ class Uninterrupted:
             try:
                 _put_back()
             finally:
-                if _came:
-                    _hand_over()
+                _hand_over()
 
     def __enter__(self) -> None:
         self.begin()

@@ -8,7 +8,7 @@ import numpy as np
 
 from ..arguments import int_array, require_int
 from ..driver import Driver
-from ..errors import ConfigError, OutOfSlots
+from ..errors import ConfigError
 from .lock import FairLock
 
 FREE, LIVE, RETIRED = 0, 1, 2  # retired: released while a step is open on it
@@ -118,9 +118,3 @@ class SlotStates:
         if wrong.size:
             raise ConfigError(f"seq_lens must be at least 0 and at most {self.max_seq_len}, got {wrong[0]}")
         return rows
-
-    def taken(self, slot: int | None) -> OutOfSlots:
-        """The error for a slot that has a sequence; None: all have."""
-        if slot is None:
-            return OutOfSlots(f"all {self.max_slots} slots belong to sequences; release one, or raise max_slots")
-        return OutOfSlots(f"slot {slot} belongs to a sequence; release it first, or take another")

@@ -8,7 +8,7 @@ from contextlib import suppress
 import numpy as np
 
 from ..driver import Driver
-from ..errors import ConfigError, DriverError, OutOfPages, VattnError
+from ..errors import ConfigError, DriverError, OutOfPages, OutOfSlots, VattnError
 from .backing import Backing
 from .lock import FairLock
 from .planner import Growth, Plan, Rows
@@ -49,11 +49,11 @@ class Slots(SlotStates):
         if slot is not None:
             slot = self.number(slot)
             if self.state[slot] != FREE:
-                raise self.taken(slot)
+                raise OutOfSlots(f"slot {slot} belongs to a sequence; release it first, or take another")
             return slot
         free = np.flatnonzero(self.state == FREE)
         if not free.size:
-            raise self.taken(None)
+            raise OutOfSlots(f"all {self.max_slots} slots belong to sequences; release one, or raise max_slots")
         if to_share:
             return self.parking.emptiest(free)
         return self.parking.best_fit(free, self.table.num_pages(expect_len or self.max_seq_len))
