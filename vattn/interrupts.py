@@ -66,13 +66,13 @@ def for_one_thread(method: _Method) -> _Method:
 _main_thread = threading.main_thread().ident
 _active = False  # whether a block is open there
 _handlers: dict[int, _Handler] = {}  # the handlers that ``_note`` stands in for
-_came: deque[tuple[int, FrameType | None]] = deque()
+_came: deque[tuple[_Handler, int, FrameType | None]] = deque()
 
 
 def _note(number: int, frame: FrameType | None) -> None:
     """In a handler's place while a block is open."""
     if _active:
-        _came.append((number, frame))
+        _came.append((_handlers[number], number, frame))
     else:  # putting it back was interrupted, by a handler that raised
         signal.signal(number, _handlers[number])
         _handlers[number](number, frame)
@@ -91,7 +91,7 @@ def _take_over() -> None:
 
 
 def _put_back() -> None:
-    for number, handler in _handlers.items():
+    for number, handler in tuple(_handlers.items()):  # one that is back may run at once, and begin a block of its own
         if signal.getsignal(number) is _note:  # else somebody has set another one in the block
             signal.signal(number, handler)
 
@@ -99,9 +99,9 @@ def _put_back() -> None:
 def _hand_over() -> None:
     """Call the handlers of what came; all of them, though the first one raises."""
     if _came:
-        number, frame = _came.popleft()
+        handler, number, frame = _came.popleft()
         try:
-            _handlers[number](number, frame)
+            handler(number, frame)
         finally:
             _hand_over()
 
