@@ -46,6 +46,7 @@ class PageTable(Planner):
     # -- growing -------------------------------------------------------------------------------------------------
     def grow(self, growth: Growth, undo: Undo) -> bool:
         """Carry ``growth`` out. Returns whether work was submitted to the current stream."""
+        # All pages before the first mapping, so that running out of them leaves little to undo.
         growth.new_pages = self.pool.take(growth.num_pages, undo)
         pages = iter(growth.new_pages)
         submitted = bool(growth.adopted)
@@ -56,7 +57,7 @@ class PageTable(Planner):
             for index, page in zip(indexes, new, strict=True):
                 if page.dirty:
                     submitted |= self._scrub(page, reservation.address_of(index), self.page_bytes, undo)
-                page.dirty = True
+                page.dirty = True  # its owner may write from now on
         for copy in growth.copies:
             self._copy_on_write(copy, next(pages), growth, undo)
             submitted = True
@@ -130,7 +131,6 @@ class PageTable(Planner):
     # -- sharing -------------------------------------------------------------------------------------------------
     def share(self, plan: Sharing, undo: Undo) -> None:
         """Carry ``plan`` out."""
-        # All pages before the first mapping, so that running out of them leaves nothing to undo.
         plan.new_pages = self.pool.take(plan.num_pages, undo)
         pages = iter(plan.new_pages)
         self._unpark(plan, undo)

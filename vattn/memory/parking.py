@@ -71,7 +71,8 @@ class Parking:
     def reclaim(self, count: int, wait_for: Callable[[Fences, bool], None] | None, sparing: Iterable[int] = ()) -> bool:
         """Unmap parked pages until ``count`` more are free or none is left. Returns whether any was unmapped.
 
-        From the end of a slot's pages to its start, and one slot after another: first those where the host need not
+        From the end of a slot's pages to its start, since the next sequence there needs the first ones soonest, and one
+        slot after another: first those where the host need not
         wait for work to end, then the others, last those of ``sparing``; among equals the one released least recently.
 
         Args:

@@ -174,11 +174,12 @@ class Planner:
                 page = pages.get(index)
                 if page is None:
                     missing.append(index)
-                elif index >= own_end:
+                elif index >= own_end:  # an earlier sequence of the slot left it
                     if not self._adopt(growth, slot, reservation, index, page):
                         missing.append(index)
                         self._unpark_at(growth, [reservation.address_of(index)])
                 elif len(page.maps) > 1 and (index - base) * page_bytes < private_rows * row_bytes:
+                    # Shared, and about to be written: the slot gets a copy, unless it is the last one to ask for it.
                     leaving = growth.leaving.setdefault(page, set())
                     if self._unpark_aliases_of_last(page, leaving, growth):
                         continue
@@ -234,7 +235,7 @@ class Planner:
             for index in range(target, target + lane.num_pages(rows)):
                 parked = pages.get(index)
                 if index < target + num_whole:
-                    if parked is pages[source + index - target]:
+                    if parked is pages[source + index - target]:  # the slot has had a child of this parent before
                         continue
                     aliased.append(index)
                 elif parked is not None and self._adopt(plan, child, reservation, index, parked):

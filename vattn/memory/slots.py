@@ -70,7 +70,7 @@ class Slots(SlotStates):
         self.refuse_capture("release")
         self.work.submitted([slot])
         self.to_shrink.discard(slot)
-        self.table.disown(slot)
+        self.table.disown(slot)  # statistics do not count its pages as in use, even if a step keeps them for a while
         self.seq_len[slot] = self.reach[slot] = 0
         self.state[slot] = RETIRED
         self._park_retired()
@@ -123,6 +123,8 @@ class Slots(SlotStates):
     def _back(self, targets: list[Rows], wait: bool = True) -> None:
         """Make these rows backed and private; where pages are short, make room and plan again."""
         slots = [rows.slot for rows in targets]
+        # A plan holds only as long as nobody's pages change, so whatever makes room leads to another plan. A wait for
+        # the GPU leaves this loop as MustWait: the whole call begins again.
         with self.pool.shortage(wait):
             self.backing.clear_strays()
             while (growth := self._plan_growth(targets)) is not None:
