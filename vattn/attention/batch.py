@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ..errors import ConfigError
-from ..memory.upload import upload
+from ..memory.tensors import upload
 
 __all__ = ["INT32_MAX", "AttentionBatch", "DecodeBatch", "QueryGroup"]
 

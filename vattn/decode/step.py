@@ -16,7 +16,7 @@ import torch
 from ..attention import AttentionBackend, DecodeBatch, bind
 from ..errors import ConfigError
 from ..kv_cache import KVCache
-from ..memory.upload import upload
+from ..memory.tensors import upload
 from ..tuning import default_decode
 from .graphs import GraphReport, StepGraphs
 from .state import DecodeModel, DecodeState

@@ -19,7 +19,7 @@ from ..errors import ConfigError, OutOfPages, OutOfSlots
 from ..interrupts import Uninterrupted
 from ..kv_cache import KVCache
 from ..layout import KVLayout
-from ..memory.upload import upload
+from ..memory.tensors import upload
 from ..requests import Completion, EngineStats, Request, StepToken, checked_request
 from ..tuning import default_attention, default_ops
 

@@ -27,7 +27,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..attention import LEFT_PADDING, SINKS, SOFTCAP, AttentionBackend, AttentionBatch, choose, declared
 from ..errors import ConfigError
-from ..memory.upload import upload
+from ..memory.tensors import upload
 from .layer import VirtualLayer, take_note
 from .masks import LazyMask, register_masks
 from .storage import Storage
