@@ -72,8 +72,8 @@ def num_new_tokens(request: pytest.FixtureRequest) -> int:
 
 @pytest.fixture(scope="module")
 def prompts(tokenizer: Tokenizer, num_new_tokens: int) -> list[list[int]]:
-    """Of different lengths; four for short answers, three of them questions in one line."""
-    questions = QUESTIONS if num_new_tokens == 64 else [*QUESTIONS[:3], QUESTIONS[6]]
+    """Of different lengths, the last two of eight or the last of five long."""
+    questions = QUESTIONS if num_new_tokens == 64 else [*QUESTIONS[:4], QUESTIONS[6]]
     encoded = [tokenizer.encode_chat([{"role": "user", "content": question}]) for question in questions]
     assert len({len(tokens) for tokens in encoded}) == len(questions)
     return encoded
@@ -133,16 +133,19 @@ def test_token_for_token_what_transformers_generates(
     assert "Paris" in tokenizer.decode(completions[1].tokens)
 
 
-def test_a_virtual_cache_generates_the_same(hf_model: Any, prompts: list[list[int]], expected: list[list[int]]) -> None:
-    """The drop-in with real weights: two prompts alone, and up to six of them left-padded in one batch."""
+def test_a_virtual_cache_generates_the_same(
+    hf_model: Any, prompts: list[list[int]], expected: list[list[int]], num_new_tokens: int
+) -> None:
+    """The drop-in with real weights: two prompts alone, and short ones left-padded in one batch."""
     from helpers.hf_models import with_cache
 
     from vattn.hf import VirtualCache
 
-    pairs = [(prompt, wanted[:40]) for prompt, wanted in zip(prompts, expected, strict=True)][:6]
+    count = min(num_new_tokens, 40)
+    pairs = [(prompt, wanted[:count]) for prompt, wanted in zip(prompts, expected, strict=True)][:-2]
     longest = max(len(prompt) for prompt, _ in pairs)
-    with VirtualCache(hf_model.config, max_length=longest + 40) as past:
-        for batch in ([pairs[0]], [pairs[3]], pairs):
+    with VirtualCache(hf_model.config, max_length=longest + count) as past:
+        for batch in ([pairs[0]], [pairs[-1]], pairs):
             width = max(len(prompt) for prompt, _ in batch)
             rows = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt, _ in batch])
             mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt, _ in batch])
@@ -150,7 +153,7 @@ def test_a_virtual_cache_generates_the_same(hf_model: Any, prompts: list[list[in
                 rows,
                 attention_mask=mask,
                 **with_cache(past),
-                max_new_tokens=40,
+                max_new_tokens=count,
                 do_sample=False,
                 eos_token_id=None,
                 pad_token_id=0,
