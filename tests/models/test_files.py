@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from vattn.errors import ConfigError
-from vattn.models.fields import Fields
+from vattn.models.files import Fields
 
 
 def fields(value: Any) -> Fields:
