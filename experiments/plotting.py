@@ -14,19 +14,25 @@ VERSION = f"Matplotlib v{mpl.__version__}"
 mpl.rcParams.update({"svg.hashsalt": "vattn", "svg.fonttype": "none", "font.size": 10})
 STYLE = {  # name in the legend: colour, marker, line
     'vattn, order="token"': ("#0072B2", "o", "-"),
-    'vattn with FA3\'s margin, order="token"': ("#56B4E9", "s", "-"),
+    "vattn with a margin for FlashAttention-3": ("#56B4E9", "s", "-"),
     'pages of one layer, order="layer"': ("#D55E00", "^", "-"),
-    "room for the longest": ("#000000", "x", "-"),
+    "32,768 tokens reserved for each": ("#000000", "x", "-"),
     "torch.compile": ("#009E73", "D", "-"),
     "transformers, static, compiled": ("#E69F00", "^", "-"),
     "transformers, dynamic": ("#CC79A7", "v", "-"),
-    "FA3 contiguous": ("#000000", "x", ":"),
-    "FA2 contiguous": ("#000000", "+", ":"),
-    "FA3 paged 16": ("#D55E00", "^", "--"),
-    "FA3 paged 128": ("#E69F00", "v", "--"),
-    "FA2 paged 256": ("#CC79A7", "s", "-."),
-    "FlashInfer paged 16": ("#009E73", "D", "-."),
+    "FlashAttention-3, contiguous": ("#000000", "x", ":"),
+    "FlashAttention-2, contiguous": ("#000000", "+", ":"),
+    "FlashAttention-3, blocks of 16": ("#D55E00", "^", "--"),
+    "FlashAttention-3, blocks of 128": ("#E69F00", "v", "--"),
+    "FlashAttention-2, blocks of 256": ("#CC79A7", "s", "-."),
+    "FlashInfer, blocks of 16": ("#009E73", "D", "-."),
 }
+
+
+def in_words(case: str) -> str:
+    """``"8B B=1 L=1024"`` -> ``"8B, batch 1, 1,024 tokens"``."""
+    shape, batch, tokens = case.split()
+    return f"{shape}, batch {batch[2:]}, {int(tokens[2:]):,} tokens"
 
 
 def line(axes: Any, name: str, x: list[int], y: list[float]) -> None:
@@ -67,7 +73,7 @@ def dots(rows: dict[str, dict[str, float]], names: dict[str, str], xlabel: str) 
 def svg(figure: Figure, png: Path | None = None) -> str:
     """The figure under a legend, as a file's text."""
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    columns = 2 if len(labels) == 4 else 3
+    columns = 3 if figure.get_figwidth() > 8 else 2
     figure.legend(handles, labels, loc="upper center", ncols=columns, frameon=False, fontsize=9)
     legend_inches = 0.08 + 0.2 * -(-len(labels) // columns)
     figure.tight_layout(rect=(0, 0, 1, 1 - legend_inches / figure.get_figheight()))

@@ -1,8 +1,10 @@
-"""Writes the tables, figures and plots of the READMEs from the experiments' records: ``python experiments/render.py``.
+"""Writes the tables, figures and plots of the READMEs, and the figures of the pages in docs/, from the experiments'
+records: ``python experiments/render.py``.
 
 * ``<!-- table NAME ARGUMENTS -->`` in a README, up to ``<!-- end -->``: what the function NAME of ``table.py``, of this
   file or of the ``report.py`` beside the README makes of the records beside it: most often ``pivot ROWS COLUMNS``.
-* ``<!-- fig 04 SELECTOR SYSTEM[/SYSTEM] [FORMAT] -->``, likewise: ``table.figure`` of experiment 04's records.
+* ``<!-- fig 04 SELECTOR SYSTEM[/SYSTEM] [FORMAT] -->``, likewise: ``table.figure`` of experiment 04's records (04+: of
+  both of its runs).
 * Where the report of 04_decode has a function ``plot``, its figure is that folder's ``decode.svg``.
 """
 
@@ -56,8 +58,8 @@ def again(records: list[Record]) -> str:
         row = [metric, str(len(found)), f"{within(spread, 0.5)}, {within(spread, 0.9)}" if any(spread) else "–"]
         row += [f"{statistics.median(ratio):.3f}", within(apart, 0.9)]
         rows.append([*row, f"{ratio[worst]:.3f} ({found[worst]['case']}, {found[worst]['system']})"])
-    header = ["metric", "figures", "20th to 80th percentile of the median: half, nine of ten within"]
-    header += ["second / first, median", "nine of ten within", "furthest apart"]
+    header = ["metric", "figures", "(80th - 20th percentile) / median: half, nine of ten below"]
+    header += ["second / first, median", "difference of the runs: nine of ten below", "largest"]
     return markdown(header, rows) if rows else ""
 
 
@@ -84,12 +86,19 @@ def make(folder: Path, marker: str, records: list[Record]) -> str:
 
 
 def render(readme: Path) -> str:
-    """A README with its tables and figures made anew. Records that are not there, or not any more, leave them empty."""
+    """A page with its tables and figures made anew. Records that are not there, or not any more, leave them empty."""
     folder = table.FOLDER if readme.parent == table.FOLDER.parent else readme.parent
     records = records_of(folder.name) if folder != table.FOLDER else []
     missing = not records and (folder / "run.py").exists()
     text = _TABLE.sub(lambda m: m[1] + ("" if missing else make(folder, m[2], records)) + m[3], readme.read_text())
     return _FIGURE.sub(lambda m: m[1] + marked(m[2]) + m[3], text)
+
+
+def pages() -> list[Path]:
+    """All that is rendered: the experiments' READMEs, and outside them the README and docs/, where those are there."""
+    root = table.FOLDER.parent
+    found = [*sorted(table.FOLDER.rglob("README.md")), root / "README.md", *sorted((root / "docs").glob("*.md"))]
+    return [page for page in found if page.exists()]
 
 
 def show(path: Path) -> str:
@@ -139,17 +148,15 @@ def main() -> int:
         print(show(options.show.resolve()))
         return 0
     stale, empty = [], 0
-    for readme in (*sorted(table.FOLDER.rglob("README.md")), table.FOLDER.parent / "README.md"):
-        if not readme.exists():
-            continue  # a copy of the experiments alone
-        text = render(readme)
+    for page in pages():
+        text = render(page)
         for marker in re.findall(r"<!-- fig (.+?) -->–<!-- end -->", text):
-            print(f"{readme}: no record is what the figure {marker!r} asks for")
+            print(f"{page}: no record is what the figure {marker!r} asks for")
             empty += 1
-        if text != readme.read_text():
-            stale.append(readme)
+        if text != page.read_text():
+            stale.append(page)
             if not options.check:
-                readme.write_text(text)
+                page.write_text(text)
     stale += plots(options.check, options.png)
     word = "differs from its records" if options.check else "written"
     print("\n".join(f"{word}: {path}" for path in stale) or "all tables, figures and plots agree with their records")

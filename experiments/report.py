@@ -22,7 +22,7 @@ def overview(_: list[Record]) -> str:
         machines = ", ".join(dict.fromkeys(map(machine, records))) or "–"
         question = text.partition("\n")[0].removeprefix("# ")
         rows.append([f"[{folder.name}]({folder.name})", question, found, machines, runs])
-    return markdown(["experiment", "question", "answer", "machine", "runs, newest"], rows)
+    return markdown(["experiment", "question", "answer", "machine", "runs, date of the newest"], rows)
 
 
 def results(_: list[Record]) -> str:
@@ -42,7 +42,7 @@ def results(_: list[Record]) -> str:
             marked(f"{fits} vattn .0f"),
             f"blocks of 16 tokens {blocks}, pages of one layer {layers}",
         ],
-        *(_prefill(*total) for total in ((65536, "mapping included"), (8192, "where it loses most"))),
+        *(_prefill(*total) for total in ((65536, "mapping included"), (8192, "the worst of four lengths"))),
     ]
     return markdown(["what", "vattn", "instead"], rows)
 

@@ -55,14 +55,17 @@ def figure(records: list[Record], selector: str, systems: str, form: str = "") -
     Args:
         systems: a regular expression: whose values. ``over/under``: ratios of the lowest of each, in the cases that
             have both.
-        form: as of ``format``; by default as in a table.
+        form: as of ``format``; by default as in a table. ``.0f/1000`` divides by 1000 first: milliseconds of
+            microseconds.
     """
+    form, _, divisor = form.partition("/")
     over, _, under = systems.partition("/")
     values = []
     for each in by_case(records, selector).values():
         top, bottom = ([value for name, value in each.items() if re.fullmatch(of, name)] for of in (over, under))
         values += top if not under else [min(top) / min(bottom)] if top and bottom else []
-    ends = [f"{end:{form}}" if form else number(end) for end in (min(values), max(values))] if values else ["–"]
+    extremes = [end / float(divisor or 1) for end in (min(values), max(values))] if values else []
+    ends = [f"{end:{form}}" if form else number(end) for end in extremes] or ["–"]
     return " to ".join(dict.fromkeys(ends))
 
 

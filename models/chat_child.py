@@ -1,7 +1,7 @@
 """Renders chat templates in a process of its own, with bounds on time and memory.
 
 A template comes with a model, from anyone. jinja's sandbox keeps it from running Python, but not from looping for hours
-or filling memory. ``chat_template.py`` starts this file as a program and talks to it in lines of JSON.
+or filling memory. ``chat_template.py`` starts this file as a program, without vattn, and sends it lines of JSON.
 """
 
 import datetime
@@ -48,7 +48,7 @@ def main() -> None:
 
 @functools.lru_cache(maxsize=8)
 def compiled(template: str) -> Any:
-    """The template in an environment like that of transformers, whose documentation says what templates can use."""
+    """The template, in an environment with what transformers' documentation offers to templates."""
     import jinja2
     import jinja2.ext
     import jinja2.nodes
@@ -70,7 +70,7 @@ def compiled(template: str) -> Any:
             return jinja2.nodes.Scope(body, lineno=line)
 
     class Namespace(jinja2.utils.Namespace):
-        """Without names that begin with an underscore, by which sandboxes have been left."""
+        """Without names that begin with an underscore, which have served to leave sandboxes."""
 
         def __init__(*args: Any, **kwargs: Any) -> None:
             self, *rest = args

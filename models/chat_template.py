@@ -1,4 +1,4 @@
-"""A chat as the text that a model was trained on, by the template that comes with it."""
+"""A chat rendered as text by the template that comes with a model."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ __all__ = ["render"]
 def render(template: str, variables: Mapping[str, Any]) -> str:
     """The text that ``template`` makes of ``variables``, which must be plain enough for JSON.
 
-    It is rendered in jinja's sandbox in another process (started at the first call, tens of milliseconds; later calls
-    take one or less), so that a template that never ends, or takes all memory, ends in an error.
+    jinja's sandbox renders it in another process, so that a template that never ends, or takes all memory, ends in an
+    error. The first call starts that process, which takes tens of milliseconds; later calls take one or less.
 
     Raises:
         ConfigError: the template does not parse, raises, takes more than a second of CPU time or 512 MiB, or writes
@@ -34,7 +34,7 @@ def render(template: str, variables: Mapping[str, Any]) -> str:
 
 
 class _Child:
-    """The process that renders; another one after a failure, and in a process that was forked."""
+    """The process that renders. It is replaced after a failure, and in a process that was forked."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -51,12 +51,11 @@ class _Child:
                 process.stdin.write(line)
                 process.stdin.flush()
                 reply = process.stdout.readline()
-            except BaseException as error:  # a reply that nobody took would answer the next request
+            except BrokenPipeError:
+                reply = ""
+            except BaseException:  # the reply that is still to come would answer the next request
                 self._end(process)
-                if isinstance(error, BrokenPipeError):
-                    reply = ""
-                else:
-                    raise
+                raise
             answer = json.loads(reply) if reply.endswith("\n") else {}
             if "text" in answer:
                 return answer["text"]

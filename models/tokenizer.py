@@ -6,7 +6,7 @@ import re
 import secrets
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,16 @@ from vattn.arguments import escaped
 from vattn.errors import ConfigError
 
 from .chat_template import render
-from .fields import lacks_package
-from .text_stream import TextStream
+from .files import lacks_package
 
 __all__ = ["TextStream", "Tokenizer"]
 
-
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
+# What a tokenizer puts in place of bytes that are not, or not yet, a character.
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+# A character has at most four bytes, and a token at least one: so many pending tokens are not an incomplete character.
+_GARBAGE_TOKENS = 16
+_KEPT_TOKENS = 8
 
 
 class Tokenizer:
@@ -38,7 +41,7 @@ class Tokenizer:
         added = getattr(hf_tokenizer, "added_tokens_decoder", {})
         self._special = {int(i) for i, token in added.items() if token.special} | set(hf_tokenizer.all_special_ids)
         template = str(getattr(hf_tokenizer, "chat_template", None) or "")
-        # Some tokenizers call markers that their template writes, as DeepSeek's <｜User｜>, not special.
+        # Some markers that a template writes, as DeepSeek's <｜User｜>, are not marked special.
         self._control = {
             token.content
             for token in added.values()
@@ -68,12 +71,12 @@ class Tokenizer:
             else:  # the class that AutoTokenizer would choose, after it had read the file once more to do so
                 tokenizer = PreTrainedTokenizerFast.from_pretrained(str(path.parent), gguf_file=path.name, **options)
             found = cls(tokenizer, stop_tokens)
-            found.decode(found.encode("a"))  # settings of a wrong type show only now
+            found.decode(found.encode("a"))  # fails where a setting has a wrong type
             return found
         except MemoryError:
             raise
         except Exception as error:
-            # transformers answers files that are missing or not as it wants them with any kind of exception
+            # transformers raises exceptions of any kind for missing or broken files
             said = escaped(" ".join(str(error).split()), 300)
             if path.is_dir() and not any((path / name).exists() for name in _TOKENIZER_FILES):
                 said = f"there is none of {', '.join(_TOKENIZER_FILES)}: save the tokenizer beside the model"
@@ -83,16 +86,16 @@ class Tokenizer:
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether the model was trained on chats and says how they look."""
+        """Whether the model comes with a template for chats."""
         return bool(getattr(self._hf, "chat_template", None))
 
     @cached_property
     def stop_tokens(self) -> frozenset[int]:
         """Ids that end a turn: those declared, the end of a text, and what the chat template writes after an answer.
 
-        The last two differ where a file names the end of a document (``<|endoftext|>``) and the chat ends its turns
-        with another token (``<|im_end|>``, ``<|eot_id|>``); a model that stops only at the first talks to itself. A
-        template that cannot be used adds nothing; ``encode_chat`` says so.
+        The last two differ where the tokenizer's end is that of a document (``<|endoftext|>``) and a chat's turns end
+        with another token (``<|im_end|>``, ``<|eot_id|>``). A model that stops only at the first talks to itself. A
+        template that cannot be used adds nothing here; ``encode_chat`` reports it.
         """
         found = set(self._declared)
         if isinstance(self._hf.eos_token_id, int):
@@ -111,24 +114,23 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text`` as it stands, with the special tokens that the model expects around a text.
 
-        The text is the whole prompt, and the model's markers in it (``<|im_start|>``) become their tokens: whoever
-        writes a chat by hand means them. For text of others use ``encode_chat``.
+        The model's markers in the text (``<|im_start|>``) become their tokens, so that a chat can be written by hand.
+        For text of others use ``encode_chat``.
         """
         return self._ids(text, add_special_tokens=True)
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Token ids of a chat up to where the assistant's answer begins.
 
-        What messages hold is text: a marker in it (``<|im_start|>``) is spelled out in ordinary tokens and begins no
-        turn. Only the template's own markers are tokens.
+        Messages are text: a marker in one (``<|im_start|>``) is spelled in ordinary tokens and begins no turn. Only the
+        template's own markers become their tokens.
 
         Args:
             messages: dictionaries with ``role`` and ``content``.
 
         Raises:
-            ConfigError: the model has no chat template, one that does not parse, raises, or takes too long or too much
-                memory (see ``chat_template.render``); messages that are not as above; one of which the template or the
-                tokenizer makes a marker.
+            ConfigError: no chat template, or one that cannot be used (see ``chat_template.render``); messages that are
+                not as above; a message that the template or the tokenizer turns into a marker.
         """
         if not self.has_chat_template:
             raise ConfigError("this model has no chat template; encode its prompt as plain text")
@@ -137,15 +139,15 @@ class Tokenizer:
             raise ConfigError("a chat needs at least one message")
         ids = self._chat_ids(chat)
         if self._may_forge(chat):
-            # A normaliser or the template may have made a marker of what is none: count them against a chat in which
-            # nobody but the assistant says anything.
+            # A normaliser or the template may turn other text into a marker. Compare the number of markers with that
+            # of a chat in which only the assistant says anything.
             harmless = [message if message["role"] == "assistant" else _harmless(message) for message in chat]
             if self._num_markers(ids) - self._num_markers(self._chat_ids(harmless)):
                 raise ConfigError("a message becomes a marker of the chat, such as the end of a turn: take it out")
         return ids
 
     def _may_forge(self, chat: list[dict[str, str]]) -> bool:
-        """Whether a message has a character that markers begin with, as compatibility forms have it, too."""
+        """Whether a message has a character that markers begin with, or a compatibility form of one."""
         first = {marker[0] for marker in self._control if not marker.isalnum()}
         return any(
             first.intersection(unicodedata.normalize("NFKC", text)) for message in chat for text in message.values()
@@ -159,8 +161,8 @@ class Tokenizer:
         if not any(markers.search(text) for message in chat for text in message.values()):
             return self._ids(self._render(chat, add_generation_prompt=True))
 
-        # Put each marker of the messages between two strings that nobody can guess, and look where the template put
-        # them. What it cut from its pair begins or ends there, but joins nothing.
+        # Put each marker of the messages between two strings that nobody can guess, render, and find them in the text.
+        # Where the template cut a message, one string of a pair may be missing; the text is split there all the same.
         key = f"{secrets.randbelow(10**20):020}"
         start, end = f"\ue000{key}\ue001", f"\ue002{key}\ue001"
         chat = [{k: markers.sub(rf"{start}\g<0>{end}", text) for k, text in message.items()} for message in chat]
@@ -187,12 +189,12 @@ class Tokenizer:
     def _ids(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         try:
             return [int(token) for token in self._hf(text, add_special_tokens=add_special_tokens)["input_ids"]]
-        except Exception as error:  # of any kind: a lone surrogate in the text, a vocabulary without an unknown token
+        except Exception as error:  # for example a lone surrogate, or a vocabulary without an unknown token
             said = escaped(" ".join(str(error).split()), 300)
             raise ConfigError(f"the tokenizer cannot encode {escaped(repr(text), 80)}: {said}") from error
 
     def _continued(self, text: str) -> list[int]:
-        """Ids of a text that goes on behind another: some tokenizers put a space before a text's first word."""
+        """Ids of a text that follows another: some tokenizers put a space before the first word of a text."""
         line = self._ids("\n")
         both = self._ids("\n" + text)
         return both[len(line) :] if both[: len(line)] == line else self._ids(text)
@@ -225,3 +227,54 @@ def _checked(message: Mapping[str, str]) -> dict[str, str]:
 
 def _plain(token: Any) -> Any:
     return [str(each) for each in token] if isinstance(token, (list, tuple)) else str(token)
+
+
+class TextStream:
+    """Incremental detokenisation in whole characters: the pieces joined equal ``decode`` of all tokens.
+
+    A token may end in the middle of a character, and some tokenizers treat the first token of a text differently. So
+    each piece is the difference between the latest tokens' text with and without the new ones. The work for a token is
+    bounded, also for special tokens, which have no text, and for bytes that never become a character.
+
+    Args:
+        decode: token ids to text, without special tokens.
+        special: ids that ``decode`` may leave out.
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str], special: Collection[int] = ()) -> None:
+        self._decode = decode
+        self._special = special
+        self._tokens: list[int] = []  # the latest: some as context for what follows, and those not shown yet
+        self._num_context = 0
+        self._num_shown = 0  # characters of the latest tokens' text
+
+    def push(self, token: int) -> str:
+        """Text that ``token`` completes; empty while a character is incomplete."""
+        if token in self._special and not self._decode([token]):
+            return ""
+        self._tokens.append(token)
+        text = self._decode(self._tokens)
+        if not text.endswith(_REPLACEMENT):
+            piece = text[self._num_shown :]
+            self._keep(self._tokens[self._num_context :])
+            self._num_shown = len(self._decode(self._tokens))
+            return piece
+        if len(self._tokens) - self._num_context <= _GARBAGE_TOKENS:
+            return ""
+        # Only the last of these bytes can begin a character. Some of the first stay as context, because some decoders
+        # replace a run of bytes as a whole.
+        piece = text[self._num_shown : -1]
+        tokens = self._tokens
+        self._tokens = tokens[: self._num_context + _KEPT_TOKENS] + tokens[-_KEPT_TOKENS:]
+        self._num_shown = len(self._decode(self._tokens)) - 1
+        return piece
+
+    def finish(self) -> str:
+        """The rest of the text, with U+FFFD for an incomplete character."""
+        piece = self._decode(self._tokens)[self._num_shown :]
+        self._keep([])
+        self._num_shown = 0
+        return piece
+
+    def _keep(self, context: list[int]) -> None:
+        self._tokens, self._num_context = context, len(context)

@@ -1,4 +1,4 @@
-"""Every Python block of the docs runs, in order and in one namespace a page."""
+"""Every Python block of the docs runs, in order and in one namespace a page; every measured figure has a source."""
 
 from __future__ import annotations
 
@@ -13,6 +13,19 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 WORDS_ONLY = {"choosing", "how-it-works", "installing", "reproducing"}
 LINKING = [*(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md"), *sorted((ROOT / "experiments").glob("*/README.md"))]
+RENDERED = re.compile(r"<!-- (?:fig|table) .*?<!-- end -->|^```.*?^```", re.DOTALL | re.MULTILINE)
+MEASURED = re.compile(r"\d[\d,.]*(?: (?:to|and|or) \d[\d,.]*)? ?(?:%|(?:ms|µs|us|[GT]B/s|TFLOP/s|tokens/s|times)\b)")
+SETTINGS = ("90 % of", "5 ms by default")
+PROBE = re.compile(r"\(probe, [^)]*\d{4}-\d\d-\d\d[^)]*\)")
+
+
+def without_a_source(text):
+    """Times, rates and shares that neither ``experiments/render.py`` writes nor a probe beside them dates."""
+    text = RENDERED.sub("", text)
+    for setting in SETTINGS:
+        text = text.replace(setting, "")
+    blocks = re.split(r"\n(?=\n|\* |\|)", text)
+    return [figure for block in blocks if not PROBE.search(block) for figure in MEASURED.findall(block)]
 
 
 def a_users_model():
@@ -48,3 +61,22 @@ def test_links_lead_somewhere(page):
 
 def test_the_readme_stays_short():
     assert len((ROOT / "README.md").read_text().split()) <= 900
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_measured_figure_has_a_source(page):
+    assert without_a_source(page.read_text()) == []
+
+
+def test_a_figure_without_a_source_is_found():
+    marked = "* It takes <!-- fig 02 map vattn .0f -->5 to 6<!-- end --> µs\n  and 1.5 times that.\n"
+    assert without_a_source(marked + "* 3 to 4 ms (probe, H100, 2026-11-27)\n\n12 % more, 90 % of it.") == [
+        "1.5 times",
+        "12 %",
+    ]
+
+
+@pytest.mark.parametrize("page", LINKING, ids=lambda page: str(page.relative_to(ROOT)))
+def test_no_line_begins_with_a_figure(page):
+    """Markdown takes such a line for HTML and shows its links and emphasis as they are typed."""
+    assert not re.search(r"^ *<!-- fig ", page.read_text(), re.MULTILINE)

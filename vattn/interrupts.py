@@ -2,14 +2,13 @@
 
 What is promised of an operation of a cache or a decode loop:
 
-* In the main thread, the handlers of ``SIGNALS`` that are written in Python run before it or after it. One that raises
-  then raises out of the call: the operation is done, or was not begun. Its result is lost; a slot that it took is given
-  back.
-* An object that ends in the middle of one, because the garbage collector runs there, does what it has to do after it.
-  So no finaliser waits for a lock that its own thread holds.
+* In the main thread, Python handlers of ``SIGNALS`` run before the operation or after it. One that raises then raises
+  out of the call: the operation is done, or was not begun. Its result is lost; a slot that it took is given back.
+* An object that the garbage collector ends in the middle of an operation does its own work after the operation. So no
+  finaliser waits for a lock that its own thread holds.
 
-An exception that is raised in another way in the middle of an operation (by a handler of another signal, or from
-another thread) may leave a cache that ``check_integrity`` finds fault with; ``close`` frees what it has all the same.
+An exception that another signal's handler, or another thread, raises in the middle may leave a cache that
+``check_integrity`` finds fault with; ``close`` frees what it has all the same.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from typing import Any, TypeVar, cast
 
 from .errors import ConfigError
 
-# Those that ask a program to end or to give up what it is at, so whose handlers raise.
+# Those that ask a program to end or to give up what it is at, so whose handlers raise, or look at what it is doing.
 SIGNALS = tuple(
     map(int, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM, signal.SIGUSR1, signal.SIGUSR2))
 )
@@ -41,7 +40,7 @@ def for_one_thread(method: _Method) -> _Method:
     A safeguard against misuse, not a lock: two threads that enter within a few instructions both get in.
 
     Raises:
-        ConfigError: one is.
+        ConfigError: another thread is in one.
     """
 
     @wraps(method)
@@ -63,79 +62,77 @@ def for_one_thread(method: _Method) -> _Method:
 
 
 # -- signals -----------------------------------------------------------------------------------------------------------
-class _Deferred:
-    """In the place of handlers while an operation is under way: notes what came. After it, should putting the handlers
-    back have been interrupted, it does that and what they do."""
+# State of the main thread, the only one that runs handlers.
+_main_thread = threading.main_thread().ident
+_active = False  # whether a block is open there
+_handlers: dict[int, _Handler] = {}  # the handlers that ``_note`` stands in for
+_came: deque[tuple[_Handler, int, FrameType | None]] = deque()
 
-    def __init__(self) -> None:
-        self.handlers: dict[int, _Handler] = {}
-        self.came: dict[int, FrameType | None] = {}
-        self.active = True
 
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        if self.active:
-            self.came[number] = frame
+def _note(number: int, frame: FrameType | None) -> None:
+    """In a handler's place while a block is open."""
+    if _active:
+        _came.append((_handlers[number], number, frame))
+    else:  # putting it back was interrupted, by a handler that raised
+        signal.signal(number, _handlers[number])
+        _handlers[number](number, frame)
+
+
+def _take_over() -> None:
+    for number in SIGNALS:
+        handler = signal.getsignal(number)
+        if handler is _note:  # left by a block whose end was interrupted
+            continue
+        if callable(handler):
+            _handlers[number] = handler
+            signal.signal(number, _note)
         else:
-            handler = self.handlers[number]
+            _handlers.pop(number, None)
+
+
+def _put_back() -> None:
+    for number, handler in tuple(_handlers.items()):  # one that is back may run at once, and begin a block of its own
+        if signal.getsignal(number) is _note:  # else somebody has set another one in the block
             signal.signal(number, handler)
+
+
+def _hand_over() -> None:
+    """Call the handlers of what came; all of them, though the first one raises."""
+    if _came:
+        handler, number, frame = _came.popleft()
+        try:
             handler(number, frame)
-
-    def begin(self) -> None:
-        for number in SIGNALS:
-            handler = signal.getsignal(number)
-            if isinstance(handler, _Deferred):
-                handler = handler.handlers[number]
-            if callable(handler):
-                self.handlers[number] = handler
-                signal.signal(number, self)
-
-    def end(self) -> None:
-        self.active = False
-        for number, handler in self.handlers.items():
-            if signal.getsignal(number) is self:  # else somebody has set another one in the operation
-                signal.signal(number, handler)
-
-    def hand_over(self) -> None:
-        """Call the handlers of what came; all of them, though the first one raises."""
-        if self.came:
-            number, frame = self.came.popitem()
-            try:
-                self.handlers[number](number, frame)
-            finally:
-                self.hand_over()
-
-
-_deferred: _Deferred | None = None  # of the main thread, the only one that runs handlers
+        finally:
+            _hand_over()
 
 
 class Uninterrupted:
     """Puts the handlers of ``SIGNALS`` off until the outermost such block ends."""
 
-    __slots__ = ("_deferred",)
+    __slots__ = ("_outermost",)
 
     def __init__(self) -> None:
-        self._deferred: _Deferred | None = None
+        self._outermost = False
 
     def begin(self) -> None:
-        global _deferred
-        if threading.current_thread() is threading.main_thread() and (_deferred is None or not _deferred.active):
-            deferred = _Deferred()
+        global _active
+        if threading.get_ident() == _main_thread and not _active:
             try:
-                deferred.begin()
+                self._outermost = _active = True
+                _take_over()
             except BaseException:  # of a handler that was not replaced yet
-                deferred.end()
-                deferred.hand_over()
+                self.end()
                 raise
-            _deferred = self._deferred = deferred
 
     def end(self) -> None:
         """Without effect where ``begin`` had none."""
-        if self._deferred is not None:
-            deferred, self._deferred = self._deferred, None
+        global _active
+        if self._outermost:
+            self._outermost = _active = False
             try:
-                deferred.end()
+                _put_back()
             finally:
-                deferred.hand_over()
+                _hand_over()
 
     def __enter__(self) -> None:
         self.begin()
@@ -194,8 +191,12 @@ class FinalisersWait:
 
 def _begin_in_a_child() -> None:
     """After a fork: what other threads were in the middle of is nobody's here, nor what the parent has left to do."""
-    if _deferred is not None and _deferred.active:
-        _deferred.end()
+    global _main_thread, _active
+    _main_thread = threading.get_ident()
+    if _active:
+        _active = False
+        _put_back()
+    _came.clear()
     _later.clear()
     this_thread.depth = 0
 

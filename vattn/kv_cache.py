@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
-import threading
-import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import TracebackType
@@ -13,23 +10,26 @@ from types import TracebackType
 import numpy as np
 import torch
 
-from .arguments import int_array, is_int, require_int
+from .arguments import is_int, require_int
 from .driver import Driver, open_driver
 from .errors import ConfigError
 from .layout import KVLayout
-from .memory.backing import Backing, choose_memory_limit, choose_page_bytes
+from .memory.backing import Backing
 from .memory.integrity import cache_stats, check_integrity
-from .memory.lock import Turns, in_turn
-from .memory.page_table import OverRead
-from .memory.slot_arguments import existing_slots, found_slot, free_slot, live_slot, live_slots, rows_of
+from .memory.lock import FairLock, locked
+from .memory.planner import OverRead
 from .memory.slots import Slots
-from .memory.tensors import BackedRows, tensor_from_address
+from .memory.tensors import BackedRows
 from .memory.work import OpenStep
 from .stats import CacheStats, Event
 
 __all__ = ["KVCache"]
 
-_CACHES: weakref.WeakSet[KVCache] = weakref.WeakSet()
+
+def _give_back(cache: KVCache, slot: int) -> None:
+    """Release a slot whose taker was interrupted; its caller never gets to see it."""
+    with suppress(ConfigError):  # somebody has closed the cache meanwhile
+        cache.release(slot)
 
 
 class KVCache:
@@ -68,7 +68,7 @@ class KVCache:
         over_read_masked: bool = False,
         driver: Driver | None = None,
     ) -> None:
-        self._turns = Turns()
+        self._lock = FairLock()
         self._slots_or_none: Slots | None = None
         self._closing = False
         if not isinstance(layout, KVLayout):
@@ -85,32 +85,21 @@ class KVCache:
             driver = open_driver(device)
         elif isinstance(driver, type) or not callable(getattr(driver, "reserve", None)):
             raise ConfigError(f"driver must be a vattn.driver.Driver, LedgerDriver(1 << 40) for one, got {driver!r}")
+        over_read = OverRead(self.over_read_tokens, self.over_read_masked)
         try:
-            self.page_bytes = choose_page_bytes(driver, page_bytes)
-            self.memory_limit = choose_memory_limit(driver, memory_limit, self.page_bytes)
-            self.device = driver.device
-            self.driver = driver
-            over_read = OverRead(self.over_read_tokens, self.over_read_masked)
-            backing = Backing(driver, layout, self.max_slots, self.page_bytes, self.memory_limit, over_read)
+            backing = Backing(driver, layout, self.max_slots, page_bytes, memory_limit, over_read)
         except BaseException:
             driver.close()
             raise
-        self._k: dict[int, torch.Tensor] = {}
-        self._v: dict[int, torch.Tensor] = {}
-        # Views made in inference mode could not be written outside it; those made without gradients refuse to record
-        # them, where a cache would keep the graph of every step alive.
-        with torch.inference_mode(False), torch.no_grad():
-            for reservation, plan in zip(backing.reservations, backing.plans, strict=True):
-                base = tensor_from_address(reservation.address, plan.size_bytes, layout.dtype, self.device, backing)
-                for views, tensors in ((self._k, plan.k), (self._v, plan.v)):
-                    for layer, tensor in tensors.items():
-                        views[layer] = base.as_strided(tensor.shape, tensor.strides, tensor.offset)
+        self.driver, self.device = driver, driver.device
+        self.page_bytes, self.memory_limit = backing.page_bytes, backing.pool.limit_bytes
+        self._k, self._v = backing.views(layout.dtype)
         self._backed_rows = BackedRows(backing)
         self._pid = os.getpid()
-        self._slots_or_none = Slots(backing, driver, self.max_slots, layout.max_seq_len, self._turns)
-        _CACHES.add(self)
+        self._slots_or_none = Slots(backing, driver, self.max_slots, layout.max_seq_len, self._lock)
 
     # -- sequences -----------------------------------------------------------------------------------------------
+    @locked(give_back=_give_back)
     def acquire(self, slot: int | None = None, *, expect_len: int | None = None) -> int:
         """Take a slot for a new, empty sequence: the one named, or the free one that fits it best.
 
@@ -124,14 +113,14 @@ class KVCache:
             OutOfSlots: none is free, or the one named is not.
             ConfigError: there is no such slot.
         """
-        taken: list[int] = []
-        try:
-            return self._acquire(slot, expect_len, taken)
-        except BaseException:
-            self._take_back(taken)
-            raise
+        slots = self._slots
+        if expect_len is not None:
+            expect_len = require_int("expect_len", expect_len, 0, self.layout.max_seq_len)
+        slot = slots.find_free(slot, expect_len)
+        slots.start(slot)
+        return slot
 
-    @in_turn(leaves=True)
+    @locked(waits_outside=True)
     def ensure(self, slot: int, seq_len: int) -> None:
         """Back rows ``[0, seq_len)`` of a slot; new rows are private and writable. Never shrinks.
 
@@ -143,14 +132,14 @@ class KVCache:
                 must be copied while a step is open on the slot; or a page must be mapped during graph capture.
         """
         slots = self._slots
-        slot = live_slot(slots, slot)
+        slot = slots.live(slot)
         seq_len = require_int("seq_len", seq_len, 0, self.layout.max_seq_len)
         if seq_len > slots.reach[slot]:
             slots.grow([(slot, seq_len)])
         elif seq_len > slots.seq_len[slot]:
             slots.seq_len[slot] = seq_len
 
-    @in_turn(leaves=True)
+    @locked(waits_outside=True)
     def ensure_batch(
         self,
         slots: Sequence[int] | np.ndarray,
@@ -170,20 +159,10 @@ class KVCache:
             OutOfPages, ConfigError: as ``ensure``; ConfigError too when a slot is named twice.
         """
         state = self._slots
-        index, rows = live_slots(state, slots, versions), int_array("seq_lens", seq_lens)
-        if index.shape != rows.shape:
-            raise ConfigError(f"slots and seq_lens must be of one length, got {index.size} and {rows.size}")
-        if not index.size:
-            return
-        if rows.min() < 0 or rows.max() > self.layout.max_seq_len:
-            wrong = rows[(rows < 0) | (rows > self.layout.max_seq_len)][0]
-            raise ConfigError(f"seq_lens must be at least 0 and at most {self.layout.max_seq_len}, got {wrong}")
-        short = np.flatnonzero(rows > state.reach[index])
-        longer = np.maximum(state.seq_len[index], rows)
-        if short.size:
-            state.grow(list(zip(index[short].tolist(), rows[short].tolist(), strict=True)), wait)
-        state.seq_len[index] = longer
+        index = state.all_live(slots, versions)
+        state.ensure(index, state.lengths(index, seq_lens), wait)
 
+    @locked(waits_outside=True, give_back=_give_back)
     def fork(self, slot: int, seq_len: int | None = None, into: int | None = None) -> int:
         """A new slot whose first ``seq_len`` rows (None: all) are those of ``slot``, sharing every whole page of them.
 
@@ -197,14 +176,12 @@ class KVCache:
             OutOfSlots, OutOfPages: as ``acquire`` and ``ensure``.
             ConfigError: ``seq_len`` is negative or beyond the slot's own.
         """
-        taken: list[int] = []
-        try:
-            return self._fork(slot, seq_len, into, taken)
-        except BaseException:
-            self._take_back(taken)
-            raise
+        slots = self._slots
+        slot = slots.live(slot)
+        rows = slots.rows_of(slot, slots.seq_len[slot] if seq_len is None else seq_len, "fork")
+        return slots.fork(slot, into, rows)
 
-    @in_turn(leaves=True)
+    @locked(waits_outside=True)
     def truncate(self, slot: int, seq_len: int) -> None:
         """Shorten a sequence and give back every whole page past it.
 
@@ -212,10 +189,10 @@ class KVCache:
             ConfigError: ``seq_len`` is negative or beyond the slot's own.
         """
         slots = self._slots
-        slot = live_slot(slots, slot)
-        slots.truncate(slot, rows_of(slots, slot, seq_len, "truncate"))
+        slot = slots.live(slot)
+        slots.truncate(slot, slots.rows_of(slot, seq_len, "truncate"))
 
-    @in_turn(from_finaliser=True)
+    @locked(from_finaliser=True)
     def release(self, slot: int) -> None:
         """End a sequence. Its slot is free at once; while a step is open on it, when that step is left.
 
@@ -223,9 +200,9 @@ class KVCache:
         elsewhere. No driver call, and no waiting.
         """
         slots = self._slots
-        slots.end(live_slot(slots, slot))
+        slots.end(slots.live(slot))
 
-    @in_turn(leaves=True)
+    @locked(waits_outside=True)
     def make_writable(self, slot: int, start: int, end: int) -> None:
         """Give the slot private copies of the shared pages under rows ``[start, end)``.
 
@@ -234,24 +211,24 @@ class KVCache:
             ConfigError: the rows are not within ``[0, seq_len(slot))``, or a step is open on the slot.
         """
         slots = self._slots
-        slot = live_slot(slots, slot)
-        start, end = require_int("start", start, 0), rows_of(slots, slot, end, "make_writable")
+        slot = slots.live(slot)
+        start, end = require_int("start", start, 0), slots.rows_of(slot, end, "make_writable")
         if start > end:
             raise ConfigError(f"start must be at most end, got {start} and {end}")
         if start < end:
             slots.make_writable(slot, start, end)
 
-    @in_turn()
+    @locked
     def seq_len(self, slot: int) -> int:
         """Rows backed on request."""
         slots = self._slots
-        return int(slots.seq_len[live_slot(slots, slot)])
+        return int(slots.seq_len[slots.live(slot)])
 
-    @in_turn()
+    @locked
     def versions(self, slots: Sequence[int] | np.ndarray) -> np.ndarray:
         """Per slot, int64, a number that is another one once its sequence has ended or lost rows; -1 where none is."""
         state = self._slots
-        return state.version_of(existing_slots(state, slots))
+        return state.version_of(state.existing(slots))
 
     # -- tensors -------------------------------------------------------------------------------------------------
     def k(self, layer: int) -> torch.Tensor:
@@ -268,7 +245,7 @@ class KVCache:
         """V of every slot, ``[max_slots, max_seq_len, num_kv_heads, v_head_dim]``; the same caution as for ``k``."""
         return self._view(self._v, layer)
 
-    @in_turn()
+    @locked
     def rows(self, slot: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(k, v) of one sequence, each ``[seq_len, num_kv_heads, head_dim]``; safe for every torch operation.
 
@@ -277,7 +254,7 @@ class KVCache:
         lies between these rows as well, other layers' above all: ``clone`` first.
         """
         slots = self._slots
-        rows, k, v = int(slots.seq_len[live_slot(slots, slot)]), self.k(layer), self.v(layer)
+        rows, k, v = int(slots.seq_len[slots.live(slot)]), self.k(layer), self.v(layer)
         backed_k, backed_v = self._backed_rows.of(slot, layer, int(slots.reach[slot]), k, v)
         return backed_k[:rows], backed_v[:rows]
 
@@ -316,17 +293,17 @@ class KVCache:
                 self._leave(opened, dropped)
                 raise
 
-    @in_turn(urgent=True, leaves=True)
+    @locked(urgent=True, waits_outside=True)
     def _enter(
         self, slots: Sequence[int] | np.ndarray, versions: Sequence[int] | np.ndarray | None, opened: OpenStep
     ) -> None:
         state = self._slots
         state.refuse_capture("step() itself")
-        wanted = live_slots(state, slots, versions).copy()  # the caller may change his while the step is open
+        wanted = state.all_live(slots, versions).copy()  # the caller may change his while the step is open
         state.clean_over_read(wanted)
         state.work.enter(opened, wanted)
 
-    @in_turn(urgent=True, from_finaliser=True)
+    @locked(urgent=True, from_finaliser=True)
     def _leave(self, opened: OpenStep, dropped: bool) -> None:
         state = self._slots_or_none
         if state is None or os.getpid() != self._pid:
@@ -337,37 +314,31 @@ class KVCache:
         state.finish_deferred(wait=False)
 
     # -- looking -------------------------------------------------------------------------------------------------
-    @in_turn()
+    @locked
     def stats(self) -> CacheStats:
         """A snapshot of what the cache has reserved, mapped and used."""
         return cache_stats(self._slots, self.layout.bytes_per_token)
 
-    @in_turn()
+    @locked
     def events(self) -> tuple[Event, ...]:
         """The newest driver calls, oldest first."""
         return self._slots.driver.log.snapshot()
 
-    @in_turn()
+    @locked
     def check_integrity(self) -> None:
         """Raise AssertionError where slots, pages or the system's own count of them do not agree."""
         check_integrity(self._slots)
 
     # -- memory and the end --------------------------------------------------------------------------------------
-    @in_turn(leaves=True)
+    @locked(waits_outside=True)
     def trim(self, keep_bytes: int = 0) -> int:
         """Give free and parked pages back to the driver, but for ``keep_bytes`` of them, which are free then.
 
         Waits for the work of released sequences. Returns the bytes given back.
         """
-        slots = self._slots
-        keep_bytes = require_int("keep_bytes", keep_bytes, 0)
-        if not self.driver.is_capturing():
-            slots.finish_deferred(wait=False)
-            slots.unpark(len(slots.backing.pool.pages))
-            slots.backing.clear_strays()
-        return slots.backing.pool.trim(keep_bytes)
+        return self._slots.trim(require_int("keep_bytes", keep_bytes, 0))
 
-    @in_turn(from_finaliser=True)
+    @locked(from_finaliser=True)
     def close(self) -> None:
         """Wait for the work on the device, then free every page. Idempotent; later use raises ConfigError.
 
@@ -380,12 +351,7 @@ class KVCache:
         if self._slots_or_none is None or os.getpid() != self._pid:  # a forked child has nothing to free
             return
         slots = self._slots_or_none
-        if slots.work.open_steps:
-            # A signal's handler that raises at the very end of a step's block has it left only when the exception dies.
-            others = any(step.thread != threading.get_ident() for step in slots.work.open_steps)
-            if others or sys.exception() is None:
-                raise ConfigError("close() inside step(): leave the step first")
-            slots.work.open_steps.clear()
+        slots.work.forget_steps()
         self._k.clear()
         self._v.clear()
         self._backed_rows = BackedRows(None)
@@ -414,42 +380,6 @@ class KVCache:
         state = "closed" if self._slots_or_none is None else f"device={self.device}, page_bytes={self.page_bytes}"
         return f"KVCache({self.layout!r}, max_slots={self.max_slots}, {state})"
 
-    # -- taking and ending slots ---------------------------------------------------------------------------------
-    @in_turn()
-    def _acquire(self, slot: int | None, expect_len: int | None, taken: list[int]) -> int:
-        slots = self._slots
-        if expect_len is not None:
-            expect_len = require_int("expect_len", expect_len, 0, self.layout.max_seq_len)
-        if slot is None:
-            slot = found_slot(slots, slots.find_free(expect_len))
-        slot = free_slot(slots, slot)
-        slots.start(slot)
-        taken.append(slot)
-        return slot
-
-    @in_turn(leaves=True)
-    def _fork(self, slot: int, seq_len: int | None, into: int | None, taken: list[int]) -> int:
-        slots = self._slots
-        slot = live_slot(slots, slot)
-        rows = rows_of(slots, slot, slots.seq_len[slot] if seq_len is None else seq_len, "fork")
-        if rows:
-            slots.refuse_capture("fork")  # before there is a child to take back
-        if into is None:
-            into = found_slot(slots, slots.find_free(to_share=True))
-        child = free_slot(slots, into)
-        if rows:
-            slots.fork(slot, child, rows)
-        else:
-            slots.start(child)
-        taken.append(child)
-        return child
-
-    def _take_back(self, taken: list[int]) -> None:
-        """Release what an interrupted call has taken; its caller never gets to see it."""
-        for slot in taken:
-            with suppress(ConfigError):  # somebody has closed the cache meanwhile
-                self.release(slot)
-
     # -- what everything begins with ---------------------------------------------------------------------------------
     @property
     def _slots(self) -> Slots:
@@ -468,12 +398,3 @@ class KVCache:
         if tensor is None:
             raise ConfigError(f"layer must be one of {list(self.layout.layers)}, got {layer!r}")
         return tensor
-
-
-def _begin_in_a_child() -> None:
-    """After a fork: a lock may be held by a thread that is not here. What it guards is refused to a child anyway."""
-    for cache in tuple(_CACHES):
-        cache._turns = Turns()
-
-
-os.register_at_fork(after_in_child=_begin_in_a_child)

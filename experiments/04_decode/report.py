@@ -32,11 +32,11 @@ def ablations(records: list[Record]) -> str:
 
 def plot(records: list[Record]) -> Any:
     """In multiples of the time that reading weights and cache once takes."""
-    from plotting import dots
+    from plotting import dots, in_words
 
     found = {case: each for case, each in by_case(records, "decode_step").items() if "limit" in each}
-    rows = {case: {name: time / each["limit"] for name, time in each.items()} for case, each in found.items()}
-    figure, axes = dots(rows, NAMES, "time of a decode step, reading weights and cache once = 1 (H100; logarithmic)")
+    rows = {in_words(case): {name: time / each["limit"] for name, time in each.items()} for case, each in found.items()}
+    figure, axes = dots(rows, NAMES, "decode step / reading weights and cache once (H100, logarithmic)")
     axes.set_xscale("log")
     ticks = [1, 1.5, 2, 3, 5, 10, 20, 50, 100]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])

@@ -8,10 +8,11 @@ from table import Record, by_case, fields
 
 NAMES = {
     "vattn": 'vattn, order="token"',
-    "vattn-margin": 'vattn with FA3\'s margin, order="token"',
+    "vattn-margin": "vattn with a margin for FlashAttention-3",
     "layer-major": 'pages of one layer, order="layer"',
-    "full": "room for the longest",
+    "full": "32,768 tokens reserved for each",
 }
+TRACES = {"2048": "all of 2,048 tokens", "log-normal": "log-normal", "shared": "log-normal, shared prompt"}
 
 
 def plot(records: list[Record]) -> Any:
@@ -19,9 +20,11 @@ def plot(records: list[Record]) -> Any:
     from plotting import dots
 
     rows = {
-        "{shape}, {trace}".format(**fields(case)): {name: count / each["paged-16"] for name, count in each.items()}
+        f"{fields(case)['shape']}, {TRACES[fields(case)['trace']]}": {
+            name: count / each["paged-16"] for name, count in each.items()
+        }
         for case, each in by_case(records, "sequences:driver=ledger").items()
     }
-    figure, axes = dots(rows, NAMES, "sequences admitted at 60 GiB, paged with 16-token blocks = 1")
+    figure, axes = dots(rows, NAMES, "sequences in 60 GiB, with blocks of 16 tokens = 1")
     axes.set_xlim(0, 1.06)
     return figure

@@ -9,10 +9,10 @@ from table import Record, by_case, fields, markdown
 
 NAMES = {
     "vattn": 'vattn, order="token"',
-    "flash-attn-2-contiguous": "FA2 contiguous",
-    "flash-attn-3-paged-16": "FA3 paged 16",
-    "flash-attn-2-paged-256": "FA2 paged 256",
-    "flashinfer-tensor-cores-paged-16": "FlashInfer paged 16",
+    "flash-attn-2-contiguous": "FlashAttention-2, contiguous",
+    "flash-attn-3-paged-16": "FlashAttention-3, blocks of 16",
+    "flash-attn-2-paged-256": "FlashAttention-2, blocks of 256",
+    "flashinfer-tensor-cores-paged-16": "FlashInfer, blocks of 16",
 }
 
 

@@ -8,11 +8,11 @@ from table import Record, by_case, fields
 
 NAMES = {
     "vattn": 'vattn, order="token"',
-    "flash-attn-3-contiguous": "FA3 contiguous",
-    "flash-attn-3-paged-16": "FA3 paged 16",
-    "flash-attn-3-paged-128": "FA3 paged 128",
-    "flash-attn-2-paged-256": "FA2 paged 256",
-    "flashinfer-paged-16": "FlashInfer paged 16",
+    "flash-attn-3-contiguous": "FlashAttention-3, contiguous",
+    "flash-attn-3-paged-16": "FlashAttention-3, blocks of 16",
+    "flash-attn-3-paged-128": "FlashAttention-3, blocks of 128",
+    "flash-attn-2-paged-256": "FlashAttention-2, blocks of 256",
+    "flashinfer-paged-16": "FlashInfer, blocks of 16",
 }
 
 

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from vattn import KVCache, attention
+from vattn import KVCache
 from vattn.attention import (
     AttentionBackend,
     AttentionBatch,
     PhasedAttention,
     backends,
+    choice,
     choose,
     decode_backends,
     flash_attn2,
@@ -149,7 +150,7 @@ def test_batch_index_tensors() -> None:
     batch = AttentionBatch.build([7, 2, 5], [1, 3, 2], [4, 3, 9], "cpu")
     assert (batch.batch_size, batch.num_tokens, batch.max_query_len, batch.max_seq_len) == (3, 6, 3, 9)
     assert batch.query_starts == (0, 1, 4, 6)
-    assert batch.slots_int32.tolist() == batch.slots_int64.tolist() == [7, 2, 5]
+    assert batch.slots_int32.tolist() == [7, 2, 5]
     assert batch.cu_seqlens_q.tolist() == [0, 1, 4, 6]
     assert batch.seq_lens_int32.tolist() == [4, 3, 9]
     assert batch.token_slots.tolist() == [7, 2, 2, 2, 5, 5]
@@ -287,12 +288,11 @@ def test_builds_that_leave_things_out(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_choice_by_phase(
     monkeypatch: pytest.MonkeyPatch, absent: tuple[str, ...], max_over_read: int | None, expected: str
 ) -> None:
-    for kind in ("_BACKENDS", "_DECODE_ONLY"):
-        stubs = tuple(
-            Stub(b.name, b.over_read_tokens, b.masks_over_read, "not here" if b.name in absent else None)
-            for b in getattr(attention, kind)
-        )
-        monkeypatch.setattr(attention, kind, stubs)
+    stubs = tuple(
+        Stub(b.name, b.over_read_tokens, b.masks_over_read, "not here" if b.name in absent else None)
+        for b in decode_backends()
+    )
+    monkeypatch.setattr(choice, "_ALL", stubs)
     assert choose("cuda", torch.bfloat16, 128, max_over_read=max_over_read).name == expected
     in_float32 = choose("cuda", torch.float32, 128, max_over_read=max_over_read).name
     assert in_float32 == {"torch-varlen+triton-decode": "torch-varlen", "sdpa+triton-decode": "sdpa"}.get(
@@ -301,8 +301,8 @@ def test_choice_by_phase(
 
 
 def test_prefill_needs_a_backend_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "_BACKENDS", (Stub("sdpa", reason="not here"),))
-    monkeypatch.setattr(attention, "_DECODE_ONLY", (Stub("triton-decode"),))
+    stubs = [Stub(b.name, reason=None if b.decode_only else "not here") for b in decode_backends()]
+    monkeypatch.setattr(choice, "_ALL", stubs)
     with pytest.raises(ConfigError, match="sdpa: not here"):
         choose("cuda", torch.bfloat16, 128)
 

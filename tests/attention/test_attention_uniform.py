@@ -9,7 +9,15 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from vattn import KVCache, KVLayout
-from vattn.attention import AttentionBackend, AttentionBatch, DecodeBatch, decode_backends, get, uniform_decode
+from vattn.attention import (
+    AttentionBackend,
+    AttentionBatch,
+    DecodeBatch,
+    Needs,
+    decode_backends,
+    get,
+    reason_against,
+)
 
 NAN = float("nan")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -38,30 +46,28 @@ def test_rectangle() -> None:
     [(4, 4, 64, 64), (12, 3, 80, 80), (7, 1, 40, 40), (8, 2, 24, 16), (6, 2, 36, 36)],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["sdpa", "torch-varlen"])
 def test_against_float64(
-    heads: int, kv_heads: int, head_dim: int, v_head_dim: int, dtype: torch.dtype, device: str
+    name: str, heads: int, kv_heads: int, head_dim: int, v_head_dim: int, dtype: torch.dtype, device: str
 ) -> None:
+    """Of neighbouring slots, which are read as one rectangle."""
+    needs = Needs(torch.device(device), dtype, frozenset({head_dim, v_head_dim}))
+    if reason := reason_against(get(name), needs):
+        pytest.skip(reason)
     torch.manual_seed(heads)
-    decode = uniform_decode(torch.device(device), dtype, head_dim, v_head_dim)
-    on_gpu = device == "cuda"
-    if head_dim != v_head_dim or (on_gpu and (dtype == torch.float32 or head_dim % 8)):
-        assert decode is None
-        return
-    for batch, rows in ((1, 1), (3, 17), (2, 129)):
-        q = torch.randn(batch, 1, heads, head_dim, device=device).to(dtype).transpose(1, 2)
-        memory = torch.full((batch, rows + 3, kv_heads, head_dim + v_head_dim + 8), NAN, device=device, dtype=dtype)
-        memory[:, :rows].normal_()
-        k = memory[:, :rows, :, :head_dim].transpose(1, 2)
-        v = memory[:, :rows, :, head_dim : head_dim + v_head_dim].transpose(1, 2)
-        for scale in (None, 0.3):
-            out = decode(q, k, v, scale)
-            keys, values = (x.double().repeat_interleave(heads // kv_heads, 1) for x in (k, v))
-            scores = q.double() @ keys.transpose(2, 3) * (head_dim**-0.5 if scale is None else scale)
-            assert out.shape == (batch, heads, 1, v_head_dim)
-            assert out.dtype == dtype
-            torch.testing.assert_close(
-                out.double(), scores.softmax(-1) @ values, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype]
-            )
+    for size, rows in ((1, 1), (3, 17), (2, 129)):
+        batch = AttentionBatch.build(range(1, 1 + size), [1] * size, [rows] * size, device)
+        assert batch.decode_rectangle(None) is not None
+        q = torch.randn(size, heads, head_dim, device=device).to(dtype)
+        memory = torch.full((size + 2, rows + 3, kv_heads, head_dim + v_head_dim), NAN, device=device, dtype=dtype)
+        memory[1:-1, :rows].normal_()
+        k, v = memory.split((head_dim, v_head_dim), dim=-1)
+        out = get(name)(q, k, v, batch, scale=0.3)
+        keys, values = (x[1:-1, :rows].double().repeat_interleave(heads // kv_heads, 2) for x in (k, v))
+        weights = (torch.einsum("shd,snhd->shn", q.double(), keys) * 0.3).softmax(-1)
+        wanted = torch.einsum("shn,snhd->shd", weights, values)
+        assert (out.shape, out.dtype) == (wanted.shape, dtype)
+        torch.testing.assert_close(out.double(), wanted, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("uniform", [True, False])

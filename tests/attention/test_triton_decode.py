@@ -93,7 +93,7 @@ def make_case(
 
 
 def run(attention: TritonDecodeAttention, case: Case, **more: Any) -> torch.Tensor:
-    return attention.decode(case.q, case.k, case.v, case.batch, **case.options, **more)
+    return attention(case.q, case.k, case.v, case.batch, **case.options, **more)
 
 
 @pytest.fixture(params=[True, False], ids=["fused", "two kernels"])
@@ -205,7 +205,7 @@ def test_lengths_on_the_device_only(fused: bool, device: str) -> None:
     )
     workspace = attention.workspace(8, 8, 2, 64, 4096, device)
     for _ in range(2):
-        out = attention.decode(case.q[order], case.k, case.v, batch, **case.options, workspace=workspace)
+        out = attention(case.q[order], case.k, case.v, batch, **case.options, workspace=workspace)
         torch.testing.assert_close(out.cpu().double(), case.expected()[order], rtol=1e-5, atol=1e-5)
 
 
@@ -227,7 +227,7 @@ def test_in_a_graph(fused: bool) -> None:
     workspace = attention.workspace(3, 8, 2, 128, 4096, "cuda")
 
     def step() -> torch.Tensor:
-        return attention.decode(case.q, case.k, case.v, batch, **case.options, workspace=workspace)
+        return attention(case.q, case.k, case.v, batch, **case.options, workspace=workspace)
 
     step()
     graph = torch.cuda.CUDAGraph()
@@ -274,7 +274,7 @@ def test_empty_rows_of_a_padded_batch(fused: bool, device: str) -> None:
             starts_int32=None,
         )
         attention = TritonDecodeAttention(splits=3, fused_combine=fused)
-        out = attention.decode(case.q, case.k, case.v, batch, **case.options)
+        out = attention(case.q, case.k, case.v, batch, **case.options)
         torch.testing.assert_close(out[0].cpu().double(), expected[0], rtol=1e-5, atol=1e-5)
         assert not out[1].any()
 

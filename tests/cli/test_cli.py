@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.cli import COMMAND, ON_CPU, vattn
+from helpers.cli import COMMAND, ON_CPU, called, vattn
 from helpers.llama import hf_llama, save_folder
 
 from vattn.cli.main import main
@@ -114,7 +114,7 @@ def test_plain_output_is_lines_and_a_table(folder: Path) -> None:
 def test_quiet_output_is_text(folder: Path) -> None:
     arguments = ["the fox", "--model", folder, "--max-new-tokens", "30", "--raw", *ON_CPU]
     done = vattn("generate", *arguments, "--quiet")
-    document = json.loads(vattn("generate", *arguments, "--json").stdout)
+    document = json.loads(called("generate", *arguments, "--json").stdout)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.removesuffix("\n") == printable(document["requests"][0]["text"]).removesuffix("\n")
 

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers.cli import ON_CPU, on_terminal, vattn
+from helpers.cli import ON_CPU, called, on_terminal, vattn
 from helpers.llama import save_folder
 
 pytest.importorskip("transformers")
@@ -35,10 +35,10 @@ def test_lines_are_messages_and_the_history_goes_along(folder: Path) -> None:
     assert talk.returncode == 0
     assert len(num_prompt_tokens(talk.stderr)) == 2
     first, second = num_prompt_tokens(talk.stderr)
-    alone = json.loads(vattn("generate", "the fox", *arguments, "--json").stdout)["requests"][0]
+    alone = json.loads(called("generate", "the fox", *arguments, "--json").stdout)["requests"][0]
     assert first == alone["num_prompt_tokens"]
     assert second > first + alone["num_new_tokens"], "the second prompt holds the first message and its answer"
-    quiet = vattn("chat", *arguments, "--quiet", text="the fox\n")
+    quiet = called("chat", *arguments, "--quiet", text="the fox\n")
     assert (quiet.returncode, quiet.stderr) == (0, "")
     assert talk.stdout.startswith(quiet.stdout)
 
@@ -46,7 +46,7 @@ def test_lines_are_messages_and_the_history_goes_along(folder: Path) -> None:
 def test_system_comes_first(folder: Path) -> None:
     arguments = ["--model", folder, "--max-new-tokens", "2", *ON_CPU]
     plain, told = (
-        num_prompt_tokens(vattn("chat", *arguments, *system, text="the fox\n").stderr)
+        num_prompt_tokens(called("chat", *arguments, *system, text="the fox\n").stderr)
         for system in ([], ["--system", "the lazy dog"])
     )
     assert told > plain
@@ -54,7 +54,7 @@ def test_system_comes_first(folder: Path) -> None:
 
 def test_a_conversation_that_outgrows_the_context_forgets_its_oldest_turns(folder: Path) -> None:
     message = "the fox jumps " * 20
-    talk = vattn("chat", "--model", folder, "--max-new-tokens", "40", *ON_CPU, text=f"{message}\n" * 8)
+    talk = called("chat", "--model", folder, "--max-new-tokens", "40", *ON_CPU, text=f"{message}\n" * 8)
     assert talk.returncode == 0
     assert "turns are forgotten" in talk.stderr
     assert len(num_prompt_tokens(talk.stderr)) == 8
@@ -70,13 +70,13 @@ def test_a_conversation_that_outgrows_the_context_forgets_its_oldest_turns(folde
     ],
 )
 def test_what_cannot_be_answered(folder: Path, text: str, options: list[str], message: str) -> None:
-    done = vattn("chat", "--model", folder, "--device", "cpu", *options, text=text)
+    done = called("chat", "--model", folder, "--device", "cpu", *options, text=text)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert re.search(message, done.stderr)
 
 
 def test_a_model_without_a_chat_template(tmp_path: Path) -> None:
-    done = vattn("chat", "--model", save_folder(tmp_path, chat=False), *ON_CPU, text="the fox\n")
+    done = called("chat", "--model", save_folder(tmp_path, chat=False), *ON_CPU, text="the fox\n")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "no chat template" in done.stderr
 
@@ -90,7 +90,7 @@ def test_a_template_that_refuses(tmp_path: Path) -> None:
     if "chat_template" in config:
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": template}))
     for command in (["chat"], ["generate", "fox"]):
-        done = vattn(*command, "--model", tmp_path, *ON_CPU, "--system", "moo", text="the fox\n")
+        done = called(*command, "--model", tmp_path, *ON_CPU, "--system", "moo", text="the fox\n")
         assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
         assert "chat template cannot be used" in done.stderr
         assert "\x1b" not in done.stderr

@@ -7,7 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from helpers.cli import ON_CPU, in_shell, on_terminal, vattn
+from helpers.cli import ON_CPU, called, in_shell, on_terminal
 from helpers.llama import save_folder
 
 pytest.importorskip("transformers")
@@ -51,7 +51,7 @@ def test_an_encoding_that_lacks_a_letter(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("place", ["--model", "--attention", "--device", "--file"])
 def test_hostile_text_in_an_error(place: str) -> None:
-    done = vattn("generate", "fox", *ON_CPU[2:], place, HOSTILE)
+    done = called("generate", "fox", *ON_CPU[2:], place, HOSTILE)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert "fox" in done.stderr
     assert not set("\x1b\x07\u202e\U000e0041") & set(done.stderr)
@@ -59,7 +59,7 @@ def test_hostile_text_in_an_error(place: str) -> None:
 
 def test_hostile_text_of_a_file_in_an_error(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "\\u001b]0;owned\\u0007\\u202e"}')
-    done = vattn("info", tmp_path)
+    done = called("info", tmp_path)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert not set("\x1b\x07\u202e") & set(done.stderr)
 

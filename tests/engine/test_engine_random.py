@@ -25,7 +25,7 @@ def test_a_hundred_random_requests(model: Llama, seed: int) -> None:
     walk(model, 100, seed)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.slow
 def test_ten_thousand_random_requests(model: Llama) -> None:
     walk(model, 10_000, seed=99)

@@ -108,7 +108,7 @@ def test_the_results_have_at_most_eight_rows_and_what_is_lost_most():
         for case, each in table.by_case(table.records_of(name), metric).items():
             ratios[case] = min(value for system, value in each.items() if system.startswith("paged-")) / each["vattn"]
     assert "total=8192" in min(ratios, key=ratios.__getitem__)
-    assert "8,192 tokens, where it loses most" in lines[-1]
+    assert "8,192 tokens, the worst of four lengths" in lines[-1]
 
 
 @pytest.fixture
@@ -153,6 +153,16 @@ def test_what_differs_from_its_records_is_found(copy, of, old, new):
     if new not in text and "17" not in new and of != "results.jsonl":
         assert run(copy).returncode == 0
         assert path.read_text() == text
+
+
+def test_pages_of_docs_are_rendered_and_checked(copy):
+    page = copy.parent / "docs" / "page.md"
+    page.parent.mkdir()
+    page.write_text("Of <!-- fig 05 over_paged-16 vattn .3f -->1.000<!-- end -->.\n")
+    assert run(copy, "--check").returncode == 1
+    assert "page.md" in run(copy).stdout
+    assert page.read_text() == "Of <!-- fig 05 over_paged-16 vattn .3f -->0.985 to 1.000<!-- end -->.\n"
+    assert run(copy, "--check").returncode == 0
 
 
 def test_the_same_records_draw_the_same_plots(copy):

@@ -140,6 +140,7 @@ def test_a_figure_is_the_range_over_all_cases():
     assert table.figure(made, "step", "paged-.*", ".1f") == "1.9 to 3.0"
     assert table.figure(made, "step", "paged-.*/vattn", ".2f") == "0.95 to 1.10"  # the best of each case
     assert table.figure(made, "step:B", "paged-16/vattn", ".0%") == "110%"
+    assert table.figure(made, "step", "vattn", ".4f/1000") == "0.0020 to 0.0070"
     assert table.figure(made, "step", "nobody", ".1f") == table.figure(made, "step:C", "paged-16/vattn") == "–"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pty
 import select
@@ -12,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from vattn.cli.main import main
+
 COMMAND = [sys.executable, "-m", "vattn"]
 ON_CPU = ["--device", "cpu", "--memory-limit", "256MiB"]
 
@@ -19,6 +22,22 @@ ON_CPU = ["--device", "cpu", "--memory-limit", "256MiB"]
 def vattn(*args: str | Path, text: str | None = None) -> subprocess.CompletedProcess[str]:
     """Run to the end; ``text`` is its stdin."""
     return subprocess.run([*COMMAND, *map(str, args)], capture_output=True, text=True, timeout=120, input=text)
+
+
+def called(*args: str | Path, text: str = "") -> subprocess.CompletedProcess[str]:
+    """As ``vattn``, in this process: seconds sooner, as torch is loaded already."""
+    stdin, stdout, stderr = (io.TextIOWrapper(io.BytesIO(data), "utf-8") for data in (text.encode(), b"", b""))
+    before = sys.stdin, sys.stdout, sys.stderr
+    sys.stdin, sys.stdout, sys.stderr = stdin, stdout, stderr
+    try:
+        code = main([*map(str, args)])
+    finally:
+        sys.stdin, sys.stdout, sys.stderr = before
+    written = []
+    for stream in (stdout, stderr):
+        stream.flush()
+        written.append(stream.buffer.getvalue().decode())
+    return subprocess.CompletedProcess(args, code, *written)
 
 
 def in_shell(command: str) -> subprocess.CompletedProcess[str]:

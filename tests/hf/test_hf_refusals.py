@@ -197,7 +197,7 @@ def test_an_attention_that_cannot_do_it(monkeypatch):
     model = make_model("GPT-OSS")
     with (
         VirtualCache(model.config, max_length=32, attention="sdpa") as past,
-        pytest.raises(ConfigError, match="attention 'sdpa' has no sinks"),
+        pytest.raises(ConfigError, match="attention 'sdpa' cannot be used here: has no sinks"),
     ):
         logits(model, prompt(1), past)
 

@@ -47,7 +47,7 @@ def mask_of(padding, device):
     return mask
 
 
-@pytest.mark.parametrize("padding", [0, 4])
+@pytest.mark.parametrize("padding", [4, pytest.param(0, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["Llama", "Mistral, window 16", "Qwen3", "Gemma 2", "GPT-OSS"])
 def test_the_default_cache_s_tokens(name, padding, device, monkeypatch):
     model = make_model(name).to(device)

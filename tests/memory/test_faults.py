@@ -12,7 +12,7 @@ from helpers.failing_driver import FailingDriver
 
 import vattn
 from vattn.driver import HostDriver, open_driver
-from vattn.memory.work import Epoch
+from vattn.memory.work import Fences
 
 CALLS = ("create", "release", "map", "set_access", "unmap", "zero", "copy")
 
@@ -256,7 +256,7 @@ def test_a_failed_reservation_gives_the_others_back(at, out_of_memory, device):
 def test_what_fails_at_the_end_of_a_step_is_done_later(order, call, device, monkeypatch):
     """Truncated rows are unmapped when the step that read them ends; an error would tell nobody anything."""
     # What the GPU has not done by then is left to whoever comes next: here it always has.
-    monkeypatch.setattr(Epoch, "done", lambda epoch: epoch.wait() is None)
+    monkeypatch.setattr(Fences, "done", lambda fences: fences.wait() is None)
 
     def cut(scene: Scene) -> Counter[str]:
         with scene.cache.step([0, 1]):

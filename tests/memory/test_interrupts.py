@@ -297,3 +297,26 @@ def test_no_signal_is_lost_while_handlers_are_put_off(monkeypatch):
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def test_a_handler_may_use_a_cache_while_another_s_signal_is_still_to_be_told(cache):
+    """It sets that one's handler back to the default, and begins operations of its own."""
+    came = []
+
+    def first(number, frame):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        cache.release(cache.acquire())
+        came.append(number)
+
+    handlers = {signal.SIGINT: first, signal.SIGTERM: lambda number, frame: came.append(number)}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        with Uninterrupted():
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGTERM)
+            assert not came
+        assert sorted(came) == [signal.SIGINT, signal.SIGTERM]
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -18,7 +18,7 @@ import vattn
 from vattn.interrupts import SIGNALS
 
 LAYOUT = vattn.KVLayout(num_layers=2, num_kv_heads=2, head_dim=64, max_seq_len=4096, dtype=torch.float32)
-RACE_SECONDS = 20 if os.environ.get("VATTN_SHORT") else 60  # under compute-sanitizer
+LONG_RACE_SECONDS = 20 if os.environ.get("VATTN_SHORT") else 60  # under compute-sanitizer
 
 
 def open_cache(device: str, max_slots: int = 4, **options: object) -> vattn.KVCache:
@@ -166,7 +166,7 @@ def serve(seed):
         cache.close()
 
 codes = []
-for seed in range(100):
+for seed in range(int(sys.argv[1])):
     if (pid := os.fork()) == 0:
         try:
             serve(seed)
@@ -179,8 +179,9 @@ assert set(codes) == {7}, codes
 """
 
 
-def test_a_server_that_is_terminated_closes_its_cache():
-    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", _TERMINATED]
+@pytest.mark.parametrize("num_servers", [25, pytest.param(100, marks=pytest.mark.slow)])
+def test_a_server_that_is_terminated_closes_its_cache(num_servers):
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", _TERMINATED, str(num_servers)]
     child = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert (child.returncode, child.stderr) == (0, ""), child.stderr
 
@@ -290,13 +291,13 @@ def test_compiled_code_writes_the_full_views_through_an_uncompiled_function(devi
         assert (cache.rows(slot, 1)[0][5] == 2).all()
 
 
-@pytest.mark.slow
-def test_threads_share_one_cache(device):
+@pytest.mark.parametrize("seconds", [8, pytest.param(LONG_RACE_SECONDS, marks=pytest.mark.slow)])
+def test_threads_share_one_cache(seconds, device):
     """Six threads live whole lives of sequences on one cache; each finds its own rows as it left them."""
     failures: list[BaseException] = []
     finished = [0] * 6
     with open_cache(device, 12, memory_limit=64 << 20) as cache:
-        end = time.monotonic() + RACE_SECONDS
+        end = time.monotonic() + seconds
 
         def write(slot: int, start: int, rows: int, value: float) -> None:
             for layer in range(2):

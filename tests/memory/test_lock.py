@@ -17,21 +17,21 @@ from helpers.llama import open_cache, small_model
 
 import vattn
 from vattn.decode.loop import DecodeLoop
-from vattn.memory.lock import Turns, in_turn
+from vattn.memory.lock import FairLock, locked
 from vattn.models import FusedLlama
 
 
 class Room:
     def __init__(self) -> None:
-        self._turns = Turns()
+        self._lock = FairLock()
         self.num_done = 0
 
-    @in_turn()
+    @locked
     def work(self) -> None:
         time.sleep(0.002)
         self.num_done += 1
 
-    @in_turn(urgent=True)
+    @locked(urgent=True)
     def hurry(self) -> int:
         return self.num_done
 
@@ -110,7 +110,7 @@ def test_a_thread_that_maps_does_not_keep_a_step_waiting(operation: str) -> None
 
 def test_who_waits_in_vain_keeps_nobody() -> None:
     room = Room()
-    room._turns.waiting.add(-1)  # a thread that never comes
+    room._lock.waiting.add(-1)  # a thread that never comes
     start = time.perf_counter()
     room.work()
     assert time.perf_counter() - start < 1.0
@@ -124,13 +124,13 @@ def test_an_interrupt_while_waiting_leaves_the_line() -> None:
         inside, leave = threading.Event(), threading.Event()
 
         def stay() -> None:
-            with cache._turns.lock:
+            with cache._lock.lock:
                 inside.set()
                 leave.wait(30)
 
         def interrupt() -> None:
             deadline = time.monotonic() + 30
-            while not cache._turns.waiting and time.monotonic() < deadline:
+            while not cache._lock.waiting and time.monotonic() < deadline:
                 time.sleep(0.001)
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
@@ -141,7 +141,7 @@ def test_an_interrupt_while_waiting_leaves_the_line() -> None:
         try:
             with pytest.raises(KeyboardInterrupt):
                 cache.seq_len(slot)
-            assert not cache._turns.waiting
+            assert not cache._lock.waiting
         finally:
             leave.set()
             for thread in threads:
@@ -154,14 +154,14 @@ def test_a_turn_within_a_turn_comes_after_it_or_not_at_all() -> None:
     done = []
 
     class Nested(Room):
-        @in_turn()
+        @locked
         def outer(self) -> None:
             self.inner()
             with pytest.raises(vattn.ConfigError, match=r"work\(\) in the middle of another operation of this Nested"):
                 self.work()
             done.append("outer")
 
-        @in_turn(from_finaliser=True)
+        @locked(from_finaliser=True)
         def inner(self) -> None:
             done.append("inner")
 
@@ -169,7 +169,7 @@ def test_a_turn_within_a_turn_comes_after_it_or_not_at_all() -> None:
     assert done == ["outer", "inner"]
 
 
-def test_the_collector_runs_while_threads_take_turns() -> None:
+def test_the_collector_runs_while_threads_take_lock() -> None:
     num_collected, end = 0, threading.Event()
 
     def count(phase: str, info: dict[str, int]) -> None:
@@ -222,7 +222,7 @@ def test_the_collector_ends_a_loop_after_the_turn_that_it_runs_in(look: str, mon
             monkeypatch.undo()
             mapper._jobs.put((np.array([slot]), np.array([9]), mapper._generation[[slot]]))
             deadline = time.monotonic() + 30
-            while thread.ident not in cache._turns.waiting and time.monotonic() < deadline:
+            while thread.ident not in cache._lock.waiting and time.monotonic() < deadline:
                 time.sleep(0.001)
             gc.collect()
             assert thread.is_alive()

@@ -55,7 +55,7 @@ busy, idle = (vattn.KVCache(layout, 4, sys.argv[1], 64 << 20) for _ in range(2))
 held, go_on = threading.Event(), threading.Event()
 
 def inside():
-    with busy._turns.lock, vattn.interrupts.Uninterrupted():  # as in every operation
+    with busy._lock.lock, vattn.interrupts.Uninterrupted():  # as in every operation
         held.set()
         go_on.wait()
 

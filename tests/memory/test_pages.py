@@ -28,7 +28,8 @@ def take(pool, count):
     with Undo() as undo:
         pages = pool.take(count, undo)
     for index, page in enumerate(pages):
-        pool.mapped(page, 1000 + index)
+        page.maps.append(1000 + index)
+    pool.gain(pages)
     return pages
 
 
@@ -39,8 +40,9 @@ def take_and_fail(pool, count):
 
 
 def give_back(pool, pages):
+    pool.lose(pages)
     for page in pages:
-        pool.unmapped(page, page.maps[0])
+        page.maps.pop(0)
         pool.put_back(page)
 
 
@@ -126,19 +128,20 @@ def test_undone_free_pages_keep_being_dirty(pool):
 def test_shared_pages_are_counted_once_and_stay_until_the_last_address(pool):
     (page,) = take(pool, 1)
     assert not page.shared
-    pool.mapped(page, 2000)
-    pool.mapped(page, 3000)
+    page.maps += [2000, 3000]
+    pool.gain([page, page])
     assert page.shared
-    assert pool.num_shared == 1
+    assert (pool.num_owned_maps, pool.num_owned, pool.num_shared) == (3, 1, 1)
     for address, shared in ((1000, 1), (3000, 0)):
-        pool.unmapped(page, address)
+        page.maps.remove(address)
+        pool.lose([page])
         pool.put_back(page)
-        assert pool.num_shared == shared
+        assert (pool.num_owned_maps, pool.num_owned, pool.num_shared) == (len(page.maps), 1, shared)
         assert not pool.free
         pool.check_integrity()
-    pool.unmapped(page, 2000)
-    pool.put_back(page)
+    give_back(pool, [page])
     assert pool.free == [page]
+    assert (pool.num_owned_maps, pool.num_owned, pool.num_shared) == (0, 0, 0)
     pool.check_integrity()
 
 

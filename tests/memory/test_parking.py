@@ -359,7 +359,7 @@ def corrupt_clean(cache):
 
 
 def corrupt_forgotten(cache):
-    cache._slots.parking.epochs.clear()
+    cache._slots.parking.fences.clear()
 
 
 def corrupt_nobodys(cache):
@@ -367,7 +367,7 @@ def corrupt_nobodys(cache):
 
 
 def corrupt_owned(cache):
-    cache._slots.table._ends[0][0] = 1
+    cache._slots.table.lanes[0].ends[0] = 1
 
 
 def corrupt_retired(cache):

@@ -303,3 +303,24 @@ def test_nothing_of_the_cache_is_captured(operation, in_step):
         if in_step:
             step.__exit__(None, None, None)
         cache.check_integrity()
+
+
+@pytest.mark.parametrize("rows", [128, 192])
+def test_a_batch_keeps_the_rows_that_one_of_it_has_pages_for(rows):
+    """Room for one slot is made of what another was cut by; not of the pages that the same call grows it over again."""
+    driver = StreamDriver()
+    with vattn.KVCache(LAYOUT, 6, memory_limit=5 * PAGE, page_bytes=PAGE, driver=driver) as cache:
+        cut, other = new(cache, 256), cache.acquire()
+        with driver.stream(1), cache.step([cut]):
+            launch_fill(cache, cut, 0, 10, 1.0)
+            cache.truncate(cut, 10)
+        if rows == 128:
+            cache.ensure_batch([cut, other], [150, rows])
+        else:
+            with pytest.raises(vattn.OutOfPages):
+                cache.ensure_batch([cut, other], [150, rows])
+        assert [cache.seq_len(slot) for slot in (cut, other)] == ([150, 128] if rows == 128 else [10, 0])
+        cache.check_integrity()
+        cache.release(cut)
+        cache.ensure(other, 4 * 64)
+        cache.check_integrity()

@@ -1,4 +1,4 @@
-"""A page stays as it is until its epoch is over: all work that could touch it, submitted or scheduled, and no other.
+"""A page stays as it is until its fences are passed: all work that could touch it, submitted or scheduled, no other.
 
 On streams where nothing runs until it must. Work looks whether its pages are there, so that a page taken too early is a
 failed assertion, not a fault.
@@ -133,7 +133,7 @@ def test_a_page_that_becomes_private_waits_for_the_released_sharers_work(cache, 
     assert cache.stats().num_copy == 0
 
 
-def test_a_copy_from_a_page_is_part_of_its_epoch(cache, driver):
+def test_a_copy_from_a_page_is_work_on_it(cache, driver):
     parent = new(cache, 64)
     launch(cache, parent, 64, 7.0)
     children = [cache.fork(parent), cache.fork(parent)]

@@ -19,8 +19,7 @@ from vattn.errors import ConfigError
 from vattn.models import chat_template
 from vattn.models.chat_template import render
 from vattn.models.loader import find, load_tokenizer
-from vattn.models.text_stream import TextStream
-from vattn.models.tokenizer import Tokenizer
+from vattn.models.tokenizer import TextStream, Tokenizer
 
 pytest.importorskip("transformers")
 

@@ -13,7 +13,7 @@ from test_hostile_models import refusal
 
 from vattn.errors import ConfigError
 from vattn.models.config import LlamaConfig
-from vattn.models.gguf_file import open_file
+from vattn.models.gguf import open_file
 from vattn.models.loader import find, load_model, load_tokenizer
 
 gguf = pytest.importorskip("gguf")
@@ -72,7 +72,7 @@ def test_scaling_of_rotary_embeddings(changes: dict[str, Any], divisors: tuple[f
         ({"attention__head_count_kv": []}, "head_count_kv differs between layers"),
         ({"attention__head_count": 0}, "head_count must be an integer from 1"),
         ({"attention__head_count": "4"}, "head_count must be an integer from 1"),
-        ({"block_count": 10**5}, "num_layers must be a positive integer of at most"),
+        ({"block_count": 10**5}, "block_count must be an integer from 1 to 16384"),
         ({"attention__key_length": 10**9}, "key_length must be an integer"),
         ({"rope__freq_base": 0.0}, "freq_base must be a finite number above 0"),
         ({"attention__layer_norm_rms_epsilon": None}, "lacks 'llama.attention.layer_norm_rms_epsilon'"),

@@ -18,7 +18,7 @@ from helpers.llama import (
 
 from vattn.attention import AttentionBatch, get
 from vattn.errors import ConfigError
-from vattn.memory.upload import upload
+from vattn.memory.tensors import upload
 from vattn.models.config import LlamaConfig
 from vattn.models.llama import Llama
 

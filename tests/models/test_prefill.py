@@ -11,7 +11,7 @@ from helpers.llama import hf_model_of, open_cache, random_tokens, run, same_in_v
 from vattn.attention import AttentionBatch, DecodeBatch, get
 from vattn.errors import ConfigError
 from vattn.kv_cache import KVCache
-from vattn.memory.upload import upload
+from vattn.memory.tensors import upload
 from vattn.models import FusedLlama, Llama
 from vattn.ops.ops_table import Ops, fused_ops
 

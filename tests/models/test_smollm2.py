@@ -31,9 +31,8 @@ def _missing() -> str | None:
     return None
 
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(_missing() is not None, reason=str(_missing()))]
+pytestmark = pytest.mark.skipif(_missing() is not None, reason=str(_missing()))
 
-NUM_NEW_TOKENS = 64
 QUESTIONS = [
     "Hi!",
     "What is the capital of France?",
@@ -66,15 +65,22 @@ def hf_model() -> Any:
     ).eval()
 
 
+@pytest.fixture(scope="module", params=[16, pytest.param(64, marks=pytest.mark.slow)])
+def num_new_tokens(request: pytest.FixtureRequest) -> int:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def prompts(tokenizer: Tokenizer) -> list[list[int]]:
-    encoded = [tokenizer.encode_chat([{"role": "user", "content": question}]) for question in QUESTIONS]
-    assert len({len(tokens) for tokens in encoded}) == len(QUESTIONS)
+def prompts(tokenizer: Tokenizer, num_new_tokens: int) -> list[list[int]]:
+    """Of different lengths, the last two of eight or the last of five long."""
+    questions = QUESTIONS if num_new_tokens == 64 else [*QUESTIONS[:4], QUESTIONS[6]]
+    encoded = [tokenizer.encode_chat([{"role": "user", "content": question}]) for question in questions]
+    assert len({len(tokens) for tokens in encoded}) == len(questions)
     return encoded
 
 
 @pytest.fixture(scope="module")
-def expected(hf_model: Any, tokenizer: Tokenizer, prompts: list[list[int]]) -> list[list[int]]:
+def expected(hf_model: Any, tokenizer: Tokenizer, prompts: list[list[int]], num_new_tokens: int) -> list[list[int]]:
     """What transformers generates greedily, one prompt at a time."""
     stop_tokens = sorted(tokenizer.stop_tokens)
     generated = []
@@ -84,7 +90,7 @@ def expected(hf_model: Any, tokenizer: Tokenizer, prompts: list[list[int]]) -> l
             output = hf_model.generate(
                 tokens,
                 attention_mask=torch.ones_like(tokens),
-                max_new_tokens=NUM_NEW_TOKENS,
+                max_new_tokens=num_new_tokens,
                 do_sample=False,
                 eos_token_id=stop_tokens,
                 pad_token_id=stop_tokens[0],
@@ -108,10 +114,15 @@ def test_end_of_turn(tokenizer: Tokenizer) -> None:
 
 @pytest.mark.parametrize("order", ["token", "layer"])
 def test_token_for_token_what_transformers_generates(
-    model: Llama, tokenizer: Tokenizer, prompts: list[list[int]], expected: list[list[int]], order: str
+    model: Llama,
+    tokenizer: Tokenizer,
+    prompts: list[list[int]],
+    expected: list[list[int]],
+    num_new_tokens: int,
+    order: str,
 ) -> None:
-    """Eight prompts of different lengths in one batch, float32, greedy, on pages of the host driver."""
-    requests = [Request(prompt, NUM_NEW_TOKENS, stop_tokens=tokenizer.stop_tokens) for prompt in prompts]
+    """All prompts in one batch, float32, greedy, on pages of the host driver."""
+    requests = [Request(prompt, num_new_tokens, stop_tokens=tokenizer.stop_tokens) for prompt in prompts]
     with KVCache(model.kv_layout(order=order), max_slots=len(requests) + 1, device="cpu") as cache:
         with Engine(model, cache) as engine:
             completions = engine.generate(requests)
@@ -121,16 +132,19 @@ def test_token_for_token_what_transformers_generates(
     assert "Paris" in tokenizer.decode(completions[1].tokens)
 
 
-def test_a_virtual_cache_generates_the_same(hf_model: Any, prompts: list[list[int]], expected: list[list[int]]) -> None:
-    """The drop-in with real weights: two prompts alone, and six of them left-padded in one batch."""
+def test_a_virtual_cache_generates_the_same(
+    hf_model: Any, prompts: list[list[int]], expected: list[list[int]], num_new_tokens: int
+) -> None:
+    """The drop-in with real weights: two prompts alone, and short ones left-padded in one batch."""
     from helpers.hf_models import with_cache
 
     from vattn.hf import VirtualCache
 
-    pairs = [(prompt, wanted[:40]) for prompt, wanted in zip(prompts, expected, strict=True)][:6]
+    count = min(num_new_tokens, 40)
+    pairs = [(prompt, wanted[:count]) for prompt, wanted in zip(prompts, expected, strict=True)][:-2]
     longest = max(len(prompt) for prompt, _ in pairs)
-    with VirtualCache(hf_model.config, max_length=longest + 40) as past:
-        for batch in ([pairs[0]], [pairs[3]], pairs):
+    with VirtualCache(hf_model.config, max_length=longest + count) as past:
+        for batch in ([pairs[0]], [pairs[-1]], pairs):
             width = max(len(prompt) for prompt, _ in batch)
             rows = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt, _ in batch])
             mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt, _ in batch])
@@ -138,7 +152,7 @@ def test_a_virtual_cache_generates_the_same(hf_model: Any, prompts: list[list[in
                 rows,
                 attention_mask=mask,
                 **with_cache(past),
-                max_new_tokens=40,
+                max_new_tokens=count,
                 do_sample=False,
                 eos_token_id=None,
                 pad_token_id=0,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import mmap
 import os
 import platform
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -180,3 +182,26 @@ def test_without_a_gpu_or_the_interpreter(monkeypatch):
     monkeypatch.setitem(os.environ, "TRITON_INTERPRET", "0")
     with pytest.raises(ConfigError, match="need CUDA tensors"):
         swiglu(torch.ones(1, 8))
+
+
+_WITHOUT_TRITON = """
+import sys
+sys.modules["triton"] = None  # an import of it fails, as if it were not installed
+import torch, vattn.attention, vattn.engine, vattn.models
+from vattn.errors import ConfigError
+from vattn.ops.ops_table import fused_ops, reference_ops
+gate_up = torch.ones(1, 8)
+print(reference_ops().linear_swiglu(torch.ones(1, 4), torch.ones(8, 4)).shape)
+ops = fused_ops()
+for call in (ops.add_rms_norm, None, gate_up, gate_up[0], 1e-6), (ops.linear_swiglu, gate_up, torch.ones(8, 8)):
+    try:
+        call[0](*call[1:])
+    except ConfigError as error:
+        print(error)
+"""
+
+
+def test_without_triton_references_run_and_kernels_say_what_to_install():
+    child = subprocess.run([sys.executable, "-c", _WITHOUT_TRITON], capture_output=True, text=True, timeout=120)
+    wanted = "Triton is not installed: pip install triton (PyTorch's CUDA builds bring it)\n"
+    assert (child.stdout, child.stderr) == ("torch.Size([1, 4])\n" + 2 * wanted, "")

@@ -136,7 +136,7 @@ def test_min_p_against_float64():
 @pytest.mark.parametrize(
     ("top_p", "kept"), [(0.01, {1}), (0.39, {1}), (0.5, {1, 3}), (0.71, {1, 3, 4}), (0.99, {0, 1, 2, 3, 4})]
 )
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("temperature", [0.5, *(pytest.param(other, marks=pytest.mark.slow) for other in (1.0, 2.0))])
 def test_shares(top_p, kept, temperature):
     """Of 20,000 draws, against the softmax of the kept in float64, to five standard deviations."""
     count = 20_000

@@ -125,8 +125,8 @@ def test_tables_survive_the_disk(tmp_path, monkeypatch):
         "us": 1.5,
         "cublas_us": 2.0,
     }
-    table.add_linear([{**record, "config": {"block_n": 16, "block_k": 32, "splits": 2}}])
-    table.add_linear([{**record, "tokens": 8, "config": None}])
+    table.add("linear", [{**record, "config": {"block_n": 16, "block_k": 32, "splits": 2}}])
+    table.add("linear", [{**record, "tokens": 8, "config": None}])
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     own, shipped = table_paths("Some GPU/x 1")
     assert own == tmp_path / "vattn" / "tuned" / "Some_GPU_x_1.json"
@@ -139,7 +139,7 @@ def test_tables_survive_the_disk(tmp_path, monkeypatch):
     assert found.find(8, 16, 3) == LinearConfig(16, 32, 2)
     assert found.find(8, 16, 5) is None
     assert again.linear_table(torch.float32).entries == {}
-    table.add_linear([{**record, "us": 0.5, "config": None}])
+    table.add("linear", [{**record, "us": 0.5, "config": None}])
     assert len(table.linear) == 2
     assert table.linear_table(torch.bfloat16).find(8, 16, 4) is None
     own.write_text("[1]")

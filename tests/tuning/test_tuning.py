@@ -6,17 +6,15 @@ import pytest
 import torch
 
 from vattn import KVLayout, LayerGroup
-from vattn.attention import TritonDecodeAttention, choose_decode, get
+from vattn.attention import TritonDecodeAttention, get
 from vattn.decode.graphs import StepGraphs, default_buckets
 from vattn.errors import ConfigError
 from vattn.tuning.measure import measure_attention, measure_linear, measure_prefill
 from vattn.tuning.table import (
     TuningTable,
-    decode_attention,
     default_attention,
     default_decode,
     default_ops,
-    measured_attention,
     table_for,
     table_paths,
 )
@@ -32,12 +30,13 @@ def record(batch, context, backend, **options):
 
 def table():
     made = TuningTable("GPU", pdl=True)
-    made.add_attention(
+    made.add(
+        "attention",
         [
             record(1, 1024, "triton-decode", block_n=32, num_warps=2),
             record(64, 1024, "flash-attn-2"),
             record(8, 8192, "flash-attn-3"),
-        ]
+        ],
     )
     return made
 
@@ -54,43 +53,45 @@ def table():
     ],
 )
 def test_the_nearest_measurement(batch, context, name):
-    found = measured_attention(table(), 32, LAYOUT, batch, context)
+    (found,) = table().decode_backends(32, LAYOUT, batch, context)
     assert found.name == name
     if name == "triton-decode":
         assert found == TritonDecodeAttention(block_n=32, num_warps=2, pdl=True)
 
 
 def test_other_shapes_were_not_measured():
-    assert measured_attention(table(), 16, LAYOUT, 1, 1024) is None
-    assert measured_attention(table(), 32, KVLayout(4, 8, 64, 4096, torch.bfloat16), 1, 1024) is None
-    assert measured_attention(table(), 32, KVLayout(4, 8, 128, 4096, torch.float16), 1, 1024) is None
+    assert table().decode_backends(16, LAYOUT, 1, 1024) == []
+    assert table().decode_backends(32, KVLayout(4, 8, 64, 4096, torch.bfloat16), 1, 1024) == []
+    assert table().decode_backends(32, KVLayout(4, 8, 128, 4096, torch.float16), 1, 1024) == []
     groups = [LayerGroup([0], 8, 128), LayerGroup([1], 8, 64)]
-    assert measured_attention(table(), 32, KVLayout(groups=groups, max_seq_len=64, dtype=torch.bfloat16), 1, 9) is None
-    assert measured_attention(TuningTable("GPU"), 32, LAYOUT, 1, 1024) is None
+    mixed = KVLayout(groups=groups, max_seq_len=64, dtype=torch.bfloat16)
+    assert table().decode_backends(32, mixed, 1, 9) == prefill_table().prefill_backends(32, mixed, 9, 9) == []
+    assert TuningTable("GPU").decode_backends(32, LAYOUT, 1, 1024) == []
 
 
 def test_a_new_measurement_takes_the_place_of_the_old():
     made = table()
-    made.add_attention([record(1, 1024, "torch-varlen"), record(2, 1024, "flash-attn-2")])
+    made.add("attention", [record(1, 1024, "torch-varlen"), record(2, 1024, "flash-attn-2")])
     assert len(made.attention) == 4
-    assert measured_attention(made, 32, LAYOUT, 1, 1024).name == "torch-varlen"
+    assert made.decode_backends(32, LAYOUT, 1, 1024) == [get("torch-varlen")]
 
 
-def test_on_the_cpu_everything_is_eager(make_cache):
+def test_on_the_cpu_everything_is_eager():
     assert default_ops(CPU, torch.float32).name == "reference"
-    assert choose_decode(LAYOUT, CPU).name == default_decode(LAYOUT, CPU, 1, 100, 32).name == "sdpa"
-    assert decode_attention(make_cache(LAYOUT, 1, memory_limit=1 << 24), 32, 1, 100).name == "sdpa"
+    assert default_decode(LAYOUT, CPU, 1, 100, 32).name == "sdpa"
+    assert default_decode(LAYOUT, CPU, 1, 100, 32, max_over_read=0).name == "sdpa"
 
 
 def prefill_table():
     made = TuningTable("GPU")
     shape = {"num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "dtype": "bfloat16"}
-    made.add_prefill(
+    made.add(
+        "prefill",
         [
             {**shape, "new": 512, "total": 512, "us": {"reference": 2.0, "sdpa": 3.0, "flash-attn-3": 1.0}},
             {**shape, "new": 2048, "total": 2048, "us": {"reference": 4.0, "sdpa": 3.0, "flash-attn-3": 1.0}},
             {**shape, "new": 2048, "total": 32768, "us": {"reference": 4.0, "sdpa": 5.0, "flash-attn-3": 1.0}},
-        ]
+        ],
     )
     return made
 
@@ -108,7 +109,7 @@ def test_the_nearest_prefill_of_what_runs_here(monkeypatch, new, total, name):
 
 def test_a_prefill_measured_again(tmp_path):
     made = prefill_table()
-    made.add_prefill([{**made.prefill[0], "us": {"sdpa": 1.0}}])
+    made.add("prefill", [{**made.prefill[0], "us": {"sdpa": 1.0}}])
     assert [record["us"] for record in made.prefill if record["new"] == 512] == [{"sdpa": 1.0}]
     made.write(tmp_path / "table.json")
     assert TuningTable.read(tmp_path / "table.json") == made
@@ -121,7 +122,7 @@ def test_prefill_is_measured_on_a_gpu(monkeypatch):
     assert [(record["new"], record["total"]) for record in records] == [(300, 300), (100, 900)]
     assert all(us > 0 for record in records for us in record["us"].values())
     made = TuningTable("GPU")
-    made.add_prefill(records)
+    made.add("prefill", records)
     monkeypatch.setattr("vattn.tuning.table.table_for", lambda device: made)
     layout = KVLayout(4, 2, 64, 1024, torch.bfloat16)
     found = default_attention(layout, device, 8, new=100, total=900)
@@ -132,18 +133,16 @@ def test_prefill_is_measured_on_a_gpu(monkeypatch):
 
 
 @pytest.mark.gpu
-def test_choices_on_a_gpu(make_cache, monkeypatch):
+def test_choices_on_a_gpu(monkeypatch):
     device = torch.device("cuda", torch.cuda.current_device())
     monkeypatch.setattr("vattn.tuning.table.table_for", lambda device: table())
-    cache = make_cache(LAYOUT, 1, device, memory_limit=1 << 24)
-    assert decode_attention(cache, 32, 1, 1024).name == "triton-decode"
-    # Nearest is FlashAttention-3, for which this cache has no margin.
-    assert decode_attention(cache, 32, 8, 8192).name == "triton-decode"
+    assert default_decode(LAYOUT, device, 1, 1024, 32, max_over_read=0).name == "triton-decode"
+    # Nearest is FlashAttention-3, which needs a margin.
+    assert default_decode(LAYOUT, device, 8, 8192, 32, max_over_read=0).name == "triton-decode"
     assert default_ops(device, torch.bfloat16).name == "fused"
     if get("flash-attn-3").supports(device, torch.bfloat16, 128) is None:
         assert default_decode(LAYOUT, device, 8, 8192, 32).name == "flash-attn-3"
-        wide = make_cache(LAYOUT, 1, device, memory_limit=1 << 24, over_read_tokens=191)
-        assert decode_attention(wide, 32, 8, 8192).name == "flash-attn-3"
+        assert default_decode(LAYOUT, device, 8, 8192, 32, max_over_read=191).name == "flash-attn-3"
 
 
 @pytest.mark.gpu
@@ -166,7 +165,7 @@ def test_the_shipped_table_is_read():
     assert products.find(6144, 4096, 5).dot
     assert products.find(28672, 4096, 8, swiglu=True).splits == 1
     assert products.find(128256, 4096, 64).splits == 1
-    assert measured_attention(found, 32, LAYOUT, 1, 1024) is not None
+    assert len(found.decode_backends(32, LAYOUT, 1, 1024)) == 1
     assert table_for(CPU).attention == []
 
 

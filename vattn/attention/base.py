@@ -1,27 +1,27 @@
-"""What an attention backend is given, and what it must declare about itself."""
+"""What an attention backend is, and what it declares about itself."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import accumulate
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
-import numpy as np
 import torch
 
 from ..errors import ConfigError
-from ..memory.upload import upload
+from .batch import AttentionBatch
 
 __all__ = [
     "LEFT_PADDING",
     "SINKS",
     "SOFTCAP",
     "AttentionBackend",
-    "AttentionBatch",
-    "QueryGroup",
+    "Backend",
+    "PhasedAttention",
     "apply_sinks",
+    "bind",
+    "declared",
+    "listed",
     "require_equal_head_dims",
 ]
 
@@ -30,247 +30,7 @@ LEFT_PADDING = "left padding"  # a batch with ``starts``
 SOFTCAP = "soft-capping"
 SINKS = "sinks"
 
-INT32_MAX = 2**31 - 1
-
-
-@dataclass(frozen=True)
-class QueryGroup:
-    """The sequences of a batch that have equally many new tokens, for kernels that want a rectangle of queries.
-
-    Attributes:
-        query_len: new tokens of each.
-        tokens: ``[num_sequences * query_len]`` int64, where their new tokens lie on the packed token axis.
-        slots: ``[num_sequences]`` int32.
-        ends: ``[num_sequences]`` int32, one past each sequence's last row in its slot.
-        starts: ``[num_sequences]`` int32, or None where every sequence starts in row 0.
-    """
-
-    query_len: int
-    tokens: torch.Tensor
-    slots: torch.Tensor
-    ends: torch.Tensor
-    starts: torch.Tensor | None
-
-
-@dataclass(frozen=True)
-class AttentionBatch:
-    """Which tokens of which sequences one forward pass computes. Packed: no padding, prefill and decode alike.
-
-    The lengths are host integers, because the cache is grown on the host before the work is launched; kernels take them
-    from the tensors below, made on first use and kept, so that all layers of a pass share one upload.
-
-    Attributes:
-        slots: the cache slot of each sequence; no slot twice.
-        query_lens: new tokens of each sequence in this pass, at least 1.
-        seq_lens: K and V rows of each sequence *including* its new tokens, which are its last ``query_lens[i]`` rows.
-        device: where the index tensors live.
-        starts: the row of its slot that each sequence starts in, where padding lies before it; rows and lengths count
-            from there. None: all in row 0.
-
-    Raises:
-        ConfigError: lengths that disagree, or a slot listed twice.
-    """
-
-    slots: tuple[int, ...]
-    query_lens: tuple[int, ...]
-    seq_lens: tuple[int, ...]
-    device: torch.device
-    starts: tuple[int, ...] | None = None
-
-    def __post_init__(self) -> None:
-        if not len(self.slots) == len(self.query_lens) == len(self.seq_lens) or not self.slots:
-            raise ConfigError(
-                f"expected one query length and one sequence length per slot and at least one slot, got "
-                f"{len(self.slots)} slots, {len(self.query_lens)} query lengths, {len(self.seq_lens)} sequence lengths"
-            )
-        if self.starts is not None and (len(self.starts) != len(self.slots) or min(self.starts) < 0):
-            raise ConfigError(f"expected one start of at least 0 per slot, got {self.starts} for {self.slots}")
-        if len(set(self.slots)) != len(self.slots):
-            raise ConfigError(f"expected every slot once, got {self.slots}")
-        for slot, query_len, seq_len in zip(self.slots, self.query_lens, self.seq_lens, strict=True):
-            if not 1 <= query_len <= seq_len:
-                raise ConfigError(f"slot {slot}: expected 1 <= query_len <= seq_len, got {query_len} and {seq_len}")
-
-    @classmethod
-    def build(
-        cls, slots: Sequence[int], query_lens: Sequence[int], seq_lens: Sequence[int], device: torch.device | str
-    ) -> AttentionBatch:
-        """The same from any sequences of integers."""
-        return cls(tuple(slots), tuple(query_lens), tuple(seq_lens), torch.device(device))
-
-    @property
-    def batch_size(self) -> int:
-        return len(self.slots)
-
-    @property
-    def num_tokens(self) -> int:
-        """New tokens of all sequences: the length of the packed token axis."""
-        return self.query_starts[-1]
-
-    @cached_property
-    def max_query_len(self) -> int:
-        return max(self.query_lens)
-
-    @cached_property
-    def max_seq_len(self) -> int:
-        return max(self.seq_lens)
-
-    @property
-    def rows(self) -> tuple[slice, ...]:
-        """The rows of its slot that each sequence has."""
-        return tuple(slice(end - n, end) for end, n in zip(self.ends, self.seq_lens, strict=True))
-
-    @cached_property
-    def ends(self) -> tuple[int, ...]:
-        """One past each sequence's last row in its slot: ``seq_lens``, plus ``starts`` where there are any."""
-        if self.starts is None:
-            return self.seq_lens
-        return tuple(start + seq_len for start, seq_len in zip(self.starts, self.seq_lens, strict=True))
-
-    @cached_property
-    def query_starts(self) -> tuple[int, ...]:
-        """``batch_size + 1`` offsets into the packed token axis: where each sequence begins, and the end."""
-        return tuple(accumulate(self.query_lens, initial=0))
-
-    @cached_property
-    def slots_int32(self) -> torch.Tensor:
-        """``[batch]`` int32."""
-        return self._upload(self.slots, torch.int32)
-
-    @cached_property
-    def slots_int64(self) -> torch.Tensor:
-        """``[batch]`` int64."""
-        return self._upload(self.slots, torch.int64)
-
-    @cached_property
-    def cu_seqlens_q(self) -> torch.Tensor:
-        """``[batch + 1]`` int32: ``query_starts`` on the device."""
-        return self._upload(self.query_starts, torch.int32)
-
-    @cached_property
-    def seq_lens_int32(self) -> torch.Tensor:
-        """``[batch]`` int32."""
-        return self._upload(self.seq_lens, torch.int32)
-
-    @cached_property
-    def max_end(self) -> int:
-        """One past the highest row of any sequence."""
-        return max(self.ends)
-
-    @cached_property
-    def is_uniform(self) -> bool:
-        """Whether all sequences have equally many new tokens."""
-        return len(set(self.query_lens)) == 1
-
-    @cached_property
-    def ends_int32(self) -> torch.Tensor:
-        """``[batch]`` int32."""
-        return self.seq_lens_int32 if self.starts is None else self._upload(self.ends, torch.int32)
-
-    @cached_property
-    def starts_int32(self) -> torch.Tensor | None:
-        """``[batch]`` int32, or None where every sequence starts in row 0."""
-        return None if self.starts is None else self._upload(self.starts, torch.int32)
-
-    @cached_property
-    def token_slots(self) -> torch.Tensor:
-        """``[num_tokens]`` int64: the slot of each packed token."""
-        return self._upload(np.repeat(self.slots, self.query_lens), torch.int64)
-
-    @cached_property
-    def token_positions(self) -> torch.Tensor:
-        """``[num_tokens]`` int64: the row of each packed token in its sequence."""
-        rows = [np.arange(total - n, total) for n, total in zip(self.query_lens, self.seq_lens, strict=True)]
-        return self._upload(np.concatenate(rows), torch.int64)
-
-    @cached_property
-    def last_tokens(self) -> torch.Tensor:
-        """``[batch]`` int64: where each sequence's last new token lies on the packed token axis."""
-        return self._upload([end - 1 for end in self.query_starts[1:]], torch.int64)
-
-    @cached_property
-    def groups_by_query_len(self) -> tuple[QueryGroup, ...]:
-        """The batch's sequences by their number of new tokens, fewest first; each group in the batch's order."""
-        members: dict[int, list[int]] = {}
-        for i, query_len in enumerate(self.query_lens):
-            members.setdefault(query_len, []).append(i)
-        return tuple(
-            QueryGroup(
-                query_len,
-                self._upload([self.query_starts[i] + j for i in group for j in range(query_len)], torch.int64),
-                self._upload([self.slots[i] for i in group], torch.int32),
-                self._upload([self.ends[i] for i in group], torch.int32),
-                None if self.starts is None else self._upload([self.starts[i] for i in group], torch.int32),
-            )
-            for query_len, group in sorted(members.items())
-        )
-
-    def decode_rectangle(self, window: int | None) -> tuple[slice, slice] | None:
-        """The slots and rows that a decode step reads, where they are a rectangle; else None.
-
-        Args:
-            window: sliding window in tokens, or None.
-        """
-        if self._uniform_slots is None:
-            return None
-        end = self.seq_lens[0]
-        return self._uniform_slots, slice(0 if window is None else max(0, end - window), end)
-
-    @cached_property
-    def _uniform_slots(self) -> slice | None:
-        """The slots, where they are neighbours in order with equally many rows each and one new token."""
-        first, end = self.slots[0], self.slots[0] + len(self.slots)
-        if self.max_query_len != 1 or self.starts is not None or len(set(self.seq_lens)) != 1:
-            return None
-        return slice(first, end) if self.slots == tuple(range(first, end)) else None
-
-    def row_starts(self, rows_per_slot: int) -> torch.Tensor:
-        """``[batch + 1]`` int32: each sequence's first row on a token axis with ``rows_per_slot`` rows to a slot.
-
-        Not in rising order; the last entry is where the last sequence ends. Made once for each ``rows_per_slot``.
-
-        Raises:
-            ConfigError: a row beyond 32 bits.
-        """
-        if rows_per_slot not in self._row_starts:
-            starts = [slot * rows_per_slot + rows.start for slot, rows in zip(self.slots, self.rows, strict=True)]
-            end = max(start + seq_len for start, seq_len in zip(starts, self.seq_lens, strict=True))
-            if end > INT32_MAX:
-                raise ConfigError(f"row {end} of the cache is beyond 32 bits ({rows_per_slot} rows to a slot)")
-            self._row_starts[rows_per_slot] = self._upload([*starts, starts[-1] + self.seq_lens[-1]], torch.int32)
-        return self._row_starts[rows_per_slot]
-
-    @cached_property
-    def _row_starts(self) -> dict[int, torch.Tensor]:
-        return {}
-
-    def _upload(self, values: Sequence[int] | np.ndarray, dtype: torch.dtype) -> torch.Tensor:
-        return upload(values, self.device, dtype)
-
-
-def require_equal_head_dims(backend: str, k: torch.Tensor, v: torch.Tensor) -> None:
-    """For kernels whose K and V heads must be of one size.
-
-    Raises:
-        ConfigError: they are not.
-    """
-    if k.shape[-1] != v.shape[-1]:
-        raise ConfigError(f"{backend} needs K and V heads of one size, got {k.shape[-1]} and {v.shape[-1]}")
-
-
-def apply_sinks(out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
-    """Add a sink to attention that was computed without one.
-
-    A sink is one more score in the softmax, with no value behind it: the sum of exponentials grows from ``exp(lse)`` to
-    ``exp(lse) + exp(sink)``, so the output shrinks by ``sigmoid(lse - sink)`` (Xiao et al., arXiv 2309.17453; learned
-    ones as in gpt-oss).
-
-    Args:
-        out: ``[num_tokens, num_heads, head_dim]``.
-        lse: ``[num_tokens, num_heads]`` float32, the natural logarithm of the sum of exponentials of the scores.
-        sinks: ``[num_heads]``.
-    """
-    return (out * torch.sigmoid(lse - sinks.to(lse.dtype))[..., None]).to(out.dtype)
+HALF = (torch.float16, torch.bfloat16)
 
 
 @runtime_checkable
@@ -278,14 +38,17 @@ class AttentionBackend(Protocol):
     """Causal attention over the cache's own views.
 
     The views cover addresses with nothing behind them, and one read there ends the process. A backend therefore
-    declares how far it strays, and the cache keeps that many rows mapped.
+    declares how far it reads past the end of a sequence, and the cache keeps that many rows mapped.
+
+    A backend may also have the attributes ``mixed_head_dims``, ``decode_only``, ``capturable`` and ``optimised`` of
+    :class:`Backend`, which says what is taken for granted where one is missing.
 
     Attributes:
         name: the key in the registry.
         over_read_tokens: rows past ``seq_len`` that the kernel may load.
         masks_over_read: whether values lying in those rows (a NaN, say) can never reach an output.
-        features: those of LEFT_PADDING, SOFTCAP and SINKS that it supports. A batch with ``starts``, ``softcap`` and
-            ``sinks`` come only to backends that do.
+        features: those of LEFT_PADDING, SOFTCAP and SINKS that it supports. Only backends that declare them are given a
+            batch with ``starts``, a ``softcap`` or ``sinks``.
     """
 
     @property
@@ -334,3 +97,172 @@ class AttentionBackend(Protocol):
             last query of a sequence sees all of its ``seq_len`` rows.
         """
         ...
+
+
+class Backend(AttentionBackend):
+    """What vattn's own backends derive from: the declarations, and ``supports``, which follows from them.
+
+    Attributes:
+        mixed_head_dims: whether K and V heads, and those of several layers, may differ in size.
+        decode_only: whether it computes batches of one new token of each sequence, and no others.
+        capturable: whether a CUDA graph can capture it: it takes slots and lengths from the batch's device tensors.
+        optimised: whether it is meant for more than tests.
+        dtypes: that it computes in; None for every floating-point one.
+        min_capability: CUDA compute capability that it needs; None where it runs on any device.
+        max_head_dim, head_dim_multiple: head sizes that it has kernels for; None for all.
+    """
+
+    over_read_tokens: int = 0
+    masks_over_read: bool = True
+    mixed_head_dims: bool = True
+    decode_only: bool = False
+    capturable: bool = True
+    optimised: bool = True
+    dtypes: tuple[torch.dtype, ...] | None = None
+    min_capability: tuple[int, int] | None = None
+    max_head_dim: int | None = None
+    head_dim_multiple: int = 1
+
+    def supports(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+        """None when this backend can run there, else the reason why not, as a phrase."""
+        if self.min_capability is not None and device.type != "cuda":
+            return f"needs an NVIDIA GPU, got device {device}"
+        if self.dtypes is None and not dtype.is_floating_point:
+            return f"expected a floating-point dtype, got {dtype}"
+        if self.dtypes is not None and dtype not in self.dtypes:
+            return f"expected {listed(str(each).removeprefix('torch.') for each in self.dtypes)}, got {dtype}"
+        if self.max_head_dim is not None and (head_dim > self.max_head_dim or head_dim % self.head_dim_multiple):
+            multiple = f"that is a multiple of {self.head_dim_multiple} and" if self.head_dim_multiple > 1 else "of"
+            return f"expected a head_dim {multiple} at most {self.max_head_dim}, got {head_dim}"
+        if reason := self.unavailable():
+            return reason
+        if self.min_capability is not None:
+            if not torch.cuda.is_available():
+                return "PyTorch finds no NVIDIA GPU"
+            if torch.cuda.get_device_capability(device) < self.min_capability:
+                return "needs a GPU of compute capability {}.{} or newer".format(*self.min_capability)
+        return None
+
+    def unavailable(self) -> str | None:
+        """Why the package behind it cannot be used; None when it can."""
+        return None
+
+    def tuned(self, options: dict[str, Any], *, pdl: bool) -> AttentionBackend:
+        """The same with options of a tuning table.
+
+        Args:
+            pdl: whether kernels take programmatic dependent launch.
+        """
+        return self
+
+    def bound(self) -> AttentionBackend:
+        """The same with memory of its own, as ``bind`` says."""
+        return self
+
+
+@dataclass(frozen=True)
+class PhasedAttention:
+    """Two backends as one: ``decode`` where every sequence has one new token, else ``prefill``.
+
+    Attributes:
+        prefill: computes passes in which any sequence has several new tokens.
+        decode: computes the others.
+    """
+
+    prefill: AttentionBackend
+    decode: AttentionBackend
+
+    @property
+    def name(self) -> str:
+        """As ``flash-attn-3+flash-attn-2``: prefill, then decode."""
+        return f"{self.prefill.name}+{self.decode.name}"
+
+    @property
+    def over_read_tokens(self) -> int:
+        """Rows past the end that either may load."""
+        return max(self.prefill.over_read_tokens, self.decode.over_read_tokens)
+
+    @property
+    def masks_over_read(self) -> bool:
+        """Whether each of them masks what it reads there."""
+        return self.prefill.masks_over_read and self.decode.masks_over_read
+
+    @property
+    def features(self) -> frozenset[str]:
+        """What both support."""
+        return self.prefill.features & self.decode.features
+
+    @property
+    def mixed_head_dims(self) -> bool:
+        """Whether both take head sizes that differ."""
+        return declared(self.prefill, "mixed_head_dims") and declared(self.decode, "mixed_head_dims")
+
+    @property
+    def capturable(self) -> bool:
+        """Whether the one for decode can be captured."""
+        return bool(declared(self.decode, "capturable"))
+
+    @property
+    def optimised(self) -> bool:
+        """Whether either is meant for more than tests."""
+        return declared(self.prefill, "optimised") or declared(self.decode, "optimised")
+
+    def supports(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+        """The first reason against either, None when both can run."""
+        for backend in (self.prefill, self.decode):
+            if reason := backend.supports(device, dtype, head_dim):
+                return f"{backend.name}: {reason}"
+        return None
+
+    def __call__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: AttentionBatch, **options: Any
+    ) -> torch.Tensor:
+        """See :class:`vattn.attention.AttentionBackend`."""
+        backend = self.decode if batch.max_query_len == 1 else self.prefill
+        return backend(q, k, v, batch, **options)
+
+
+def declared(backend: AttentionBackend, attribute: str) -> Any:
+    """One of the attributes that a backend may leave out."""
+    return getattr(backend, attribute, getattr(Backend, attribute))
+
+
+def bind(backend: AttentionBackend) -> AttentionBackend:
+    """The decode half of a backend, with memory of its own where its kernels need some between them.
+
+    The result is for one stream and one launch at a time: two decode loops each bind their own.
+    """
+    if isinstance(backend, PhasedAttention):
+        backend = backend.decode
+    return backend.bound() if isinstance(backend, Backend) else backend
+
+
+def apply_sinks(out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
+    """Add a sink to attention that was computed without one.
+
+    A sink is one more score in the softmax, with no value behind it: the sum of exponentials grows from ``exp(lse)`` to
+    ``exp(lse) + exp(sink)``, so the output shrinks by ``sigmoid(lse - sink)`` (Xiao et al., arXiv 2309.17453; learned
+    ones as in gpt-oss).
+
+    Args:
+        out: ``[num_tokens, num_heads, head_dim]``.
+        lse: ``[num_tokens, num_heads]`` float32, the natural logarithm of the sum of exponentials of the scores.
+        sinks: ``[num_heads]``.
+    """
+    return (out * torch.sigmoid(lse - sinks.to(lse.dtype))[..., None]).to(out.dtype)
+
+
+def require_equal_head_dims(backend: AttentionBackend, k: torch.Tensor, v: torch.Tensor) -> None:
+    """For kernels whose K and V heads must be of one size.
+
+    Raises:
+        ConfigError: they are not.
+    """
+    if k.shape[-1] != v.shape[-1]:
+        raise ConfigError(f"{backend.name} needs K and V heads of one size, got {k.shape[-1]} and {v.shape[-1]}")
+
+
+def listed(names: Iterable[str]) -> str:
+    """As ``a, b or c``."""
+    *others, last = names
+    return f"{', '.join(others)} or {last}" if others else last

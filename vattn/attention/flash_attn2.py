@@ -7,12 +7,13 @@ from functools import cache
 
 import torch
 
-from .base import LEFT_PADDING, SINKS, SOFTCAP, AttentionBatch, apply_sinks, require_equal_head_dims
+from .base import HALF, LEFT_PADDING, SINKS, SOFTCAP, Backend, apply_sinks, require_equal_head_dims
+from .batch import AttentionBatch
 
 __all__ = ["FlashAttention2"]
 
 
-class FlashAttention2:
+class FlashAttention2(Backend):
     """``flash_attn.flash_attn_with_kvcache``: one call per group of sequences with equally many new tokens.
 
     The kernel takes ``q`` as ``[batch, query_len, heads, head_dim]`` without varying lengths, so a decode step is one
@@ -20,23 +21,15 @@ class FlashAttention2:
     """
 
     name = "flash-attn-2"
-    over_read_tokens = 0
-    masks_over_read = True
     features = frozenset({LEFT_PADDING, SOFTCAP, SINKS})
+    mixed_head_dims = False
+    dtypes = HALF
+    min_capability = (8, 0)
+    # It pads other head sizes by copying K and V: the whole range of addresses.
+    head_dim_multiple, max_head_dim = 8, 256
 
-    def supports(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-        if device.type != "cuda":
-            return f"needs an NVIDIA GPU, got device {device}"
-        if dtype not in (torch.float16, torch.bfloat16):
-            return f"expected float16 or bfloat16, got {dtype}"
-        # It pads other head sizes by copying K and V: the whole range of addresses.
-        if head_dim % 8 or not 8 <= head_dim <= 256:
-            return f"expected a head_dim that is a multiple of 8 and at most 256, got {head_dim}"
-        if reason := _unavailable():
-            return reason
-        if torch.cuda.get_device_capability(device) < (8, 0):
-            return "needs a GPU of compute capability 8.0 (Ampere) or newer"
-        return None
+    def unavailable(self) -> str | None:
+        return _unavailable()
 
     def __call__(
         self,
@@ -53,7 +46,7 @@ class FlashAttention2:
         """See :class:`vattn.attention.AttentionBackend`."""
         from flash_attn import flash_attn_with_kvcache
 
-        require_equal_head_dims(self.name, k, v)
+        require_equal_head_dims(self, k, v)
         # The heuristic for the number of splits looks at the view's length, not at the sequences'.
         k, v = k[:, : batch.max_end], v[:, : batch.max_end]
         window_size = (-1, -1) if window is None else (window - 1, 0)

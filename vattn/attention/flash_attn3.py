@@ -8,14 +8,15 @@ from functools import cache
 
 import torch
 
-from .base import LEFT_PADDING, SINKS, SOFTCAP, AttentionBatch, apply_sinks, require_equal_head_dims
+from .base import HALF, LEFT_PADDING, SINKS, SOFTCAP, Backend, apply_sinks, require_equal_head_dims
+from .batch import AttentionBatch
 
 __all__ = ["FlashAttention3"]
 
 _HEAD_DIMS = (64, 96, 128, 192, 256)
 
 
-class FlashAttention3:
+class FlashAttention3(Backend):
     """``flash_attn_interface.flash_attn_with_kvcache``: one call for a whole batch, prefill and decode mixed.
 
     K and V come by TMA in whole tiles, of which only the first and last are masked: an unmapped page under a tile is an
@@ -39,6 +40,10 @@ class FlashAttention3:
     name = "flash-attn-3"
     over_read_tokens = 191
     masks_over_read = False
+    mixed_head_dims = False
+    dtypes = HALF
+    min_capability = (9, 0)
+    head_dim_multiple, max_head_dim = 8, 256
 
     @property
     def features(self) -> frozenset[str]:
@@ -46,12 +51,11 @@ class FlashAttention3:
         capped = not _build_flags().get("FLASHATTENTION_DISABLE_SOFTCAP", False)
         return frozenset({LEFT_PADDING, SINKS, SOFTCAP} if capped else {LEFT_PADDING, SINKS})
 
+    def unavailable(self) -> str | None:
+        return _unavailable()
+
     def supports(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-        if device.type != "cuda":
-            return f"needs an NVIDIA GPU, got device {device}"
-        if dtype not in (torch.float16, torch.bfloat16):
-            return f"expected float16 or bfloat16, got {dtype}"
-        if reason := _unavailable():
+        if reason := super().supports(device, dtype, head_dim):
             return reason
         capability = torch.cuda.get_device_capability(device)
         if capability[0] != 9:
@@ -73,7 +77,7 @@ class FlashAttention3:
         """See :class:`vattn.attention.AttentionBackend`."""
         from flash_attn_interface import flash_attn_with_kvcache
 
-        require_equal_head_dims(self.name, k, v)
+        require_equal_head_dims(self, k, v)
         is_decode = batch.max_query_len == 1
         out = flash_attn_with_kvcache(
             q[:, None] if is_decode else q,

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import torch
 
-from .base import LEFT_PADDING, SINKS, SOFTCAP, AttentionBatch
+from .base import LEFT_PADDING, SINKS, SOFTCAP, Backend
+from .batch import AttentionBatch
 
 __all__ = ["ReferenceAttention"]
 
 
-class ReferenceAttention:
+class ReferenceAttention(Backend):
     """Scores, mask, softmax and weighted sum as the formula says, in float32 (float64 when the inputs are).
 
     Materialises the scores of one sequence at a time, ``[num_heads, query_len, seq_len]``: for tests, not for speed.
     """
 
     name = "reference"
-    over_read_tokens = 0
-    masks_over_read = True
     features = frozenset({LEFT_PADDING, SOFTCAP, SINKS})
-
-    def supports(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-        return None if dtype.is_floating_point else f"expected a floating-point dtype, got {dtype}"
+    capturable = False
+    optimised = False
 
     def __call__(
         self,

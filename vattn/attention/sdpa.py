@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .base import LEFT_PADDING, AttentionBatch
+from .base import LEFT_PADDING, Backend
+from .batch import AttentionBatch
 
 __all__ = ["SdpaAttention"]
 
@@ -14,7 +15,7 @@ __all__ = ["SdpaAttention"]
 MASKED_QUERY_BLOCK = 512
 
 
-class SdpaAttention:
+class SdpaAttention(Backend):
     """Reads ``k[slot, :seq_len]`` and nothing else, through a view: K and V are not gathered.
 
     Query heads that share a KV head are laid out as further queries where the mask allows it (decode, and every masked
@@ -22,12 +23,8 @@ class SdpaAttention:
     """
 
     name = "sdpa"
-    over_read_tokens = 0
-    masks_over_read = True
     features = frozenset({LEFT_PADDING})
-
-    def supports(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-        return None if dtype.is_floating_point else f"expected a floating-point dtype, got {dtype}"
+    capturable = False
 
     def __call__(
         self,
@@ -67,7 +64,8 @@ class SdpaAttention:
 
 
 def folded_decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None) -> torch.Tensor:
-    """A ``UniformDecode`` in which query heads that share a KV head are further queries."""
+    """Equally long sequences: q ``[batch, heads, 1, head_dim]``, k and v ``[batch, kv_heads, rows, head_dim]`` of any
+    strides. Query heads that share a KV head become further queries."""
     batch, num_heads, _, head_dim = q.shape
     folded = q.reshape(batch, k.shape[1], -1, head_dim)
     return F.scaled_dot_product_attention(folded, k, v, scale=scale).reshape(batch, num_heads, 1, -1)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 
 from ..errors import ConfigError
-from .base import INT32_MAX, LEFT_PADDING, SINKS, AttentionBatch, apply_sinks, require_equal_head_dims
+from .base import HALF, LEFT_PADDING, SINKS, Backend, apply_sinks, require_equal_head_dims
+from .batch import INT32_MAX, AttentionBatch
 
 __all__ = ["TorchVarlenAttention"]
 
 
-class TorchVarlenAttention:
+class TorchVarlenAttention(Backend):
     """One call for a whole batch, prefill and decode mixed.
 
     ``[slot, row]`` flattens to one token axis because a slot's stride is a whole number of rows. Given ``seqused_k``,
@@ -22,22 +23,14 @@ class TorchVarlenAttention:
     """
 
     name = "torch-varlen"
-    over_read_tokens = 0
-    masks_over_read = True
     features = frozenset({LEFT_PADDING, SINKS})
+    mixed_head_dims = False
+    dtypes = HALF
+    min_capability = (8, 0)
+    head_dim_multiple, max_head_dim = 8, 256
 
-    def supports(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-        if device.type != "cuda":
-            return f"needs an NVIDIA GPU, got device {device}"
-        if dtype not in (torch.float16, torch.bfloat16):
-            return f"expected float16 or bfloat16, got {dtype}"
-        if head_dim % 8 or not 8 <= head_dim <= 256:
-            return f"expected a head_dim that is a multiple of 8 and at most 256, got {head_dim}"
-        if not torch.backends.cuda.is_flash_attention_available():
-            return "this torch was built without FlashAttention"
-        if torch.cuda.get_device_capability(device) < (8, 0):
-            return "needs a GPU of compute capability 8.0 (Ampere) or newer"
-        return None
+    def unavailable(self) -> str | None:
+        return None if torch.backends.cuda.is_flash_attention_available() else "this torch has no FlashAttention"
 
     def __call__(
         self,
@@ -57,7 +50,7 @@ class TorchVarlenAttention:
             ConfigError: more rows, over all slots, than the kernel's 32-bit indices reach; K and V heads that differ.
         """
         assert softcap is None, "declared in features"
-        require_equal_head_dims(self.name, k, v)
+        require_equal_head_dims(self, k, v)
         if sinks is None and (part := batch.decode_rectangle(window)) is not None:
             return flash_decode(q.unsqueeze(2), k[part].transpose(1, 2), v[part].transpose(1, 2), scale).squeeze(2)
         k_tokens, rows_per_slot = flatten(k)
@@ -85,8 +78,11 @@ class TorchVarlenAttention:
 
 
 def flash_decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None) -> torch.Tensor:
-    """A ``UniformDecode`` by name: ``scaled_dot_product_attention`` may take cuDNN's kernel instead, which is prepared
-    anew for each number of rows. The name is private; torch 2.11 to 2.13 have it."""
+    """Equally long sequences: q ``[batch, heads, 1, head_dim]``, k and v ``[batch, kv_heads, rows, head_dim]`` of any
+    strides.
+
+    By name, because ``scaled_dot_product_attention`` may take cuDNN's kernel instead, which is prepared anew for each
+    number of rows. The name is private; torch 2.11 to 2.13 have it."""
     return torch._scaled_dot_product_flash_attention(q, k, v, scale=scale)[0]
 
 

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
 from ..errors import ConfigError
-from ..ops.triton_support import address_of, interpreted, launch_options, next_power_of_2
-from .base import INT32_MAX, LEFT_PADDING, SINKS, SOFTCAP, AttentionBatch
-from .triton_decode_kernels import kernels
+from ..ops.triton_support import address_of, interpreted, launch_options, next_power_of_2, unavailable
+from .base import HALF, LEFT_PADDING, SINKS, SOFTCAP, Backend
+from .batch import INT32_MAX, AttentionBatch
 
 __all__ = ["DecodeWorkspace", "TritonDecodeAttention", "choose_splits"]
 
 LOG2_E = 1.4426950408889634
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 # Programs that a launch should have for each streaming multiprocessor (SM), and the most splits of one context: the
 # combination of that many is no longer small beside a program's own rows.
@@ -62,7 +60,7 @@ class DecodeWorkspace:
 
 
 @dataclass(frozen=True)
-class TritonDecodeAttention:
+class TritonDecodeAttention(Backend):
     """Split-KV decoding (Dao et al., "Flash-Decoding", 2023) for batches in which every sequence has one new token.
 
     A program takes the query heads of one KV head and a part of one sequence's rows, with an online softmax (Milakov &
@@ -79,12 +77,15 @@ class TritonDecodeAttention:
         splits: programs to a sequence and KV head; None for ``choose_splits``.
         fused_combine: the last program combines; False for a second kernel that does.
         pdl: launch programmatically dependent on the kernel before, on Hopper and later.
+        workspaces: of ``bound``, by what they are for; None where each launch allocates its own.
     """
 
-    name: ClassVar[str] = "triton-decode"
-    over_read_tokens: ClassVar[int] = 0
-    masks_over_read: ClassVar[bool] = True
-    features: ClassVar[frozenset[str]] = frozenset({LEFT_PADDING, SOFTCAP, SINKS})
+    name = "triton-decode"
+    features = frozenset({LEFT_PADDING, SOFTCAP, SINKS})
+    decode_only = True
+    dtypes = (*HALF, torch.float32)
+    min_capability = (8, 0)
+    max_head_dim = 256
 
     block_n: int = 64
     num_warps: int = 4
@@ -92,21 +93,17 @@ class TritonDecodeAttention:
     splits: int | None = None
     fused_combine: bool = True
     pdl: bool = False
+    workspaces: dict[tuple[Any, ...], DecodeWorkspace] | None = field(default=None, compare=False, repr=False)
 
-    def supports(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-        if device.type != "cuda":
-            return f"needs an NVIDIA GPU, got device {device}"
-        if dtype not in DTYPES:
-            return f"expected float16, bfloat16 or float32, got {dtype}"
-        if not 1 <= head_dim <= 256:
-            return f"expected a head_dim of at most 256, got {head_dim}"
-        if importlib.util.find_spec("triton") is None:
-            return "Triton is not installed: pip install triton (PyTorch's CUDA builds bring it)"
-        if not torch.cuda.is_available():
-            return "PyTorch finds no NVIDIA GPU"
-        if torch.cuda.get_device_capability(device) < (8, 0):
-            return "needs a GPU of compute capability 8.0 (Ampere) or newer"
-        return None
+    def unavailable(self) -> str | None:
+        return unavailable()
+
+    def tuned(self, options: dict[str, Any], *, pdl: bool) -> TritonDecodeAttention:
+        return replace(self, **options, pdl=pdl)
+
+    def bound(self) -> TritonDecodeAttention:
+        """Keeps the workspace that the first launch of each shape makes, so that one captured later allocates none."""
+        return replace(self, workspaces={})
 
     def workspace(
         self,
@@ -139,39 +136,22 @@ class TritonDecodeAttention:
         window: int | None = None,
         softcap: float | None = None,
         sinks: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """See :class:`vattn.attention.AttentionBackend`.
-
-        Raises:
-            ConfigError: a sequence has several new tokens.
-        """
-        return self.decode(q, k, v, batch, scale=scale, window=window, softcap=softcap, sinks=sinks)
-
-    def decode(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        batch: AttentionBatch,
-        *,
-        scale: float,
-        window: int | None = None,
-        softcap: float | None = None,
-        sinks: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
         workspace: DecodeWorkspace | None = None,
     ) -> torch.Tensor:
-        """``__call__`` with memory from the caller.
+        """See :class:`vattn.attention.AttentionBackend`.
 
         Args:
             batch: of it only ``batch_size``, ``max_query_len``, ``max_end`` and the int32 tensors of slots, ends and
                 starts are used; a slot may be listed several times.
             out: ``[batch_size, num_heads, v_head_dim]``, the last axis contiguous; None to allocate it.
-            workspace: None to allocate one, with a kernel that clears the counters.
+            workspace: None to take the bound one, or to allocate one, with a kernel that clears the counters.
 
         Raises:
             ConfigError: a sequence has several new tokens, or the workspace is too small.
         """
+        from .triton_decode_kernels import combine_kernel, decode_attention_kernel
+
         if batch.max_query_len != 1:
             raise ConfigError(f"{self.name} computes one new token of each sequence, got up to {batch.max_query_len}")
         batch_size, num_kv_heads = batch.batch_size, k.shape[2]
@@ -179,6 +159,11 @@ class TritonDecodeAttention:
         out = q.new_empty(batch_size, num_heads, v_head_dim) if out is None else out
         rows = batch.max_end if window is None else min(batch.max_end, window)
         splits = self.num_splits(batch_size, num_kv_heads, rows, q.device)
+        if workspace is None and self.workspaces is not None:
+            shape = (batch_size, num_heads, num_kv_heads, v_head_dim, batch.max_end, q.device)
+            if shape not in self.workspaces:
+                self.workspaces[shape] = self.workspace(*shape)
+            workspace = self.workspaces[shape]
         if splits > 1:
             workspace = self._workspace(workspace, batch_size, num_heads, num_kv_heads, v_head_dim, splits, q.device)
         arguments, options = self.arguments(
@@ -190,9 +175,8 @@ class TritonDecodeAttention:
             sinks=sinks,
             several_splits=splits > 1,
         )
-        kernel, combine_kernel = kernels()
         with torch.cuda.device_of(q):
-            kernel[splits, num_kv_heads, batch_size](**arguments, **options)
+            decode_attention_kernel[splits, num_kv_heads, batch_size](**arguments, **options)
             if splits > 1 and not self.fused_combine:
                 known = {name: arguments[name] for name in combine_kernel.arg_names if name in arguments}
                 known["BLOCK_S"] = _splits_at_once(arguments["BLOCK_DV"])
@@ -219,7 +203,7 @@ class TritonDecodeAttention:
         """What the kernel is launched with, by name, and the options of its compilation.
 
         Args:
-            q, k, v, out, workspace, scale, window, softcap, sinks: as in ``decode``; a workspace unless one program
+            q, k, v, out, workspace, scale, window, softcap, sinks: as in ``__call__``; a workspace unless one program
                 takes all of a context.
             slots, ends, starts: ``[batch_size]`` int32; starts may be None.
             several_splits: False where there is one split; then the kernel has no code for several.

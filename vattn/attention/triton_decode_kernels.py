@@ -1,303 +1,332 @@
-"""The Triton kernels of ``triton_decode``: splits of a context, and what combines them."""
+"""The Triton kernels of ``triton_decode`` and ``uniform_step``. Those import this file when they first launch one, so
+that nothing else waits for Triton to be imported, or needs it installed.
+"""
 
-from __future__ import annotations
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from functools import cache
-from typing import Any
-
-__all__ = ["kernels"]
-
-# What the kernels call. Triton's interpreter looks their names up in the module, so ``kernels`` puts them there.
-_divide: Any
-_attend: Any
-_write: Any
-_combine: Any
+__all__ = ["append_kernel", "combine_kernel", "decode_attention_kernel"]
 
 
-@cache
-def kernels() -> tuple[Any, Any]:
-    """The kernel that attends, and the one that combines where that is not to be done in the first."""
-    global _divide, _attend, _write, _combine
-    import triton
-    import triton.language as tl
-    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+@triton.jit
+def _divide(  # type: ignore[no-untyped-def]
+    sequence,
+    splits,
+    ends_ptr,
+    starts_ptr,
+    window,
+    BLOCK_N: tl.constexpr,
+    HAS_STARTS: tl.constexpr,
+):
+    """The rows ``[first, end)`` that the query sees in the cache, how many of them are one split's, and how many
+    splits that makes: at least one, at most ``splits``."""
+    end = tl.load(ends_ptr + sequence)
+    first = tl.maximum(end - window, 0)
+    if HAS_STARTS:
+        first = tl.maximum(first, tl.load(starts_ptr + sequence))
+    blocks = tl.maximum((end - first + BLOCK_N - 1) // BLOCK_N, 1)
+    chunk = (blocks + splits - 1) // splits
+    return first, end, chunk * BLOCK_N, (blocks + chunk - 1) // chunk
 
-    @triton.jit
-    def _divide(  # type: ignore[no-untyped-def]
-        sequence,
-        splits,
-        ends_ptr,
-        starts_ptr,
-        window,
-        BLOCK_N: tl.constexpr,
-        HAS_STARTS: tl.constexpr,
-    ):
-        """The rows ``[first, end)`` that the query sees in the cache, how many of them are one split's, and how many
-        splits that makes: at least one, at most ``splits``."""
-        end = tl.load(ends_ptr + sequence)
-        first = tl.maximum(end - window, 0)
-        if HAS_STARTS:
-            first = tl.maximum(first, tl.load(starts_ptr + sequence))
-        blocks = tl.maximum((end - first + BLOCK_N - 1) // BLOCK_N, 1)
-        chunk = (blocks + splits - 1) // splits
-        return first, end, chunk * BLOCK_N, (blocks + chunk - 1) // chunk
 
-    @triton.jit
-    def _attend(  # type: ignore[no-untyped-def]
-        q, k, v, shown, m, total, acc, scale, cap, MASKED: tl.constexpr, HAS_SOFTCAP: tl.constexpr, WIDEN: tl.constexpr
-    ):
-        """Take one block of rows into the online softmax; ``m`` and the scores are base-2 logarithms."""
-        if WIDEN:
-            q, k, v = q.to(tl.float32), k.to(tl.float32), v.to(tl.float32)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        if HAS_SOFTCAP:
-            scores = cap - 2 * cap / (tl.exp2(scores) + 1)
-        if MASKED:
-            scores = tl.where(shown[None, :], scores, float("-inf"))
-        new_m = tl.maximum(m, tl.max(scores, 1))
-        weights = tl.exp2(scores - new_m[:, None])
+@triton.jit
+def _attend(  # type: ignore[no-untyped-def]
+    q, k, v, shown, m, total, acc, scale, cap, MASKED: tl.constexpr, HAS_SOFTCAP: tl.constexpr, WIDEN: tl.constexpr
+):
+    """Take one block of rows into the online softmax; ``m`` and the scores are base-2 logarithms."""
+    if WIDEN:
+        q, k, v = q.to(tl.float32), k.to(tl.float32), v.to(tl.float32)
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    if HAS_SOFTCAP:
+        scores = cap - 2 * cap / (tl.exp2(scores) + 1)
+    if MASKED:
+        scores = tl.where(shown[None, :], scores, float("-inf"))
+    new_m = tl.maximum(m, tl.max(scores, 1))
+    weights = tl.exp2(scores - new_m[:, None])
+    shrink = tl.exp2(m - new_m)
+    total = total * shrink + tl.sum(weights, 1)
+    acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+    return new_m, total, acc
+
+
+@triton.jit
+def _write(  # type: ignore[no-untyped-def]
+    out_row_ptr, out_head_stride, sinks_ptr, heads, inside, m, total, acc, DV: tl.constexpr, HAS_SINKS: tl.constexpr
+):
+    """The weighted mean of those heads, with the sink's share; zeros for a sequence without rows."""
+    if HAS_SINKS:
+        sinks = tl.load(sinks_ptr + heads, mask=inside, other=0.0).to(tl.float32)
+        total += tl.exp2(sinks * 1.4426950408889634 - m)
+    mean = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    columns = tl.arange(0, acc.shape[1])[None, :]
+    target = out_row_ptr + heads[:, None] * out_head_stride + columns
+    tl.store(target, mean.to(out_row_ptr.dtype.element_ty), mask=inside[:, None] & (columns < DV))
+
+
+@triton.jit
+def _combine(  # type: ignore[no-untyped-def]
+    partials_ptr,
+    first_index,  # of the first split and head, counted in heads
+    num_indices,
+    splits,
+    out_row_ptr,
+    out_head_stride,
+    sinks_ptr,
+    first_head,
+    COUNT: tl.constexpr,  # of heads
+    G: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+):
+    """The softmax over all splits of some heads, several splits at a time to have their loads in flight together.
+
+    The loads pass over the first-level cache, which other SMs' stores do not reach.
+    """
+    head = tl.arange(0, BLOCK_C)
+    inside = head < COUNT
+    columns = tl.arange(0, BLOCK_DV)[None, None, :]
+    m_ptr = partials_ptr + num_indices * DV
+    total_ptr = m_ptr + num_indices
+    m = tl.full((BLOCK_C,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_C,), tl.float32)
+    acc = tl.zeros((BLOCK_C, BLOCK_DV), tl.float32)
+    for first in tl.range(0, splits, BLOCK_S):
+        split = first + tl.arange(0, BLOCK_S)
+        index = first_index + split[:, None] * G + head[None, :]
+        there = (split < splits)[:, None] & inside[None, :]
+        parts = tl.load(
+            partials_ptr + index[:, :, None] * DV + columns,
+            mask=there[:, :, None] & (columns < DV),
+            other=0.0,
+            cache_modifier=".cg",
+        )
+        # A finite stand-in for what is not there: of it and minus infinity no NaN comes.
+        part_m = tl.load(m_ptr + index, mask=there, other=-1e38, cache_modifier=".cg")
+        part_total = tl.load(total_ptr + index, mask=there, other=0.0, cache_modifier=".cg")
+        new_m = tl.maximum(m, tl.max(part_m, 0))
+        weights = tl.exp2(part_m - new_m[None, :])
         shrink = tl.exp2(m - new_m)
-        total = total * shrink + tl.sum(weights, 1)
-        acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
-        return new_m, total, acc
+        total = total * shrink + tl.sum(part_total * weights, 0)
+        acc = acc * shrink[:, None] + tl.sum(parts * weights[:, :, None], 0)
+        m = new_m
+    _write(out_row_ptr, out_head_stride, sinks_ptr, first_head + head, inside, m, total, acc, DV, HAS_SINKS)
 
-    @triton.jit
-    def _write(  # type: ignore[no-untyped-def]
-        out_row_ptr, out_head_stride, sinks_ptr, heads, inside, m, total, acc, DV: tl.constexpr, HAS_SINKS: tl.constexpr
-    ):
-        """The weighted mean of those heads, with the sink's share; zeros for a sequence without rows."""
-        if HAS_SINKS:
-            sinks = tl.load(sinks_ptr + heads, mask=inside, other=0.0).to(tl.float32)
-            total += tl.exp2(sinks * 1.4426950408889634 - m)
-        mean = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-        columns = tl.arange(0, acc.shape[1])[None, :]
-        target = out_row_ptr + heads[:, None] * out_head_stride + columns
-        tl.store(target, mean.to(out_row_ptr.dtype.element_ty), mask=inside[:, None] & (columns < DV))
 
-    @triton.jit
-    def _combine(  # type: ignore[no-untyped-def]
-        partials_ptr,
-        first_index,  # of the first split and head, counted in heads
-        num_indices,
-        splits,
-        out_row_ptr,
-        out_head_stride,
-        sinks_ptr,
-        first_head,
-        COUNT: tl.constexpr,  # of heads
-        G: tl.constexpr,
-        DV: tl.constexpr,
-        BLOCK_C: tl.constexpr,
-        BLOCK_DV: tl.constexpr,
-        BLOCK_S: tl.constexpr,
-        HAS_SINKS: tl.constexpr,
-    ):
-        """The softmax over all splits of some heads, several splits at a time to have their loads in flight together.
+@triton.jit(do_not_specialize=["window"])
+def decode_attention_kernel(  # type: ignore[no-untyped-def]
+    q_ptr,
+    k_address,
+    v_address,
+    slots_ptr,
+    counters_ptr,
+    out_ptr,
+    partials_ptr,
+    ends_ptr,
+    starts_ptr,
+    sinks_ptr,
+    out_stride,
+    out_head_stride,
+    window,
+    q_stride,
+    q_head_stride,
+    k_slot_stride,
+    k_row_stride,
+    v_slot_stride,
+    v_row_stride,
+    scale,
+    cap,
+    K_HEAD_STRIDE: tl.constexpr,
+    V_HEAD_STRIDE: tl.constexpr,
+    DTYPE: tl.constexpr,
+    ALIGN: tl.constexpr,
+    G: tl.constexpr,  # query heads to a KV head
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_G: tl.constexpr,  # G as a matrix multiplication takes it, BLOCK_C as little as possible
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    HAS_STARTS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    FUSED: tl.constexpr,
+    PDL: tl.constexpr,
+    STAGES: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    split, num_splits = tl.program_id(0), tl.num_programs(0)
+    kv_head, num_kv_heads = tl.program_id(1), tl.num_programs(1)
+    sequence = tl.program_id(2).to(tl.int64)
+    first, end, chunk, splits = _divide(sequence, num_splits, ends_ptr, starts_ptr, window, BLOCK_N, HAS_STARTS)
+    if split >= splits:
+        return
+    first += split * chunk
+    end = tl.minimum(first + chunk, end)
 
-        The loads pass over the first-level cache, which other SMs' stores do not reach.
-        """
-        head = tl.arange(0, BLOCK_C)
-        inside = head < COUNT
-        columns = tl.arange(0, BLOCK_DV)[None, None, :]
-        m_ptr = partials_ptr + num_indices * DV
-        total_ptr = m_ptr + num_indices
-        m = tl.full((BLOCK_C,), float("-inf"), tl.float32)
-        total = tl.zeros((BLOCK_C,), tl.float32)
-        acc = tl.zeros((BLOCK_C, BLOCK_DV), tl.float32)
-        for first in tl.range(0, splits, BLOCK_S):
-            split = first + tl.arange(0, BLOCK_S)
-            index = first_index + split[:, None] * G + head[None, :]
-            there = (split < splits)[:, None] & inside[None, :]
-            parts = tl.load(
-                partials_ptr + index[:, :, None] * DV + columns,
-                mask=there[:, :, None] & (columns < DV),
-                other=0.0,
-                cache_modifier=".cg",
-            )
-            # A finite stand-in for what is not there: of it and minus infinity no NaN comes.
-            part_m = tl.load(m_ptr + index, mask=there, other=-1e38, cache_modifier=".cg")
-            part_total = tl.load(total_ptr + index, mask=there, other=0.0, cache_modifier=".cg")
-            new_m = tl.maximum(m, tl.max(part_m, 0))
-            weights = tl.exp2(part_m - new_m[None, :])
-            shrink = tl.exp2(m - new_m)
-            total = total * shrink + tl.sum(part_total * weights, 0)
-            acc = acc * shrink[:, None] + tl.sum(parts * weights[:, :, None], 0)
-            m = new_m
+    head = tl.arange(0, BLOCK_G)
+    row = tl.arange(0, BLOCK_N)
+    column = tl.arange(0, BLOCK_D)[None, :]
+    v_column = tl.arange(0, BLOCK_DV)[None, :]
+    inside = head < G
+    q_mask = inside[:, None] if D == BLOCK_D else inside[:, None] & (column < D)
+    q_row_ptr = q_ptr + sequence * q_stride + kv_head * G * q_head_stride
+    q = tl.load(q_row_ptr + head[:, None] * q_head_stride + column, mask=q_mask, other=0.0)
+
+    slot = tl.load(slots_ptr + sequence).to(tl.int64)
+    k_ptr = tl.multiple_of(k_address.to(tl.int64).to(tl.pointer_type(DTYPE)), ALIGN)
+    v_ptr = tl.multiple_of(v_address.to(tl.int64).to(tl.pointer_type(DTYPE)), ALIGN)
+    long_first, long_row = first.to(tl.int64), row.to(tl.int64)[:, None]
+    k_tile = k_ptr + slot * k_slot_stride + long_first * k_row_stride + kv_head * K_HEAD_STRIDE
+    v_tile = v_ptr + slot * v_slot_stride + long_first * v_row_stride + kv_head * V_HEAD_STRIDE
+    k_tile = k_tile + long_row * k_row_stride + column
+    v_tile = v_tile + long_row * v_row_stride + v_column
+    k_step = tl.full((), BLOCK_N, tl.int64) * k_row_stride
+    v_step = tl.full((), BLOCK_N, tl.int64) * v_row_stride
+
+    m = tl.full((BLOCK_G,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_G,), tl.float32)
+    acc = tl.zeros((BLOCK_G, BLOCK_DV), tl.float32)
+    rows = tl.maximum(end - first, 0)
+    full = rows // BLOCK_N
+    for _ in tl.range(0, full, num_stages=STAGES):
+        k = tl.load(k_tile) if D == BLOCK_D else tl.load(k_tile, mask=column < D, other=0.0)
+        v = tl.load(v_tile) if DV == BLOCK_DV else tl.load(v_tile, mask=v_column < DV, other=0.0)
+        m, total, acc = _attend(q, k, v, inside, m, total, acc, scale, cap, False, HAS_SOFTCAP, WIDEN)
+        k_tile += k_step
+        v_tile += v_step
+    if full * BLOCK_N < rows:
+        shown = row < rows - full * BLOCK_N
+        k = tl.load(k_tile, mask=shown[:, None] & (column < D), other=0.0)
+        v = tl.load(v_tile, mask=shown[:, None] & (v_column < DV), other=0.0)
+        m, total, acc = _attend(q, k, v, shown, m, total, acc, scale, cap, True, HAS_SOFTCAP, WIDEN)
+
+    out_row_ptr = out_ptr + sequence * out_stride
+    first_head = kv_head * G
+    if SPLIT and splits > 1:
+        pair = sequence * num_kv_heads + kv_head
+        num_indices = tl.num_programs(2).to(tl.int64) * num_kv_heads * num_splits * G
+        first_index = pair * num_splits * G
+        index = first_index + split * G + head
+        part_ptr = partials_ptr + index[:, None] * DV + v_column
+        tl.store(part_ptr, acc, mask=inside[:, None] & (v_column < DV), cache_modifier=".cg")
+        m_ptr = partials_ptr + num_indices * DV + index
+        tl.store(m_ptr, m, mask=inside, cache_modifier=".cg")
+        tl.store(m_ptr + num_indices, total, mask=inside, cache_modifier=".cg")
+        if FUSED:
+            tl.debug_barrier()  # the stores of all threads come before the one thread's release
+            if tl.atomic_add(counters_ptr + pair, 1, sem="acq_rel") == splits - 1:
+                _combine(
+                    partials_ptr,
+                    first_index,
+                    num_indices,
+                    splits,
+                    out_row_ptr,
+                    out_head_stride,
+                    sinks_ptr,
+                    first_head,
+                    G,
+                    G,
+                    DV,
+                    BLOCK_C,
+                    BLOCK_DV,
+                    BLOCK_S,
+                    HAS_SINKS,
+                )
+                tl.store(counters_ptr + pair, 0)
+    else:
         _write(out_row_ptr, out_head_stride, sinks_ptr, first_head + head, inside, m, total, acc, DV, HAS_SINKS)
 
-    @triton.jit(do_not_specialize=["window"])
-    def decode_attention_kernel(  # type: ignore[no-untyped-def]
-        q_ptr,
-        k_address,
-        v_address,
-        slots_ptr,
-        counters_ptr,
-        out_ptr,
-        partials_ptr,
-        ends_ptr,
-        starts_ptr,
-        sinks_ptr,
-        out_stride,
-        out_head_stride,
-        window,
-        q_stride,
-        q_head_stride,
-        k_slot_stride,
-        k_row_stride,
-        v_slot_stride,
-        v_row_stride,
-        scale,
-        cap,
-        K_HEAD_STRIDE: tl.constexpr,
-        V_HEAD_STRIDE: tl.constexpr,
-        DTYPE: tl.constexpr,
-        ALIGN: tl.constexpr,
-        G: tl.constexpr,  # query heads to a KV head
-        D: tl.constexpr,
-        DV: tl.constexpr,
-        BLOCK_N: tl.constexpr,
-        BLOCK_G: tl.constexpr,  # G as a matrix multiplication takes it, BLOCK_C as little as possible
-        BLOCK_C: tl.constexpr,
-        BLOCK_D: tl.constexpr,
-        BLOCK_DV: tl.constexpr,
-        BLOCK_S: tl.constexpr,
-        HAS_STARTS: tl.constexpr,
-        HAS_SOFTCAP: tl.constexpr,
-        HAS_SINKS: tl.constexpr,
-        SPLIT: tl.constexpr,
-        FUSED: tl.constexpr,
-        PDL: tl.constexpr,
-        STAGES: tl.constexpr,
-        WIDEN: tl.constexpr,
-    ):
-        if PDL:
-            gdc_launch_dependents()
-            gdc_wait()
-        split, num_splits = tl.program_id(0), tl.num_programs(0)
-        kv_head, num_kv_heads = tl.program_id(1), tl.num_programs(1)
-        sequence = tl.program_id(2).to(tl.int64)
-        first, end, chunk, splits = _divide(sequence, num_splits, ends_ptr, starts_ptr, window, BLOCK_N, HAS_STARTS)
-        if split >= splits:
-            return
-        first += split * chunk
-        end = tl.minimum(first + chunk, end)
 
-        head = tl.arange(0, BLOCK_G)
-        row = tl.arange(0, BLOCK_N)
-        column = tl.arange(0, BLOCK_D)[None, :]
-        v_column = tl.arange(0, BLOCK_DV)[None, :]
-        inside = head < G
-        q_mask = inside[:, None] if D == BLOCK_D else inside[:, None] & (column < D)
-        q_row_ptr = q_ptr + sequence * q_stride + kv_head * G * q_head_stride
-        q = tl.load(q_row_ptr + head[:, None] * q_head_stride + column, mask=q_mask, other=0.0)
+@triton.jit(do_not_specialize=["window", "num_splits"])
+def combine_kernel(  # type: ignore[no-untyped-def]
+    out_ptr,
+    partials_ptr,
+    ends_ptr,
+    starts_ptr,
+    sinks_ptr,
+    out_stride,
+    out_head_stride,
+    window,
+    num_splits,
+    G: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    HAS_STARTS: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    head, num_heads = tl.program_id(0), tl.num_programs(0)
+    sequence = tl.program_id(1).to(tl.int64)
+    _first, _end, _chunk, splits = _divide(sequence, num_splits, ends_ptr, starts_ptr, window, BLOCK_N, HAS_STARTS)
+    if splits > 1:  # else the only one has written the output
+        _combine(
+            partials_ptr,
+            (sequence * num_heads + head // G * G) * num_splits + head % G,
+            tl.num_programs(1).to(tl.int64) * num_heads * num_splits,
+            splits,
+            out_ptr + sequence * out_stride,
+            out_head_stride,
+            sinks_ptr,
+            head,
+            1,
+            G,
+            DV,
+            1,
+            BLOCK_DV,
+            BLOCK_S,
+            HAS_SINKS,
+        )
 
-        slot = tl.load(slots_ptr + sequence).to(tl.int64)
-        k_ptr = tl.multiple_of(k_address.to(tl.int64).to(tl.pointer_type(DTYPE)), ALIGN)
-        v_ptr = tl.multiple_of(v_address.to(tl.int64).to(tl.pointer_type(DTYPE)), ALIGN)
-        long_first, long_row = first.to(tl.int64), row.to(tl.int64)[:, None]
-        k_tile = k_ptr + slot * k_slot_stride + long_first * k_row_stride + kv_head * K_HEAD_STRIDE
-        v_tile = v_ptr + slot * v_slot_stride + long_first * v_row_stride + kv_head * V_HEAD_STRIDE
-        k_tile = k_tile + long_row * k_row_stride + column
-        v_tile = v_tile + long_row * v_row_stride + v_column
-        k_step = tl.full((), BLOCK_N, tl.int64) * k_row_stride
-        v_step = tl.full((), BLOCK_N, tl.int64) * v_row_stride
 
-        m = tl.full((BLOCK_G,), float("-inf"), tl.float32)
-        total = tl.zeros((BLOCK_G,), tl.float32)
-        acc = tl.zeros((BLOCK_G, BLOCK_DV), tl.float32)
-        rows = tl.maximum(end - first, 0)
-        full = rows // BLOCK_N
-        for _ in tl.range(0, full, num_stages=STAGES):
-            k = tl.load(k_tile) if D == BLOCK_D else tl.load(k_tile, mask=column < D, other=0.0)
-            v = tl.load(v_tile) if DV == BLOCK_DV else tl.load(v_tile, mask=v_column < DV, other=0.0)
-            m, total, acc = _attend(q, k, v, inside, m, total, acc, scale, cap, False, HAS_SOFTCAP, WIDEN)
-            k_tile += k_step
-            v_tile += v_step
-        if full * BLOCK_N < rows:
-            shown = row < rows - full * BLOCK_N
-            k = tl.load(k_tile, mask=shown[:, None] & (column < D), other=0.0)
-            v = tl.load(v_tile, mask=shown[:, None] & (v_column < DV), other=0.0)
-            m, total, acc = _attend(q, k, v, shown, m, total, acc, scale, cap, True, HAS_SOFTCAP, WIDEN)
-
-        out_row_ptr = out_ptr + sequence * out_stride
-        first_head = kv_head * G
-        if SPLIT and splits > 1:
-            pair = sequence * num_kv_heads + kv_head
-            num_indices = tl.num_programs(2).to(tl.int64) * num_kv_heads * num_splits * G
-            first_index = pair * num_splits * G
-            index = first_index + split * G + head
-            part_ptr = partials_ptr + index[:, None] * DV + v_column
-            tl.store(part_ptr, acc, mask=inside[:, None] & (v_column < DV), cache_modifier=".cg")
-            m_ptr = partials_ptr + num_indices * DV + index
-            tl.store(m_ptr, m, mask=inside, cache_modifier=".cg")
-            tl.store(m_ptr + num_indices, total, mask=inside, cache_modifier=".cg")
-            if FUSED:
-                tl.debug_barrier()  # the stores of all threads come before the one thread's release
-                if tl.atomic_add(counters_ptr + pair, 1, sem="acq_rel") == splits - 1:
-                    _combine(
-                        partials_ptr,
-                        first_index,
-                        num_indices,
-                        splits,
-                        out_row_ptr,
-                        out_head_stride,
-                        sinks_ptr,
-                        first_head,
-                        G,
-                        G,
-                        DV,
-                        BLOCK_C,
-                        BLOCK_DV,
-                        BLOCK_S,
-                        HAS_SINKS,
-                    )
-                    tl.store(counters_ptr + pair, 0)
-        else:
-            _write(out_row_ptr, out_head_stride, sinks_ptr, first_head + head, inside, m, total, acc, DV, HAS_SINKS)
-
-    @triton.jit(do_not_specialize=["window", "num_splits"])
-    def combine_kernel(  # type: ignore[no-untyped-def]
-        out_ptr,
-        partials_ptr,
-        ends_ptr,
-        starts_ptr,
-        sinks_ptr,
-        out_stride,
-        out_head_stride,
-        window,
-        num_splits,
-        G: tl.constexpr,
-        DV: tl.constexpr,
-        BLOCK_N: tl.constexpr,
-        BLOCK_DV: tl.constexpr,
-        BLOCK_S: tl.constexpr,
-        HAS_STARTS: tl.constexpr,
-        HAS_SINKS: tl.constexpr,
-        PDL: tl.constexpr,
-    ):
-        if PDL:
-            gdc_launch_dependents()
-            gdc_wait()
-        head, num_heads = tl.program_id(0), tl.num_programs(0)
-        sequence = tl.program_id(1).to(tl.int64)
-        _first, _end, _chunk, splits = _divide(sequence, num_splits, ends_ptr, starts_ptr, window, BLOCK_N, HAS_STARTS)
-        if splits > 1:  # else the only one has written the output
-            _combine(
-                partials_ptr,
-                (sequence * num_heads + head // G * G) * num_splits + head % G,
-                tl.num_programs(1).to(tl.int64) * num_heads * num_splits,
-                splits,
-                out_ptr + sequence * out_stride,
-                out_head_stride,
-                sinks_ptr,
-                head,
-                1,
-                G,
-                DV,
-                1,
-                BLOCK_DV,
-                BLOCK_S,
-                HAS_SINKS,
-            )
-
-    return decode_attention_kernel, combine_kernel
+@triton.jit
+def append_kernel(  # type: ignore[no-untyped-def]
+    new_k_ptr,
+    new_v_ptr,
+    ends_ptr,  # tokens of each sequence, the new one included
+    k_address,  # a number: Triton's interpreter would copy a tensor, memory that is not there included
+    v_address,
+    new_k_stride,
+    new_k_head_stride,
+    new_v_stride,
+    new_v_head_stride,
+    k_stride,
+    k_row_stride,
+    k_head_stride,
+    v_stride,
+    v_row_stride,
+    v_head_stride,
+    DTYPE: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    """Append one token of each of equally long sequences to K and V of a layer: a program for a KV head of a sequence,
+    grid ``(batch, num_kv_heads, 1)``."""
+    sequence = tl.program_id(0).to(tl.int64)  # a cache has more than 2^31 elements
+    head = tl.program_id(1).to(tl.int64)
+    row = tl.load(ends_ptr + sequence).to(tl.int64) - 1
+    column, v_column = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    new_k = tl.load(new_k_ptr + sequence * new_k_stride + head * new_k_head_stride + column, mask=column < D)
+    new_v = tl.load(new_v_ptr + sequence * new_v_stride + head * new_v_head_stride + v_column, mask=v_column < DV)
+    k_ptr = k_address.to(tl.int64).to(tl.pointer_type(DTYPE))
+    v_ptr = v_address.to(tl.int64).to(tl.pointer_type(DTYPE))
+    k_row = k_ptr + sequence * k_stride + row * k_row_stride + head * k_head_stride
+    v_row = v_ptr + sequence * v_stride + row * v_row_stride + head * v_head_stride
+    tl.store(k_row + column, new_k, mask=column < D)
+    tl.store(v_row + v_column, new_v, mask=v_column < DV)

@@ -7,20 +7,19 @@ rows there are is the host's to say.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
 
 from ..ops.relaunch import Relaunch
-from ..ops.triton_support import address_of, interpreted, require_triton
+from ..ops.triton_support import address_of, interpreted, next_power_of_2, require_triton
 from .triton_decode import DecodeWorkspace, TritonDecodeAttention
-from .triton_decode_kernels import kernels
-from .uniform_append import append_kernel
 
 __all__ = ["StepState", "UniformStep", "supports_uniform_step"]
 
 _ATTENTION = TritonDecodeAttention()
+_num_splits = lru_cache(64)(_ATTENTION.num_splits)  # all layers of a step ask the same
 
 
 def supports_uniform_step(device: torch.device, dtype: torch.dtype, head_dim: int, v_head_dim: int) -> bool:
@@ -29,49 +28,30 @@ def supports_uniform_step(device: torch.device, dtype: torch.dtype, head_dim: in
     return not interpreted() and _ATTENTION.supports(device, dtype, max(head_dim, v_head_dim)) is None
 
 
-@dataclass
 class StepState:
     """What the layers of one cache share: they attend one after another.
 
-    Attributes:
+    Args:
         batch_size: sequences, in slots 0, 1, ….
         max_rows: that a sequence may have.
     """
 
-    batch_size: int
-    max_rows: int
-    device: torch.device
-    slots: torch.Tensor = field(init=False)
-    _ends: torch.Tensor = field(init=False)
-    _end: int | None = field(init=False, default=None)
-    _splits: dict[tuple[int, int | None], int] = field(init=False, default_factory=dict)
-    _starts: tuple[tuple[int, ...], torch.Tensor] | None = field(init=False, default=None)
-    _workspaces: dict[tuple[int, int, int], DecodeWorkspace] = field(init=False, default_factory=dict)
-
-    def __post_init__(self) -> None:
+    def __init__(self, batch_size: int, max_rows: int, device: torch.device) -> None:
+        self.batch_size, self.max_rows, self.device = batch_size, max_rows, device
         with torch.inference_mode(False):  # or nothing could be written to them outside of it
-            self.slots = torch.arange(self.batch_size, dtype=torch.int32, device=self.device)
+            self.slots = torch.arange(batch_size, dtype=torch.int32, device=device)
             self._ends = torch.zeros_like(self.slots)
+        self._end: int | None = None
+        self._starts: tuple[tuple[int, ...], torch.Tensor] | None = None
+        self._workspaces: dict[tuple[int, int, int], DecodeWorkspace] = {}
 
     def ends(self, end: int) -> torch.Tensor:
         """``[batch_size]`` int32, all ``end``; filled for the first layer of a pass."""
         if self._end != end:
             self._end = None  # until it is done
             self._ends.fill_(end)
-            self._splits.clear()
             self._end = end
         return self._ends
-
-    def splits(self, num_kv_heads: int, end: int, window: int | None) -> int:
-        """Programs for each context of ``end`` rows."""
-        key = (num_kv_heads, window)
-        if self._end != end or key not in self._splits:
-            rows = end if window is None else min(end, window)
-            splits = _ATTENTION.num_splits(self.batch_size, num_kv_heads, rows, self.device)
-            if self._end != end:
-                return splits
-            self._splits[key] = splits
-        return self._splits[key]
 
     def starts(self, starts: tuple[int, ...]) -> torch.Tensor:
         """``[batch_size]`` int32; a new one waits for the copy."""
@@ -157,50 +137,37 @@ class UniformStep:
         out = q.new_empty((batch_size, 1, num_heads, self._v_head_dim))
         ends = state.ends(end)
         first_rows = ends if starts is None else state.starts(starts)
-        key = (
-            q.stride(),
-            num_heads,
-            scale,
-            window,
-            softcap,
-            None if sinks is None else sinks.dtype,
-            starts is None,
-        )
+        sinks_dtype = None if sinks is None else sinks.dtype
+        key = (q.stride(), num_heads, scale, window, softcap, sinks_dtype, starts is None)
         if key != self._key:
             self._key = None  # should this be interrupted
-            features: dict[str, Any] = {
-                "scale": scale,
-                "window": window,
-                "softcap": softcap,
-                "sinks": sinks,
-            }
-            self._launch = self._prepare(q, out, None if starts is None else first_rows, **features)
+            features: dict[str, Any] = {"window": window, "softcap": softcap, "sinks": sinks}
+            scale = q.shape[3] ** -0.5 if scale is None else scale
+            self._launch = self._prepare(q, out, None if starts is None else first_rows, scale=scale, **features)
             self._key = key
-        grid = (state.splits(self._num_kv_heads, end, window), self._num_kv_heads, batch_size)
+        rows = end if window is None else min(end, window)
+        splits = _num_splits(batch_size, self._num_kv_heads, rows, state.device)
+        grid = (splits, self._num_kv_heads, batch_size)
         self._launch(grid, q, out, ends, first_rows, q if sinks is None else sinks)
         return out
 
-    def _prepare(
-        self,
-        q: torch.Tensor,
-        out: torch.Tensor,
-        starts: torch.Tensor | None,
-        scale: float | None,
-        **features: Any,
-    ) -> Relaunch:
+    def _prepare(self, q: torch.Tensor, out: torch.Tensor, starts: torch.Tensor | None, **options: Any) -> Relaunch:
+        from .triton_decode_kernels import decode_attention_kernel
+
         state = self._state
-        arguments, options = _ATTENTION.arguments(
+        arguments, compiled = _ATTENTION.arguments(
             *(q.squeeze(2), self._k, self._v, out.squeeze(1), state.slots, state.slots, starts),
             workspace=state.workspace(q.shape[1], self._num_kv_heads, self._v_head_dim),
-            scale=q.shape[3] ** -0.5 if scale is None else scale,
-            **features,
+            **options,
         )
         varying = ("q_ptr", "out_ptr", "ends_ptr", "starts_ptr", "sinks_ptr")
         for name in varying:
             del arguments[name]
-        return Relaunch(kernels()[0], arguments, varying, q.device, options)
+        return Relaunch(decode_attention_kernel, arguments, varying, q.device, compiled)
 
     def _prepare_append(self, new_k: torch.Tensor, new_v: torch.Tensor) -> Relaunch:
+        from .triton_decode_kernels import append_kernel
+
         k, v = self._k, self._v
         (k_address, dtype, _), (v_address, _, _) = address_of(k), address_of(v)
         arguments: dict[str, Any] = {"k_address": k_address, "v_address": v_address, "DTYPE": dtype}
@@ -209,5 +176,5 @@ class UniformStep:
             arguments[f"new_{name}_stride"], arguments[f"new_{name}_head_stride"] = new.stride(0), new.stride(1)
             strides = zip((f"{name}_stride", f"{name}_row_stride", f"{name}_head_stride"), view.stride(), strict=False)
             arguments.update(strides)
-        arguments["BLOCK_D"], arguments["BLOCK_DV"] = (1 << (x.shape[3] - 1).bit_length() for x in (k, v))
-        return Relaunch(append_kernel(), arguments, ("new_k_ptr", "new_v_ptr", "ends_ptr"), k.device, {"num_warps": 1})
+        arguments["BLOCK_D"], arguments["BLOCK_DV"] = (next_power_of_2(x.shape[3]) for x in (k, v))
+        return Relaunch(append_kernel, arguments, ("new_k_ptr", "new_v_ptr", "ends_ptr"), k.device, {"num_warps": 1})

@@ -44,10 +44,9 @@ class Experiment:
         """Why it cannot run here, or None."""
         found = re.search(r"^NEEDS = \((.*?)\)", (self.folder / "run.py").read_text(), re.MULTILINE)
         for need in re.findall(r'"([\w.]+)"', found[1] if found else ""):
-            if need == "cuda":
-                if not torch.cuda.is_available():
-                    return "needs an NVIDIA GPU, and PyTorch finds none"
-            elif importlib.util.find_spec(need) is None:
+            if need == "cuda" and not torch.cuda.is_available():
+                return "needs an NVIDIA GPU, and PyTorch finds none"
+            if need != "cuda" and importlib.util.find_spec(need) is None:
                 return f"needs the module {need}, which is not installed (in a clone: pip install '.[experiments,hf]')"
         return None
 

@@ -1,4 +1,4 @@
-"""``vattn chat``: a conversation on the terminal, or of the lines of a pipe."""
+"""``vattn chat``: a conversation on a terminal, or with the lines of a pipe."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def chat(args: argparse.Namespace) -> None:
 
 
 def _read_message(is_terminal: bool) -> str | None:
-    """The next line; None where the input has ended. Ctrl-C drops the line that was begun on a terminal."""
+    """The next line; None at the end of the input. On a terminal Ctrl-C drops the line that was begun."""
     if is_terminal:
         with suppress(ImportError):
             import readline  # noqa: F401 - from then on input() has a history and can be edited
@@ -75,7 +75,7 @@ def _read_message(is_terminal: bool) -> str | None:
 
 
 class _Conversation:
-    """What was said so far. Each answer computes all of it anew: the engine keeps no K and V between requests."""
+    """What was said so far. Each answer computes all of it again: the engine keeps no K and V between requests."""
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, args: argparse.Namespace) -> None:
         self._engine = engine
@@ -88,7 +88,7 @@ class _Conversation:
         self._capacity = engine.longest
 
     def answer(self, message: str) -> None:
-        """Write what the model says to a message; Ctrl-C ends it early, and what was said stays in the history.
+        """Write the model's answer to a message. Ctrl-C ends it early; what was said stays in the history.
 
         Raises:
             ConfigError: the message leaves no room for an answer; the history is what it was.
@@ -110,7 +110,7 @@ class _Conversation:
         )
 
     def _generate(self, prompt: list[int]) -> tuple[list[int], str, str]:
-        """(tokens, text, what to say of its end), written as it comes."""
+        """Write an answer as it comes; returns (tokens, text, a note on how it ended)."""
         args = self._args
         request = Request(
             prompt,
@@ -144,7 +144,7 @@ class _Conversation:
         return tokens, text, ending
 
     def _prompt(self, turns: list[dict[str, str]]) -> tuple[list[int], list[dict[str, str]]]:
-        """(the conversation as tokens, its turns), less the oldest where all do not fit."""
+        """(the conversation as tokens, its turns), without the oldest turns where all of them do not fit."""
         while True:
             prompt = self._tokenizer.encode_chat([*self._system, *turns])
             if len(prompt) < self._capacity:

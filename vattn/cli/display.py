@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from types import FrameType
-from typing import Protocol
+from typing import Self
 
 from rich.console import Console, Group
 from rich.control import Control
@@ -23,62 +23,43 @@ from ..stats import CacheStats
 from .report import format_bytes
 from .text import one_line, printable
 
-__all__ = ["Display", "LineDisplay", "LiveDisplay", "NoDisplay", "display_for"]
+__all__ = ["Display", "LineDisplay", "LiveDisplay", "display_for"]
 
-# What ends or stops a process by default and comes from outside: kill, a closed terminal, Ctrl-\, Ctrl-Z. Ctrl-C is an
-# exception of Python's.
+# Signals that end or stop a process by default: of kill, a closed terminal, Ctrl-\, Ctrl-Z. Ctrl-C is an exception.
 _ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP)
 
 
-class Display(Protocol):
-    """Is told of every piece of text and every step; used as a context manager around the run."""
+class Display:
+    """Is told of every piece of text and of every step, and shows nothing; a context manager around the run."""
 
-    def __enter__(self) -> Display: ...
-
-    def __exit__(self, *_: object) -> None: ...
-
-    def add(self, index: int, piece: str) -> None:
-        """More text of prompt ``index``, possibly none."""
-        ...
-
-    def finish(self, index: int) -> None:
-        """Prompt ``index`` is complete."""
-        ...
-
-    def progress(self, num_tokens: int, stats: CacheStats) -> None:
-        """After each step: new tokens so far, and the cache as it is."""
-        ...
-
-
-class NoDisplay:
-    """For ``--json``."""
-
-    def __enter__(self) -> NoDisplay:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         pass
 
     def add(self, index: int, piece: str) -> None:
-        pass
+        """More text of prompt ``index``, possibly none."""
 
     def finish(self, index: int) -> None:
-        pass
+        """Prompt ``index`` is complete."""
 
     def progress(self, num_tokens: int, stats: CacheStats) -> None:
-        pass
+        """After each step: new tokens so far, and the cache as it is."""
 
 
-class LineDisplay(NoDisplay):
-    """Prints each line once it is complete; when there are several prompts, with the number of its prompt, and the
-    prompts first, unless it is to be quiet."""
+class LineDisplay(Display):
+    """Prints each line once it is complete.
+
+    Of several prompts, each line has its prompt's number, and the prompts come first unless ``quiet``.
+    """
 
     def __init__(self, prompts: Sequence[str], quiet: bool = False) -> None:
         self._prompts = prompts
         self._quiet = quiet
         self._partial = [""] * len(prompts)
 
-    def __enter__(self) -> LineDisplay:
+    def __enter__(self) -> Self:
         if len(self._prompts) > 1 and not self._quiet:
             for index, prompt in enumerate(self._prompts):
                 self._print(index, f"> {one_line(prompt, 80)}")
@@ -98,8 +79,8 @@ class LineDisplay(NoDisplay):
         print(f"[{index + 1}] {line}".rstrip() if len(self._partial) > 1 else line, flush=True)
 
 
-class LiveDisplay:
-    """The last words of every running prompt above a line of figures; completed texts scroll away above them."""
+class LiveDisplay(Display):
+    """The last words of every running prompt, above a line of figures. Completed texts scroll away above both."""
 
     def __init__(self, console: Console, prompts: Sequence[str]) -> None:
         self._console = console
@@ -112,7 +93,7 @@ class LiveDisplay:
         self._live = Live(self._render(), console=console, refresh_per_second=8, transient=True)
         self._exit = ExitStack()
 
-    def __enter__(self) -> LiveDisplay:
+    def __enter__(self) -> Self:
         with ExitStack() as stack:
             stack.enter_context(_cursor_shown_at_the_end(console=self._console))
             stack.enter_context(self._live)
@@ -156,7 +137,7 @@ class LiveDisplay:
 
 
 def display_for(prompts: Sequence[str], *, quiet: bool) -> Display:
-    """A live view where stdout is a terminal that can move its cursor; lines elsewhere, and where it is to be quiet."""
+    """A live view on a terminal that can move its cursor; lines elsewhere, and where ``quiet``."""
     console = Console(highlight=False)
     if quiet or not sys.stdout.isatty() or console.is_dumb_terminal:
         return LineDisplay(prompts, quiet)
@@ -165,10 +146,9 @@ def display_for(prompts: Sequence[str], *, quiet: bool) -> Display:
 
 @contextmanager
 def _cursor_shown_at_the_end(console: Console) -> Iterator[None]:
-    """Show the cursor, which a live view hides, before a signal ends the process or stops it until the shell's ``fg``.
+    """Show the cursor, which a live view hides, before a signal ends the process, or stops it until the shell's ``fg``.
 
-    The signal then does what it does by default, so that the shell learns what happened. Nothing is unwound: memory
-    goes with the process.
+    The signal then has its default effect, which the shell sees. No ``finally`` runs: the memory goes with the process.
     """
     descriptor = console.file.fileno()
     show, hide = (str(Control.show_cursor(shown)).encode() for shown in (True, False))

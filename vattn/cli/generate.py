@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..engine import Engine, Request, Sampling
 from ..errors import ConfigError
-from .display import Display, NoDisplay, display_for
+from .display import Display, display_for
 from .model import Place, opened_cache, place_for
 from .report import Meter, memory_table, show
 from .speed import ModelWork, StepTimes, measure_limits, speed_table, throughput
@@ -81,7 +81,7 @@ def generate(args: argparse.Namespace) -> None:
     with opened_cache(place, model, min(len(prompts), args.max_batch or _MAX_BATCH)) as cache:
         with Engine(model, cache, attention=place.attention) as engine:
             _submit(engine, answers, args, tokenizer.stop_tokens)
-            with NoDisplay() if args.json else display_for(prompts, quiet=args.quiet) as display:
+            with Display() if args.json else display_for(prompts, quiet=args.quiet) as display:
                 _run(engine, answers, tokenizer, display, meter, times)
         end = cache.stats()
     if args.quiet:

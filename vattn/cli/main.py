@@ -1,11 +1,12 @@
 """The ``vattn`` command: ``generate``, ``chat``, ``tune``, ``bench`` and ``info``.
 
-Exit codes: 0, 1 when the machine failed us, 2 when the caller must change something, 130 on Ctrl-C. Errors are one line
-on stderr.
+Exit codes: 0 for success, 1 where the machine failed, 2 where the caller must change something, 130 for Ctrl-C. An
+error is one line on stderr.
 """
 
 from __future__ import annotations
 
+import importlib
 import io
 import os
 import sys
@@ -55,33 +56,15 @@ def _run(argv: Sequence[str] | None) -> int:
         args = parser().parse_args(argv)
     except SystemExit as end:  # --help and --version
         return end.code if isinstance(end.code, int) else 0
-    if args.command == "generate":
-        sleep_while_waiting()
-        from .generate import generate
-
-        generate(args)
-    elif args.command == "chat":
-        sleep_while_waiting()
-        from .chat import chat
-
-        chat(args)
-    elif args.command == "bench":
-        from .bench import bench
-
-        bench(args)
-    elif args.command == "tune":
-        from .tune import tune
-
-        tune(args)
-    else:
-        from .info import info
-
-        info(args)
+    if args.command in ("generate", "chat"):
+        sleep_while_waiting()  # before the command's module imports torch
+    # Each command is the function of its name, in the module of its name.
+    getattr(importlib.import_module(f".{args.command}", __package__), args.command)(args)
     return 0
 
 
 def _prepare_streams() -> None:
-    """Closed descriptors get /dev/null: a file opened next would get their number, and what is meant for stderr."""
+    """Put /dev/null in place of closed descriptors, whose numbers files opened later would take, and stderr's text."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
@@ -97,7 +80,7 @@ def _prepare_streams() -> None:
 
 
 def _write_no_more(stream: TextIO | None) -> None:
-    """Python would complain once more when it flushes the stream at exit."""
+    """Send the stream to /dev/null: Python flushes it at exit, and would report the same error again."""
     if stream is not None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ..attention import AttentionBackend, get
+from ..attention import choose
 from ..driver import Driver, open_driver
 from ..engine import RuntimeModel
 from ..engine.opening import opened_cache as cache_for
@@ -47,14 +47,13 @@ def place_for(args: argparse.Namespace) -> Place:
 
     if not args.model:
         raise ConfigError("--model is empty; expected smollm2, a folder or a .gguf file")
-    backend = None if args.attention is None else get(args.attention)
     with opened_driver(args.device) as driver:
         device = driver.device
         if args.memory_limit is not None:
             choose_memory_limit(driver, args.memory_limit, driver.default_page_bytes)
     dtype = dtype_for(args.dtype, device)
-    if backend is not None:
-        _require_support(backend, device, dtype, _USUAL_HEAD_DIM)
+    if args.attention is not None:
+        choose(device, dtype, _USUAL_HEAD_DIM, name=args.attention)
     path = find(args.model)
     if device.type == "cpu":
         use_all_cores()
@@ -79,11 +78,6 @@ def dtype_for(name: str | None, device: torch.device) -> torch.dtype:
     return chosen
 
 
-def _require_support(backend: AttentionBackend, device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
-    if reason := backend.supports(device, dtype, head_dim):
-        raise ConfigError(f"attention {backend.name!r} cannot be used here: {reason}")
-
-
 @contextmanager
 def opened_cache(place: Place, model: RuntimeModel, max_batch: int) -> Iterator[KVCache]:
     """For an engine that runs so many sequences together, of the model's whole context.
@@ -91,9 +85,9 @@ def opened_cache(place: Place, model: RuntimeModel, max_batch: int) -> Iterator[
     Raises:
         ConfigError: the backend asked for cannot run this model.
     """
-    backend = None if place.attention is None else get(place.attention)
-    if backend is not None:
-        _require_support(backend, place.device, place.dtype, model.config.head_dim)
+    backend = None
+    if place.attention is not None:
+        backend = choose(place.device, place.dtype, model.config.head_dim, name=place.attention)
     with cache_for(model, backend, max_batch, place.memory_limit) as cache:
         yield cache
 
@@ -104,9 +98,9 @@ def read_config(name: str) -> LlamaConfig:
     Raises:
         ConfigError: there is none, or it is not one of a model that runs here.
     """
-    from ..models.gguf import check_file, config_of
+    from ..models.files import read_json
+    from ..models.gguf import config_of, open_file
     from ..models.loader import find
-    from ..models.safetensors import read_json
 
     path = Path(name).expanduser()
     if (path / "config.json").is_file():
@@ -117,4 +111,4 @@ def read_config(name: str) -> LlamaConfig:
         found = find(name)
     except ConfigError as error:
         raise ConfigError(f"{error}; here a folder needs config.json only") from error
-    return config_of(check_file(found))
+    return config_of(open_file(found))

@@ -22,17 +22,15 @@ def parse_bytes(text: str) -> int:
     """``"256MiB"``, ``"1.5 GiB"``, ``"2GB"`` or plain bytes -> bytes.
 
     Raises:
-        ConfigError: anything else, nothing at all of it, or more than 2**63 - 1 bytes.
+        ConfigError: anything else, less than one byte, or more than 2**63 - 1.
     """
-    match = re.fullmatch(r"([0-9]+)(\.[0-9]+)?\s*([a-zA-Z]*)", text.strip())
-    if match is None or match[3].upper() not in _UNITS:
-        raise ConfigError(f"expected a size such as 256MiB, 2GiB or 1000000, got {_short(text)}")
-    unit = _UNITS[match[3].upper()]
-    # Digits beyond those of any memory are not converted: Python refuses to from 4,300 on.
-    whole = int(match[1]) if len(match[1]) < 30 else _INT64_MAX + 1
-    size = whole * unit + (int(float(match[2]) * unit) if match[2] else 0)
+    # Python converts no more than 4,300 digits; no memory has 30.
+    match = re.fullmatch(r"([0-9]{1,29})(\.[0-9]+)?\s*([a-zA-Z]*)", text.strip())
+    unit = _UNITS.get(match[3].upper(), 0) if match else 0
+    size = int(match[1]) * unit + int(float(match[2] or 0) * unit) if match else 0
     if not 1 <= size <= _INT64_MAX:
-        raise ConfigError(f"expected a size of at least one byte and below 8388608TiB, got {_short(text)}")
+        accepted = "a size of at least one byte and below 8388608TiB, such as 256MiB, 2GiB or 1000000"
+        raise ConfigError(f"expected {accepted}, got {_short(text)}")
     return size
 
 
@@ -40,14 +38,12 @@ def parse_whole(text: str, minimum: int, maximum: int = _INT64_MAX) -> int:
     """Digits -> int.
 
     Raises:
-        ConfigError: no digits and nothing else, or a number out of range.
+        ConfigError: anything but digits, or a number out of range.
     """
-    found = re.fullmatch(r"[+-]?[0-9]{1,19}", text.strip())
-    if found is None or not minimum <= int(text) <= maximum:
-        upper = "" if maximum == _INT64_MAX else f" and at most {maximum}"
-        below = " and below 2**63" if found is None and len(text) > 19 else upper
-        raise ConfigError(f"expected a whole number of at least {minimum}{below}, got {_short(text)}")
-    return int(text)
+    if re.fullmatch(r"[+-]?[0-9]{1,19}", text.strip()) and minimum <= int(text) <= maximum:
+        return int(text)
+    upper = "below 2**63" if maximum == _INT64_MAX else f"at most {maximum}"
+    raise ConfigError(f"expected a whole number of at least {minimum} and {upper}, got {_short(text)}")
 
 
 def _short(text: str) -> str:
@@ -55,7 +51,7 @@ def _short(text: str) -> str:
 
 
 def _value(parse: Callable[[str], object]) -> Callable[[str], object]:
-    """For argparse, which keeps the message of one kind of error only."""
+    """``parse`` for argparse, which shows the message of an ArgumentTypeError only."""
 
     def value(text: str) -> object:
         try:
@@ -84,7 +80,7 @@ def _real(accepted: str, is_accepted: Callable[[float], bool]) -> Callable[[str]
 
 
 class _OneLineParser(argparse.ArgumentParser):
-    """argparse without the usage text before each error, and without its silence where help cannot be written."""
+    """argparse, but an error is a ConfigError without the usage text, and help that cannot be written is an error."""
 
     def print_help(self, file: Any = None) -> None:
         print(self.format_help(), end="", file=file)
@@ -155,49 +151,27 @@ def parser() -> argparse.ArgumentParser:
         description="Drivers, devices and backends; or, of a model, how many sequences fit in a memory.",
     )
     add = info.add_argument
-    add(
-        "model",
-        nargs="?",
-        metavar="MODEL",
-        help="smollm2, a folder with config.json, or a .gguf file; reads no weights",
-    )
+    models = "smollm2, a folder with config.json, or a .gguf file; reads no weights"
+    add("model", nargs="?", metavar="MODEL", help=models)
     _add_place(info)
     add("--json", action="store_true", help="print one JSON document and nothing else")
     return top
 
 
 def _add_sampling(command: argparse.ArgumentParser, seeds: str, max_new_tokens: int) -> None:
-    add = command.add_argument
-    add(
-        "--max-new-tokens",
-        type=_whole(1),
-        default=max_new_tokens,
-        metavar="N",
-        help=f"of each answer (default: {max_new_tokens})",
-    )
-    add(
-        "--temperature",
-        type=_real("a finite number of at least 0", lambda number: 0 <= number <= _FLOAT32_MAX),
-        default=0.0,
-        metavar="T",
-        help="0 takes the most likely token (default: 0)",
-    )
-    add(
-        "--top-p",
-        type=_real("a number above 0 and at most 1", lambda number: 0 < number <= 1),
-        default=1.0,
-        metavar="P",
-        help="sample from this share of the mass (default: 1)",
-    )
-    add(
-        "--top-k",
-        type=_value(lambda text: parse_whole(text, 0, 2**31 - 1)),
-        default=0,
-        metavar="K",
-        help="sample from this many of the likeliest tokens (default: 0, all)",
-    )
-    add("--seed", type=_whole(0), default=0, metavar="N", help=f"{seeds} (default: 0)")
-    add("--system", metavar="TEXT", help="what the model is told before the conversation (default: the model's own)")
+    temperature = _real("a finite number of at least 0", lambda number: 0 <= number <= _FLOAT32_MAX)
+    top_p = _real("a number above 0 and at most 1", lambda number: 0 < number <= 1)
+    top_k = _value(lambda text: parse_whole(text, 0, 2**31 - 1))
+    for option, kind, default, letter, text in (
+        ("--max-new-tokens", _whole(1), max_new_tokens, "N", "of each answer (default: %(default)s)"),
+        ("--temperature", temperature, 0.0, "T", "0 takes the most likely token (default: 0)"),
+        ("--top-p", top_p, 1.0, "P", "sample from this share of the mass (default: 1)"),
+        ("--top-k", top_k, 0, "K", "sample from this many of the likeliest tokens (default: 0, all)"),
+        ("--seed", _whole(0), 0, "N", f"{seeds} (default: 0)"),
+    ):
+        command.add_argument(option, type=kind, default=default, metavar=letter, help=text)
+    system = "what the model is told before the conversation (default: the model's own)"
+    command.add_argument("--system", metavar="TEXT", help=system)
 
 
 def _add_model(command: argparse.ArgumentParser) -> None:
@@ -211,9 +185,5 @@ def _add_place(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("--device", metavar="DEVICE", help="cpu, cuda or cuda:i (default: cuda if there is one, else cpu)")
     add("--dtype", choices=_DTYPES, help="of weights and cache (default: bfloat16 on cuda, float32 on cpu)")
-    add(
-        "--memory-limit",
-        type=_value(parse_bytes),
-        metavar="SIZE",
-        help="physical memory for the cache, as 256MiB (default: 90 %% of what is free)",
-    )
+    limit = "physical memory for the cache, as 256MiB (default: 90 %% of what is free)"
+    add("--memory-limit", type=_value(parse_bytes), metavar="SIZE", help=limit)

@@ -1,4 +1,4 @@
-"""Tables: how they are shown, and that of the memory while the sequences were alive and at the end."""
+"""Tables of what the commands report, and how they are shown."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Meter", "facts_table", "format_bytes", "memory_table", "show"]
 
 
 class Meter:
-    """Keeps the snapshot of the step that had most memory in use: at the end every sequence has been released."""
+    """Keeps the latest snapshot, and that of the step with most memory in use: at the end nothing is in use."""
 
     def __init__(self) -> None:
         self.fullest: CacheStats | None = None
@@ -51,7 +51,7 @@ def memory_table(fullest: CacheStats, end: CacheStats) -> Table:
 
 
 def facts_table(facts: list[tuple[str, str]]) -> Table:
-    """A name and what there is to say of it, line by line."""
+    """A line for each (name, text)."""
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_column()
     table.add_column(overflow="fold")  # a path is there to be copied
@@ -61,7 +61,7 @@ def facts_table(facts: list[tuple[str, str]]) -> Table:
 
 
 def show(stream: TextIO, *tables: Table) -> None:
-    """As wide as the terminal; where there is none, as wide as they are, because whatever reads it reads lines."""
+    """Print tables as wide as the terminal; without one, in full width, because programs read lines."""
     if stream.isatty():
         Console(file=stream, markup=False, highlight=False).print(*tables)
         return

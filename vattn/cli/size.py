@@ -1,4 +1,4 @@
-"""``vattn info MODEL``: what a model's K and V take, and how many sequences fit in a memory. Reads no weights."""
+"""``vattn info MODEL``: the size of a model's K and V, and how many sequences fit. Reads no weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _LENGTHS = (1024, 4096, 16384, 65536, 262144, 1048576)
 
 
 def size(args: argparse.Namespace) -> dict[str, Any]:
-    """Sizes in bytes, ready for JSON, for the memory of ``--memory-limit`` or what a cache would take by itself.
+    """Sizes in bytes, ready for JSON, for ``--memory-limit`` or the memory that a cache would take by default.
 
     Raises:
         ConfigError: no such model or device, or a limit below one page.
@@ -39,15 +39,12 @@ def size(args: argparse.Namespace) -> dict[str, Any]:
     weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
     cache_bytes = limit if args.memory_limit is not None else max(limit - weight_bytes, 0)
     margin = _margin(layout, device, config.num_heads)
-    lengths = sorted({length for length in _LENGTHS if length < layout.max_seq_len} | {layout.max_seq_len})
+    whole_pages = cache_bytes // page_bytes * page_bytes
     costs = SequenceCosts(layout, page_bytes, margin)
     sequences = []
-    for length in lengths:
+    for length in [*(length for length in _LENGTHS if length < layout.max_seq_len), layout.max_seq_len]:
         each = costs.bytes(length)
-        # Whole pages, as the cache hands them out.
-        sequences.append(
-            {"tokens": length, "bytes": each, "num_sequences": cache_bytes // page_bytes * page_bytes // each}
-        )
+        sequences.append({"tokens": length, "bytes": each, "num_sequences": whole_pages // each})
     return {
         "model": args.model,
         "device": str(device),
@@ -68,7 +65,7 @@ def size(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _margin(layout: Any, device: torch.device, num_heads: int) -> int:
-    """Rows past the end that the attention of ``vattn generate`` wants backed there."""
+    """Rows past the end that the attention of ``vattn generate`` reads."""
     try:
         return default_attention(layout, device, num_heads).over_read_tokens
     except ConfigError:  # none runs there

@@ -1,4 +1,4 @@
-"""How fast a run was, and how fast this machine could have been: what binds, reading or arithmetic."""
+"""How fast a run was, and how fast this machine could have been at best, by what limits it: reading or arithmetic."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _LARGEST_PRODUCT = 8192
 
 @dataclass(frozen=True)
 class Limits:
-    """What a plain read and a plain matrix product reach, 0 where there is not even the memory to measure with."""
+    """What a plain read and a plain matrix product reach; 0 where there is no memory to measure with."""
 
     read_bytes_per_s: float
     multiply_flops_per_s: float
 
     def least_s(self, num_bytes: float, num_flops: float) -> tuple[float, str | None]:
-        """(seconds that these take at least, ``"reading"`` or ``"arithmetic"``, whichever takes longer)."""
+        """(the least seconds that these take, which of them takes longer: ``"reading"`` or ``"arithmetic"``)."""
         read_s = num_bytes / self.read_bytes_per_s if self.read_bytes_per_s else 0.0
         multiply_s = num_flops / self.multiply_flops_per_s if self.multiply_flops_per_s else 0.0
         if not read_s and not multiply_s:
@@ -36,7 +36,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class ModelWork:
-    """What a model's passes take of a machine at least.
+    """The least work that a model's passes are for a machine.
 
     Attributes:
         weight_bytes: weights that every pass reads.
@@ -111,35 +111,34 @@ class StepTimes:
 
 
 def throughput(stats: RunCounts, work: ModelWork, limits: Limits) -> dict[str, Any]:
-    """Tokens per second of prefill and decode, and of their time the share that no program could have saved here.
+    """Tokens per second of prefill and decode, and the share of their time that no program could save on this machine.
 
-    Counted are weights, K and V, each read once a step, and the products with the weights; attention's own products,
-    a few per cent below some thousand tokens, are not.
+    Counted: weights, K and V, each read once a step, and the products with the weights. Not counted: attention's own
+    products, a few per cent up to some thousand tokens.
     """
     prefill_flops = 2.0 * (work.num_weights - work.num_head_weights) * stats.num_prefill_tokens
     head_share = work.num_head_weights / work.num_weights if work.num_weights else 0.0
     prefill_bytes = stats.num_prefill_steps * work.weight_bytes * (1 - head_share)
     decode_bytes = stats.num_decode_steps * work.weight_bytes + stats.num_decode_rows * work.bytes_per_token
-    prefill_s, prefill_by = limits.least_s(prefill_bytes, prefill_flops)
-    decode_s, decode_by = limits.least_s(decode_bytes, 2.0 * work.num_weights * stats.num_decode_tokens)
-    return {
+    speed = {
         **asdict(stats),
-        "prefill_tokens_per_s": stats.num_prefill_tokens / stats.prefill_s if stats.prefill_s else 0.0,
-        "decode_tokens_per_s": stats.num_decode_tokens / stats.decode_s if stats.decode_s else 0.0,
         "decode_read_bytes_per_s": decode_bytes / stats.decode_s if stats.decode_s else 0.0,
         "read_limit_bytes_per_s": limits.read_bytes_per_s,
         "multiply_limit_flops_per_s": limits.multiply_flops_per_s,
-        "prefill_limit_s": prefill_s,
-        "prefill_bound_by": prefill_by,
-        "prefill_share_of_limit": prefill_s / stats.prefill_s if stats.prefill_s else 0.0,
-        "decode_limit_s": decode_s,
-        "decode_bound_by": decode_by,
-        "decode_share_of_limit": decode_s / stats.decode_s if stats.decode_s else 0.0,
     }
+    for phase, num_bytes, num_flops in (
+        ("prefill", prefill_bytes, prefill_flops),
+        ("decode", decode_bytes, 2.0 * work.num_weights * stats.num_decode_tokens),
+    ):
+        took_s, limit_s, bound = speed[f"{phase}_s"], *limits.least_s(num_bytes, num_flops)
+        speed[f"{phase}_tokens_per_s"] = speed[f"num_{phase}_tokens"] / took_s if took_s else 0.0
+        speed |= {f"{phase}_limit_s": limit_s, f"{phase}_bound_by": bound}
+        speed[f"{phase}_share_of_limit"] = limit_s / took_s if took_s else 0.0
+    return speed
 
 
 def measure_limits(device: torch.device, dtype: torch.dtype) -> Limits:
-    """Of this machine as it is now, with the threads that torch has now; takes well under a second."""
+    """Measure this machine, with the threads that torch has now; takes well under a second."""
     return Limits(_read_bandwidth(device), _multiply_rate(device, dtype))
 
 

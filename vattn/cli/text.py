@@ -1,4 +1,4 @@
-"""Text of a user, a file or a model on its way to a terminal, which would obey some of it."""
+"""Text of a user, a file or a model on its way to a terminal, without what a terminal would obey."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import unicodedata
 
 __all__ = ["one_line", "printable"]
 
-# Control and format characters, halves of surrogate pairs, separators of lines and paragraphs. Among them are escape
-# sequences, characters that reorder what is read, and tags that nobody sees.
+# Control and format characters, halves of surrogate pairs, separators of lines and paragraphs: escape sequences,
+# characters that reorder text, invisible tags.
 _UNSEEN = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
-# Of those: new lines and tabs; the soft hyphen and the joiners of letters and emoji; number signs and verse ends, seen.
+# Harmless ones: new lines, tabs, the soft hyphen, joiners of letters and emoji, visible number signs and verse ends.
 _WANTED = frozenset("\n\t\u00ad\u200c\u200d\u0600\u0601\u0602\u0603\u0604\u0605\u06dd\u070f\u0890\u0891\u08e2")
 
 
 def printable(text: str) -> str:
-    """``text`` with U+FFFD for each character that would act on a terminal, or hide, instead of being seen."""
+    """``text`` with U+FFFD for each character that acts on a terminal or cannot be seen."""
     if text.isascii() and text.isprintable():
         return text
     return "".join(
@@ -24,7 +24,7 @@ def printable(text: str) -> str:
 
 
 def one_line(text: object, width: int | None = None, tail: bool = False) -> str:
-    """The ``printable`` text of anything with single spaces for white space, cut to ``width`` characters.
+    """``printable`` text on one line, with single spaces for white space, cut to ``width`` characters.
 
     Args:
         tail: keep the end rather than the beginning.

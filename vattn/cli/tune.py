@@ -42,11 +42,11 @@ def tune(args: argparse.Namespace) -> None:
     table.pdl = torch.cuda.get_device_capability(device) >= (9, 0)
     for config in configs:
         for outputs, inputs, kind in products(config):
-            table.add_linear(measure_linear(outputs, inputs, batches, dtype, device, kind, _print_linear))
+            table.add("linear", measure_linear(outputs, inputs, batches, dtype, device, kind, _print_linear))
         cases = [(batch, context) for batch in batches for context in contexts]
         heads = (config.num_heads, config.num_kv_heads, config.head_dim)
-        table.add_attention(measure_attention(*heads, dtype, device, cases, table.pdl, _print_attention))
-        table.add_prefill(measure_prefill(*heads, dtype, device, _PREFILL, _print_prefill))
+        table.add("attention", measure_attention(*heads, dtype, device, cases, table.pdl, _print_attention))
+        table.add("prefill", measure_prefill(*heads, dtype, device, _PREFILL, _print_attention))
     path, _ = table_paths(table.gpu)
     table.write(path)
     print(f"written: {one_line(path)}")
@@ -72,10 +72,6 @@ def _print_linear(record: dict[str, Any]) -> None:
 
 
 def _print_attention(record: dict[str, Any]) -> None:
+    case = "batch {batch}, context {context}" if "batch" in record else "{new} new tokens of {total}"
     times = ", ".join(f"{name} {us:.1f}" for name, us in sorted(record["us"].items(), key=lambda item: item[1]))
-    print(f"attention, batch {record['batch']}, context {record['context']}:  {times} us", flush=True)
-
-
-def _print_prefill(record: dict[str, Any]) -> None:
-    times = ", ".join(f"{name} {us:.1f}" for name, us in sorted(record["us"].items(), key=lambda item: item[1]))
-    print(f"attention, {record['new']} new tokens of {record['total']}:  {times} us", flush=True)
+    print(f"attention, {case.format(**record)}:  {times} us", flush=True)

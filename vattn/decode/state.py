@@ -313,10 +313,5 @@ def _reach(sampling: Sampling) -> float:
 def bind_for(cache: KVCache, attention: AttentionBackend, graphs: str) -> AttentionBackend:
     """The decode half of a backend, ready to be launched; ConfigError where it cannot be over this cache."""
     attention = bind(attention)
-    require_fit(attention, cache)
-    for group in cache.layout.groups:
-        if reason := attention.supports(cache.device, cache.layout.dtype, group.head_dim):
-            raise ConfigError(f"attention {attention.name!r} {reason}")
-    if graphs != "never" and attention.name in ("sdpa", "reference"):
-        raise ConfigError(f"attention {attention.name!r} reads lengths on the host; pass graphs='never' or another one")
+    require_fit(attention, cache, captured=graphs != "never")
     return attention

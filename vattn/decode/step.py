@@ -17,10 +17,10 @@ import torch
 from ..attention import AttentionBackend, DecodeBatch, bind
 from ..errors import ConfigError
 from ..kv_cache import KVCache
-from ..memory.upload import upload
+from ..memory.tensors import upload
 from ..ops.logprobs import logprobs
 from ..requests import MAX_LOGPROBS
-from ..tuning import decode_attention
+from ..tuning import default_decode
 from .graphs import GraphReport, StepGraphs
 from .state import DecodedToken, DecodeModel, DecodeState
 
@@ -219,8 +219,10 @@ class DecodeStep:
         if self._attention is not None:
             return self._attention
         if bucket not in self._attentions:
-            chosen = decode_attention(self.cache, self.model.num_heads, bucket, self._typical_len)
-            self._attentions[bucket] = bind(chosen)
+            cache = self.cache
+            margin = 0 if cache.over_read_masked else cache.over_read_tokens
+            case = (cache.layout, cache.device, bucket, self._typical_len, self.model.num_heads)
+            self._attentions[bucket] = bind(default_decode(*case, max_over_read=margin))
         return self._attentions[bucket]
 
 

@@ -53,20 +53,18 @@ def probe() -> list[DriverStatus]:
 
 
 def _probe_host() -> DriverStatus:
-    if not sys.platform.startswith("linux"):
-        return DriverStatus("host", False, f"vattn runs on Linux only, not on {sys.platform}")
     try:
-        driver = HostDriver()
+        driver = open_driver("cpu")
     except VattnError as error:
         return DriverStatus("host", False, str(error))
     try:
         available, total = driver.memory_info()
-        detail = {"available_bytes": str(available), "total_bytes": str(total)}
-        return DriverStatus("host", True, None, driver.granularity_bytes, "cpu", detail)
     except VattnError as error:
         return DriverStatus("host", False, str(error))
     finally:
         driver.close()
+    detail = {"available_bytes": str(available), "total_bytes": str(total)}
+    return DriverStatus("host", True, None, driver.granularity_bytes, "cpu", detail)
 
 
 def _probe_cuda() -> DriverStatus:

@@ -141,12 +141,9 @@ class RuledDriver(ABC):
         self.log.add("free_range", address, size_bytes)
 
     def create(self, size_bytes: int) -> int:
-        self.book.check_create(size_bytes)
-        handle = self._create(size_bytes)
-        self.book.handles[handle] = Handle(size_bytes)
-        self.counts.num_create += 1
-        self.log.add("create", None, size_bytes, handle)
-        return handle
+        done: list[int] = []
+        self.create_pages(size_bytes, 1, done)
+        return done[0]
 
     def release(self, handle: int) -> None:
         entry = self.book.check_release(handle)
@@ -223,6 +220,20 @@ class RuledDriver(ABC):
         self._copy(target, source, size_bytes)
         self.counts.num_copy += 1
 
+    # -- streams: what holds where work is never asynchronous, and nothing is captured --------------------------------
+    def fence(self) -> Fence | None:
+        return None
+
+    def order_after(self, fence: Fence) -> None:  # noqa: B027
+        pass
+
+    def synchronize(self) -> None:  # noqa: B027
+        pass
+
+    def is_capturing(self) -> bool:
+        return False
+
+    # -- the system's half -------------------------------------------------------------------------------------------
     def _after_unmap(self, freed: list[tuple[int, int]]) -> None:  # noqa: B027 - CUDA has done it by itself
         """Free the memory of handles that were released earlier and are mapped nowhere any more: (handle, size)."""
 

@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 
 from ..errors import ConfigError, DriverError
-from .base import Fence, RuledDriver
-from .host_memory import available_and_total_bytes
+from ..machine import available_and_total_bytes
+from .base import RuledDriver
 
 # From Linux's uapi headers; the same on every architecture that PyTorch supports.
 _MAP_FIXED = 0x10
@@ -209,18 +209,6 @@ class HostDriver(RuledDriver):
         ctypes.memmove(target, source, size_bytes)
 
     # -- the rest of the interface -------------------------------------------------------------------------------
-    def fence(self) -> Fence | None:
-        return None
-
-    def order_after(self, fence: Fence) -> None:
-        pass
-
-    def synchronize(self) -> None:
-        pass
-
-    def is_capturing(self) -> bool:
-        return False
-
     def memory_info(self) -> tuple[int, int]:
         try:
             return available_and_total_bytes()

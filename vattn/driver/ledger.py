@@ -7,7 +7,7 @@ from itertools import count
 import torch
 
 from ..errors import ConfigError, DriverError
-from .base import Fence, RuledDriver
+from .base import RuledDriver
 
 _FIRST_ADDRESS = 1 << 32
 _ADDRESS_END = 1 << 47
@@ -79,18 +79,6 @@ class LedgerDriver(RuledDriver):
 
     def _copy(self, target: int, source: int, size_bytes: int) -> None:
         pass
-
-    def fence(self) -> Fence | None:
-        return None
-
-    def order_after(self, fence: Fence) -> None:
-        pass
-
-    def synchronize(self) -> None:
-        pass
-
-    def is_capturing(self) -> bool:
-        return False
 
     def memory_info(self) -> tuple[int, int]:
         return self.total_bytes - self._taken_bytes, self.total_bytes

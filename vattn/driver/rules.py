@@ -17,8 +17,6 @@ from dataclasses import dataclass, field
 
 from ..errors import DriverError
 
-_BUCKET_SHIFT = 21  # mappings are looked up by the 2 MiB stretches they touch
-
 
 @dataclass(slots=True)
 class Handle:
@@ -47,11 +45,10 @@ class RuleBook:
     ranges: dict[int, int] = field(default_factory=dict)
     handles: dict[int, Handle] = field(default_factory=dict)
     mappings: dict[int, Mapping] = field(default_factory=dict)
-    # As long as every mapping is a tile of one size on one grid, as in a cache, ``mappings`` alone says what is where;
-    # the first that is not moves the look-up to buckets.
+    # A cache maps pages of one size, at multiples of it from the start of their range: then an address is looked up by
+    # rounding it down. After the first mapping that is not so, by looking at each.
     _tile_bytes: int = 0
-    _tile_phase: int = 0
-    _buckets: dict[int, list[Mapping]] | None = None
+    _is_tiled: bool = True
 
     def _refuse(self, call: str, why: str) -> DriverError:
         return DriverError(call, "INVALID_VALUE", why)
@@ -94,39 +91,21 @@ class RuleBook:
             raise self._refuse("map", f"a handle of {entry.size_bytes} bytes is mapped whole, not {size_bytes} bytes")
         if address % self.granularity_bytes:
             raise self._refuse("map", f"address {address:#x} is no multiple of {self.granularity_bytes}")
-        for base, size in self.ranges.items():
-            if base <= address and address + size_bytes <= base + size:
-                break
-        else:
+        base = self._range_of(address, size_bytes)
+        if base is None:
             raise self._refuse("map", f"[{address:#x}, +{size_bytes}) lies in no reserved range")
-        # The usual case without a call: every mapping is a tile, and so is this one.
-        if self._buckets is None and size_bytes == self._tile_bytes and address % size_bytes == self._tile_phase:
-            taken = address in self.mappings
-        else:
-            taken = self._touching(address, size_bytes)
-        if taken:
+        is_tile = self._is_tiled and size_bytes == self._tile_bytes and not (address - base) % size_bytes
+        if address in self.mappings if is_tile else self._touching(address, size_bytes):
             raise self._refuse("map", f"[{address:#x}, +{size_bytes}) is mapped already")
 
     def map(self, address: int, size_bytes: int, handle: int) -> Mapping:
-        mapping = Mapping(address, size_bytes, handle)
-        if not self.mappings and self._buckets is None:
-            self._tile_bytes, self._tile_phase = size_bytes, address % size_bytes
-        elif self._buckets is None and not self._is_tile(address, size_bytes):
-            self._buckets = {}
-            for earlier in self.mappings.values():
-                self._add_to_buckets(self._buckets, earlier)
-        self.mappings[address] = mapping
-        if self._buckets is not None:
-            self._add_to_buckets(self._buckets, mapping)
+        if not self._tile_bytes:
+            self._tile_bytes = size_bytes
+        base = self._range_of(address, size_bytes) or 0
+        self._is_tiled &= size_bytes == self._tile_bytes and not (address - base) % size_bytes
+        mapping = self.mappings[address] = Mapping(address, size_bytes, handle)
         self.handles[handle].num_maps += 1
         return mapping
-
-    def _is_tile(self, address: int, size_bytes: int) -> bool:
-        return size_bytes == self._tile_bytes and address % size_bytes == self._tile_phase
-
-    def _add_to_buckets(self, buckets: dict[int, list[Mapping]], mapping: Mapping) -> None:
-        for bucket in self._bucket_range(mapping.address, mapping.size_bytes):
-            buckets.setdefault(bucket, []).append(mapping)
 
     def whole_mappings(self, call: str, address: int, size_bytes: int) -> list[Mapping]:
         """The mappings that tile ``[address, address + size_bytes)`` exactly."""
@@ -146,12 +125,6 @@ class RuleBook:
     def unmap(self, mapping: Mapping) -> bool:
         """Forget a mapping. Returns whether its handle, released earlier, is gone with it."""
         del self.mappings[mapping.address]
-        if self._buckets is not None:
-            for bucket in self._bucket_range(mapping.address, mapping.size_bytes):
-                entries = self._buckets[bucket]
-                entries.remove(mapping)
-                if not entries:
-                    del self._buckets[bucket]
         entry = self.handles[mapping.handle]
         entry.num_maps -= 1
         gone = entry.released and not entry.num_maps
@@ -172,27 +145,20 @@ class RuleBook:
                 )
             cursor = mapping.end
 
+    def _range_of(self, address: int, size_bytes: int) -> int | None:
+        """The start of the reserved range that ``[address, address + size_bytes)`` lies in."""
+        for base, size in self.ranges.items():  # one for each group of layers
+            if base <= address and address + size_bytes <= base + size:
+                return base
+        return None
+
     def _at(self, address: int) -> Mapping | None:
         """The mapping that ``address`` lies in."""
-        if self._buckets is None:
-            size, phase = self._tile_bytes or 1, self._tile_phase
-            return self.mappings.get((address - phase) // size * size + phase)
-        found = self._buckets.get(address >> _BUCKET_SHIFT, ())
-        return next((mapping for mapping in found if mapping.address <= address < mapping.end), None)
+        if self._is_tiled:
+            base, size = self._range_of(address, 1), self._tile_bytes
+            return None if base is None or not size else self.mappings.get(address - (address - base) % size)
+        return next((each for each in self.mappings.values() if each.address <= address < each.end), None)
 
     def _touching(self, address: int, size_bytes: int) -> bool:
         """Whether anything is mapped in ``[address, address + size_bytes)``."""
-        if self._buckets is None and self._is_tile(address, size_bytes):
-            return address in self.mappings
-        end = address + size_bytes
-        if self._buckets is None or size_bytes >> _BUCKET_SHIFT > len(self._buckets):  # a wide range over few mappings
-            return any(m.address < end and address < m.end for m in self.mappings.values())
-        return any(
-            m.address < end and address < m.end
-            for bucket in self._bucket_range(address, size_bytes)
-            for m in self._buckets.get(bucket, ())
-        )
-
-    @staticmethod
-    def _bucket_range(address: int, size_bytes: int) -> range:
-        return range(address >> _BUCKET_SHIFT, ((address + size_bytes - 1) >> _BUCKET_SHIFT) + 1)
+        return any(each.address < address + size_bytes and address < each.end for each in self.mappings.values())

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any
 
 from ..arguments import require_int
-from ..attention import AttentionBackend, get, require_fit
+from ..attention import AttentionBackend, declared, get, require_fit
 from ..decode import DecodeLoop
 from ..errors import ConfigError, QueueFull
 from ..interrupts import Uninterrupted, finish
@@ -96,12 +96,12 @@ class Engine:
             self.attention = attention_for_prompts(model, self.cache, budgets[1]) if attention is None else attention
             require_fit(self.attention, self.cache)
             on_gpu = device.type == "cuda"
-            is_captured = attention is not None and not (on_gpu and attention.name in ("sdpa", "reference"))
+            decodes = attention is not None and (not on_gpu or declared(attention, "capturable"))
             self._loop = DecodeLoop(
                 model,
                 self.cache,
                 max_batch=max_batch,
-                attention=attention if is_captured else None,
+                attention=attention if decodes else None,
                 typical_len=min(TYPICAL_LEN, self.cache.layout.max_seq_len),
                 mapping="thread" if on_gpu else "inline",
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..attention import AttentionBackend, get
+from ..attention import AttentionBackend
 from ..kv_cache import KVCache
 from ..tuning import default_attention, default_decode
 from .prefill import RuntimeModel
@@ -20,9 +20,6 @@ def attention_for_prompts(model: RuntimeModel, cache: KVCache, new: int) -> Atte
     Raises:
         ConfigError: none runs there.
     """
-    groups = cache.layout.groups
-    if {group.head_dim for group in groups} | {group.v_head_dim for group in groups} != {groups[0].head_dim}:
-        return get("sdpa")  # the kernels want one head_dim for K and V
     margin = 0 if cache.over_read_masked else cache.over_read_tokens
     return default_attention(cache.layout, cache.device, model.num_heads, max_over_read=margin, new=new)
 

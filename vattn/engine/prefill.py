@@ -14,7 +14,7 @@ from ..decode import DecodeModel
 from ..interrupts import Uninterrupted
 from ..kv_cache import KVCache
 from ..layout import KVLayout
-from ..memory.upload import upload
+from ..memory.tensors import upload
 
 __all__ = ["Chunk", "PrefillPasses", "RuntimeModel"]
 

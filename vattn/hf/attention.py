@@ -15,7 +15,7 @@ would give them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -25,10 +25,12 @@ from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..attention import LEFT_PADDING, SINKS, SOFTCAP
-from .backends import build_batch, choose_backend
+from ..attention import LEFT_PADDING, SINKS, SOFTCAP, AttentionBackend, AttentionBatch, choose, declared
+from ..errors import ConfigError
+from ..memory.tensors import upload
 from .layer import VirtualLayer, take_note
 from .masks import LazyMask, register_masks
+from .storage import Storage
 from .usual import is_usual
 
 __all__ = ["register"]
@@ -157,20 +159,17 @@ def _attend(
         out = layer.attend_step(query, scaling, softcap=softcap, sinks=sinks, starts=starts)
         if out is not None:
             return out
-    if new == 1 and layer.uniform_decode is not None and wanted == (False, False, False):
-        return layer.uniform_decode(query, key, value, scaling).transpose(1, 2)
     backend = layer.backends.get(wanted)
     if backend is None:
-        assert layer.shape is not None
         features = frozenset(
             name for name, needed in zip((SOFTCAP, SINKS, LEFT_PADDING), wanted, strict=True) if needed
         )
-        backend = layer.backends[wanted] = choose_backend(storage, layer.shape, features)
-    if backend.name == "reference" and query.is_cuda:
+        backend = layer.backends[wanted] = _backend(layer, features)
+    if query.is_cuda and not declared(backend, "optimised"):
         return None
     stamp = (storage.version, new, layer.length, starts)
     if storage.batch is None or storage.batch[0] != stamp:
-        storage.batch = (stamp, *build_batch(storage, new, layer.length, starts))
+        storage.batch = (stamp, *_build_batch(storage, new, layer.length, starts))
     _, batch, tokens = storage.batch
     packed = query.squeeze(2) if new == 1 else query.transpose(1, 2).reshape(size * new, num_heads, head_dim)
     if tokens is not None:
@@ -182,6 +181,46 @@ def _attend(
         # What padding computes is seen by nothing: its K and V are masked wherever it could be.
         out = out.new_zeros(size * new, *out.shape[1:]).index_copy_(0, tokens, out)
     return out.unsqueeze(1) if new == 1 else out.view(size, new, num_heads, -1)
+
+
+def _backend(layer: VirtualLayer, features: frozenset[str]) -> AttentionBackend:
+    """The one that the user asked for, or the best that reads nothing past the end of a sequence."""
+    k, v, asked = layer.full_k, layer.full_v, layer.storage.options.attention
+    name = None if asked == "auto" else asked
+    try:
+        return choose(
+            *(k.device, k.dtype, k.shape[3]), v_head_dim=v.shape[3], max_over_read=0, features=features, name=name
+        )
+    except ConfigError as error:
+        raise ConfigError(f'{error}; use attention="auto"') from error
+
+
+def _build_batch(
+    storage: Storage, new: int, end: int, starts: Sequence[int] | None
+) -> tuple[AttentionBatch, torch.Tensor | None]:
+    """The batch of a forward pass.
+
+    Args:
+        new: tokens that the pass computes, of each sequence.
+        end: tokens that each sequence then has, padding included.
+        starts: left padding of each sequence, or None.
+
+    Returns:
+        The batch without the padding, and where its packed tokens lie among the ``batch * new`` of the pass (None:
+        they are all of them).
+    """
+    assert storage.kv_cache is not None
+    size, device = storage.batch_size, storage.kv_cache.device
+    if starts is None:
+        return AttentionBatch.build(range(size), [new] * size, [end] * size, device), None
+    live = [i for i in range(size) if starts[i] < end]  # a chunk of a prompt may be nothing but padding
+    query_lens = [min(new, end - starts[i]) for i in live]
+    lengths, firsts = tuple(end - starts[i] for i in live), tuple(starts[i] for i in live)
+    batch = AttentionBatch(tuple(live), tuple(query_lens), lengths, device, firsts)
+    if batch.num_tokens == size * new:
+        return batch, None
+    tokens = [i * new + j for i, n in zip(live, query_lens, strict=True) for j in range(new - n, new)]
+    return batch, upload(tokens, device, torch.int64)
 
 
 # -- in front of transformers' functions -----------------------------------------------------------------------------

@@ -1,7 +1,7 @@
-"""Beam search: the rows of a batch take each other's place by sharing pages, where a default cache copies K and V.
+"""Beam search: rows of a batch take each other's place by sharing pages, where a default cache copies K and V.
 
-A row that continues another shares every whole page of it; what the two have in common already stays as it is, so that
-from the second step on little more than the newest page is looked at. The page that both go on writing to is copied.
+A row that continues another shares its whole pages. Pages that the two share already stay as they are, so that from the
+second step on little more than the newest page changes. The page that both will write to is copied.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ __all__ = ["Places", "moves"]
 def moves(sources: Sequence[int]) -> list[tuple[int, int]]:
     """Single (target, source) moves that together put old row ``sources[i]`` in place ``i``, for every ``i`` at once.
 
-    No move overwrites a row that a later one reads. Cycles go through a spare place, ``len(sources)``. Compilers do so
-    with registers (Rideau, Serpette and Leroy 2008, "Tilting at windmills with Coq").
+    No move overwrites a row that a later one reads. A cycle goes through a spare place, ``len(sources)``. Compilers do
+    the same with registers (Rideau, Serpette and Leroy 2008, "Tilting at windmills with Coq").
     """
     spare = len(sources)
     pending = {target: source for target, source in enumerate(sources) if source != target}
@@ -52,7 +52,7 @@ class Places:
         """Put old row ``sources[i]`` into slot ``i``, its first ``rows`` tokens.
 
         Raises:
-            OutOfPages: a copy of a page does not fit; ``where`` tells what is where.
+            OutOfPages: a copy of a page does not fit; ``where`` tells which slot holds which row.
         """
         for target, source in moves(sources):
             if self._holds.pop(target, None) is not None:
@@ -63,12 +63,12 @@ class Places:
             self.cache.release(self.batch_size)
 
     def where(self, sources: Sequence[int]) -> list[int]:
-        """A slot that holds each of these old rows, wherever ``change`` stopped."""
+        """For each of these old rows a slot that holds it, wherever ``change`` stopped."""
         slots = {row: slot for slot, row in self._holds.items()}
         return [slots[row] for row in sources]
 
     def restore(self) -> None:
-        """All slots of the batch live again, and the spare one free; what they hold is lost."""
+        """Make all slots of the batch live and the spare one free; their content is lost."""
         for slot in range(self.batch_size):
             with suppress(OutOfSlots):
                 self.cache.acquire(slot)

@@ -24,21 +24,20 @@ __all__ = ["VirtualCache"]
 
 
 class VirtualCache(Cache):
-    """The KV cache of one batch, for ``model.generate(..., cache=past)`` and ``model(...)``; versions of transformers
+    """The KV cache of one batch, for ``model.generate(..., cache=past)`` and ``model(...)``. Versions of transformers
     before 5.24 call the argument ``past_key_values``.
 
-    Each sequence has addresses for ``max_length`` tokens, and memory for those that it has. New K and V are written in
-    place; attention reads them where they are. Batch size, dtype and device are the model's, found at first use.
+    Each sequence has addresses for ``max_length`` tokens, and memory for the tokens that it has. New K and V are
+    written in place, and attention reads them there. Batch size, dtype and device are the model's, found at first use.
 
-    In a forward pass with this cache, the model's attention is vattn's wherever that computes the same, which needs no
-    mask and no repeated K and V. Everything else goes to the model's own. Nothing about the model or its config
-    changes.
+    In a forward pass with this cache, vattn's attention takes the place of the model's wherever it computes the same.
+    It needs no mask and no repeated K and V. The model and its config stay as they are.
 
     Args:
         config: of the model, ``model.config``.
-        max_length: tokens that a sequence can ever have, padding and new ones included; None: what the config gives as
-            ``max_position_embeddings``. Costs addresses, not memory.
-        device, dtype: of the model; None: found at first use. Given, a model that differs is refused.
+        max_length: the most tokens a sequence can have, padding and new ones included; None: the config's
+            ``max_position_embeddings``. It costs addresses, not memory.
+        device, dtype: of the model, any other is refused; None: found at first use.
         memory_limit: bytes; None: 90 % of what is free at first use.
         page_bytes: as for ``KVCache``.
         attention: ``"auto"``, the name of one of vattn's attention backends, or None to leave the model's own attention
@@ -81,21 +80,15 @@ class VirtualCache(Cache):
         self._assemble(layers, Storage(configured, options))
 
     def _assemble(self, templates: list[Any], storage: Storage) -> None:
-        """Layers over the storage: templates of attention layers are replaced, others kept."""
-        virtual: dict[int, VirtualLayer] = {}
-        layers: list[Any] = []
-        for index, template in enumerate(templates):
-            if index in storage.configured:
-                template = VirtualLayer(storage, index)
-                virtual[index] = template
-            layers.append(template)
+        """Layers over the storage: attention layers are replaced, others kept."""
+        self._storage, self._virtual = storage, {index: VirtualLayer(storage, index) for index in storage.configured}
+        layers = [self._virtual.get(index, template) for index, template in enumerate(templates)]
         super().__init__(layers=layers)
-        self._storage, self._virtual = storage, virtual
         # Layers that share another's K and V are dummies.
         self._is_hybrid = any(isinstance(layer, LinearAttentionLayer) for layer in layers)
         # RecurrentGemma of older versions keeps its recurrent states itself.
         storage.is_hybrid = self._is_hybrid or "recurrent" in (getattr(self._config, "block_types", None) or ())
-        self._torn = False  # whether something failed with some layers done: recurrent ones in a pass, or reordered
+        self._torn = False  # whether an operation failed after it had changed some of the layers
 
     # -- transformers' interface ---------------------------------------------------------------------------------
     def update(
@@ -155,8 +148,8 @@ class VirtualCache(Cache):
         """Remove the newest tokens of every sequence.
 
         Args:
-            tokens_to_remove: minus the number of tokens to remove. Where the installed transformers takes a positive
-                number, it is the length to keep, as there.
+            tokens_to_remove: minus their number. A positive number is the length to keep, where the installed
+                transformers takes one.
             max_length: another name for the same.
 
         Raises:
@@ -172,7 +165,7 @@ class VirtualCache(Cache):
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Make batch row ``i`` continue row ``beam_idx[i]``, ``[batch]``, in every layer.
 
-        Whole pages are shared, not copied: rows that have a beginning in common keep it once.
+        Whole pages are shared, not copied: rows with a common beginning keep it once.
 
         Raises:
             ConfigError: there are no such rows.
@@ -207,8 +200,8 @@ class VirtualCache(Cache):
 
         Raises:
             ConfigError: a layer is recurrent and cannot.
-            OutOfPages: no memory for them; as with ``batch_select_indices``, the old batch and the new one exist for a
-                moment, each within ``memory_limit``.
+            OutOfPages: no memory for them. For a moment the old batch and the new one both exist, each within
+                ``memory_limit``.
         """
         repeats = require_int("repeats", repeats, 1)
         self._regroup("batch_repeat_interleave", torch.arange(max(self.batch_size, 0)).repeat_interleave(repeats))

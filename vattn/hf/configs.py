@@ -1,4 +1,4 @@
-"""What a model's config says of its cache: whether it can be a ``VirtualCache``, and of which layers."""
+"""What a model's config says of its cache: whether a ``VirtualCache`` can hold it, and its layers."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def decoder_config(config: PreTrainedConfig) -> PreTrainedConfig:
     text = config.get_text_config(decoder=True)
     name = type(text).__name__
     for each in (config, text):
-        # Some decoders say is_decoder=False too; of what may be either, configs have add_cross_attention as well.
+        # Some decoders say is_decoder=False too. Configs of models that may be either have add_cross_attention.
         may_be_either = hasattr(each, "add_cross_attention") or not _is_transformers(type(each))
         if may_be_either and getattr(each, "is_decoder", True) is False:
             raise ConfigError(f"{name} says is_decoder=False, and an encoder keeps no K and V: set is_decoder=True")
@@ -59,8 +59,7 @@ def decoder_config(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def _require_takes_cache(config: PreTrainedConfig, text: PreTrainedConfig) -> None:
-    """ConfigError where the models of this config have no use for transformers' caches of K and V. What a user's own
-    model does with what it is given by name is not known here."""
+    """ConfigError where the models of this config take no cache of K and V. A user's own model is not checked."""
     models: list[Any] = []
     for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING):
         if type(config) in mapping:
@@ -108,7 +107,7 @@ def layers_of(config: PreTrainedConfig) -> tuple[list[Any], dict[int, Configured
                 f"VirtualCache cannot hold layer {index} of {type(config).__name__}, a {type(template).__name__}, "
                 f"which keeps more than K and V: {_INSTEAD}"
             )
-    # Recurrent models whose config gives no layer types pass for ones of attention; but they have no heads of it.
+    # A recurrent model whose config gives no layer types looks like one of attention, but has no attention heads.
     heads_known = getattr(config, "num_attention_heads", None) or not _is_transformers(type(config))
     if not configured or not heads_known:
         raise ConfigError(f"{type(config).__name__} has no attention layers to cache")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
-from ..attention import AttentionBackend, UniformDecode, uniform_decode
+from ..attention import AttentionBackend
 from ..attention.uniform_step import UniformStep
 from ..errors import ConfigError
 from .shapes import LayerShape
@@ -27,15 +28,24 @@ def take_note() -> bool:
 
 
 class _ReadOnly(property):
-    """What is an attribute of transformers' layers, and follows from the storage here."""
+    """An attribute of transformers' layers that is computed from the storage here."""
 
     def __set__(self, instance: Any, value: Any) -> NoReturn:
         name = getattr(self.fget, "__name__", "it")
         raise ConfigError(f"{name} of a VirtualCache cannot be set: write to keys and values in place, or call update")
 
 
+def _of_the_whole_cache(name: str) -> Callable[..., NoReturn]:
+    """A method that one layer cannot offer: rows that continue one another share the memory of all layers."""
+
+    def refuse(self: VirtualLayer, *args: Any, **kwargs: Any) -> NoReturn:
+        raise ConfigError(f"{name}: call it for the whole cache, not for one of its layers")
+
+    return refuse
+
+
 class MaskLength(int):
-    """A KV length that knows its layer: it tells vattn's mask function that the mask is for this cache."""
+    """A KV length that knows its layer, so that vattn's mask function knows whose mask it makes."""
 
     layer: VirtualLayer
 
@@ -57,9 +67,7 @@ class VirtualLayer(CacheLayerMixin):
         num_new: tokens of each sequence in the newest update.
         shape: None before the first update.
         full_k, full_v: ``[batch, max_length, num_kv_heads, head_dim]``, backed as far as the storage's rows.
-        backends: vattn's attention for this layer, by what it has to support.
-        uniform_decode: its attention of a step of one token where nothing has to be supported and ``attend_step`` has
-            nothing; None for a backend's.
+        backends: vattn's attention for this layer, by the features that it needs.
     """
 
     is_compileable = False
@@ -84,8 +92,7 @@ class VirtualLayer(CacheLayerMixin):
         self._step_views: StepViews | None = None
         self._step: UniformStep | None = None
         self.backends: dict[tuple[bool, ...], AttentionBackend] = {}
-        self.uniform_decode: UniformDecode | None = None
-        self._fits: tuple[Any, ...] | None = None  # what the newest update looked like; one like it needs no checks
+        self._fits: tuple[Any, ...] | None = None  # what the newest update looked like
         self._version = -1
 
     @property
@@ -101,8 +108,8 @@ class VirtualLayer(CacheLayerMixin):
 
         Returns:
             Views ``[batch, num_kv_heads, tokens, head_dim]`` of what the new queries see: every token, or with a
-            sliding window its newest ``window - 1`` and the new ones. Not to be read after ``crop``, ``reset`` or
-            ``close``: there is no memory behind them then.
+            sliding window the new ones and ``window - 1`` before them. After ``crop``, ``reset`` or ``close`` there is
+            no memory behind them: do not read them then.
 
         Raises:
             ConfigError: they do not fit this cache, or record gradients.
@@ -113,8 +120,9 @@ class VirtualLayer(CacheLayerMixin):
                 "K and V of this forward pass record gradients, which a cache in place cannot keep: run it under "
                 "torch.no_grad(), or train with use_cache=False"
             )
-        storage, index, key_shape = self.storage, self.index, key_states.shape
-        looks = (key_shape, value_states.shape, key_states.dtype, value_states.dtype, key_states.device)
+        storage, index, num_new = self.storage, self.index, key_states.shape[2]
+        # Tensors that look like the newest update's need no checks.
+        looks = (key_states.shape, value_states.shape, key_states.dtype, value_states.dtype, key_states.device)
         if looks != self._fits or self._version != storage.version:
             if looks[2] != looks[3] and torch.is_autocast_enabled(looks[4].type):
                 dtype = torch.get_autocast_dtype(looks[4].type)  # some rotary embeddings leave K in float32
@@ -124,29 +132,24 @@ class VirtualLayer(CacheLayerMixin):
         if self.is_first:
             storage.begin_pass(index)
         start = storage.lengths[index]
-        self.num_new = key_shape[2]
-        end = start + key_shape[2]
+        end = start + num_new
         if end > storage.rows:
             storage.ensure(end)
-        first = 0 if self.window is None else self._first_visible(start)
+        self.num_new = num_new
         assert self._step_views is not None
-        keys, values = self._step_views.read.cut(self._position, first, end)
-        if not (key_shape[2] == 1 and storage.launches and self._append_step(key_states, value_states, end)):
+        keys, values = self._step_views.read.cut(self._position, self._first_visible(start), end)
+        if not (num_new == 1 and storage.launches and self._append_step(key_states, value_states, end)):
             new_keys, new_values = self._step_views.written.cut(self._position, start, end)
             new_keys.copy_(key_states)
             new_values.copy_(value_states)
         storage.lengths[index] = end
-        if storage.options.attention is not None:
-            self._announce(keys, values)
+        if storage.options.attention is not None:  # vattn's attention function knows K and V by this
+            keys._vattn_layer = values._vattn_layer = self  # type: ignore[attr-defined]
+            _THREAD.updated = storage.awaits_attention = True
         return keys, values
 
-    def _announce(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Let vattn's attention function know what comes to it."""
-        keys._vattn_layer = values._vattn_layer = self  # type: ignore[attr-defined]
-        _THREAD.updated = self.storage.awaits_attention = True
-
     def _append_step(self, key_states: torch.Tensor, value_states: torch.Tensor, end: int) -> bool:
-        """Append a token of each sequence by a launch of vattn's own, if that works here."""
+        """Append a token of each sequence by vattn's own launch; False where that does not work."""
         step = self._step
         if step is None or key_states.stride(3) != 1 or value_states.stride(3) != 1:
             return False
@@ -158,12 +161,12 @@ class VirtualLayer(CacheLayerMixin):
         return True
 
     def _note(self, error: Exception) -> None:
-        """A launch failed: other kernels may do with less memory; after anything else, launches are given up."""
+        """A launch failed. Without memory the next may work; after any other error there are no more launches."""
         if not isinstance(error, torch.OutOfMemoryError) and "out of memory" not in str(error):
             self.storage.give_up_steps(error)
 
     def attend_step(self, q: torch.Tensor, scale: float | None, **features: Any) -> torch.Tensor | None:
-        """Attention of a step of one token over every row, or every row in the window, if that works here.
+        """Attention of a step of one token over every row, or every row in the window; None where that does not work.
 
         Args:
             q: ``[batch, num_heads, 1, head_dim]``.
@@ -210,7 +213,7 @@ class VirtualLayer(CacheLayerMixin):
         return self.storage.options.max_length
 
     def reset(self) -> None:
-        """Forget this layer's tokens. The next pass needs all layers as long as one another."""
+        """Forget this layer's tokens. The next pass needs all layers to be equally long."""
         self.storage.require_open()
         self.storage.truncate({self.index: 0})
 
@@ -218,8 +221,8 @@ class VirtualLayer(CacheLayerMixin):
         """Forget this layer's newest tokens.
 
         Args:
-            tokens_to_remove: minus how many. Where the installed transformers takes a positive number, it is the length
-                to keep, as there.
+            tokens_to_remove: minus their number. A positive number is the length to keep, where the installed
+                transformers takes one.
 
         Raises:
             ConfigError: a positive number, which newer versions of transformers refuse.
@@ -234,18 +237,18 @@ class VirtualLayer(CacheLayerMixin):
         if number <= 0:
             return max(0, self.length + number)
         try:
-            DynamicLayer().crop(number)  # whether it means anything is for transformers to say
+            DynamicLayer().crop(number)  # transformers says whether a positive number is allowed
         except ValueError as error:
             raise ConfigError(f"crop({number}): give minus the number of tokens to remove") from error
         return min(self.length, number)
 
     def activate_past_recording(self) -> None:
-        """Changes no more than ``record_past``: rows that have left the window are kept in any case, for ``crop``."""
+        """Set ``record_past`` only: rows outside the window are kept in any case, for ``crop``."""
         if self.is_sliding:
             self.record_past = True
 
     def offload(self) -> None:
-        """As transformers' on a CPU, where nothing moves.
+        """Nothing on a CPU, as in transformers.
 
         Raises:
             ConfigError: the cache is on a GPU.
@@ -255,7 +258,7 @@ class VirtualLayer(CacheLayerMixin):
             raise ConfigError(f"this cache lives on {device}, and cannot be offloaded: use transformers' own")
 
     def prefetch(self) -> None:
-        """Nothing: it never is offloaded."""
+        """Nothing: this layer is never offloaded."""
 
     # -- what the cache does with all its layers -------------------------------------------------------------------
     @_ReadOnly
@@ -290,17 +293,9 @@ class VirtualLayer(CacheLayerMixin):
         """``[batch, num_kv_heads, length, v_head_dim]``; None before the first use. A view, as ``update`` returns."""
         return self._whole()[1]
 
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Refused: rows that continue one another share the memory of all layers."""
-        raise ConfigError("reorder_cache: call it for the whole cache, not for one of its layers")
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Refused, as ``reorder_cache``."""
-        raise ConfigError("batch_repeat_interleave: call it for the whole cache, not for one of its layers")
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Refused, as ``reorder_cache``."""
-        raise ConfigError("batch_select_indices: call it for the whole cache, not for one of its layers")
+    reorder_cache = _of_the_whole_cache("reorder_cache")
+    batch_repeat_interleave = _of_the_whole_cache("batch_repeat_interleave")
+    batch_select_indices = _of_the_whole_cache("batch_select_indices")
 
     def __repr__(self) -> str:
         return f"VirtualLayer(index={self.index}, tokens={self.length})"
@@ -315,13 +310,12 @@ class VirtualLayer(CacheLayerMixin):
         return self.full_k[:, :length].transpose(1, 2), self.full_v[:, :length].transpose(1, 2)
 
     def _look_again(self) -> None:
-        """Take the storage's tensors, which are others than before."""
+        """Take the storage's tensors, which have changed."""
         self.full_k, self.full_v = self.storage.views(self.index)
         self._step_views, self._position = self.storage.step_views(self.index)
         self.backends.clear()
         k, v = self.full_k, self.full_v
         if self.storage.options.attention == "auto" and self._version != self.storage.version:
-            self.uniform_decode = uniform_decode(k.device, k.dtype, k.shape[3], v.shape[3])
             self._step = self.storage.uniform_step(k, v)
         self._version = self.storage.version
 

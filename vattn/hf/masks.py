@@ -1,9 +1,9 @@
-"""Masks of a ``VirtualCache``: tensors that are only made where somebody reads them.
+"""Masks of a ``VirtualCache``: tensors whose elements are made when somebody reads them.
 
-transformers looks up what makes a model's masks in a registry. There, vattn stands in front of transformers' own
-functions. For any other cache it calls them. For a ``VirtualCache`` a mask mostly says no more than how long the
-sequences are and how much of each is padding, and vattn's attention wants just these numbers. So the mask is a
-``LazyMask``: a tensor to all who look at it, with its elements made at the first look.
+transformers finds the function that makes a model's masks in a registry. vattn registers its own in front of
+transformers' functions, and calls them for any other cache. For a ``VirtualCache`` a mask mostly says how long the
+sequences are and how much of each is padding. vattn's attention needs just these numbers. So the mask is a
+``LazyMask``: a tensor whose elements do not exist before an operation reads them.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from .layer import MaskLength, VirtualLayer
 
 __all__ = ["LazyMask", "register_masks"]
 
-# What says how a tensor looks, not what is in it: all its attributes but those that are tensors of the same elements.
-# The compiler, which may be given a mask among a layer's arguments, wants these to agree with one another.
+# What describes a tensor without its elements: these functions, and all attributes but the tensors in _ELEMENTS. The
+# compiler may be given a mask among a layer's arguments, and wants these to agree with one another.
 _LOOKS = {
     getattr(torch.Tensor, name)
     for name in ("dim", "size", "stride", "storage_offset", "is_contiguous", "__len__", "is_floating_point")
@@ -36,13 +36,13 @@ _ELEMENTS = {getattr(torch.Tensor, name).__get__ for name in ("T", "mT", "H", "m
 
 
 class LazyMask(torch.Tensor):
-    """A mask whose elements are made when an operation reads them; models may do with it whatever they do with masks.
+    """A mask whose elements are made when an operation reads them. A model can do with it what it does with any mask.
 
     Attributes:
-        layer: a layer of the kind that it is for.
-        end: tokens of each sequence after the pass that it is for.
+        layer: one of the layers that it is for.
+        end: tokens of each sequence after this pass.
         starts: left padding of each sequence, or None where there is none.
-        dense: what the attention passed on to would have had; None where that needs no mask.
+        dense: the mask that transformers would have made; None where it makes none.
     """
 
     layer: VirtualLayer
@@ -64,7 +64,7 @@ class LazyMask(torch.Tensor):
         """A tensor of one element that looks like one of this shape.
 
         Args:
-            make: takes ``allow_is_causal_skip``: False where there has to be a mask.
+            make: makes the elements; its argument ``allow_is_causal_skip`` is False where there has to be a mask.
         """
         mask = torch.zeros((), dtype=dtype, device=device).expand(shape).as_subclass(cls)
         mask.layer, mask.end, mask.starts, mask.make = layer, end, starts, make
@@ -109,7 +109,7 @@ def mask_for(
     local_size: int | None = None,
     **others: Any,
 ) -> Any:
-    """transformers' mask interface in front of one of its functions, which makes all masks but a ``VirtualCache``'s."""
+    """transformers' mask interface, in front of ``function``, which makes the masks of any other cache."""
     layer = kv_length.layer if isinstance(kv_length, MaskLength) else None
     make = partial(
         function,
@@ -131,7 +131,7 @@ def mask_for(
             return make(allow_is_causal_skip=True)
         starts = starts if any(starts) else None
     if starts is None:
-        make = partial(make, attention_mask=None)  # it masks nothing, and need not be looked at again
+        make = partial(make, attention_mask=None)  # it masks nothing
         fits = local_size is None or layer.length + q_length < local_size
         if function is flash_attention_mask or (function is sdpa_mask and fits and (q_length == 1 or not layer.length)):
             return make(allow_is_causal_skip=True)  # no mask at all
@@ -143,7 +143,7 @@ def mask_for(
 
 
 def _left_padding(attention_mask: torch.Tensor, batch_size: int, num_tokens: int) -> tuple[int, ...] | None:
-    """Zeros before the first one of each row of a ``[batch, tokens]`` mask; None if there are others, or no ones."""
+    """How many zeros each row of a ``[batch, tokens]`` mask begins with; None if there are zeros later, or no ones."""
     if attention_mask.shape != (batch_size, num_tokens):
         return None
     # Here the host waits for the device; the usual answer takes one kernel.
@@ -158,7 +158,7 @@ def _left_padding(attention_mask: torch.Tensor, batch_size: int, num_tokens: int
 
 
 def register_masks() -> None:
-    """Stand in front of transformers' functions, under their names; not of what a user has put in their place."""
+    """Register in front of transformers' functions, under their names; a user's own functions stay."""
     own = {"sdpa": sdpa_mask, "eager": eager_mask}
     own |= dict.fromkeys(("flash_attention_2", "flash_attention_3"), flash_attention_mask)
     for name, function in own.items():

@@ -1,4 +1,4 @@
-"""The ``KVCache`` behind a ``VirtualCache``: opened when the first layer shows its shape, one slot per batch row."""
+"""The ``KVCache`` behind a ``VirtualCache``. It is opened when the first layer shows its shape."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["Options", "Storage"]
 
 @dataclass(frozen=True)
 class Options:
-    """What the user asked for; ``None`` where the model decides.
+    """What the user asked for; None where the model decides.
 
     Attributes:
         attention: ``"auto"``, the name of a backend, or None to leave the model's own attention in place.
@@ -39,11 +39,11 @@ class Options:
 
 
 class Storage:
-    """Slot ``i`` holds row ``i`` of the batch; all rows are of one length, as transformers has them. One more slot is
-    free, for rows that change places.
+    """Slot ``i`` holds row ``i`` of the batch. All rows have one length, as in transformers. One more slot is free, for
+    rows that change places.
 
-    A layer whose shape turns out otherwise than predicted moves the cache to another layout, before it holds more than
-    the beginning of a first forward pass.
+    The shapes of layers not seen yet are predicted. Where a prediction is wrong, the cache moves to another layout:
+    only during the first forward pass.
 
     Args:
         configured: the attention layers by index.
@@ -54,11 +54,11 @@ class Storage:
         lengths: tokens that each attention layer holds of each sequence, padding included.
         rows: tokens that every slot is backed for.
         version: changes whenever the tensors do.
-        steps: what the layers share whose decode steps are launches of vattn's own; None where they are not.
-        launches: whether they are in this pass.
-        batch: of a pass, behind what tells it from others: made by the first layer, for all of them.
-        awaits_attention: whether K and V were returned last, and no attention has come for them yet.
-        is_hybrid: whether the model has recurrent layers as well, which see what attention makes of padding.
+        steps: what layers share for decode steps by vattn's own launches; None where these are not used.
+        launches: whether this pass uses them.
+        batch: (what identifies a pass, its batch, its tokens): made by the first layer, used by all.
+        awaits_attention: whether K and V were returned and no attention has asked for them yet.
+        is_hybrid: whether the model has recurrent layers too, which see what attention computes for padding.
     """
 
     def __init__(self, configured: dict[int, ConfiguredLayer], options: Options) -> None:
@@ -75,7 +75,7 @@ class Storage:
         self.launches = self.is_hybrid = self.awaits_attention = False
         self.version = 0
         self.closed = False
-        self.lost = False  # rows changed places, and that stopped half-way: what the slots hold is anyone's guess
+        self.lost = False  # rows changed places and that failed half-way: the slots' content is undefined
         self._stream: torch.cuda.Stream | None = None  # of the newest pass
 
     @property
@@ -89,7 +89,7 @@ class Storage:
             raise ConfigError("this VirtualCache is closed; make a new one")
 
     def require_whole(self) -> None:
-        """ConfigError where rows changed places and that failed."""
+        """ConfigError after a change of rows that failed."""
         if self.lost:
             raise ConfigError("rows of this cache changed places, which failed half-way: call reset()")
 
@@ -131,16 +131,16 @@ class Storage:
 
     def _check(self, layer: int, k: torch.Tensor, v: torch.Tensor, holds_rows: bool) -> None:
         options, cache, shape = self.options, self.kv_cache, LayerShape.of(k, v)
+        wanted = options.dtype or k.dtype, options.device or k.device
         if k.dtype != v.dtype or k.device != v.device or k.shape[:3] != v.shape[:3]:
             raise ConfigError(f"K and V must agree, got {k.dtype} {tuple(k.shape)} and {v.dtype} {tuple(v.shape)}")
-        if options.dtype is not None and k.dtype != options.dtype:
-            raise ConfigError(f"the model computes K and V in {k.dtype}, this cache was made for dtype={options.dtype}")
-        if options.device is not None and not _same_device(k.device, options.device):
-            raise ConfigError(f"the model is on {k.device}, this cache was made for device={options.device}")
+        if k.dtype != wanted[0]:
+            raise ConfigError(f"the model computes K and V in {k.dtype}, this cache was made for dtype={wanted[0]}")
+        if not _same_device(k.device, wanted[1]):
+            raise ConfigError(f"the model is on {k.device}, this cache was made for device={wanted[1]}")
         if cache is None:
             return
-        known = self.shapes.seen.get(layer)
-        if known is not None and known != shape:
+        if (known := self.shapes.seen.get(layer, shape)) != shape:
             raise ConfigError(
                 f"layer {layer} has {known} in this cache, got {shape}: make a new cache for another model"
             )
@@ -155,16 +155,11 @@ class Storage:
 
     # -- opening and moving --------------------------------------------------------------------------------------
     def _make(self, batch_size: int, layout: KVLayout, device: torch.device, rows: int) -> KVCache:
-        """A ``KVCache`` with a slot for each sequence, backed for ``rows`` tokens."""
+        """A ``KVCache`` with a slot for each sequence, backed for ``rows`` tokens, and a spare slot."""
         self.require_open()
+        limit, page_bytes = self.options.memory_limit, self.options.page_bytes
         try:
-            cache = KVCache(
-                layout,
-                batch_size + 1,
-                device,
-                memory_limit=self.options.memory_limit,
-                page_bytes=self.options.page_bytes,
-            )
+            cache = KVCache(layout, batch_size + 1, device, memory_limit=limit, page_bytes=page_bytes)
         except ConfigError as error:
             raise ConfigError(
                 f"no cache for a batch of {batch_size} (and a spare slot) with max_length={layout.max_seq_len}: {error}"
@@ -177,21 +172,18 @@ class Storage:
             raise
         return cache
 
-    def _install(self, cache: KVCache, rows: int) -> None:
+    def _install(self, cache: KVCache | None, rows: int) -> None:
         self.kv_cache, self.rows = cache, rows
         self._step_views.clear()
         self.steps = self.batch = None
-        self._slots = np.arange(cache.max_slots - 1)
         self.version += 1
 
     def _drop(self) -> None:
-        cache, self.kv_cache, self.rows = self.kv_cache, None, 0
-        self._step_views.clear()
-        steps, self.steps, self.batch = self.steps, None, None
-        self.version += 1
+        cache, steps = self.kv_cache, self.steps
+        self._install(None, 0)
         if cache is not None:
             cache.close()
-        del steps  # not before the work on the device is done
+        del steps  # only now: closing waits for the work on the device, which reads them
 
     def _copied(self, layout: KVLayout, sources: Iterable[int]) -> KVCache:
         """A new cache whose batch row ``i`` holds what row ``sources[i]`` of this one does, layer by layer."""
@@ -214,7 +206,7 @@ class Storage:
         return new
 
     def _move(self, layout: KVLayout, sources: Iterable[int]) -> None:
-        """Go on in another cache. Both exist for a moment, each within ``memory_limit``."""
+        """Continue in another cache. Both exist for a moment, each within ``memory_limit``."""
         old, new = self.kv_cache, self._copied(layout, sources)
         assert old is not None
         self._install(new, self.rows)
@@ -224,8 +216,8 @@ class Storage:
         """Make batch row ``i`` the old row ``sources[i]``, sharing memory with the others that are.
 
         Raises:
-            OutOfPages: the rows fit neither so nor as a batch of their own. The cache has to be emptied then, as after
-                any other error.
+            OutOfPages: the rows fit neither by sharing pages nor as copies. After this, as after any other error, the
+                cache has to be reset.
         """
         rows, cache = max(self.lengths.values()), self.kv_cache
         if cache is None or not rows:
@@ -264,7 +256,7 @@ class Storage:
         return self.kv_cache.k(layer)[: self.batch_size], self.kv_cache.v(layer)[: self.batch_size]
 
     def step_views(self, layer: int) -> tuple[StepViews, int]:
-        """What cuts the views of a pass for the layers of this one's group, and this one's position among them."""
+        """The ``StepViews`` of this layer's group, and the layer's position in it."""
         assert self.kv_cache is not None
         layers = next(tuple(group.layers) for group in self.kv_cache.layout.groups if layer in group.layers)
         if layers not in self._step_views:
@@ -272,7 +264,7 @@ class Storage:
         return self._step_views[layers], layers.index(layer)
 
     def uniform_step(self, k: torch.Tensor, v: torch.Tensor) -> UniformStep | None:
-        """The launches of decode steps of the layer with these ``views``; None where there are none."""
+        """vattn's launches of decode steps for the layer with these ``views``; None where they cannot run."""
         if self._steps_fail or not supports_uniform_step(k.device, k.dtype, k.shape[3], v.shape[3]):
             return None
         if self.steps is None:
@@ -280,7 +272,7 @@ class Storage:
         return UniformStep(self.steps, k, v)
 
     def give_up_steps(self, error: Exception) -> None:
-        """They do not work on this machine: decode steps take torch's operations from here on."""
+        """A launch failed on this machine: from here on decode steps use torch's operations."""
         self.steps, self._steps_fail, self.launches = None, True, False
         warnings.warn(
             f"vattn's kernel for decode steps does not work here, and others take its place, more slowly: {error}",
@@ -304,7 +296,7 @@ class Storage:
             )
         if rows > self.rows:
             assert self.kv_cache is not None
-            self.kv_cache.ensure_batch(self._slots, np.full(len(self._slots), rows))
+            self.kv_cache.ensure_batch(np.arange(self.batch_size), np.full(self.batch_size, rows))
             self.rows = rows
 
     def truncate(self, lengths: dict[int, int]) -> None:
@@ -315,20 +307,20 @@ class Storage:
             self.lost = False
         if self.kv_cache is not None and rows < self.rows:
             self.order()
-            self.rows = rows  # first: an interrupt may leave some slots longer, none may be shorter than this
+            self.rows = rows  # first: after an interrupt slots may be longer than this, never shorter
             for slot in range(self.batch_size):
                 self.kv_cache.truncate(slot, rows)
 
     def order(self) -> None:
-        """Whatever the newest pass launched comes first, should the current stream be another than that pass's."""
+        """Make the current stream wait for the newest pass, if that ran on another stream."""
         if self._stream is not None and self._stream != (stream := torch.cuda.current_stream(self._stream.device)):
             stream.wait_stream(self._stream)
 
     def begin_pass(self, layer: int) -> None:
-        """See that all layers hold equally many tokens, order the pass behind the one before, and how it goes on.
+        """Check that all layers hold equally many tokens, and order this pass after the one before.
 
         Raises:
-            ConfigError: they do not: the pass before did not fill them all.
+            ConfigError: they do not, because the pass before did not fill all layers.
         """
         behind = [other for other, length in self.lengths.items() if length != self.lengths[layer]]
         if behind:
@@ -338,7 +330,7 @@ class Storage:
                 "not take its layers in order. reset() the cache, and use it for one model"
             )
         on_gpu = self.kv_cache is not None and self.kv_cache.device.type == "cuda"
-        # What a user captures in a graph is torch's operations.
+        # A graph that a user captures gets torch's operations.
         self.launches = self.steps is not None and not (on_gpu and torch.cuda.is_current_stream_capturing())
         if on_gpu:
             assert self.kv_cache is not None

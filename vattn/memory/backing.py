@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+
+import torch
 
 from ..driver import Driver
 from ..errors import ConfigError, DriverError
 from ..interrupts import finish
 from ..layout import GroupPlan, KVLayout
-from .page_table import OverRead, PageTable
+from .page_table import PageTable
 from .pages import Page, PhysicalPagePool
+from .planner import OverRead
 from .reservation import Reservation
+from .tensors import tensor_from_address
 
 _DEFAULT_MEMORY_SHARE = 0.9
 
@@ -44,6 +47,12 @@ class Backing:
 
     Tensors over the addresses hold a reference to it: pages are freed by ``close``, or when nobody refers to it any
     more; the addresses only then.
+
+    Args:
+        page_bytes, memory_limit: None for the driver's own page size, and for a share of the memory that is free now.
+
+    Raises:
+        ConfigError: the driver cannot have such pages, the limit holds none, or there are too few addresses.
     """
 
     def __init__(
@@ -51,15 +60,16 @@ class Backing:
         driver: Driver,
         layout: KVLayout,
         max_slots: int,
-        page_bytes: int,
-        limit_bytes: int,
+        page_bytes: int | None,
+        memory_limit: int | None,
         over_read: OverRead,
     ) -> None:
         self.driver = driver
-        self.page_bytes = page_bytes
-        self.pool = PhysicalPagePool(driver, page_bytes, limit_bytes)
+        self.page_bytes = choose_page_bytes(driver, page_bytes)
+        limit_bytes = choose_memory_limit(driver, memory_limit, self.page_bytes)
+        self.pool = PhysicalPagePool(driver, self.page_bytes, limit_bytes)
         self.plans: list[GroupPlan] = [
-            layout.plan(group, max_slots, page_bytes, over_read.tokens) for group in layout.groups
+            layout.plan(group, max_slots, self.page_bytes, over_read.tokens) for group in layout.groups
         ]
         self.reservations: list[Reservation] = []
         self.closed = False
@@ -69,7 +79,6 @@ class Backing:
                 self.reservations.append(Reservation(driver, self.pool, plan.size_bytes))
         except DriverError as error:
             self._free_ranges()
-            driver.close()
             if not error.out_of_memory:
                 raise
             total = sum(plan.size_bytes for plan in self.plans)
@@ -93,13 +102,21 @@ class Backing:
         """Mappings, each counted."""
         return sum(len(reservation.pages) + len(reservation.strays) for reservation in self.reservations)
 
-    # -- looking -------------------------------------------------------------------------------------------------
-    def stray_pages(self) -> Iterator[tuple[int, Page]]:
-        """(address, page) of every page that a failed undo left mapped."""
-        for reservation in self.reservations:
-            for index, page in reservation.strays.items():
-                yield reservation.address_of(index), page
+    def views(self, dtype: torch.dtype) -> tuple[dict[int, torch.Tensor], dict[int, torch.Tensor]]:
+        """(K, V) by layer, each ``[max_slots, max_seq_len, num_kv_heads, head_dim]``, over the reserved addresses."""
+        k: dict[int, torch.Tensor] = {}
+        v: dict[int, torch.Tensor] = {}
+        # Views made in inference mode could not be written outside it; those made without gradients refuse to record
+        # them, where a cache would keep the graph of every step alive.
+        with torch.inference_mode(False), torch.no_grad():
+            for reservation, plan in zip(self.reservations, self.plans, strict=True):
+                base = tensor_from_address(reservation.address, plan.size_bytes, dtype, self.driver.device, self)
+                for views, tensors in ((k, plan.k), (v, plan.v)):
+                    for layer, tensor in tensors.items():
+                        views[layer] = base.as_strided(tensor.shape, tensor.strides, tensor.offset)
+        return k, v
 
+    # -- looking -------------------------------------------------------------------------------------------------
     def clear_strays(self) -> None:
         """Try again to unmap what failed undos left behind."""
         for reservation in self.reservations:
@@ -164,7 +181,7 @@ class Backing:
         except DriverError as error:
             failures.append(error)
             return
-        self.pool.unmapped(table.pop(index), address)
+        table.pop(index).maps.remove(address)
 
     def _free_ranges(self) -> None:
         while self.reservations:

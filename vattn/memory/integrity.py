@@ -6,43 +6,36 @@ from collections import Counter
 from dataclasses import asdict
 
 from ..stats import CacheStats
-from .slots import FREE, LIVE, RETIRED, Slots
+from .slot_states import FREE, LIVE, RETIRED
+from .slots import Slots
 
 
 def cache_stats(slots: Slots, bytes_per_token: int) -> CacheStats:
-    """Counts and bytes, as ``CacheStats`` defines them."""
-    backing, pool, parking = slots.backing, slots.backing.pool, slots.parking
+    """Counts and bytes, as ``CacheStats`` defines them. From counters: no look at any page."""
+    backing, pool = slots.backing, slots.backing.pool
     page_bytes = pool.page_bytes
-    # Mappings that no live sequence stands behind: parked ones, retired slots', and what failed undos left.
-    ownerless = parking.maps()
-    ownerless.update(page for _, page in backing.stray_pages())
-    for slot in slots.with_state(RETIRED):
-        ownerless.update(page for _, page in slots.table.pages_of(slot))
-    num_parked = sum(1 for page, maps in ownerless.items() if maps == len(page.maps))
-    num_shared = pool.num_shared - sum(
-        1 for page, maps in ownerless.items() if len(page.maps) - maps < 2 and page.shared
-    )
     live = slots.state == LIVE
     row_bytes = int(slots.seq_len[live].sum()) * bytes_per_token
     return CacheStats(
         reserved_bytes=backing.reserved_bytes,
         physical_bytes=pool.physical_bytes,
         mapped_bytes=backing.num_mapped * page_bytes,
-        in_use_bytes=(len(pool.pages) - len(pool.free) - num_parked) * page_bytes,
-        parked_bytes=num_parked * page_bytes,
+        in_use_bytes=pool.num_owned * page_bytes,
+        # What is mapped and no live sequence has: parked, retired slots', and what failed undos left.
+        parked_bytes=(len(pool.pages) - len(pool.free) - pool.num_owned) * page_bytes,
         free_bytes=len(pool.free) * page_bytes,
         index_bytes=0,
-        shared_bytes=num_shared * page_bytes,
+        shared_bytes=pool.num_shared * page_bytes,
         row_bytes=row_bytes,
-        waste_bytes=(backing.num_mapped - ownerless.total()) * page_bytes - row_bytes,
+        waste_bytes=pool.num_owned_maps * page_bytes - row_bytes,
         peak_physical_bytes=pool.peak_pages * page_bytes,
         memory_limit_bytes=pool.limit_bytes,
         page_bytes=page_bytes,
         num_live_slots=int(live.sum()),
         **asdict(slots.driver.counts),
-        num_oom=slots.num_oom,
-        num_adopted=parking.num_adopted,
-        num_unparked=parking.num_unparked,
+        num_oom=pool.num_oom,
+        num_adopted=slots.parking.num_adopted,
+        num_unparked=slots.parking.num_unparked,
     )
 
 
@@ -50,11 +43,17 @@ def check_integrity(slots: Slots) -> None:
     """Every live slot has the pages that its rows need, and what is mapped beyond them is parked. AssertionError."""
     backing, table, parking = slots.backing, slots.table, slots.parking
     backing.check_integrity()
+    owners = Counter(table.owned(slots.with_state(LIVE)))
+    assert all(page.owners == owners[page] for page in backing.pool.pages), "a page has other owners than it counts"
     parking.check_integrity()
     seen: Counter[int] = Counter()
     for slot, state in enumerate(slots.state.tolist()):
         rows, reach = int(slots.seq_len[slot]), int(slots.reach[slot])
-        seen.update(address for pages in (table, parking) for address, _ in pages.pages_of(slot))
+        for lane in table.lanes:
+            first, pages = lane.first(slot), lane.pages
+            own = (index for index in range(first, first + lane.ends[slot]) if index in pages)
+            seen.update(map(lane.reservation.address_of, own))
+        seen.update(address for address, _ in parking.pages_of(slot))
         waits = slot in slots.to_shrink
         assert not waits or state == LIVE, "a slot that is not live waits to be shrunk"
         assert 0 <= rows <= reach <= slots.max_seq_len, f"slot {slot}: {rows} rows, reach {reach}"

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
 from ..driver import Driver
-from ..errors import DriverError, OutOfPages
-from .undo import Undo
+from ..errors import DriverError, OutOfPages, VattnError
+from .undo import Undo, is_incomplete
 
 
 class Page:
@@ -13,14 +16,16 @@ class Page:
     Attributes:
         handle: the driver's.
         maps: the addresses that it is mapped at; none while it is free.
+        owners: how many of these mappings live sequences have; the others are parked, or what a failed undo left.
         dirty: whether an earlier owner may have written to it; such a page is zeroed before its next owner sees it.
     """
 
-    __slots__ = ("dirty", "handle", "maps")
+    __slots__ = ("dirty", "handle", "maps", "owners")
 
     def __init__(self, handle: int) -> None:
         self.handle = handle
         self.maps: list[int] = []
+        self.owners = 0
         self.dirty = False
 
     @property
@@ -38,6 +43,15 @@ class PhysicalPagePool:
         driver: where pages come from.
         page_bytes: size of each, a multiple of the driver's granularity.
         limit_bytes: physical memory is never more than this.
+
+    Attributes:
+        pages, free: all of them, and those that are mapped nowhere.
+        num_owned_maps: mappings that live sequences have. ``gain`` and ``lose`` keep this and the next two up to date,
+            so that statistics need not look at each page.
+        num_owned: pages that live sequences have.
+        num_shared: pages that two or more live sequences have.
+        peak_pages: the most pages so far.
+        num_oom: how often ``OutOfPages`` was raised.
     """
 
     def __init__(self, driver: Driver, page_bytes: int, limit_bytes: int) -> None:
@@ -46,8 +60,8 @@ class PhysicalPagePool:
         self.limit_bytes = limit_bytes
         self.pages: set[Page] = set()
         self.free: list[Page] = []
-        self.num_shared = 0
-        self.peak_pages = 0
+        self.num_owned_maps = self.num_owned = self.num_shared = 0
+        self.peak_pages = self.num_oom = 0
 
     @property
     def physical_bytes(self) -> int:
@@ -116,17 +130,66 @@ class PhysicalPagePool:
             limit_bytes=self.limit_bytes,
         )
 
-    def mapped(self, page: Page, address: int) -> None:
-        """The page was mapped at one more address."""
-        page.maps.append(address)
-        if len(page.maps) == 2:
-            self.num_shared += 1
+    @contextmanager
+    def shortage(self, wait: bool = True) -> Iterator[None]:
+        """Around an operation: a shortage of any kind raises OutOfPages, and is counted if the operation may ``wait``.
 
-    def unmapped(self, page: Page, address: int) -> None:
-        """The page was unmapped from an address; ``put_back`` frees it when that was the last one."""
-        page.maps.remove(address)
-        if len(page.maps) == 1:
-            self.num_shared -= 1
+        Raises:
+            DriverError: instead, where not everything is as it was; callers go on after a shortage.
+        """
+        try:
+            yield
+        except OutOfPages as error:
+            if is_incomplete(error):
+                fault = DriverError("undo", "INCOMPLETE", f"rows are lost, for this could not be undone: {error}")
+                fault.undo_incomplete = True  # type: ignore[attr-defined]
+                raise _with_notes(fault, error) from error
+            self.num_oom += wait
+            raise
+        except DriverError as error:
+            if not error.out_of_memory or is_incomplete(error):
+                raise
+            self.num_oom += wait
+            out = OutOfPages(
+                f"the system ran out of what mapping pages takes: {error}; {self.physical_bytes} bytes are taken, "
+                f"memory_limit is {self.limit_bytes} bytes",
+                free_bytes=self.num_available * self.page_bytes,
+                limit_bytes=self.limit_bytes,
+            )
+            raise _with_notes(out, error) from error
+
+    def gain(self, pages: Sequence[Page]) -> None:
+        """A live sequence has each of these pages now, at one address more."""
+        num_first = num_second = 0
+        for page in pages:
+            page.owners += 1
+            if page.owners == 1:
+                num_first += 1
+            elif page.owners == 2:
+                num_second += 1
+        self.num_owned_maps += len(pages)
+        self.num_owned += num_first
+        self.num_shared += num_second
+
+    def lose(self, pages: Sequence[Page]) -> None:
+        """Each of these pages has one owner less."""
+        num_last = num_second = 0
+        for page in pages:
+            page.owners -= 1
+            if page.owners == 0:
+                num_last += 1
+            elif page.owners == 1:
+                num_second += 1
+        self.num_owned_maps -= len(pages)
+        self.num_owned -= num_last
+        self.num_shared -= num_second
+
+    def recount(self, owned: Sequence[Page]) -> None:
+        """Begin the count of owners anew, with every page that a live sequence has, once for each of its addresses."""
+        for page in self.pages:
+            page.owners = 0
+        self.num_owned_maps = self.num_owned = self.num_shared = 0
+        self.gain(owned)
 
     def put_back(self, page: Page) -> None:
         """Make a page free if nothing maps it any more; its content is an earlier owner's."""
@@ -148,9 +211,18 @@ class PhysicalPagePool:
         assert all(page in self.pages and not page.maps for page in self.free), "a mapped or lost page is free"
         num_mapped = sum(1 for page in self.pages if page.maps)
         assert num_mapped + len(self.free) == len(self.pages), "a page is neither free nor mapped"
-        assert self.num_shared == sum(1 for page in self.pages if page.shared), "the count of shared pages is off"
+        owners = [page.owners for page in self.pages]
+        assert self.num_owned_maps == sum(owners), "the count of mappings that sequences have is off"
+        assert self.num_owned == sum(number > 0 for number in owners), "the count of pages in use is off"
+        assert self.num_shared == sum(number > 1 for number in owners), "the count of shared pages is off"
         assert self.physical_bytes <= self.limit_bytes, "more physical memory than the limit allows"
         allocated = self.driver.allocated_bytes()
         assert allocated is None or allocated == self.physical_bytes, (
             f"the system has {allocated} bytes allocated for this cache, the pool counts {self.physical_bytes}"
         )
+
+
+def _with_notes(error: VattnError, cause: VattnError) -> VattnError:
+    for note in getattr(cause, "__notes__", ()):
+        error.add_note(note)
+    return error

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
-from ..layout import Lane
 from .pages import Page, PhysicalPagePool
-from .reservation import Reservation
+from .reservation import LanePages
 from .undo import Undo
-from .work import Epoch
+from .work import Fences
 
 
 class Parking:
@@ -19,52 +18,42 @@ class Parking:
 
     A parked page is always dirty. It becomes a sequence's own where that grows over it, scrubbed in place. It may be an
     alias, from ``fork``: one that a sequence still has is replaced instead, and does not count as shared for that one;
-    if nobody has it, its other mappings go. Nothing reads or writes through a parked mapping but the work of the epoch
-    that it was parked with.
+    if nobody has it, its other mappings go. Nothing reads or writes through a parked mapping but the work that its
+    sequence left.
 
     Args:
         pool: where pages go from here.
-        lanes: each with the reservation that it lies in.
-        ends: per lane and slot, how many pages from the slot's first on are its sequence's; the page table's own.
-        max_slots: slots of the cache.
+        lanes: the page table's own.
+        tops: ``[lanes, slots]``; each lane has a row of it as its own ``tops``.
 
     Attributes:
-        epochs: the work that may still touch each slot's parked pages; the slot released least recently comes first.
+        fences: behind the work that may still touch each slot's parked pages; the slot released least recently comes
+            first.
         num_adopted: pages that sequences have taken over so far.
         num_unparked: pages that were unmapped to be used elsewhere.
     """
 
-    def __init__(
-        self, pool: PhysicalPagePool, lanes: list[tuple[Reservation, Lane]], ends: list[list[int]], max_slots: int
-    ) -> None:
+    def __init__(self, pool: PhysicalPagePool, lanes: list[LanePages], tops: np.ndarray) -> None:
         self.pool = pool
         self.lanes = lanes
-        self.epochs: dict[int, Epoch] = {}
+        self.fences: dict[int, Fences] = {}
         self.num_adopted = 0
         self.num_unparked = 0
-        self._ends = ends
-        # Per lane and slot: one past the highest page that was ever parked and not unmapped since.
-        self._tops = np.zeros((len(lanes), max_slots), np.int64)
+        self._tops = tops
 
-    def park(self, slot: int, epoch: Epoch) -> None:
-        """The slot's sequence has ended: its pages are nobody's once ``epoch`` is over. No driver call."""
-        tops = self._tops[:, slot]
-        np.maximum(tops, [ends[slot] for ends in self._ends], out=tops)
-        for ends in self._ends:
-            ends[slot] = 0
-        self.epochs.pop(slot, None)  # to the end of the line
-        if tops.any():
-            self.epochs[slot] = epoch
-
-    def note_cut(self, number: int, slot: int, old_end: int, new_end: int) -> None:
-        """The slot's own pages from ``new_end`` on were unmapped: if nothing is parked past them, nothing is there."""
-        if self._tops[number, slot] <= old_end:
-            self._tops[number, slot] = min(int(self._tops[number, slot]), new_end)
+    def park(self, slot: int, fences: Fences) -> None:
+        """The slot's sequence has ended: its pages are nobody's once the work before the fences is over."""
+        for lane in self.lanes:
+            lane.tops[slot] = max(int(lane.tops[slot]), lane.ends[slot])
+            lane.ends[slot] = 0
+        self.fences.pop(slot, None)  # to the end of the line
+        if self.any_in(slot):
+            self.fences[slot] = fences
 
     def best_fit(self, slots: np.ndarray, want: list[int]) -> int:
         """Of these free slots that with the most mapped pages among the first ``want`` of each lane, then the fewest
         beyond them, then the lowest."""
-        if not self.epochs:
+        if not self.fences:
             return int(slots[0])
         tops = self._tops[:, slots]
         useful = np.minimum(tops, np.array(want)[:, None]).sum(0)
@@ -77,21 +66,51 @@ class Parking:
     # -- giving back ---------------------------------------------------------------------------------------------
     def any_in(self, slot: int) -> bool:
         """Whether anything may be parked in the slot."""
-        return any(top > ends[slot] for top, ends in zip(self._tops[:, slot], self._ends, strict=True))
+        return any(lane.tops[slot] > lane.ends[slot] for lane in self.lanes)
 
-    def unpark(self, slot: int, count: int, undo: Undo) -> tuple[list[Page], list[int]]:
+    def reclaim(self, count: int, wait_for: Callable[[Fences, bool], None] | None, sparing: Iterable[int] = ()) -> bool:
+        """Unmap parked pages until ``count`` more are free or none is left. Returns whether any was unmapped.
+
+        From the end of a slot's pages to its start, since the next sequence there needs the first ones soonest, and one
+        slot after another: first those where the host need not
+        wait for work to end, then the others, last those of ``sparing``; among equals the one released least recently.
+
+        Args:
+            wait_for: called with fences that the host has to wait for, and whether any page was unmapped before; None
+                where it may not wait.
+        """
+        free, sparing = self.pool.free, set(sparing)
+        target = len(free) + count
+        found = False
+        for busy, spared in (
+            ((False, False), (True, False), (True, True)) if wait_for else ((False, False), (False, True))
+        ):
+            for slot, fences in tuple(self.fences.items()):
+                if len(free) >= target:
+                    return found
+                if (slot in sparing) != spared or not (busy or fences.done()):
+                    continue
+                if wait_for is not None:
+                    wait_for(fences, found)
+                while len(free) < target and slot in self.fences:
+                    with Undo() as undo:
+                        taken, tops = self._unmap(slot, target - len(free), undo)
+                    self.finish_unpark(slot, taken, tops)
+                    found |= bool(taken)
+        return found
+
+    def _unmap(self, slot: int, count: int, undo: Undo) -> tuple[list[Page], list[int]]:
         """Unmap about ``count`` of a slot's parked pages, those furthest from its start, the same share of every lane.
 
-        The caller has waited for their epoch. Returns what ``finish_unpark`` takes.
+        Returns them, and each lane's new top.
         """
         taken: list[Page] = []
         tops: list[int] = []
-        for number, ((reservation, lane), ends) in enumerate(zip(self.lanes, self._ends, strict=True)):
+        for number, lane in enumerate(self.lanes):
             share = -(-max(0, count - len(taken)) // (len(self.lanes) - number))
-            base = lane.slot_offset(slot) // reservation.page_bytes
-            old = int(self._tops[number, slot])
-            tops.append(min(old, max(ends[slot], old - share)))
-            taken += reservation.unmap(base + tops[-1], base + old, undo)
+            base, old = lane.first(slot), int(lane.tops[slot])
+            tops.append(min(old, max(lane.ends[slot], old - share)))
+            taken += lane.reservation.unmap(base + tops[-1], base + old, undo)
         return taken, tops
 
     def finish_unpark(self, slot: int, taken: list[Page], tops: list[int]) -> None:
@@ -105,45 +124,30 @@ class Parking:
     def forget_empty(self, slot: int) -> None:
         """Take a slot with nothing parked out of the line."""
         if not self.any_in(slot):
-            self.epochs.pop(slot, None)
-
-    def epoch(self, slots: Iterable[int]) -> Epoch:
-        """That of everything parked in some slots."""
-        fences = {id(fence): fence for slot in slots for fence in self.epochs[slot].fences}
-        return Epoch(tuple(fences.values()))
+            self.fences.pop(slot, None)
 
     # -- looking -------------------------------------------------------------------------------------------------
     def pages_of(self, slot: int) -> Iterator[tuple[int, Page]]:
         """(address, page) of every page that is parked in a slot."""
-        for (reservation, lane), ends, top in zip(self.lanes, self._ends, self._tops[:, slot].tolist(), strict=True):
-            base, pages = lane.slot_offset(slot) // reservation.page_bytes, reservation.pages
-            for index in range(base + ends[slot], base + top):
-                page = pages.get(index)
-                if page is not None:
-                    yield reservation.address_of(index), page
+        for lane in self.lanes:
+            yield from lane.parked(slot)
 
-    def maps(self) -> Counter[Page]:
-        """Every page that is parked somewhere, with the number of its parked mappings."""
-        return Counter(page for slot in self.epochs for _, page in self.pages_of(slot))
-
-    def has_pages(self, count: int) -> bool:
-        """Whether at least so many pages are nobody's. Looks no further than it must: a full cache has thousands."""
+    def num_pages(self, enough: int) -> int:
+        """Pages that are nobody's, since all their mappings are parked; looks no further than for ``enough`` of them,
+        since a full cache has thousands."""
         aliases: Counter[Page] = Counter()
-        for slot in self.epochs:
+        found = 0
+        for slot in self.fences:
             for _, page in self.pages_of(slot):
-                if count <= 0:
-                    return True
+                if found >= enough:
+                    return found
                 aliases[page] += 1
-                count -= aliases[page] == len(page.maps)
-        return count <= 0
-
-    def num_pages(self) -> int:
-        """Pages that are nobody's: all their mappings are parked."""
-        return sum(1 for page, count in self.maps().items() if count == len(page.maps))
+                found += aliases[page] == len(page.maps)
+        return found
 
     def check_integrity(self) -> None:
         """Parked pages are dirty, and in the line of their slots."""
         for slot in range(self._tops.shape[1]):
             for _, page in self.pages_of(slot):
-                assert slot in self.epochs, f"slot {slot} has parked pages that no one will ever reclaim"
+                assert slot in self.fences, f"slot {slot} has parked pages that no one will ever reclaim"
                 assert page.dirty, f"a page parked in slot {slot} would not be scrubbed for its next owner"

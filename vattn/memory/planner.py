@@ -1,74 +1,191 @@
-"""Which pages an operation takes: worked out from who has which, before anything is touched."""
+"""What an operation on the page table will take, worked out from who has which page, before anything is touched."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 
-from ..layout import Lane
 from .pages import Page
-from .plans import Growth, OverRead, Plan, Sharing
-from .reservation import Reservation
+from .reservation import LanePages, Reservation
+
+
+@dataclass(frozen=True, slots=True)
+class OverRead:
+    """How far kernels read past the end of a sequence; those rows stay mapped.
+
+    Attributes:
+        tokens: rows past the end that may be read.
+        masked: whether what lies there can never reach an output. If it can, it is kept free of an earlier sequence's
+            data, and of rows that this sequence had there before ``truncate``: a NaN among them would spread.
+    """
+
+    tokens: int = 0
+    masked: bool = True
+
+
+@dataclass(slots=True)
+class Rows:
+    """Rows ``[start, end)`` of a slot, to be backed and private; a copy of a page keeps the rows below ``keep``."""
+
+    slot: int
+    start: int
+    end: int
+    keep: int
+
+
+@dataclass(slots=True)
+class Run:
+    """Pages ``[first, stop)`` of a reservation."""
+
+    reservation: Reservation
+    first: int
+    stop: int
+
+
+@dataclass(slots=True)
+class Placed:
+    """Pages at some indexes of a reservation; none yet where new ones will be taken."""
+
+    reservation: Reservation
+    indexes: list[int]
+    pages: list[Page] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Copy:
+    """The first bytes of the page at an index come from another: in ``fork`` the one at ``source``; on write the shared
+    page that this one replaces."""
+
+    reservation: Reservation
+    index: int
+    size_bytes: int
+    source: int = -1
+
+
+@dataclass(slots=True)
+class Plan:
+    """What an operation takes: new pages, parked ones, and parked mappings that are in its way.
+
+    Attributes:
+        adopted: parked pages that become the slot's own, in place.
+        adopted_pages: those of them that had aliases.
+        unparked: parked mappings that have to go first, one by one.
+        slots_adopting, slots_unparked: whose parked pages these are; the work on the latter has to be over first.
+        slots_read: all slots that have a page which is copied from.
+        new_pages, unparked_pages: noted while the plan is carried out.
+    """
+
+    adopted: list[Run] = field(default_factory=list)
+    adopted_pages: set[Page] = field(default_factory=set)
+    unparked: list[Run] = field(default_factory=list)
+    slots_adopting: set[int] = field(default_factory=set)
+    slots_unparked: set[int] = field(default_factory=set)
+    slots_read: set[int] = field(default_factory=set)
+    new_pages: list[Page] = field(default_factory=list)
+    unparked_pages: list[Page] = field(default_factory=list)
+
+    @property
+    def num_pages(self) -> int:
+        """New pages."""
+        raise NotImplementedError
+
+    @property
+    def num_adopted(self) -> int:
+        return sum(run.stop - run.first for run in self.adopted)
+
+
+@dataclass(slots=True)
+class Growth(Plan):
+    """What it takes to make rows backed, private and writable.
+
+    Attributes:
+        missing: per reservation, where new pages go.
+        copies: shared pages that are replaced.
+        slots_with_shared: whose pages these are.
+        leaving: per shared page, the addresses at which it will be replaced.
+        ends: per lane and slot, the pages that the slot will have.
+    """
+
+    missing: dict[Reservation, list[int]] = field(default_factory=dict)
+    copies: list[Copy] = field(default_factory=list)
+    slots_with_shared: set[int] = field(default_factory=set)
+    leaving: dict[Page, set[int]] = field(default_factory=dict)
+    ends: dict[tuple[LanePages, int], int] = field(default_factory=dict)
+
+    @property
+    def num_pages(self) -> int:
+        return sum(map(len, self.missing.values())) + len(self.copies)
+
+
+@dataclass(slots=True)
+class Sharing(Plan):
+    """What it takes to back the first rows of a slot by another's pages.
+
+    Attributes:
+        aliases, own: per lane, the parent's pages and the new ones.
+        copies: per lane, what the page has that straddles the end.
+    """
+
+    aliases: list[Placed] = field(default_factory=list)
+    own: list[Placed] = field(default_factory=list)
+    copies: list[Copy] = field(default_factory=list)
+
+    @property
+    def num_pages(self) -> int:
+        return sum(len(new.indexes) for new in self.own)
 
 
 class Planner:
     """The half of the page table that only looks.
 
     Args:
-        lanes: each with the reservation that it lies in.
-        max_slots: slots of the cache.
+        lanes: lowest address first.
         page_bytes: size of a page.
         over_read: rows past the end of a sequence that have pages too.
     """
 
-    def __init__(
-        self, lanes: list[tuple[Reservation, Lane]], max_slots: int, page_bytes: int, over_read: OverRead
-    ) -> None:
+    def __init__(self, lanes: list[LanePages], page_bytes: int, over_read: OverRead) -> None:
         self.lanes = lanes
         self.page_bytes = page_bytes
         self.over_read = over_read
-        # Per lane and slot: one past the highest page that is the sequence's own, counted from the slot's first. What
-        # is mapped from there on is parked.
-        self._ends = [[0] * max_slots for _ in lanes]
-        self._origins = [reservation.address + lane.offset_bytes for reservation, lane in lanes]
-        self._lane_at = sorted(range(len(lanes)), key=self._origins.__getitem__)
-        self._sorted_origins = sorted(self._origins)
-        self._row_bytes = sorted({lane.row_bytes for _, lane in lanes})
+        self._by_address = sorted(lanes, key=lambda lane: lane.first_address)
+        self._first_addresses = [lane.first_address for lane in self._by_address]
+        self._row_bytes = sorted({lane.row_bytes for lane in lanes})
 
-    def growth(self, slot: int, start: int, end: int, keep_rows: int, growth: Growth) -> None:
-        """Add to ``growth`` what makes rows ``[start, end)`` of a slot backed and private, those past them readable.
+    def growth(self, rows: Rows, growth: Growth) -> None:
+        """Add to ``growth`` what makes these rows backed and private, and those that kernels read past them readable.
 
-        A copy of a shared page takes the bytes of rows below ``keep_rows``. Where every sharer of a page asks for
-        a copy, the last one keeps the page, and the copies are made from there. With ``start == end`` it is only the
-        rows past the end that are asked for.
+        Where every sharer of a page asks for a copy, the last one keeps the page, and the copies are made from there.
+        With ``start == end`` it is only the rows past the end that are asked for.
         """
-        page_bytes = self.page_bytes
-        readable_rows = end + self.over_read.tokens
+        page_bytes, slot = self.page_bytes, rows.slot
+        readable_rows = rows.end + self.over_read.tokens
         # Where kernels do not mask it, what lies past the new end has to be this sequence's own to be wiped.
-        private_rows = end if self.over_read.masked or end < keep_rows else readable_rows
-        for (reservation, lane), ends in zip(self.lanes, self._ends, strict=True):
-            row_bytes, pages = lane.row_bytes, reservation.pages
+        private_rows = rows.end if self.over_read.masked or rows.end < rows.keep else readable_rows
+        for lane in self.lanes:
+            row_bytes, pages, reservation = lane.row_bytes, lane.pages, lane.reservation
             missing = growth.missing.setdefault(reservation, [])
-            origin = lane.offset_bytes + slot * lane.slot_stride_bytes
-            base = origin // page_bytes
+            base = lane.first(slot)
             num_pages = -(-readable_rows * row_bytes // page_bytes)
-            growth.ends.append((ends, slot, num_pages))
-            own_end = base + ends[slot]
-            for index in range(base + start * row_bytes // page_bytes, base + num_pages):
+            growth.ends[lane, slot] = num_pages
+            own_end = base + lane.ends[slot]
+            for index in range(base + rows.start * row_bytes // page_bytes, base + num_pages):
                 page = pages.get(index)
                 if page is None:
                     missing.append(index)
-                elif index >= own_end:
+                elif index >= own_end:  # an earlier sequence of the slot left it
                     if not self._adopt(growth, slot, reservation, index, page):
                         missing.append(index)
                         self._unpark_at(growth, [reservation.address_of(index)])
                 elif len(page.maps) > 1 and (index - base) * page_bytes < private_rows * row_bytes:
+                    # Shared, and about to be written: the slot gets a copy, unless it is the last one to ask for it.
                     leaving = growth.leaving.setdefault(page, set())
                     if self._unpark_aliases_of_last(page, leaving, growth):
                         continue
                     leaving.add(reservation.address_of(index))
-                    kept = origin + keep_rows * row_bytes - index * page_bytes
-                    growth.shared.append((reservation, index, max(0, min(kept, page_bytes))))
+                    kept = rows.keep * row_bytes - (index - base) * page_bytes
+                    growth.copies.append(Copy(reservation, index, max(0, min(kept, page_bytes))))
                     growth.slots_read.update(self._owners(page))
                     growth.slots_with_shared.add(slot)
 
@@ -88,15 +205,19 @@ class Planner:
             plan.adopted_pages.add(page)
             here = reservation.address_of(index)
             self._unpark_at(plan, [address for address in page.maps if address != here])
-        plan.adopted.append((reservation, index))
+        last = plan.adopted[-1] if plan.adopted else None
+        if last is not None and last.reservation is reservation and last.stop == index:
+            last.stop += 1
+        else:
+            plan.adopted.append(Run(reservation, index, index + 1))
         plan.slots_adopting.add(slot)
         return True
 
     def _unpark_at(self, plan: Plan, addresses: list[int]) -> None:
         for address in addresses:
-            number, slot, index = self._locate(address)
-            reservation, lane = self.lanes[number]
-            plan.unparked.append((reservation, lane.slot_offset(slot) // self.page_bytes + index))
+            lane, slot, number = self._locate(address)
+            index = lane.first(slot) + number
+            plan.unparked.append(Run(lane.reservation, index, index + 1))
             plan.slots_unparked.add(slot)
 
     def sharing(self, parent: int, child: int, rows: int) -> Sharing:
@@ -105,17 +226,16 @@ class Planner:
         Of what is parked in the child's slot, the parent's own pages stay, and those past the shared rows are used.
         """
         plan = Sharing()
-        for reservation, lane in self.lanes:
+        for lane in self.lanes:
+            reservation, pages = lane.reservation, lane.pages
             num_whole, rest = divmod(rows * lane.row_bytes, self.page_bytes)
-            source = lane.slot_offset(parent) // self.page_bytes
-            target = lane.slot_offset(child) // self.page_bytes
-            pages = reservation.pages
+            source, target = lane.first(parent), lane.first(child)
             aliased: list[int] = []
             own: list[int] = []
-            for index in range(target, target + self._num_pages(lane, rows)):
+            for index in range(target, target + lane.num_pages(rows)):
                 parked = pages.get(index)
                 if index < target + num_whole:
-                    if parked is pages[source + index - target]:
+                    if parked is pages[source + index - target]:  # the slot has had a child of this parent before
                         continue
                     aliased.append(index)
                 elif parked is not None and self._adopt(plan, child, reservation, index, parked):
@@ -124,35 +244,31 @@ class Planner:
                     own.append(index)
                 if parked is not None:
                     self._unpark_at(plan, [reservation.address_of(index)])
-            plan.aliases.append((reservation, aliased, [pages[source + index - target] for index in aliased]))
-            plan.own.append((reservation, own))
+            plan.aliases.append(Placed(reservation, aliased, [pages[source + index - target] for index in aliased]))
+            plan.own.append(Placed(reservation, own))
             if rest:
                 plan.slots_read.update(self._owners(pages[source + num_whole]))
-                plan.copies.append((reservation, source + num_whole, target + num_whole, rest))
+                plan.copies.append(Copy(reservation, target + num_whole, rest, source + num_whole))
         return plan
 
     def num_pages(self, rows: int) -> list[int]:
         """Per lane, the pages that a sequence of so many rows has."""
-        return [self._num_pages(lane, rows) for _, lane in self.lanes]
+        return [lane.num_pages(rows) for lane in self.lanes]
 
-    def _locate(self, address: int) -> tuple[int, int, int]:
+    def _locate(self, address: int) -> tuple[LanePages, int, int]:
         """(lane, slot, which of the slot's pages there) of a mapped address."""
-        number = self._lane_at[bisect_right(self._sorted_origins, address) - 1]
-        slot, offset = divmod(address - self._origins[number], self.lanes[number][1].slot_stride_bytes)
-        return number, slot, offset // self.page_bytes
+        lane = self._by_address[bisect_right(self._first_addresses, address) - 1]
+        slot, offset = divmod(address - lane.first_address, lane.slot_stride_bytes)
+        return lane, slot, offset // self.page_bytes
 
     def _owners(self, page: Page) -> Iterator[int]:
         """The slots whose sequences have the page."""
         for address in page.maps:
-            number, slot, index = self._locate(address)
-            if index < self._ends[number][slot]:
+            lane, slot, number = self._locate(address)
+            if number < lane.ends[slot]:
                 yield slot
 
     def _is_owned(self, address: int) -> bool:
         """Whether the page mapped there is a sequence's, and not parked."""
-        number, slot, index = self._locate(address)
-        return index < self._ends[number][slot]
-
-    def _num_pages(self, lane: Lane, rows: int) -> int:
-        """Pages that a sequence of so many rows has, those that kernels read past its end included."""
-        return -(-(rows + self.over_read.tokens) * lane.row_bytes // self.page_bytes) if rows else 0
+        lane, slot, number = self._locate(address)
+        return number < lane.ends[slot]

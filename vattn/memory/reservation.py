@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+
 from ..driver import Driver
 from ..errors import DriverError
+from ..layout import Lane
 from .pages import Page, PhysicalPagePool
 from .undo import Undo
 
@@ -42,7 +45,7 @@ class Reservation:
             self.driver.map_pages(page_bytes, addresses, [page.handle for page in pages], mapped)
         finally:
             for page, address in zip(pages, mapped, strict=False):
-                self.pool.mapped(page, address)
+                page.maps.append(address)
         self.pages.update(zip(indexes, pages, strict=True))
 
     def _undo_map(self, indexes: Sequence[int], pages: Sequence[Page], mapped: list[int]) -> None:
@@ -51,7 +54,7 @@ class Reservation:
             self.pages.pop(index, None)
             try:
                 self.driver.unmap(address, self.page_bytes)
-                self.pool.unmapped(page, address)
+                page.maps.remove(address)
             except DriverError as error:
                 failure = failure or error
                 self.strays[index] = page
@@ -68,7 +71,7 @@ class Reservation:
             self.driver.unmap(self.address_of(start), (stop - start) * self.page_bytes)
             pages = [self.pages.pop(index) for index in range(start, stop)]
             for index, page in enumerate(pages, start):
-                self.pool.unmapped(page, self.address_of(index))
+                page.maps.remove(self.address_of(index))
             undo.push(self._undo_unmap, start, pages)
             taken += pages
         return taken
@@ -79,7 +82,7 @@ class Reservation:
             address = self.address_of(index)
             try:
                 self.driver.map(address, self.page_bytes, page.handle)
-                self.pool.mapped(page, address)
+                page.maps.append(address)
                 self.driver.set_access(address, self.page_bytes)
                 self.pages[index] = page
             except DriverError as error:  # the rows of this page are lost; the others need not be
@@ -96,7 +99,7 @@ class Reservation:
         address = self.address_of(index)
         self.driver.unmap(address, self.page_bytes)
         page = self.strays.pop(index)
-        self.pool.unmapped(page, address)
+        page.maps.remove(address)
         self.pool.put_back(page)
 
     def _runs(self, first: int, last: int) -> Iterator[tuple[int, int]]:
@@ -114,3 +117,46 @@ class Reservation:
     def free(self) -> None:
         """Give the addresses back. Nothing may be mapped, and no tensor over them may be in use."""
         self.driver.free_range(self.address, self.size_bytes)
+
+
+class LanePages:
+    """A lane of a group: per slot a stretch of pages in its reservation, numbered from the slot's first.
+
+    Attributes:
+        ends: per slot, how many pages from the first on are its sequence's own. What is mapped beyond them is parked.
+        tops: per slot, one past the highest page that was ever parked and not unmapped since; int64.
+        first_address: of slot 0.
+    """
+
+    def __init__(self, reservation: Reservation, lane: Lane, over_read_tokens: int, tops: np.ndarray) -> None:
+        self.reservation = reservation
+        self.pages = reservation.pages
+        self.page_bytes = reservation.page_bytes
+        self.row_bytes = lane.row_bytes
+        self.offset_bytes, self.slot_stride_bytes = lane.offset_bytes, lane.slot_stride_bytes
+        self.first_address = reservation.address + lane.offset_bytes
+        self.ends = [0] * len(tops)
+        self.tops = tops
+        self._over_read_tokens = over_read_tokens
+
+    def first(self, slot: int) -> int:
+        """The slot's first page, as an index of the reservation. No page holds rows of two slots."""
+        return (self.offset_bytes + slot * self.slot_stride_bytes) // self.page_bytes
+
+    def num_pages(self, rows: int) -> int:
+        """Pages that a sequence of so many rows has, those that kernels read past its end included."""
+        return -(-(rows + self._over_read_tokens) * self.row_bytes // self.page_bytes) if rows else 0
+
+    def owned(self, slot: int) -> list[Page]:
+        """Every page that is the sequence's own."""
+        first, get = self.first(slot), self.pages.get
+        found = [get(index) for index in range(first, first + self.ends[slot])]
+        return [page for page in found if page is not None]  # after a failed undo one may be missing
+
+    def parked(self, slot: int) -> Iterator[tuple[int, Page]]:
+        """(address, page) of every page that is parked in the slot."""
+        first = self.first(slot)
+        for index in range(first + self.ends[slot], first + int(self.tops[slot])):
+            page = self.pages.get(index)
+            if page is not None:
+                yield self.reservation.address_of(index), page

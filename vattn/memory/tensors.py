@@ -1,13 +1,16 @@
-"""An address range as a torch tensor, through DLPack, which does not look at what lies behind the addresses.
+"""An address range as a torch tensor, and arrays of the host on the device.
 
-The struct is that of DLPack 0.8 (``dlpack.h``). ``__cuda_array_interface__`` would ask the driver about the pointer and
-fail on addresses with nothing mapped.
+The tensor comes through DLPack, which does not look at what lies behind the addresses. The struct is that of DLPack 0.8
+(``dlpack.h``). ``__cuda_array_interface__`` would ask the driver about the pointer and fail on addresses with nothing
+mapped.
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch.utils.dlpack import from_dlpack
 
@@ -129,3 +132,21 @@ def tensor_from_address(
     # PyTorch keeps a storage's Python object, with what hangs on it, for as long as the storage lives.
     data.untyped_storage()._vattn_owner = owner  # type: ignore[attr-defined]
     return data.view(dtype)
+
+
+_NUMPY = {torch.int32: np.int32, torch.int64: np.int64, torch.float64: np.float64}
+
+
+def upload(values: np.ndarray | Sequence[int], device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """A tensor on the device, in the order of the current stream.
+
+    From ordinary memory (``torch.tensor(..., device="cuda")``) the host would wait there for all work queued so far.
+    torch keeps the page-locked memory in between until the copy has been made.
+
+    Args:
+        values: of any shape. On the CPU the tensor may share an array's memory.
+        dtype: int32, int64 or float64; None for an array's own.
+    """
+    array = np.ascontiguousarray(values, None if dtype is None else _NUMPY[dtype])
+    host = torch.from_numpy(array)
+    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)

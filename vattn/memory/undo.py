@@ -43,3 +43,9 @@ class Undo:
         self._steps.clear()
         if incomplete and self._on_incomplete is not None:
             self._on_incomplete()
+
+
+def is_incomplete(error: BaseException) -> bool:
+    """Whether taking an operation back failed, so that it must not be tried again: what it was planned with may be
+    gone."""
+    return getattr(error, "undo_incomplete", False)

@@ -1,19 +1,21 @@
-"""Submission epochs: which work may still touch a slot's pages, submitted to some stream or only scheduled.
+"""Which work may still touch a slot's pages, submitted to some stream or only scheduled.
 
-The invariant: a page is unmapped, mapped elsewhere, scrubbed or given another owner only behind its *epoch*: all work
-on it that was launched inside a step, and whatever else was on the current stream when its sequence gave it up.
+The invariant: a page is unmapped, mapped elsewhere, scrubbed or given another owner only behind its *fences*: behind
+all work on it that was launched inside a step, and whatever else was on the current stream when its sequence gave it
+up.
 
 * Work that was *submitted*, by a step, a graph's replay or a plain launch, lies before a fence of its stream: one is
   set when a step is left, when a sequence ends, and behind the cache's own copies and scrubbing.
 * Work that is *scheduled*, its launch still to come, has no place in a stream yet, so that not even a synchronisation
-  with the whole device would wait for it. It is announced by entering a step: no epoch is taken while one is open.
-* The host waits for an epoch only before unmapping; scrubbing and copying are put behind it on the device.
+  with the whole device would wait for it. It is announced by entering a step: no fences are taken while one is open.
+* The host waits for fences only before unmapping; scrubbing and copying are put behind them on the device.
 
-Work that comes later, or belongs to other slots, is no part of an epoch, and nobody waits for it.
+Work that comes later, or belongs to other slots, does not lie before these fences, and nobody waits for it.
 """
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -21,12 +23,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..driver import Driver, Fence
-from .lock import Turns
+from ..errors import ConfigError
+from .lock import FairLock
 
 
 @dataclass(frozen=True, slots=True)
-class Epoch:
-    """The work that may touch some pages, all of it submitted: everything before these fences."""
+class Fences:
+    """The work that may touch some pages, all of it submitted: everything before any of these fences."""
 
     fences: tuple[Fence, ...] = ()
 
@@ -38,6 +41,11 @@ class Epoch:
         """Block the host until it has."""
         for fence in self.fences:
             fence.wait()
+
+    @staticmethod
+    def of(several: Iterable[Fences]) -> Fences:
+        """All of them, each fence once."""
+        return Fences(tuple({id(fence): fence for each in several for fence in each.fences}.values()))
 
 
 class _Stream:
@@ -90,10 +98,10 @@ class WorkTracker:
         open_steps: with the slots of each.
     """
 
-    def __init__(self, driver: Driver, max_slots: int, turns: Turns) -> None:
+    def __init__(self, driver: Driver, max_slots: int, lock: FairLock) -> None:
         self._driver = driver
         self._max_slots = max_slots
-        self._turns = turns
+        self._lock = lock
         self._streams: dict[int, _Stream] = {}
         self.open_steps: dict[OpenStep, np.ndarray] = {}
 
@@ -115,6 +123,18 @@ class WorkTracker:
             finally:
                 self.open_steps.pop(step, None)
 
+    def forget_steps(self) -> None:
+        """Before the end. ConfigError if a step is open, but for this thread's while an exception is on its way.
+
+        A signal's handler that raises at the very end of a step's block has it left only when the exception dies.
+        """
+        if not self.open_steps:
+            return
+        others = any(step.thread != threading.get_ident() for step in self.open_steps)
+        if others or sys.exception() is None:
+            raise ConfigError("close() inside step(): leave the step first")
+        self.open_steps.clear()
+
     def submitted(self, slots: Sequence[int] | np.ndarray) -> None:
         """Work on these slots was submitted to the current stream; a copy is work on every slot that has the page."""
         if fence := self._driver.fence():
@@ -126,19 +146,19 @@ class WorkTracker:
         for fence in self._behind(slots):
             self._driver.order_after(fence)
 
-    def order_behind(self, epochs: Iterable[Epoch]) -> None:
-        """Make the current stream wait for these epochs."""
-        for fence in {id(fence): fence for epoch in epochs for fence in epoch.fences}.values():
+    def order_behind(self, several: Iterable[Fences]) -> None:
+        """Make the current stream wait for all of these."""
+        for fence in Fences.of(several).fences:
             self._driver.order_after(fence)
 
-    def epoch(self, slot: int) -> Epoch:
-        """All the work that can touch the slot's pages as they are now. The slot has no open step."""
+    def fences(self, slot: int) -> Fences:
+        """Behind all the work that can touch the slot's pages as they are now. The slot has no open step."""
         assert not self.is_open(slot), "a step that is still open may launch more work"
-        return Epoch(tuple(self._behind([slot])))
+        return Fences(tuple(self._behind([slot])))
 
     def done(self, slot: int) -> bool:
         """Whether no work can touch the slot's pages any more; never waits."""
-        return not self.is_open(slot) and self.epoch(slot).done()
+        return not self.is_open(slot) and self.fences(slot).done()
 
     def wait(self, slots: Sequence[int], current_stream: bool) -> None:
         """Block the host until the submitted work on some slots has ended. They have no open step.
@@ -147,16 +167,16 @@ class WorkTracker:
             current_stream: and all that was on the current stream when the operation began.
 
         Raises:
-            MustWait: it has not, and the operation waits outside; as the others that wait.
+            MustWait: it has not, and the operation can begin again without the lock.
         """
-        fences = [fence for slot in slots for fence in self.epoch(slot).fences]
+        fences = [fence for slot in slots for fence in self.fences(slot).fences]
         if current_stream:
-            turn = self._turns.turn
-            assert turn is not None
-            turn.fence = turn.fence or self._driver.fence()
-            if turn.fence:
-                fences.append(turn.fence)
-        self._turns.wait_for(Epoch(tuple(fences)))
+            call = self._lock.call
+            assert call is not None
+            call.fence = call.fence or self._driver.fence()
+            if call.fence:
+                fences.append(call.fence)
+        self._lock.wait_for(Fences(tuple(fences)))
         for stream in self._streams.values():
             stream.newest[slots] = 0
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any
-
 import torch
 
-from .triton_support import launch_options, next_power_of_2, num_warps, require_triton
+from .triton_support import (
+    gdc_launch_dependents,
+    gdc_wait,
+    jit,
+    launch_options,
+    next_power_of_2,
+    num_warps,
+    require_triton,
+    tl,
+)
 
 __all__ = ["add_rms_norm", "add_rms_norm_reference"]
 
@@ -17,7 +23,7 @@ def add_rms_norm_reference(
 ) -> torch.Tensor:
     """``residual += x``, then ``residual / rms(residual) * weight`` (Zhang & Sennrich 2019).
 
-    The sum is rounded to the residual's dtype; the norm is taken of what was rounded, in float32 or wider, and rounded
+    The sum is rounded to the residual's dtype. The norm of the rounded sum is computed in float32 or wider, and rounded
     once.
 
     Args:
@@ -59,65 +65,40 @@ def add_rms_norm(
     tokens, hidden = residual.shape
     out = torch.empty_like(residual) if out is None else out
     block = next_power_of_2(hidden)
-    _kernel()[(tokens,)](
-        residual if x is None else x,
-        residual,
-        weight,
-        out,
-        0 if x is None else x.stride(-2),
-        0 if x is None or x.dim() == 2 else x.stride(0),
-        residual.stride(0),
-        out.stride(0),
-        hidden,
-        eps,
-        SPLITS=0 if x is None else 1 if x.dim() == 2 else x.shape[0],
-        BLOCK=block,
-        num_warps=num_warps(block),
-        **launch_options(pdl),
-    )
+    add_rms_norm_kernel[(tokens,)](
+        residual if x is None else x, residual, weight, out,
+        0 if x is None else x.stride(-2), 0 if x is None or x.dim() == 2 else x.stride(0),
+        residual.stride(0), out.stride(0),
+        hidden, eps,
+        SPLITS=0 if x is None else 1 if x.dim() == 2 else x.shape[0], BLOCK=block,
+        num_warps=num_warps(block), **launch_options(pdl),
+    )  # fmt: skip
     return out
 
 
-@cache
-def _kernel() -> Any:
-    import triton
-    import triton.language as tl
-    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-
-    @triton.jit
-    def add_rms_norm_kernel(  # type: ignore[no-untyped-def]
-        x_ptr,
-        residual_ptr,
-        weight_ptr,
-        out_ptr,
-        x_stride,
-        split_stride,
-        residual_stride,
-        out_stride,
-        hidden,
-        eps,
-        SPLITS: tl.constexpr,
-        BLOCK: tl.constexpr,
-        PDL: tl.constexpr,
-    ):
-        if PDL:
-            gdc_launch_dependents()
-            gdc_wait()
-        token = tl.program_id(0).to(tl.int64)
-        columns = tl.arange(0, BLOCK)
-        inside = columns < hidden
-        residual_at = residual_ptr + token * residual_stride + columns
-        value = tl.load(residual_at, mask=inside, other=0.0)
-        if SPLITS > 0:
-            x_at = x_ptr + token * x_stride + columns
-            added = tl.load(x_at, mask=inside, other=0.0).to(tl.float32)
-            for split in tl.static_range(1, SPLITS):
-                added += tl.load(x_at + split * split_stride, mask=inside, other=0.0).to(tl.float32)
-            value = (value.to(tl.float32) + added).to(value.dtype)
-            tl.store(residual_at, value, mask=inside)
-        wide = value.to(tl.float32)
-        scale = tl.rsqrt(tl.sum(wide * wide, axis=0) / hidden + eps)
-        weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-        tl.store(out_ptr + token * out_stride + columns, (wide * scale * weight).to(value.dtype), mask=inside)
-
-    return add_rms_norm_kernel
+@jit
+def add_rms_norm_kernel(  # type: ignore[no-untyped-def]
+    x_ptr, residual_ptr, weight_ptr, out_ptr,
+    x_stride, split_stride, residual_stride, out_stride,
+    hidden, eps,
+    SPLITS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < hidden
+    residual_at = residual_ptr + token * residual_stride + columns
+    value = tl.load(residual_at, mask=inside, other=0.0)
+    if SPLITS > 0:
+        x_at = x_ptr + token * x_stride + columns
+        added = tl.load(x_at, mask=inside, other=0.0).to(tl.float32)
+        for split in tl.static_range(1, SPLITS):
+            added += tl.load(x_at + split * split_stride, mask=inside, other=0.0).to(tl.float32)
+        value = (value.to(tl.float32) + added).to(value.dtype)
+        tl.store(residual_at, value, mask=inside)
+    wide = value.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(wide * wide, axis=0) / hidden + eps)
+    weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + token * out_stride + columns, (wide * scale * weight).to(value.dtype), mask=inside)

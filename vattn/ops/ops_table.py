@@ -1,4 +1,4 @@
-"""The operations of a decode step as one exchangeable set: fused, or their eager references."""
+"""The operations of a decode step as one set: fused kernels, or their eager references."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["LinearTable", "Ops", "fused_ops", "reference_ops"]
 
 @dataclass(frozen=True)
 class Ops:
-    """What a decode step calls; each field has the signature of the function of its name, without ``pdl``.
+    """What a decode step calls. Each field has the signature of the function of the same name, without ``pdl``.
 
     Attributes:
         linear: ``(x, weight, bias=None, whole=False)`` -> ``[tokens, outputs]``, or partial sums ``[splits, tokens,
@@ -32,7 +32,7 @@ class Ops:
         linear_add: ``(x, weight, residual, bias=None)``: adds the product of many tokens to ``residual [tokens,
             outputs]``, in place.
         linear_swiglu: ``(x, weight, bias=None)`` -> ``[tokens, outputs / 2]``; the gate's outputs come first.
-        name: for people.
+        name: for messages.
     """
 
     begin_step: Callable[..., None]
@@ -47,11 +47,11 @@ class Ops:
 
 
 class LinearTable:
-    """Which kernel computes which product, by measurement; cuBLAS where nothing was measured or nothing beat it.
+    """The kernel that was measured fastest for each product; cuBLAS where nothing was measured or nothing beat it.
 
     Args:
-        entries: (outputs, inputs, whether SwiGLU follows) -> {tokens: config, or None for cuBLAS}; a number of tokens
-            that is not listed takes the entry of the next larger one.
+        entries: (outputs, inputs, whether SwiGLU follows) -> {tokens: config, or None for cuBLAS}. A number of tokens
+            that is not listed takes the entry of the next larger number.
         pdl: launch with programmatic dependent launch (compute capability 9.0 or newer).
     """
 
@@ -124,10 +124,10 @@ def reference_ops() -> Ops:
 
 
 def fused_ops(table: LinearTable | None = None) -> Ops:
-    """Triton kernels, and the products that ``table`` names.
+    """Triton kernels, with the products that ``table`` chooses.
 
     Args:
-        table: its ``pdl`` is for all of them; None for cuBLAS everywhere, without.
+        table: its ``pdl`` applies to every kernel; None: cuBLAS for every product, and no ``pdl``.
     """
     table = table or LinearTable({})
 

@@ -1,4 +1,4 @@
-"""Launches of Triton kernels that are repeated, past most of what a launch costs the host."""
+"""Repeated launches of a Triton kernel, without most of what a launch costs the host."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ __all__ = ["Relaunch"]
 
 
 class Relaunch:
-    """One launch of a Triton kernel, to be repeated with other tensors of the same kinds.
+    """One launch of a Triton kernel, repeated with other tensors of the same dtypes.
 
-    Triton's front end looks at every argument of every launch to find the code compiled for its like. An eager decode
-    step does little else than wait for that. Here the front end compiles and launches the first time; later launches
-    call what it would have called, with pointers as numbers, which the driver is not asked about either.
+    Triton's front end inspects every argument of every launch to find the compiled code that fits. An eager decode
+    step spends most of its time on that. Here only the first launch goes through the front end, which compiles. Later
+    launches call the compiled kernel's own launcher. They pass pointers as numbers, which the driver does not check.
 
-    Where that is not to be had (Triton's interpreter, a release that wants other arguments), and for pointers that are
-    no multiples of 16, launches go through the front end.
+    A launch still goes through the front end where that launcher is missing (Triton's interpreter), where it takes
+    other arguments (another release of Triton), and where a pointer is not a multiple of 16.
 
     Args:
         kernel: a ``triton.jit`` function.
-        arguments: by name: all of the kernel's but the varying ones.
-        varying: names of those that each launch brings, tensors of one dtype for ever.
-        device: that the tensors are on.
-        options: of the compilation, ``num_warps`` and such.
+        arguments: the kernel's arguments by name, all but the varying ones.
+        varying: names of the arguments that each launch brings: tensors whose dtype never changes.
+        device: where the tensors are.
+        options: of the compilation, such as ``num_warps``.
     """
 
     def __init__(

@@ -1,13 +1,19 @@
-"""QK-norm, rotary embedding and the append of K and V straight into the cache's views."""
+"""QK-norm, rotary embedding, and the append of K and V to the cache, in one pass."""
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any
-
 import torch
 
-from .triton_support import address_of, launch_options, next_power_of_2, require_triton
+from .triton_support import (
+    address_of,
+    gdc_launch_dependents,
+    gdc_wait,
+    jit,
+    launch_options,
+    next_power_of_2,
+    require_triton,
+    tl,
+)
 
 __all__ = ["rope_append", "rope_append_reference", "rope_table"]
 
@@ -38,23 +44,23 @@ def rope_append_reference(
     k_norm: torch.Tensor | None = None,
     eps: float = 1e-6,
 ) -> torch.Tensor:
-    """Normalise Q and K heads where asked, turn them by their position, write K and V to the cache.
+    """Normalise Q and K heads where asked, rotate them by their position, write K and V to the cache.
 
-    All in float32 or wider, rounded once. Heads are split in halves, as Hugging Face checkpoints have them: the pair
-    ``(x[i], x[i + head_dim / 2])`` turns by the angle ``i``.
+    All is computed in float32 or wider and rounded once. As in Hugging Face checkpoints, a pair is half a head apart:
+    ``(x[i], x[i + head_dim / 2])`` rotates by the angle ``i``.
 
     Args:
         qkv: ``[tokens, (num_heads + 2 * num_kv_heads) * head_dim]``, Q's heads first, then K's, then V's; or
             ``[splits, tokens, …]`` partial sums.
         table: ``rope_table``.
         slots: ``[tokens]`` int, the slot of each token.
-        rows: ``[tokens]`` int, its row there, which is its position too.
+        rows: ``[tokens]`` int, the token's row in the slot, which is also its position.
         k_cache, v_cache: ``[max_slots, max_seq_len, num_kv_heads, head_dim]``, any strides but the last.
         q_norm, k_norm: ``[head_dim]``, weights of the norm over each head; None for none.
         eps: of that norm.
 
     Returns:
-        Q, ``[tokens, num_heads, head_dim]`` in qkv's dtype; in the cache's, of partial sums.
+        Q, ``[tokens, num_heads, head_dim]``, in qkv's dtype, or in the cache's where qkv is partial sums.
     """
     head_dim, num_kv_heads = k_cache.shape[3], k_cache.shape[2]
     wide = qkv.to(torch.promote_types(qkv.dtype, torch.float32))
@@ -104,127 +110,76 @@ def rope_append(
     k_address, dtype, k_align = address_of(k_cache)
     v_address, _, v_align = address_of(v_cache)
     heads = _HEADS if tokens >= _MANY_TOKENS else 1
-    _kernel()[(tokens, -(-(num_heads + 2 * num_kv_heads) // heads))](
-        qkv,
-        table,
-        slots,
-        rows,
-        k_address,
-        v_address,
-        qkv if q_norm is None else q_norm,
-        qkv if k_norm is None else k_norm,
-        out,
-        qkv.stride(-2),
-        qkv.stride(0) if qkv.dim() == 3 else 0,
-        out.stride(0),
-        *k_cache.stride()[:3],
-        *v_cache.stride()[:3],
-        num_heads,
-        num_kv_heads,
-        head_dim,
-        eps,
-        Q_NORM=q_norm is not None,
-        K_NORM=k_norm is not None,
-        DTYPE=dtype,
-        ALIGN=min(k_align, v_align),
-        SPLITS=qkv.shape[0] if qkv.dim() == 3 else 1,
-        HALF=next_power_of_2(head_dim // 2),
-        HEADS=heads,
-        num_warps=1,
-        **launch_options(pdl),
-    )
+    rope_append_kernel[(tokens, -(-(num_heads + 2 * num_kv_heads) // heads))](
+        qkv, table, slots, rows, k_address, v_address,
+        qkv if q_norm is None else q_norm, qkv if k_norm is None else k_norm, out,
+        qkv.stride(-2), qkv.stride(0) if qkv.dim() == 3 else 0, out.stride(0),
+        *k_cache.stride()[:3], *v_cache.stride()[:3],
+        num_heads, num_kv_heads, head_dim, eps,
+        Q_NORM=q_norm is not None, K_NORM=k_norm is not None, DTYPE=dtype, ALIGN=min(k_align, v_align),
+        SPLITS=qkv.shape[0] if qkv.dim() == 3 else 1, HALF=next_power_of_2(head_dim // 2), HEADS=heads,
+        num_warps=1, **launch_options(pdl),
+    )  # fmt: skip
     return out
 
 
-@cache
-def _kernel() -> Any:
-    import triton
-    import triton.language as tl
-    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+@jit
+def rope_append_kernel(  # type: ignore[no-untyped-def]
+    qkv_ptr, table_ptr, slots_ptr, rows_ptr, k_address, v_address, q_norm_ptr, k_norm_ptr, out_ptr,
+    qkv_stride, split_stride, out_stride,
+    k_slot_stride, k_row_stride, k_head_stride, v_slot_stride, v_row_stride, v_head_stride,
+    num_heads, num_kv_heads, head_dim, eps,
+    Q_NORM: tl.constexpr, K_NORM: tl.constexpr, DTYPE: tl.constexpr, ALIGN: tl.constexpr,
+    SPLITS: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    token = tl.program_id(0).to(tl.int64)
+    heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
+    half = head_dim // 2
+    columns = tl.arange(0, HALF)[None, :]
+    inside = (columns < half) & (heads < num_heads + 2 * num_kv_heads)
+    source = qkv_ptr + token * qkv_stride + heads * head_dim + columns
+    first = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(source + half, mask=inside, other=0.0).to(tl.float32)
+    for split in tl.static_range(1, SPLITS):
+        part = source + split * split_stride
+        first += tl.load(part, mask=inside, other=0.0).to(tl.float32)
+        second += tl.load(part + half, mask=inside, other=0.0).to(tl.float32)
+    slot = tl.load(slots_ptr + token).to(tl.int64)
+    row = tl.load(rows_ptr + token).to(tl.int64)
 
-    @triton.jit
-    def rope_append_kernel(  # type: ignore[no-untyped-def]
-        qkv_ptr,
-        table_ptr,
-        slots_ptr,
-        rows_ptr,
-        k_address,
-        v_address,
-        q_norm_ptr,
-        k_norm_ptr,
-        out_ptr,
-        qkv_stride,
-        split_stride,
-        out_stride,
-        k_slot_stride,
-        k_row_stride,
-        k_head_stride,
-        v_slot_stride,
-        v_row_stride,
-        v_head_stride,
-        num_heads,
-        num_kv_heads,
-        head_dim,
-        eps,
-        Q_NORM: tl.constexpr,
-        K_NORM: tl.constexpr,
-        DTYPE: tl.constexpr,
-        ALIGN: tl.constexpr,
-        SPLITS: tl.constexpr,
-        HALF: tl.constexpr,
-        HEADS: tl.constexpr,
-        PDL: tl.constexpr,
-    ):
-        if PDL:
-            gdc_launch_dependents()
-            gdc_wait()
-        token = tl.program_id(0).to(tl.int64)
-        heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
-        half = head_dim // 2
-        columns = tl.arange(0, HALF)[None, :]
-        inside = (columns < half) & (heads < num_heads + 2 * num_kv_heads)
-        source = qkv_ptr + token * qkv_stride + heads * head_dim + columns
-        first = tl.load(source, mask=inside, other=0.0).to(tl.float32)
-        second = tl.load(source + half, mask=inside, other=0.0).to(tl.float32)
-        for split in tl.static_range(1, SPLITS):
-            part = source + split * split_stride
-            first += tl.load(part, mask=inside, other=0.0).to(tl.float32)
-            second += tl.load(part + half, mask=inside, other=0.0).to(tl.float32)
-        slot = tl.load(slots_ptr + token).to(tl.int64)
-        row = tl.load(rows_ptr + token).to(tl.int64)
+    is_q = heads < num_heads
+    is_v = heads >= num_heads + num_kv_heads
+    is_k = (heads >= num_heads) & (heads < num_heads + num_kv_heads)
+    if Q_NORM or K_NORM:
+        square = tl.sum(first * first, 1) + tl.sum(second * second, 1)
+        scale = tl.rsqrt(square / head_dim + eps)[:, None]
+        if Q_NORM:
+            first *= tl.where(is_q, scale * tl.load(q_norm_ptr + columns, mask=columns < half).to(tl.float32), 1.0)
+            weight = tl.load(q_norm_ptr + half + columns, mask=columns < half).to(tl.float32)
+            second *= tl.where(is_q, scale * weight, 1.0)
+        if K_NORM:
+            first *= tl.where(is_k, scale * tl.load(k_norm_ptr + columns, mask=columns < half).to(tl.float32), 1.0)
+            weight = tl.load(k_norm_ptr + half + columns, mask=columns < half).to(tl.float32)
+            second *= tl.where(is_k, scale * weight, 1.0)
+    angles = table_ptr + row * head_dim + columns
+    cos = tl.load(angles, mask=columns < half, other=0.0)
+    sin = tl.load(angles + half, mask=columns < half, other=0.0)
+    turned = tl.where(is_v, first, first * cos - second * sin)
+    second = tl.where(is_v, second, second * cos + first * sin)
+    first = turned
 
-        is_q = heads < num_heads
-        is_v = heads >= num_heads + num_kv_heads
-        is_k = (heads >= num_heads) & (heads < num_heads + num_kv_heads)
-        if Q_NORM or K_NORM:
-            square = tl.sum(first * first, 1) + tl.sum(second * second, 1)
-            scale = tl.rsqrt(square / head_dim + eps)[:, None]
-            if Q_NORM:
-                first *= tl.where(is_q, scale * tl.load(q_norm_ptr + columns, mask=columns < half).to(tl.float32), 1.0)
-                weight = tl.load(q_norm_ptr + half + columns, mask=columns < half).to(tl.float32)
-                second *= tl.where(is_q, scale * weight, 1.0)
-            if K_NORM:
-                first *= tl.where(is_k, scale * tl.load(k_norm_ptr + columns, mask=columns < half).to(tl.float32), 1.0)
-                weight = tl.load(k_norm_ptr + half + columns, mask=columns < half).to(tl.float32)
-                second *= tl.where(is_k, scale * weight, 1.0)
-        angles = table_ptr + row * head_dim + columns
-        cos = tl.load(angles, mask=columns < half, other=0.0)
-        sin = tl.load(angles + half, mask=columns < half, other=0.0)
-        turned = tl.where(is_v, first, first * cos - second * sin)
-        second = tl.where(is_v, second, second * cos + first * sin)
-        first = turned
-
-        target = out_ptr + token * out_stride + heads * head_dim + columns
-        tl.store(target, first.to(out_ptr.dtype.element_ty), mask=inside & is_q)
-        tl.store(target + half, second.to(out_ptr.dtype.element_ty), mask=inside & is_q)
-        k_ptr = tl.multiple_of(k_address.to(tl.int64).to(tl.pointer_type(DTYPE)), ALIGN)
-        target = k_ptr + slot * k_slot_stride + row * k_row_stride + (heads - num_heads) * k_head_stride + columns
-        tl.store(target, first.to(DTYPE), mask=inside & is_k)
-        tl.store(target + half, second.to(DTYPE), mask=inside & is_k)
-        v_ptr = tl.multiple_of(v_address.to(tl.int64).to(tl.pointer_type(DTYPE)), ALIGN)
-        target = v_ptr + slot * v_slot_stride + row * v_row_stride + columns
-        target += (heads - num_heads - num_kv_heads) * v_head_stride
-        tl.store(target, first.to(DTYPE), mask=inside & is_v)
-        tl.store(target + half, second.to(DTYPE), mask=inside & is_v)
-
-    return rope_append_kernel
+    target = out_ptr + token * out_stride + heads * head_dim + columns
+    tl.store(target, first.to(out_ptr.dtype.element_ty), mask=inside & is_q)
+    tl.store(target + half, second.to(out_ptr.dtype.element_ty), mask=inside & is_q)
+    k_ptr = tl.multiple_of(k_address.to(tl.int64).to(tl.pointer_type(DTYPE)), ALIGN)
+    target = k_ptr + slot * k_slot_stride + row * k_row_stride + (heads - num_heads) * k_head_stride + columns
+    tl.store(target, first.to(DTYPE), mask=inside & is_k)
+    tl.store(target + half, second.to(DTYPE), mask=inside & is_k)
+    v_ptr = tl.multiple_of(v_address.to(tl.int64).to(tl.pointer_type(DTYPE)), ALIGN)
+    target = v_ptr + slot * v_slot_stride + row * v_row_stride + columns
+    target += (heads - num_heads - num_kv_heads) * v_head_stride
+    tl.store(target, first.to(DTYPE), mask=inside & is_v)
+    tl.store(target + half, second.to(DTYPE), mask=inside & is_v)

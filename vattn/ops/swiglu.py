@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any
-
 import torch
 
-from .triton_support import launch_options, require_triton
+from .triton_support import gdc_launch_dependents, gdc_wait, jit, launch_options, require_triton, tl
 
 __all__ = ["swiglu", "swiglu_reference"]
 
@@ -46,52 +43,30 @@ def swiglu(
     require_triton(gate_up)
     tokens, size = gate_up.shape[-2], gate_up.shape[-1] // 2
     out = gate_up.new_empty(tokens, size, dtype=dtype or gate_up.dtype) if out is None else out
-    _kernel()[(tokens, -(-size // _BLOCK))](
-        gate_up,
-        out,
-        gate_up.stride(-2),
-        gate_up.stride(0) if gate_up.dim() == 3 else 0,
-        out.stride(0),
-        size,
-        SPLITS=gate_up.shape[0] if gate_up.dim() == 3 else 1,
-        BLOCK=_BLOCK,
-        **launch_options(pdl),
-    )
+    swiglu_kernel[(tokens, -(-size // _BLOCK))](
+        gate_up, out, gate_up.stride(-2), gate_up.stride(0) if gate_up.dim() == 3 else 0, out.stride(0), size,
+        SPLITS=gate_up.shape[0] if gate_up.dim() == 3 else 1, BLOCK=_BLOCK, **launch_options(pdl),
+    )  # fmt: skip
     return out
 
 
-@cache
-def _kernel() -> Any:
-    import triton
-    import triton.language as tl
-    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-
-    @triton.jit
-    def swiglu_kernel(  # type: ignore[no-untyped-def]
-        gate_up_ptr,
-        out_ptr,
-        in_stride,
-        split_stride,
-        out_stride,
-        size,
-        SPLITS: tl.constexpr,
-        BLOCK: tl.constexpr,
-        PDL: tl.constexpr,
-    ):
-        if PDL:
-            gdc_launch_dependents()
-            gdc_wait()
-        token = tl.program_id(0).to(tl.int64)
-        columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        inside = columns < size
-        row = gate_up_ptr + token * in_stride
-        gate = tl.load(row + columns, mask=inside, other=0.0).to(tl.float32)
-        up = tl.load(row + size + columns, mask=inside, other=0.0).to(tl.float32)
-        for split in tl.static_range(1, SPLITS):
-            part = row + split * split_stride
-            gate += tl.load(part + columns, mask=inside, other=0.0).to(tl.float32)
-            up += tl.load(part + size + columns, mask=inside, other=0.0).to(tl.float32)
-        value = gate / (1.0 + tl.exp(-gate)) * up
-        tl.store(out_ptr + token * out_stride + columns, value.to(out_ptr.dtype.element_ty), mask=inside)
-
-    return swiglu_kernel
+@jit
+def swiglu_kernel(  # type: ignore[no-untyped-def]
+    gate_up_ptr, out_ptr, in_stride, split_stride, out_stride, size,
+    SPLITS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < size
+    row = gate_up_ptr + token * in_stride
+    gate = tl.load(row + columns, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(row + size + columns, mask=inside, other=0.0).to(tl.float32)
+    for split in tl.static_range(1, SPLITS):
+        part = row + split * split_stride
+        gate += tl.load(part + columns, mask=inside, other=0.0).to(tl.float32)
+        up += tl.load(part + size + columns, mask=inside, other=0.0).to(tl.float32)
+    value = gate / (1.0 + tl.exp(-gate)) * up
+    tl.store(out_ptr + token * out_stride + columns, value.to(out_ptr.dtype.element_ty), mask=inside)

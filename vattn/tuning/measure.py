@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..attention import AttentionBackend, AttentionBatch, DecodeBatch, TritonDecodeAttention, bind, decode_backends, get
+from ..attention import AttentionBackend, AttentionBatch, DecodeBatch, bind, decode_backends, get
 from ..kv_cache import KVCache
 from ..layout import KVLayout
 from ..ops.skinny_linear import LinearConfig, skinny_linear
@@ -218,26 +218,15 @@ def measure_attention(
             best_us = float("inf")
             best: tuple[str, dict[str, Any]] = ("", {})
             for name, options in _attention_candidates():
-                backend = TritonDecodeAttention(**options, pdl=pdl) if options else get(name)
+                backend = get(name).tuned(options, pdl=pdl)
                 if backend.supports(device, dtype, head_dim):
                     continue
-                bound = bind(backend)
-
-                us = graph_us(partial(_attend, bound, q, cache, decode_batch), num_layers)
+                us = graph_us(partial(_attend, bind(backend), q, cache, decode_batch), num_layers)
                 times[name] = round(min(us, times.get(name, us)), 2)
                 if us < best_us:
                     best_us, best = us, (name, options)
-        record = {
-            "num_heads": num_heads,
-            "num_kv_heads": num_kv_heads,
-            "head_dim": head_dim,
-            "dtype": dtype_name(dtype),
-            "batch": batch,
-            "context": context,
-            "backend": best[0],
-            "options": best[1],
-            "us": times,
-        }
+        record = _heads(num_heads, num_kv_heads, head_dim, dtype) | {"batch": batch, "context": context}
+        record |= {"backend": best[0], "options": best[1], "us": times}
         report(record)
         records.append(record)
     return records
@@ -281,18 +270,21 @@ def measure_prefill(
                     end.record()
                     end.synchronize()
                     samples[name].append(start.elapsed_time(end) * 1e3)
-        record = {
-            "num_heads": num_heads,
-            "num_kv_heads": num_kv_heads,
-            "head_dim": head_dim,
-            "dtype": dtype_name(dtype),
-            "new": new,
-            "total": total,
-            "us": {name: round(sorted(us[1:])[2], 1) for name, us in samples.items()},  # but for the first, which loads
-        }
+        medians = {name: round(sorted(us[1:])[2], 1) for name, us in samples.items()}  # the first one loads the kernel
+        record = _heads(num_heads, num_kv_heads, head_dim, dtype) | {"new": new, "total": total, "us": medians}
         report(record)
         records.append(record)
     return records
+
+
+def _heads(num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> dict[str, Any]:
+    """What every record of attention begins with."""
+    return {
+        "num_heads": num_heads,
+        "num_kv_heads": num_kv_heads,
+        "head_dim": head_dim,
+        "dtype": dtype_name(dtype),
+    }
 
 
 def _layers_of(layer_bytes: int, device: torch.device) -> int:

@@ -2,7 +2,7 @@
 
 A table says for each product of a decode step, by its shape and number of tokens, which kernel to use, and for each
 shape of attention, by batch and context (a decode step) or by new and all tokens (a prefill), which backend. What was
-not measured falls back to cuBLAS and to the orders of ``vattn.attention``.
+not measured falls back to cuBLAS and to the orders in ``vattn.attention.choice``.
 """
 
 from __future__ import annotations
@@ -20,9 +20,8 @@ from typing import Any
 
 import torch
 
-from ..attention import AttentionBackend, PhasedAttention, TritonDecodeAttention, choose, choose_decode, get
+from ..attention import AttentionBackend, Needs, choose_phases, get, pick
 from ..errors import ConfigError
-from ..kv_cache import KVCache
 from ..layout import KVLayout
 from ..ops.ops_table import LinearTable, Ops, fused_ops, reference_ops
 from ..ops.skinny_linear import LinearConfig
@@ -30,17 +29,22 @@ from ..ops.triton_support import unavailable
 
 __all__ = [
     "TuningTable",
-    "decode_attention",
     "default_attention",
     "default_decode",
     "default_ops",
     "dtype_name",
-    "measured_attention",
     "table_for",
     "table_paths",
 ]
 
 _SHIPPED = Path(__file__).parent / "tuned"
+
+_HEADS = ("num_heads", "num_kv_heads", "head_dim", "dtype")
+_CASES = {  # what tells a case from others, by the kind of record
+    "linear": ("outputs", "inputs", "dtype", "tokens", "swiglu"),
+    "attention": (*_HEADS, "batch", "context"),
+    "prefill": (*_HEADS, "new", "total"),
+}
 
 
 @dataclass
@@ -53,7 +57,7 @@ class TuningTable:
         attention: records with num_heads, num_kv_heads, head_dim, dtype, batch, context, backend, options, us.
         prefill: records with num_heads, num_kv_heads, head_dim, dtype, new, total, us (of each backend).
         pdl: whether kernels take programmatic dependent launch: what GPUs of capability 9.0 and newer have.
-        made: date and torch version, by the room that measured.
+        made: date and torch version of the newest records, by their kind.
     """
 
     gpu: str
@@ -80,7 +84,7 @@ class TuningTable:
         path.parent.mkdir(parents=True, exist_ok=True)
         lists = {
             name: "[\n" + ",\n".join("  " + json.dumps(record) for record in getattr(self, name)) + "\n ]"
-            for name in ("linear", "attention", "prefill")
+            for name in _CASES
         }
         path.write_text(
             "{\n"
@@ -88,26 +92,17 @@ class TuningTable:
             f' "linear": {lists["linear"]},\n "attention": {lists["attention"]},\n "prefill": {lists["prefill"]}\n}}\n'
         )
 
-    def add_linear(self, records: Iterable[dict[str, Any]]) -> None:
-        """Take records over, in place of earlier ones for the same products."""
-        new = list(records)
-        keys = {_linear_key(record) for record in new}
-        self.linear = [record for record in self.linear if _linear_key(record) not in keys] + new
-        self.made["linear"] = f"{datetime.now(UTC):%Y-%m-%d}, torch {torch.__version__}"
+    def add(self, kind: str, records: Iterable[dict[str, Any]]) -> None:
+        """Take records over, in place of earlier ones for the same cases.
 
-    def add_attention(self, records: Iterable[dict[str, Any]]) -> None:
-        """Take records over, in place of earlier ones for the same cases."""
+        Args:
+            kind: ``"linear"``, ``"attention"`` or ``"prefill"``.
+        """
         new = list(records)
-        keys = {_attention_key(record) for record in new}
-        self.attention = [record for record in self.attention if _attention_key(record) not in keys] + new
-        self.made["attention"] = f"{datetime.now(UTC):%Y-%m-%d}, torch {torch.__version__}"
-
-    def add_prefill(self, records: Iterable[dict[str, Any]]) -> None:
-        """Take records over, in place of earlier ones for the same cases."""
-        new = list(records)
-        keys = {_prefill_key(record) for record in new}
-        self.prefill = [record for record in self.prefill if _prefill_key(record) not in keys] + new
-        self.made["prefill"] = f"{datetime.now(UTC):%Y-%m-%d}, torch {torch.__version__}"
+        cases = {_case(kind, record) for record in new}
+        kept = [record for record in getattr(self, kind) if _case(kind, record) not in cases]
+        setattr(self, kind, kept + new)
+        self.made[kind] = f"{datetime.now(UTC):%Y-%m-%d}, torch {torch.__version__}"
 
     def linear_table(self, dtype: torch.dtype) -> LinearTable:
         """What ``Ops.linear`` looks products up in."""
@@ -119,17 +114,34 @@ class TuningTable:
                 entries.setdefault(shape, {})[record["tokens"]] = config
         return LinearTable(entries, self.pdl)
 
+    def decode_backends(self, num_heads: int, layout: KVLayout, batch: int, context: int) -> list[AttentionBackend]:
+        """The fastest backend for captured decode steps of about that batch and context; empty where none was measured.
 
-def _linear_key(record: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(record[key] for key in ("outputs", "inputs", "dtype", "tokens", "swiglu"))
+        The nearest measured case is taken, by the ratios of batch and of context, multiplied.
+        """
+        record = _nearest(self.attention, num_heads, layout, batch=batch, context=context)
+        if record is None:
+            return []
+        return [get(record["backend"]).tuned(record["options"], pdl=self.pdl)]
+
+    def prefill_backends(self, num_heads: int, layout: KVLayout, new: int, total: int) -> list[AttentionBackend]:
+        """All that were measured in the nearest case of that many new tokens of ``total``, fastest first."""
+        record = _nearest(self.prefill, num_heads, layout, new=new, total=total)
+        return [] if record is None else [get(name) for name in sorted(record["us"], key=record["us"].__getitem__)]
 
 
-def _attention_key(record: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(record[key] for key in ("num_heads", "num_kv_heads", "head_dim", "dtype", "batch", "context"))
+def _nearest(records: list[dict[str, Any]], num_heads: int, layout: KVLayout, **case: int) -> dict[str, Any] | None:
+    """The record of these heads whose ``case`` is nearest; None where heads of this shape were not measured."""
+    group = layout.groups[0]
+    if any({other.head_dim, other.v_head_dim} != {group.head_dim} for other in layout.groups):
+        return None
+    shape = (num_heads, group.num_kv_heads, group.head_dim, dtype_name(layout.dtype))
+    found = [record for record in records if tuple(record[key] for key in _HEADS) == shape]
+    return min(found, key=lambda record: sum(abs(math.log(record[key] / case[key])) for key in case), default=None)
 
 
-def _prefill_key(record: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(record[key] for key in ("num_heads", "num_kv_heads", "head_dim", "dtype", "new", "total"))
+def _case(kind: str, record: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(record[key] for key in _CASES[kind])
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -163,34 +175,6 @@ def default_ops(device: torch.device, dtype: torch.dtype) -> Ops:
     return fused_ops(table_for(device).linear_table(dtype))
 
 
-def measured_attention(
-    table: TuningTable, num_heads: int, layout: KVLayout, batch: int, context: int
-) -> AttentionBackend | None:
-    """The fastest backend for captured decode steps of about that batch and context; None where none was measured.
-
-    The nearest measured case is taken, by the ratios of batch and of context, multiplied.
-    """
-    group = layout.groups[0]
-    shape = (num_heads, group.num_kv_heads, group.head_dim, dtype_name(layout.dtype))
-    found = [
-        record
-        for record in table.attention
-        if (record["num_heads"], record["num_kv_heads"], record["head_dim"], record["dtype"]) == shape
-    ]
-    if not found or any(
-        other.head_dim != group.head_dim or other.v_head_dim != group.head_dim for other in layout.groups
-    ):
-        return None
-
-    def distance(record: dict[str, Any]) -> float:
-        return abs(math.log(record["batch"] / batch)) + abs(math.log(record["context"] / context))
-
-    record = min(found, key=distance)
-    if record["backend"] == TritonDecodeAttention.name:
-        return TritonDecodeAttention(**record["options"], pdl=table.pdl)
-    return get(record["backend"])
-
-
 def default_attention(
     layout: KVLayout,
     device: torch.device,
@@ -199,69 +183,44 @@ def default_attention(
     max_over_read: int | None = None,
     new: int = 2048,
     total: int | None = None,
+    name: str | None = None,
 ) -> AttentionBackend:
     """What a model is run with: prefill by the backend measured as fastest there, decode steps outside graphs as
     ``vattn.attention.choose`` has them.
 
     Args:
-        layout: of the cache, K and V of one head_dim.
-        max_over_read: as for ``choose``.
+        layout: of the cache.
+        max_over_read, name: as for ``choose``.
         new, total: tokens that a typical pass of prefill computes, and all of the sequence's then (None: the same); the
             nearest measured case is taken.
 
     Raises:
-        ConfigError: none runs there.
+        ConfigError: none runs there, or not the one that was named.
     """
-    group = layout.groups[0]
-    chosen = choose(device, layout.dtype, group.head_dim, max_over_read=max_over_read)
-    shape = (num_heads, group.num_kv_heads, group.head_dim, dtype_name(layout.dtype))
-    found = [record for record in table_for(device).prefill if _prefill_key(record)[:4] == shape]
-    if not found:
-        return chosen
-
-    def distance(record: dict[str, Any]) -> float:
-        return abs(math.log(record["new"] / new)) + abs(math.log(record["total"] / (total or new)))
-
-    nearest = min(found, key=distance)
-    usable = [
-        name
-        for name in nearest["us"]
-        if get(name).supports(device, layout.dtype, group.head_dim) is None
-        and (max_over_read is None or get(name).over_read_tokens <= max_over_read)
-    ]
-    if not usable:
-        return chosen
-    prefill = get(min(usable, key=nearest["us"].__getitem__))
-    decode = chosen.decode if isinstance(chosen, PhasedAttention) else chosen
-    return prefill if prefill.name == decode.name else PhasedAttention(prefill, decode)
+    measured = table_for(device).prefill_backends(num_heads, layout, new, total or new)
+    return choose_phases(Needs.of(layout, device, max_over_read=max_over_read), measured, name)
 
 
 def default_decode(
-    layout: KVLayout, device: torch.device, batch: int, context: int, num_heads: int
+    layout: KVLayout,
+    device: torch.device,
+    batch: int,
+    context: int,
+    num_heads: int,
+    *,
+    max_over_read: int | None = None,
 ) -> AttentionBackend:
-    """The measured backend for a decode loop, else the first of those that can be captured; for opening a cache with.
+    """What a decode loop takes: the measured backend, else the first that can be captured in a graph.
 
-    Raises:
-        ConfigError: none runs on that device.
-    """
-    found = measured_attention(table_for(device), num_heads, layout, batch, context)
-    if found is not None and found.supports(device, layout.dtype, layout.groups[0].head_dim) is None:
-        return found
-    return choose_decode(layout, device)
-
-
-def decode_attention(cache: KVCache, num_heads: int, batch: int, context: int) -> AttentionBackend:
-    """The measured backend for decode steps over a cache, if the cache has the margin that it needs, else another.
+    Args:
+        layout: of the cache.
+        batch, context: sequences of a step, and rows that each typically has.
+        max_over_read: rows past the end of a sequence that may be read; None where the cache is opened with the margin
+            of what is chosen.
 
     Raises:
         ConfigError: none runs there.
     """
-    margin = 0 if cache.over_read_masked else cache.over_read_tokens
-    found = measured_attention(table_for(cache.device), num_heads, cache.layout, batch, context)
-    if (
-        found is not None
-        and found.over_read_tokens <= margin
-        and found.supports(cache.device, cache.layout.dtype, cache.layout.groups[0].head_dim) is None
-    ):
-        return found
-    return choose_decode(cache.layout, cache.device, max_over_read=margin)
+    captured = device.type == "cuda"  # elsewhere there are no graphs
+    needs = Needs.of(layout, device, max_over_read=max_over_read, decode=True, captured=captured)
+    return pick(needs, table_for(device).decode_backends(num_heads, layout, batch, context))
