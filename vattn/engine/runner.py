@@ -300,10 +300,11 @@ class Runner:
 
     @property
     def _budget(self) -> int:
-        """Prompt tokens of the next pass: the more prompts wait for each sequence that decodes, the longer it may."""
+        """Prompt tokens of the next pass: the more prompts wait behind one, for each sequence that decodes and so waits
+        for the pass, the larger it is."""
         if not self._decoding:
             return self._idle_budget
-        pressing = 4 * self._scheduler.num_prefilling // len(self._decoding)
+        pressing = 2 * (self._scheduler.num_prefilling - 1) // len(self._decoding)
         return min(self._idle_budget, self._busy_budget * max(1, pressing))
 
     def _computed(self, parts: list[tuple[Sample, int]]) -> None:
