@@ -30,12 +30,11 @@ def run(records: Records, quick: bool) -> None:
     path = find("smollm2")
     tokenizer = load_tokenizer(path)
     prompts = [tokenizer.encode_chat([{"role": "user", "content": question}]) for question in QUESTIONS]
-    new_tokens, repeats = (4, 1) if quick else (NEW_TOKENS, 5)
+    new_tokens, repeats = (4, 1) if quick else (NEW_TOKENS, 3)
     for dtype in (torch.float32, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
         case = f"SmolLM2 prompts={len(prompts)} new={new_tokens} dtype={name} threads={torch.get_num_threads()}"
         model = load_model(path, dtype=dtype)
-        records.add(case, "limit", "tokens_per_s", "tokens/s", [_limit(model, prompts, new_tokens)])
         hf_model = _hf_model(path, dtype)
         with Engine(model, max_batch=len(prompts), memory_limit=1 << 29) as engine:
             systems = {
@@ -43,8 +42,9 @@ def run(records: Records, quick: bool) -> None:
                 "transformers": lambda hf_model=hf_model: _transformers(hf_model, prompts, new_tokens),
             }
             samples: dict[str, list[float]] = {system: [] for system in systems}
-            answers, order, drawn = {}, list(systems), records.drawn(case)
+            answers, order, drawn, limits = {}, list(systems), records.drawn(case), []
             for _ in range(repeats + 1):  # the first one warms up
+                limits.append(_limit(model, prompts, new_tokens))
                 for system in drawn.sample(order, len(order)):
                     begin = time.perf_counter()
                     answers[system] = systems[system]()
@@ -52,6 +52,7 @@ def run(records: Records, quick: bool) -> None:
         same = sum(one == other for one, other in zip(answers["vattn"], answers["transformers"], strict=True))
         print(f"{case}: {same} of {len(prompts)} answers are the same")
         assert dtype != torch.float32 or same == len(prompts), "the two systems do not compute the same"
+        records.add(case, "limit", "tokens_per_s", "tokens/s", [max(limits)])  # whatever else ran then took some
         for system, found in samples.items():
             records.add(case, system, "tokens_per_s", "tokens/s", found[1:])
         del model, hf_model
