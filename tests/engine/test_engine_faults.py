@@ -242,6 +242,23 @@ def test_nobody_waits_for_ever_under_a_stream_of_more_important_ones(
             engine.cancel(request_id)
 
 
+def test_a_prompt_is_not_written_to_somebody_else_s_slot(model: Llama, cache: KVCache) -> None:
+    with Engine(model, cache, max_step_tokens=8) as engine:
+        engine.submit(Request(random_tokens(60, 128), 5))
+        engine.step()
+        (sample,) = engine._scheduler.running
+        slot = sample.slot
+        cache.release(slot)
+        assert cache.acquire(slot) == slot
+        cache.ensure(slot, 64)
+        for tensor in cache.rows(slot, 0):
+            tensor.fill_(7.0)
+        (end,) = run_out(engine)
+        assert end.finish_reason == "error"
+        assert all((tensor == 7).all() for tensor in cache.rows(slot, 0))
+        cache.release(slot)
+
+
 # -- threads ---------------------------------------------------------------------------------------------------------
 def test_submit_and_cancel_from_many_threads(model: Llama, cache: KVCache) -> None:
     """Every client gets an id of his own, and the tokens of his own request."""
@@ -387,8 +404,7 @@ def test_a_slot_that_is_changed_behind_its_back(model: Llama, cache: KVCache, ch
         found = by_sample(tokens)
         others = [i for i in range(3) if i != victim]
         assert [found[ids[i], 0] for i in others] == [expected[i] for i in others]
-        if phase == "decoding":
-            assert reasons[ids[victim], 0] == "error"
+        assert reasons[ids[victim], 0] == "error"
         if change != "release" and slot in cache._slots.with_state(1):
             cache.release(slot)
 
@@ -422,6 +438,22 @@ def test_a_closed_engine(model: Llama, cache: KVCache) -> None:
             call()
     engine.cancel(0)
     assert (engine.has_work, engine.stats().num_running) == (False, 0)
+
+
+def test_an_id_that_was_not_given_out_yet_cannot_be_cancelled(model: Llama, cache: KVCache) -> None:
+    faulty = Faulty(model)
+    with Engine(faulty, cache) as engine:
+        engine.submit(Request([3], 3))
+        later = []
+
+        def cancel_ahead() -> None:
+            faulty.on_decode = None
+            engine.cancel(1)
+            later.append(engine.submit(Request([5], 2)))
+
+        faulty.on_decode = cancel_ahead
+        assert len(by_sample(run_out(engine))[1, 0]) == 2
+        assert later == [1]
 
 
 def test_an_engine_that_nobody_closed_gives_its_slots_back(model: Llama, cache: KVCache) -> None:

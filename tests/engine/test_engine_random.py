@@ -51,6 +51,7 @@ def walk(model: Llama, num_requests: int, seed: int) -> None:
         with Engine(model, cache, max_step_tokens=rng.choice((7, 32, 256))) as engine:
             fates: dict[tuple[int, int], Fate] = {}
             open_requests: set[int] = set()
+            num_open: dict[int, int] = {}  # samples, by request
             num_submitted, num_cancelled, held = 0, 0, None
             while num_submitted < num_requests or engine.has_work:
                 while num_submitted < num_requests and engine.num_waiting < 30 and rng.random() < 0.6:
@@ -62,6 +63,7 @@ def walk(model: Llama, num_requests: int, seed: int) -> None:
                     request_id = engine.submit(replace(kinds[kind], **options))
                     fates.update(((request_id, c.index), Fate(c)) for c in expected[kind])
                     open_requests.add(request_id)
+                    num_open[request_id] = kinds[kind].n
                     num_submitted += 1
                 if open_requests and rng.random() < 0.03:
                     request_id = rng.choice(sorted(open_requests))
@@ -90,9 +92,9 @@ def walk(model: Llama, num_requests: int, seed: int) -> None:
                     continue
                 for new in tokens:
                     fates[new.request_id, new.index].add(new)  # KeyError: of a cancelled request
-                open_requests = {
-                    each for each in open_requests if engine._runner.goes_on(each) or engine._mail.has(each)
-                }
+                    num_open[new.request_id] -= new.finish_reason is not None
+                    if not num_open[new.request_id]:
+                        open_requests.discard(new.request_id)
                 if rng.random() < 0.05:
                     cache.check_integrity()
             assert all(fate.finish_reason for fate in fates.values())

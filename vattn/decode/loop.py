@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sys
 import weakref
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
 from typing import Any
@@ -242,7 +242,10 @@ class DecodeLoop:
     # -- steps ---------------------------------------------------------------------------------------------------
     @for_one_thread
     def step(
-        self, slots: Collection[int] | None = None, compute: Compute | None = None, beside: Sequence[int] = ()
+        self,
+        slots: Collection[int] | None = None,
+        compute: Compute | None = None,
+        beside: Mapping[int, int] | None = None,
     ) -> list[DecodedToken]:
         """Launch a step for every sequence, then report the tokens of the step before it.
 
@@ -253,7 +256,7 @@ class DecodeLoop:
             slots: those that take part; None for all.
             compute: ``(embeddings, batch, attention) -> logits`` instead of the model's ``decode``, for other work to
                 be done in the same pass. Not called where no sequence takes part.
-            beside: slots of the cache that it works on, too.
+            beside: slots of the cache that it works on, too, and their versions (see ``KVCache.versions``).
 
         Raises:
             OutOfPages: no page for the next row of some sequence. Nothing was launched, and no token is lost: cancel a
@@ -339,7 +342,7 @@ class DecodeLoop:
         self.close()
 
     # -- inside --------------------------------------------------------------------------------------------------
-    def _launch(self, slots: Collection[int] | None, compute: Compute | None, beside: Sequence[int]) -> bool:
+    def _launch(self, slots: Collection[int] | None, compute: Compute | None, beside: Mapping[int, int] | None) -> bool:
         """Launch a step for every sequence (of these slots) that has rows to come; False if none has.
 
         Raises:
@@ -354,8 +357,8 @@ class DecodeLoop:
         versions = np.array([sequence.version for sequence in sequences], np.int64)
         touched, known = index, versions
         if beside:
-            touched = np.concatenate((index, np.array(beside, np.int64)))
-            known = np.concatenate((versions, self.cache.versions(beside)))
+            touched = np.concatenate((index, np.array(list(beside), np.int64)))
+            known = np.concatenate((versions, np.array(list(beside.values()), np.int64)))
         try:
             self._mapper.require(index, rows)
             # Handlers run before the launch or after its entry in the books, also out of the end of ``cache.step``.

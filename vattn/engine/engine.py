@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from types import TracebackType
 from typing import Any
 
@@ -204,7 +204,9 @@ class Engine:
         tokens: list[StepToken] = []
         try:
             with Uninterrupted(), self._alone():
-                tokens = self._advance()
+                self._take_in()
+                self._runner.advance(time.monotonic())
+                tokens = self._collect()
         except BaseException:
             self._mail.keep(tokens)
             raise
@@ -232,19 +234,21 @@ class Engine:
                 for request in checked:
                     ids.append(self._post(request))
                     answers.update(((ids[-1], index), Answer()) for index in range(request.n))
-            mine = set(ids)
+            pending = set(answers)
             with self._alone():
-                while any(answer.finish_reason is None for answer in answers.values()):
+                while pending:
                     with Uninterrupted():
-                        tokens = self._advance()
-                        for token in tokens:
-                            if token.request_id in mine:
-                                answers[token.request_id, token.index].add(token)
-                            else:
+                        for request_id in self._take_in():
+                            pending -= {key for key in pending if key[0] == request_id}
+                        self._runner.advance(time.monotonic())
+                        for token in self._collect():
+                            key = token.request_id, token.index
+                            if key not in answers:
                                 others.append(token)
-                        for (request_id, _), answer in answers.items():
-                            if answer.finish_reason is None and not self._goes_on(request_id):
-                                answer.finish_reason = "cancelled"
+                                continue
+                            answers[key].add(token)
+                            if token.finish_reason is not None:
+                                pending.discard(key)
         except BaseException:
             for request_id in ids:
                 self.cancel(request_id)
@@ -266,16 +270,16 @@ class Engine:
         Raises:
             ConfigError: another thread is in ``step`` or ``generate``.
         """
-        with Uninterrupted(), self._alone(even_closed=True):
+        with Uninterrupted(), self._alone(even_closed=True), ExitStack() as last:
+            # Each of these, though one before it raises; the last one first.
+            if self._own_cache:
+                last.callback(self.cache.close)
+            last.callback(self._loop.close)
             if not self._closed:
                 self._closed = True
                 self._take_in()
-                for sample in list(self._scheduler):
-                    self._runner.cancel(sample.request_id)
+                self._runner.cancel_all()
                 self._passes.settle()
-                self._loop.close()
-            if self._own_cache:
-                self.cache.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -291,26 +295,19 @@ class Engine:
             finish(self.close)
 
     # -- inside --------------------------------------------------------------------------------------------------
-    def _advance(self) -> list[StepToken]:
-        self._take_in()
-        self._runner.advance(time.monotonic())
-        return self._collect()
-
-    def _take_in(self) -> None:
-        """What other threads have left: new requests, then cancellations."""
+    def _take_in(self) -> list[int]:
+        """What other threads have left: new requests, then cancellations, which are returned."""
         arrived, cancelled = self._mail.take()
         for request_id, request, arrived_s in arrived:
             self._runner.add(request_id, request, arrived_s)
         for request_id in cancelled:
             self._runner.cancel(request_id)
+        return cancelled
 
     def _collect(self) -> list[StepToken]:
         """What is there to report, less what was cancelled meanwhile."""
         tokens, self._runner.reported = self._runner.reported, []
         return self._mail.reportable(tokens)
-
-    def _goes_on(self, request_id: int) -> bool:
-        return self._runner.goes_on(request_id) or self._mail.has(request_id)
 
     def _post(self, request: Request) -> int:
         request_id = next(self._ids)

@@ -24,6 +24,7 @@ class Mail:
         self.arrived = threading.Event()
         self.kept: list[StepToken] = []
         self.num_arrived = 0  # samples
+        self._num_posted = 0
         self._requests: dict[int, tuple[Request, float]] = {}
         self._cancelled: set[int] = set()
 
@@ -32,18 +33,17 @@ class Mail:
         with self.lock:
             self._requests[request_id] = request, time.monotonic()
             self.num_arrived += request.n
+            self._num_posted = request_id + 1
         self.arrived.set()
 
     def cancel(self, request_id: int) -> None:
         """Nothing of it is handed out after this."""
         with self.lock:
+            if request_id not in range(self._num_posted):  # it may be one of a request to come
+                return
             self._cancelled.add(request_id)
             self.kept = [token for token in self.kept if token.request_id != request_id]
         self.arrived.set()
-
-    def has(self, request_id: int) -> bool:
-        """Whether it has arrived and was not taken."""
-        return request_id in self._requests
 
     def take(self) -> tuple[list[tuple[int, Request, float]], list[int]]:
         """(request_id, request, when) of those that arrived, and which to cancel."""

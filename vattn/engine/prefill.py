@@ -64,9 +64,14 @@ class MixedModel(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A part of a prompt: the tokens of rows ``[end - len(tokens), end)`` of a slot."""
+    """A part of a prompt: the tokens of rows ``[end - len(tokens), end)`` of a slot.
+
+    Attributes:
+        version: the cache's, of the slot: nothing is written to it where it has another one.
+    """
 
     slot: int
+    version: int
     tokens: Sequence[int]
     end: int
 
@@ -75,12 +80,12 @@ class Riding:
     """A pass that is going to be part of the next decode step, which calls this to compute both.
 
     Attributes:
-        slots: of the prompts.
+        versions: slot -> version, of the prompts.
         is_launched: whether it was called, and raised nothing.
     """
 
-    def __init__(self, passes: PrefillPasses, tokens: torch.Tensor, batch: AttentionBatch) -> None:
-        self.slots, self.is_launched = batch.slots, False
+    def __init__(self, passes: PrefillPasses, chunks: list[Chunk], tokens: torch.Tensor, batch: AttentionBatch) -> None:
+        self.versions, self.is_launched = {chunk.slot: chunk.version for chunk in chunks}, False
         self._passes, self._tokens, self._batch = passes, tokens, batch
 
     def __call__(self, residual: torch.Tensor, batch: DecodeBatch, attention: AttentionBackend) -> torch.Tensor:
@@ -121,8 +126,10 @@ class PrefillPasses:
 
         Raises:
             OutOfPages: no pages for the rows; nothing was changed.
+            ConfigError: a slot was released or truncated by somebody else, or the cache is closed.
         """
         tokens, batch = self._prepare(chunks)
+        versions = [chunk.version for chunk in chunks]
         while len(self._under_way) >= _MOST_UNDER_WAY:
             self._under_way[0].synchronize()
             self._under_way.popleft()
@@ -130,7 +137,7 @@ class PrefillPasses:
             Uninterrupted(),
             torch.inference_mode(),
             torch.cuda.stream(self._stream),
-            self.cache.step(batch.slots),
+            self.cache.step(batch.slots, versions=versions),
         ):
             self.model.prefill(tokens, batch, self.cache, self.attention)
             if self._stream is not None:
@@ -142,9 +149,9 @@ class PrefillPasses:
         """Back the rows, for a pass that the next decode step launches.
 
         Raises:
-            OutOfPages: no pages for the rows; nothing was changed.
+            OutOfPages, ConfigError: as ``launch``.
         """
-        return Riding(self, *self._prepare(chunks))
+        return Riding(self, chunks, *self._prepare(chunks))
 
     def settle(self) -> None:
         """Wait for all passes."""
@@ -155,7 +162,7 @@ class PrefillPasses:
     def _prepare(self, chunks: list[Chunk]) -> tuple[torch.Tensor, AttentionBatch]:
         slots, ends = [chunk.slot for chunk in chunks], [chunk.end for chunk in chunks]
         with torch.inference_mode(), torch.cuda.stream(self._stream):
-            self.cache.ensure_batch(slots, ends)
+            self.cache.ensure_batch(slots, ends, versions=[chunk.version for chunk in chunks])
             batch = AttentionBatch.build(slots, [len(chunk.tokens) for chunk in chunks], ends, self.cache.device)
             tokens = upload([token for chunk in chunks for token in chunk.tokens], self.cache.device, torch.int64)
         return tokens, batch

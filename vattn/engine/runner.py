@@ -19,6 +19,8 @@ from .stats import Meters
 
 __all__ = ["Runner"]
 
+_CHANGED = "its slot was released or truncated in the cache while the engine used it"
+
 # Of a sample with ``allowed_tokens``: its newest token is known and the next mask is to be made; it may take part in
 # the next step; it took part in one whose token is not known yet.
 _KNOWN, _READY, _AWAY = range(3)
@@ -58,6 +60,7 @@ class Runner:
         self._samples: dict[int, list[Sample]] = {}  # of requests that go on
         self._decoding: dict[int, Sample] = {}  # by slot
         self._grammars: dict[Sample, int] = {}  # those that decode with ``allowed_tokens``
+        self._now = 0.0  # of the step
         self._shortage: OutOfPages | OutOfSlots | None = None  # why nothing of ours runs
 
     # -- requests ------------------------------------------------------------------------------------------------
@@ -75,9 +78,10 @@ class Runner:
             self._leave(sample)
         self.reported = [token for token in self.reported if token.request_id != request_id]
 
-    def goes_on(self, request_id: int) -> bool:
-        """Whether a sample of the request waits or runs."""
-        return request_id in self._samples
+    def cancel_all(self) -> None:
+        """Every request; nothing of any is reported any more."""
+        for request_id in tuple(self._samples):
+            self.cancel(request_id)
 
     # -- a step --------------------------------------------------------------------------------------------------
     def advance(self, now: float) -> None:
@@ -88,10 +92,11 @@ class Runner:
                 waiting.
         """
         self._meters.num_steps += 1
+        self._now = now
         for sample in self._scheduler.expired(now):
             self._end(sample, "deadline")
-        self._admit(now)
-        self._decode(now)
+        self._admit()
+        self._decode()
         self._launch_pass()
         if self._scheduler.running:
             self._shortage = None
@@ -104,6 +109,9 @@ class Runner:
         followers = [(each, sample) for sample in ready for each in self._scheduler.followers(sample)]
         taken = [follower for follower, sample in followers if self._take_slot(follower, sample)]
         ready = ready + [follower for follower in taken if follower.computed == follower.num_rows]
+        if lost := self._lost(ready):
+            self._fail(lost, ConfigError(_CHANGED), gone=True)
+            ready = [sample for sample in ready if sample.phase is Phase.PREFILLING]
         while ready:
             try:
                 self._loop.start_batch([self._start_of(sample) for sample in ready])
@@ -134,7 +142,7 @@ class Runner:
             request.num_logprobs,
         )
 
-    def _decode(self, now: float) -> None:
+    def _decode(self) -> None:
         """A token for everybody who decodes, and a part of the prompts in the same pass; who has no page for the next
         row waits."""
         loop, may_retry, may_ride = self._loop, True, True
@@ -142,18 +150,18 @@ class Runner:
             riding, parts = self._next_pass(self._passes.riding) if may_ride else (None, [])
             slots = self._slots_to_step()
             try:
-                tokens = loop.step(slots, riding, () if riding is None else riding.slots)
+                tokens = loop.step(slots, riding, None if riding is None else riding.versions)
                 if loop.stream is None:  # nothing runs beside the host: there is nothing to be one step behind for
                     tokens += loop.drain()
             except OutOfPages as error:
                 # What has ended meanwhile gives its memory back.
-                if not self._note(self._rest(), now):
+                if not self._note(self._rest()):
                     self._preempt(error)
                 continue
             except Exception as error:
-                self._note(self._rest(), now)
+                self._note(self._rest())
                 lost = [sample for slot, sample in self._decoding.items() if slot not in loop.slots]
-                if lost:  # released or truncated behind our back: they are somebody else's
+                if lost:  # as ``_lost``; the loop has dropped them
                     self._fail(lost, error, gone=True)
                 elif isinstance(error, DriverError) and may_retry:
                     may_retry = False
@@ -165,7 +173,7 @@ class Runner:
             for sample in self._grammars:
                 if self._grammars[sample] == _READY:
                     self._grammars[sample] = _AWAY
-            self._note(tokens, now)
+            self._note(tokens)
             if riding is not None and riding.is_launched:
                 self._computed(parts)
             if not may_ride:
@@ -191,10 +199,11 @@ class Runner:
                 self._fail([sample], error)
         return [slot for slot, sample in self._decoding.items() if self._grammars.get(sample) != _AWAY]
 
-    def _note(self, tokens: list[DecodedToken], now: float) -> bool:
+    def _note(self, tokens: list[DecodedToken]) -> bool:
         """Report tokens; True if a sample ended."""
         ended: list[Sample] = []
         gaps: dict[float, int] = {}
+        now = self._now
         num_tokens = 0
         for token in tokens:
             sample = self._decoding.get(token.slot)
@@ -228,7 +237,7 @@ class Runner:
         return bool(ended)
 
     # -- slots and memory ----------------------------------------------------------------------------------------
-    def _admit(self, now: float) -> None:
+    def _admit(self) -> None:
         """Give slots to those whose turn it is."""
         scheduler = self._scheduler
         if not scheduler.num_waiting or self._shortage is not None:
@@ -243,9 +252,8 @@ class Runner:
                 continue  # it follows another, or could not
             if self._shortage is not None:
                 scheduler.requeue(sample)
-            elif self._take_slot(sample, scheduler.source_of(sample)) and not sample.was_admitted:
-                sample.was_admitted = True
-                self._meters.queue_s.add(now - sample.arrived_s)
+            else:
+                self._take_slot(sample, scheduler.source_of(sample))
         self._start([s for s in admitted if s.phase is Phase.PREFILLING and s.slot >= 0 and s.computed == s.num_rows])
         if not scheduler.running and self._shortage is None and (head := scheduler.head) is not None:
             asked, free, limit = scheduler.least_bytes(head), self._free_bytes(), self._cache.memory_limit
@@ -275,6 +283,10 @@ class Runner:
         if sample.phase is Phase.FOLLOWING:
             self._scheduler.lead_no_more(sample)
         sample.slot, sample.computed = slot, computed
+        sample.version = int(self._cache.versions([slot])[0])
+        if not sample.was_admitted:
+            sample.was_admitted = True
+            self._meters.queue_s.add(self._now - sample.arrived_s)
         return True
 
     def _launch_pass(self) -> None:
@@ -287,7 +299,7 @@ class Runner:
         is to be computed."""
         while parts := self._scheduler.chunks(self._budget):
             chunks = [
-                Chunk(sample.slot, sample.tokens(sample.computed, end), end)
+                Chunk(sample.slot, sample.version, sample.tokens(sample.computed, end), end)
                 for sample, end in ((sample, sample.computed + count) for sample, count in parts)
             ]
             try:
@@ -295,7 +307,9 @@ class Runner:
             except OutOfPages as error:
                 self._preempt(error)
             except Exception as error:
-                self._fail([sample for sample, _ in parts], error)
+                took_part = [sample for sample, _ in parts]
+                lost = self._lost(took_part)
+                self._fail(lost or took_part, error, gone=bool(lost))
         return None, []
 
     @property
@@ -323,6 +337,13 @@ class Runner:
             self._meters.num_preemptions += 1
         if not self._scheduler.running:
             self._shortage = error
+
+    def _lost(self, samples: list[Sample]) -> list[Sample]:
+        """Those whose slots somebody else has released or truncated behind our back: they are not ours any more."""
+        with suppress(ConfigError):  # the cache is closed: that is everybody's fate
+            versions = self._cache.versions([sample.slot for sample in samples]).tolist()
+            return [sample for sample, version in zip(samples, versions, strict=True) if version != sample.version]
+        return []
 
     def _free_bytes(self) -> int:
         return self._cache.memory_limit - self._cache.stats().in_use_bytes
@@ -365,7 +386,8 @@ class Runner:
             return
         with suppress(ConfigError):  # the cache is closed, or the slot is somebody else's by now
             if self._decoding.pop(slot, None) is None:
-                self._cache.release(slot)
+                if self._cache.versions([slot])[0] == sample.version:
+                    self._cache.release(slot)
                 return
             try:
                 self._loop.release(slot)

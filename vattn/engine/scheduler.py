@@ -38,6 +38,7 @@ class Sample:
         deadline_s: when it has to end.
         answer: its tokens so far. Those of prompt and answer but for the last one have rows while it decodes.
         slot: while it prefills or decodes.
+        version: the cache's, of that slot: another one there means that somebody else has changed or taken it.
         computed: rows whose computation was launched.
         life: one more each time that it gave its slot back.
         last_s: when its newest token was reported.
@@ -54,6 +55,7 @@ class Sample:
     answer: list[int] = field(default_factory=list)
     phase: Phase = Phase.WAITING
     slot: int = -1
+    version: int = -1
     computed: int = 0
     life: int = 0
     last_s: float = 0.0
