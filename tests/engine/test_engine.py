@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -174,9 +175,11 @@ def test_steps_stream_one_token_per_request(engine: Engine) -> None:
     while engine.has_work:
         steps.append(engine.step())
     steps = [step for step in steps if step]
-    assert [len(step) for step in steps] == [3, 3, 3, 3]
-    assert [t.finish_reason for t in steps[-1]] == ["length"] * 3
-    assert not any(t.finish_reason for step in steps[:-1] for t in step)
+    # The first prompt is one token: it decodes at once, and the others are computed in the same pass.
+    assert [len(step) for step in steps] == [1, 3, 3, 3, 2]
+    assert [t.finish_reason for t in steps[-1]] == ["length"] * 2
+    assert [t.finish_reason for t in steps[-2]] == ["length", None, None]
+    assert not any(t.finish_reason for step in steps[:-2] for t in step)
     assert engine.step() == []
     stats = engine.stats()
     assert (stats.num_prefill_tokens, stats.num_decode_tokens) == (0 + 7 + 14, 12)
@@ -419,7 +422,9 @@ def test_cancel(model: Llama, engine: Engine) -> None:
     engine.cancel(ids[0])
     tokens += run_out(engine)
     engine.cancel(ids[2])  # has ended: no effect
-    assert by_sample(tokens) == {(ids[2], 0): expected[2], (ids[3], 0): expected[3]}
+    found = by_sample(tokens)
+    assert found.pop((ids[0], 0)) == expected[0][:1]  # reported before it was cancelled
+    assert found == {(ids[2], 0): expected[2], (ids[3], 0): expected[3]}
 
 
 def test_stats(model: Llama, cache: KVCache, engine: Engine) -> None:
@@ -479,3 +484,41 @@ def test_same_tokens_on_the_gpu(model: Llama) -> None:
     with KVCache(on_gpu.kv_layout(), 5, "cuda", 64 << 20) as cache, Engine(on_gpu, cache, max_step_tokens=16) as engine:
         assert tokens_of(engine.generate(wanted)) == expected
         cache.check_integrity()
+
+
+def test_prompts_are_computed_in_the_passes_of_those_who_decode(model: Llama) -> None:
+    """A token for who decodes in every step, and a part of the prompt; the more prompts wait, the larger."""
+    sizes: list[int] = []
+
+    class Counting(FusedLlama):
+        def prefill_and_decode(self, tokens: torch.Tensor, *others: Any) -> torch.Tensor:
+            sizes.append(len(tokens))
+            return super().prefill_and_decode(tokens, *others)
+
+    request, late = Request([3, 5], 60), [Request(random_tokens(301, 128, seed=i), 4) for i in range(5)]
+    expected = [c.tokens for (c,) in alone(model, [request, *late])]
+    with cache_of(model, max_slots=8) as cache, Engine(Counting(model), cache) as engine:
+        first = engine.submit(request)
+        tokens = engine.step() + engine.step()
+        ids = [engine.submit(late[0])]
+        for _ in range(5):
+            new = engine.step()
+            assert [token.request_id for token in new] == [first]
+            tokens += new
+        assert sizes == [64] * 4 + [300 - 4 * 64]  # what a step may compute on the CPU while somebody decodes
+        ids += [engine.submit(each) for each in late[1:]]
+        tokens += run_out(engine)
+        found = by_sample(tokens)
+        assert [found[each, 0] for each in (first, *ids)] == expected
+        assert 64 < max(sizes) <= 256  # while several wait for one or two who decode
+
+
+def test_a_model_without_mixed_passes(model: Llama, cache: KVCache) -> None:
+    """What rides is computed before the decode step, then."""
+
+    class Plain(FusedLlama):
+        prefill_and_decode = None  # type: ignore[assignment]
+
+    wanted = requests_of(6, max_new_tokens=8)
+    with Engine(Plain(model), cache, max_step_tokens=3) as engine:
+        assert [c.tokens for c in engine.generate(wanted)] == [c.tokens for (c,) in alone(model, wanted)]

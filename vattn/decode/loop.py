@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sys
 import weakref
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
 from typing import Any
@@ -29,7 +29,7 @@ from .map_ahead import MapAhead
 from .options import checked_options
 from .progress import Progress
 from .state import DecodedToken, DecodeModel, DecodeState, Start
-from .step import RING, DecodeStep
+from .step import RING, Compute, DecodeStep
 
 __all__ = ["DecodeLoop"]
 
@@ -241,7 +241,12 @@ class DecodeLoop:
 
     # -- steps ---------------------------------------------------------------------------------------------------
     @for_one_thread
-    def step(self, slots: Collection[int] | None = None) -> list[DecodedToken]:
+    def step(
+        self,
+        slots: Collection[int] | None = None,
+        compute: Compute | None = None,
+        beside: Mapping[int, int] | None = None,
+    ) -> list[DecodedToken]:
         """Launch a step for every sequence, then report the tokens of the step before it.
 
         So the first call reports nothing, and a call without sequences reports what is left. Whatever is raised by the
@@ -249,6 +254,9 @@ class DecodeLoop:
 
         Args:
             slots: those that take part; None for all.
+            compute: ``(embeddings, batch, attention) -> logits`` instead of the model's ``decode``, for other work to
+                be done in the same pass. Not called where no sequence takes part.
+            beside: slots of the cache that it works on, too, and their versions (see ``KVCache.versions``).
 
         Raises:
             OutOfPages: no page for the next row of some sequence. Nothing was launched, and no token is lost: cancel a
@@ -261,12 +269,12 @@ class DecodeLoop:
         self._require_open()
         self._drain(RING // 2)  # more than one is left only where something was raised after a launch
         try:
-            launched = self._launch(slots)
+            launched = self._launch(slots, compute, beside)
         except OutOfPages:
             if not self._progress.under_way:
                 raise
             self._drain(0)  # sequences that have ended give their pages back
-            launched = self._launch(slots)
+            launched = self._launch(slots, compute, beside)
         self._drain(1 if launched else 0)
         return self._report()
 
@@ -334,7 +342,7 @@ class DecodeLoop:
         self.close()
 
     # -- inside --------------------------------------------------------------------------------------------------
-    def _launch(self, slots: Collection[int] | None) -> bool:
+    def _launch(self, slots: Collection[int] | None, compute: Compute | None, beside: Mapping[int, int] | None) -> bool:
         """Launch a step for every sequence (of these slots) that has rows to come; False if none has.
 
         Raises:
@@ -347,6 +355,10 @@ class DecodeLoop:
         index = np.array(taken, np.int64)
         rows = np.array([sequence.rows for sequence in sequences], np.int64) + 1
         versions = np.array([sequence.version for sequence in sequences], np.int64)
+        touched, known = index, versions
+        if beside:
+            touched = np.concatenate((index, np.array(list(beside), np.int64)))
+            known = np.concatenate((versions, np.array(list(beside.values()), np.int64)))
         try:
             self._mapper.require(index, rows)
             # Handlers run before the launch or after its entry in the books, also out of the end of ``cache.step``.
@@ -354,9 +366,9 @@ class DecodeLoop:
                 Uninterrupted(),
                 torch.inference_mode(),
                 torch.cuda.stream(self.stream),
-                self.cache.step(index, versions=versions),
+                self.cache.step(touched, versions=known),
             ):
-                self._progress.launched(sequences, self._step.launch(taken))
+                self._progress.launched(sequences, self._step.launch(taken, compute))
         except ConfigError as error:
             self._drop(index, versions, error)
             raise

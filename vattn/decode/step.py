@@ -7,7 +7,7 @@ which the host reads while the next step runs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,9 @@ from ..requests import MAX_LOGPROBS
 from ..tuning import default_decode
 from .graphs import GraphReport, StepGraphs
 from .state import DecodedToken, DecodeModel, DecodeState
+
+# (embeddings, batch, attention) -> logits, as a model's ``decode`` over the cache.
+Compute = Callable[[torch.Tensor, DecodeBatch, AttentionBackend], torch.Tensor]
 
 RING = 8  # steps whose tokens the ring holds
 _REASONS = {0: None, 1: "stop", 2: "length", 3: "error"}
@@ -113,8 +116,12 @@ class DecodeStep:
         """What was captured, by batch size."""
         return self._graphs.reports
 
-    def launch(self, slots: list[int]) -> LaunchedStep:
-        """Submit a step for these slots to the current stream, in inference mode."""
+    def launch(self, slots: list[int], compute: Compute | None = None) -> LaunchedStep:
+        """Submit a step for these slots to the current stream, in inference mode.
+
+        Args:
+            compute: instead of the model's ``decode``; the step is then launched and not replayed.
+        """
         if slots != self._order:
             self._order = []
             padded = np.full(self.max_batch, self._scratch, np.int32)
@@ -123,7 +130,10 @@ class DecodeStep:
             self._order = slots
         self.state.upload_allowed(self.upload)
         bucket, place = self._graphs.bucket_for(len(slots)), self._num_launched % RING
-        self._graphs.launch(bucket)
+        if compute is None:
+            self._graphs.launch(bucket)
+        else:
+            self._run(bucket, compute)
         wanted = tuple((i, k) for i, slot in enumerate(slots) if (k := self.state.num_logprobs.get(slot)) is not None)
         if wanted:
             logits = self._graph_logits[bucket].tensor() if self._logits is None else self._logits
@@ -171,7 +181,7 @@ class DecodeStep:
         """Free the graphs. No step may be under way."""
         self._graphs.release()
 
-    def _run(self, bucket: int) -> None:
+    def _run(self, bucket: int, compute: Compute | None = None) -> None:
         """The step itself: what is captured."""
         ops, state = self.model.ops, self.state
         batch = self._batches.get(bucket)
@@ -179,7 +189,11 @@ class DecodeStep:
         if batch is None:
             batch = self._batches[bucket] = DecodeBatch(slots, rows, ends, self.max_seq_len)
         ops.begin_step(slots, state.tokens, state.lengths, self.model.embedding, residual, rows, ends)
-        logits = self.model.decode(residual, batch, self.cache, self._attention_for(bucket))
+        attention = self._attention_for(bucket)
+        if compute is None:
+            logits = self.model.decode(residual, batch, self.cache, attention)
+        else:
+            logits = compute(residual, batch, attention)
         if logits.is_cuda and torch.cuda.is_current_stream_capturing():
             self._logits, self._graph_logits[bucket] = None, _Borrowed(logits)
         else:

@@ -25,7 +25,7 @@ from .mail import Mail
 from .opening import BUDGETS, TYPICAL_LEN, attention_for_prompts, opened_cache
 from .prefill import PrefillPasses, RuntimeModel
 from .runner import Runner
-from .scheduler import Sample, Scheduler
+from .scheduler import Scheduler
 from .stats import EngineStats, Meters
 
 __all__ = ["Engine"]
@@ -48,7 +48,8 @@ class Engine:
             opens one, and closes it.
         max_batch: sequences that run together; None for 64, or as many as the given cache has slots for.
         max_step_tokens: prompt tokens that a step computes at most: a running sequence waits no longer than these
-            take. None: on CUDA 1,024, and 8,192 while nobody decodes; on the CPU 64 and 256.
+            take. None: on CUDA 1,024, and 8,192 while nobody decodes; on the CPU 64 and 256; between
+            them while many prompts wait for few that decode.
         memory_limit: of the cache that the engine opens, in bytes; None: 90 % of what is free.
         max_waiting: samples that may wait before ``submit`` raises ``QueueFull``; None for any number.
         attention: backend or its name, for prompts, and for decode where captured steps can use it; None for the ones
@@ -112,9 +113,7 @@ class Engine:
         self._costs = SequenceCosts(self.cache.layout, self.cache.page_bytes, self.cache.over_read_tokens)
         self._meters = Meters()
         self._scheduler = Scheduler(self._costs, max_batch)
-        self._passes: PrefillPasses[tuple[Sample, int]] = PrefillPasses(
-            model, self.cache, self.attention, self._loop.stream
-        )
+        self._passes = PrefillPasses(model, self.cache, self.attention, self._loop.stream)
         self._runner = Runner(self._loop, self._passes, self._scheduler, self._meters, budgets)
         self._room_bytes = self.cache.memory_limit - self._costs.bytes(self.cache.seq_len(self._loop.own_slot))
         self._ids = itertools.count()

@@ -1,12 +1,14 @@
 """One step of everything: prompts that are done start to decode, those that decode get a token, the next pass goes out.
 
-The order within a step is that of the GPU's time: the decode step is launched first, and while it runs the host gives
-slots away, maps what the next pass needs, and launches that.
+While the GPU is busy with the step before, the host gives slots away, maps what the next parts of prompts need, and
+launches those together with the next token of everybody who decodes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
+from typing import TypeVar
 
 from ..decode import DecodedToken, DecodeLoop, Start
 from ..errors import ConfigError, DriverError, OutOfPages, OutOfSlots
@@ -22,6 +24,8 @@ _CHANGED = "its slot was released or truncated in the cache while the engine use
 # Of a sample with ``allowed_tokens``: its newest token is known and the next mask is to be made; it may take part in
 # the next step; it took part in one whose token is not known yet.
 _KNOWN, _READY, _AWAY = range(3)
+
+_Pass = TypeVar("_Pass")
 
 
 class Runner:
@@ -44,7 +48,7 @@ class Runner:
     def __init__(
         self,
         loop: DecodeLoop,
-        passes: PrefillPasses[tuple[Sample, int]],
+        passes: PrefillPasses,
         scheduler: Scheduler,
         meters: Meters,
         budgets: tuple[int, int],
@@ -91,24 +95,14 @@ class Runner:
         self._now = now
         for sample in self._scheduler.expired(now):
             self._end(sample, "deadline")
-        self._finish_passes()
-        self._decode()
         self._admit()
+        self._decode()
         self._launch_pass()
         if self._scheduler.running:
             self._shortage = None
         elif self._shortage is not None and not self.reported:
             shortage, self._shortage = self._shortage, None
             raise shortage
-
-    def _finish_passes(self) -> None:
-        """Prompts that are computed start to decode; where nobody does, wait for one."""
-        ready: list[Sample] = []
-        for chunk in self._passes.done(wait=not self._decoding):
-            sample, life = chunk.owner
-            if sample.life == life and chunk.end == sample.num_rows:
-                ready.append(sample)
-        self._start(ready)
 
     def _start(self, ready: list[Sample]) -> None:
         """Decode these from now on; those that follow them fork first, while the slots hold the prompts and no more."""
@@ -149,12 +143,14 @@ class Runner:
         )
 
     def _decode(self) -> None:
-        """A token for everybody who decodes; who has no page for the next row waits."""
-        loop, may_retry = self._loop, True
+        """A token for everybody who decodes, and a part of the prompts in the same pass; who has no page for the next
+        row waits."""
+        loop, may_retry, may_ride = self._loop, True, True
         while self._decoding:
+            riding, parts = self._next_pass(self._passes.riding) if may_ride else (None, [])
             slots = self._slots_to_step()
             try:
-                tokens = loop.step(slots)
+                tokens = loop.step(slots, riding, None if riding is None else riding.versions)
                 if loop.stream is None:  # nothing runs beside the host: there is nothing to be one step behind for
                     tokens += loop.drain()
             except OutOfPages as error:
@@ -169,6 +165,8 @@ class Runner:
                     self._fail(lost, error, gone=True)
                 elif isinstance(error, DriverError) and may_retry:
                     may_retry = False
+                elif riding is not None:
+                    may_ride = False  # by themselves it shows whose fault it was
                 else:
                     self._fail([s for slot, s in self._decoding.items() if slots is None or slot in slots], error)
                 continue
@@ -176,6 +174,10 @@ class Runner:
                 if self._grammars[sample] == _READY:
                     self._grammars[sample] = _AWAY
             self._note(tokens)
+            if riding is not None and riding.is_launched:
+                self._computed(parts)
+            if not may_ride:
+                self._computed(self._next_pass(self._passes.launch)[1])
             return
 
     def _rest(self) -> list[DecodedToken]:
@@ -288,32 +290,43 @@ class Runner:
         return True
 
     def _launch_pass(self) -> None:
-        """The next chunks of prompts: one pass where somebody decodes, so that no more of them lie between two of his
-        tokens. On a GPU another one may still be running, so that it is never without one while the host maps pages."""
-        scheduler = self._scheduler
-        while scheduler.is_prefilling and self._passes.num_under_way < 2:
-            parts = scheduler.chunks(self._busy_budget if self._decoding else self._idle_budget)
-            if not parts:
-                return
+        """The next parts of prompts by themselves, where nobody decodes."""
+        if not self._decoding:
+            self._computed(self._next_pass(self._passes.launch)[1])
+
+    def _next_pass(self, prepare: Callable[[list[Chunk]], _Pass]) -> tuple[_Pass | None, list[tuple[Sample, int]]]:
+        """What ``prepare`` makes of the next parts of prompts, and (sample, rows) of each; None and nothing where none
+        is to be computed."""
+        while parts := self._scheduler.chunks(self._budget):
             chunks = [
-                Chunk((sample, sample.life), sample.slot, sample.version, sample.tokens(sample.computed, end), end)
+                Chunk(sample.slot, sample.version, sample.tokens(sample.computed, end), end)
                 for sample, end in ((sample, sample.computed + count) for sample, count in parts)
             ]
             try:
-                self._passes.launch(chunks)
+                return prepare(chunks), parts
             except OutOfPages as error:
                 self._preempt(error)
-                continue
             except Exception as error:
                 took_part = [sample for sample, _ in parts]
                 lost = self._lost(took_part)
                 self._fail(lost or took_part, error, gone=bool(lost))
-                continue
-            for sample, count in parts:
-                sample.computed += count
-                self._meters.num_prefill_tokens += count
-            if self._decoding or self._loop.stream is None:  # on the CPU it has been computed by now
-                return
+        return None, []
+
+    @property
+    def _budget(self) -> int:
+        """Prompt tokens of the next pass: the more prompts wait behind one, for each sequence that decodes and so waits
+        for the pass, the larger it is."""
+        if not self._decoding:
+            return self._idle_budget
+        pressing = 2 * (self._scheduler.num_prefilling - 1) // len(self._decoding)
+        return min(self._idle_budget, self._busy_budget * max(1, pressing))
+
+    def _computed(self, parts: list[tuple[Sample, int]]) -> None:
+        """These rows are there for whatever is launched from now on. Whose prompt that completes starts to decode."""
+        for sample, count in parts:
+            sample.computed += count
+            self._meters.num_prefill_tokens += count
+        self._start([sample for sample, _ in parts if sample.computed == sample.num_rows])
 
     def _preempt(self, error: OutOfPages) -> None:
         """Take a sample's memory back; its rows are computed again when they fit."""

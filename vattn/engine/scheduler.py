@@ -247,8 +247,8 @@ class Scheduler:
         self._prefilling.pop(sample, None)
 
     @property
-    def is_prefilling(self) -> bool:
-        return bool(self._prefilling)
+    def num_prefilling(self) -> int:
+        return len(self._prefilling)
 
     def chunks(self, budget: int) -> list[tuple[Sample, int]]:
         """(sample, rows) to compute next, ``budget`` rows together: prompts that were begun, then by rank."""
