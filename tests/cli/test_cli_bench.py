@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -82,4 +83,6 @@ def test_wrong_names(folder, tmp_path, capfd):
 def test_every_experiment_says_what_it_needs():
     for path in EXPERIMENTS.glob("*/run.py"):
         text = path.read_text()
-        assert ("NEEDS = (" in text) == ("Needs an NVIDIA GPU" in text), path
+        needs = re.search(r"^NEEDS = \((.*)\)$", text, re.MULTILINE)
+        wants_gpu = needs is not None and '"cuda"' in needs[1]
+        assert wants_gpu == ("Needs an NVIDIA GPU" in text), path

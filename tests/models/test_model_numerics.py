@@ -169,5 +169,6 @@ def test_8b_at_16k_end_to_end(llama_8b: Llama) -> None:
             assert [len(completion.tokens) for completion in completions] == [NUM_STEPS] * 2
             assert engine.stats().num_prefill_tokens == CONTEXT - NUM_STEPS + 40 - 2
         stats = cache.stats()
-        assert stats.peak_physical_bytes < (CONTEXT + 40 + 2 * attention.over_read_tokens + 64) * 131072
+        # Two sequences and the loop's own slot, each with the margin, in whole pages of 16 tokens.
+        assert stats.peak_physical_bytes < (CONTEXT + 40 + 3 * (attention.over_read_tokens + 16)) * 131072
         cache.check_integrity()
