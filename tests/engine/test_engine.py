@@ -280,6 +280,15 @@ def test_memory_held_by_others_is_waited_for(model: Llama) -> None:
         cache.release(more)
 
 
+def test_a_slot_that_others_hold_is_done_without(model: Llama) -> None:
+    """Those that wait for it go on when all that run end in the same step."""
+    with cache_of(model, max_slots=4) as cache, Engine(model, cache) as engine:
+        held = cache.acquire()  # one of the three that the engine counts on
+        completions = engine.generate([Request([1 + i], 3) for i in range(8)])
+        assert [len(completion.tokens) for completion in completions] == [3] * 8
+        cache.release(held)
+
+
 def test_a_sequence_that_others_leave_no_room_to_grow_waits(model: Llama) -> None:
     """Preempted, with nothing of ours left to run: that is said, and it goes on when there is room."""
     wanted = Request(random_tokens(10, 128), 60)

@@ -92,17 +92,14 @@ class Runner:
                 waiting.
         """
         self._meters.num_steps += 1
-        self._now = now
+        self._now, self._shortage = now, None
         for sample in self._scheduler.expired(now):
             self._end(sample, "deadline")
         self._admit()
         self._decode()
         self._launch_pass()
-        if self._scheduler.running:
-            self._shortage = None
-        elif self._shortage is not None and not self.reported:
-            shortage, self._shortage = self._shortage, None
-            raise shortage
+        if self._shortage is not None and not self._scheduler.running and not self.reported:
+            raise self._shortage
 
     def _start(self, ready: list[Sample]) -> None:
         """Decode these from now on; those that follow them fork first, while the slots hold the prompts and no more."""
