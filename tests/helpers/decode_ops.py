@@ -6,9 +6,9 @@ from dataclasses import fields, replace
 
 import torch
 
+from vattn.ops.host_sampling import sample_tokens_eager
 from vattn.ops.process_logits import SamplerState
 from vattn.ops.sample_tokens import sample_tokens, sample_tokens_reference, scores_reference
-from vattn.ops.sampling import sample_tokens_eager
 
 INF, NAN = float("inf"), float("nan")
 

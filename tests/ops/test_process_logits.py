@@ -10,6 +10,7 @@ import torch
 from helpers.decode_ops import FIELDS, INF, NAN, Requests, plain_sampling
 
 import vattn.ops.sample_tokens as sample_tokens_module
+from vattn.ops.host_sampling import sample_tokens_eager
 from vattn.ops.process_logits import (
     ALLOWED,
     BIAS,
@@ -21,7 +22,6 @@ from vattn.ops.process_logits import (
     process_row,
 )
 from vattn.ops.sample_tokens import sample_tokens, sample_tokens_reference
-from vattn.ops.sampling import sample_tokens_eager
 from vattn.ops.triton_support import jit, tl, unavailable
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -9,9 +9,9 @@ import torch
 from helpers.decode_ops import INF, NAN, Requests, plain_sampling
 
 import vattn.ops.sample_tokens as sample_tokens_module
+from vattn.ops.host_sampling import sample_tokens_eager
 from vattn.ops.philox import first_words, philox_reference
 from vattn.ops.sample_tokens import sample_tokens_reference, scores_reference
-from vattn.ops.sampling import sample_tokens_eager
 from vattn.ops.triton_support import unavailable
 
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))

@@ -13,9 +13,9 @@ from .add_rms_norm import add_rms_norm, add_rms_norm_reference
 from .advance import advance, advance_reference
 from .begin_step import begin_step, begin_step_reference
 from .host_linear import host_linear
+from .host_sampling import sample_tokens_eager
 from .rope_append import rope_append, rope_append_reference
 from .sample_tokens import sample_tokens
-from .sampling import sample_tokens_eager
 from .skinny_linear import LinearConfig, skinny_linear
 from .swiglu import swiglu, swiglu_reference
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from helpers.decode_ops import INF, NAN, plain_sampling
 
-import vattn.ops.sampling as sampling_module
+import vattn.ops.host_sampling as sampling_module
+from vattn.ops.host_sampling import sample_tokens_eager
 from vattn.ops.sample_tokens import sample_tokens, sample_tokens_reference
-from vattn.ops.sampling import sample_tokens_eager
 from vattn.ops.triton_support import unavailable
 
 KERNEL = pytest.param(
