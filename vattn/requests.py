@@ -39,8 +39,8 @@ MAX_LOGPROBS = 20
 class Sampling:
     """How a sequence's tokens are chosen: penalties and biases, then temperature, then the filters, then a draw.
 
-    The filters keep or drop equal logits together. A logit of NaN is never chosen unless all are NaN (then token 0 is).
-    A logit of -inf is never drawn unless all are.
+    The filters keep or drop equal logits together. A logit of NaN is never chosen, and one of -inf only where nothing
+    else is left. Where every logit is NaN or forbidden, the sequence ends with finish reason ``"error"``.
 
     Attributes:
         temperature: divides the logits, as float32. 0, and what float32 rounds to 0, takes the largest logit, of equal
@@ -48,7 +48,8 @@ class Sampling:
         top_k: keeps the so many largest logits; 0 keeps all, 1 is greedy.
         top_p: keeps the fewest largest logits that hold this share of the probability that top_k left; 1 keeps all.
         min_p: keeps the tokens that are at least this share as likely as the likeliest; 0 keeps all.
-        seed: determines, with the position, what is drawn, whatever else is in the batch.
+        seed: determines, with the position, what is drawn, whatever else is in the batch. Equal requests of equal
+            seeds get equal answers: draw a seed of your own for variety.
         repetition_penalty: divides positive logits of tokens of prompt and answer, and multiplies negative ones; 1 for
             none (Keskar et al. 2019).
         presence_penalty: is subtracted once from the logit of every token of the answer so far.
@@ -97,11 +98,14 @@ class Request:
         stop_tokens: ids that end the request with finish reason ``"stop"``; the stop token is its last token.
         num_logprobs: report each token's log-probability and those of so many likeliest tokens, 0 to 20; None for
             neither. They are of the model's own distribution, before penalties, temperature and filters.
-        n: independent samples of the same prompt, which is computed once.
-        priority: a higher one goes first. One that waits long goes before a higher one that came later.
+        n: independent samples of the same prompt, which is computed once. The first draws from the seed, each other one
+            from a seed derived from it.
+        priority: a higher one gets a slot first; it does not interrupt those that run. Ten seconds of waiting count as
+            one level.
         deadline_s: seconds after ``submit`` at which it ends with finish reason ``"deadline"``; None for never.
         allowed_tokens: for grammars; called before each token with the answer so far, it returns which tokens may
-            come: booleans ``[vocab_size]``, or 32 of them to an int32, the first lowest, ``[ceil(vocab_size / 32)]``.
+            come: booleans ``[vocab_size]``, or 32 of them to an int32, the first lowest, ``[ceil(vocab_size / 32)]``;
+            None for all.
             Its sequence then decodes every other step: the next token waits for the last one to be known.
     """
 
@@ -144,7 +148,7 @@ class Completion:
     """What a sample of a request came to.
 
     Attributes:
-        request_id, index: whose.
+        request_id, index: which request, and which of its samples.
         tokens: the new ones, a stop token included.
         finish_reason: ``"stop"``, ``"length"``, ``"cancelled"``, ``"deadline"`` or ``"error"``.
         logprobs, top_logprobs: of each token, where ``num_logprobs`` asked for them.
@@ -187,7 +191,9 @@ def checked_request(request: Request, *, vocab_size: int) -> Request:
         max_new_tokens=max_new_tokens,
         sampling=sampling,
         stop_tokens=tuple(dict.fromkeys(checked_tokens("stop_tokens", request.stop_tokens, vocab_size))),
-        num_logprobs=None if logprobs is None else checked_int("num_logprobs", logprobs, 0, MAX_LOGPROBS),
+        num_logprobs=None
+        if logprobs is None
+        else checked_int("num_logprobs", logprobs, 0, min(MAX_LOGPROBS, vocab_size)),
         n=checked_int("n", request.n, 1),
         priority=checked_int("priority", request.priority, -(2**31), 2**31 - 1),
         deadline_s=None if deadline is None else checked_number("deadline_s", deadline, 0),
@@ -206,13 +212,15 @@ def checked_sampling(sampling: Sampling | None, *, vocab_size: int) -> Sampling:
         raise ConfigError(f"sampling must be a vattn.Sampling or None, got {sampling!r}")
     if not isinstance(sampling.logit_bias, Mapping):
         raise ConfigError(f"logit_bias must map token ids to numbers, as {{5: -1.0}}, got {sampling.logit_bias!r}")
-    biased = checked_tokens("logit_bias", list(sampling.logit_bias), vocab_size)
+    biased = checked_tokens("the keys of logit_bias", list(sampling.logit_bias), vocab_size)
     if len(biased) > MAX_LOGIT_BIAS:
         raise ConfigError(f"logit_bias has {len(biased)} tokens; at most {MAX_LOGIT_BIAS} are accepted")
     bias = {}
     for token, value in zip(biased, sampling.logit_bias.values(), strict=True):
         forbidden = _is_number(value) and value == -math.inf
-        bias[token] = -math.inf if forbidden else checked_number(f"logit_bias of token {token}", value)
+        bias[token] = (
+            -math.inf if forbidden else checked_number(f"logit_bias of token {token} (-inf forbids it)", value)
+        )
     return Sampling(
         temperature=checked_number("temperature", sampling.temperature, 0),
         top_k=checked_int("top_k", sampling.top_k, 0, 2**31 - 1),

@@ -253,8 +253,10 @@ def test_a_nan_stays_with_its_sequence(fused, model):
         found = by_slot(tokens)
         for i in (0, 1, 3, 4):
             assert tuple(found[slots[i]]) == expected[i]
-        assert len(found[slots[2]]) == 30
-        assert all(0 <= token < model.config.vocab_size for token in found[slots[2]])
+        *before, last = found[slots[2]]
+        assert len(before) < 30
+        assert last is None  # it ends when nothing is left to choose from
+        assert tuple(before) == expected[2][: len(before)]
 
 
 def test_two_threads_at_once(fused, model):

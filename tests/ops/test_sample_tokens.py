@@ -177,7 +177,7 @@ def test_infinities_and_nan(device, monkeypatch, dtype):
     logits[8, 20:] = -INF
     logits[9, 10:20] = -INF
     logits = logits.to(device, dtype)
-    fixed = {0: 0, 2: 60, 3: 8, 4: 30, 5: 80}
+    fixed = {0: -1, 2: 60, 3: 8, 4: 30, 5: 80}
     heats = [[0.0] * 10, [1.0] * 10, [1e-4] * 10, [INF] * 10]
     for heat, k, p, block in zip(heats, [0, 0, 30, 0], [1, 1, 0.9, 1], [16, 128, 128, 16], strict=True):
         monkeypatch.setattr(sample_tokens_module, "_BLOCK", block)

@@ -147,9 +147,9 @@ class MapAhead:
                 except BaseException as failure:  # raised by the next ``require``
                     self._failure = failure
 
-    def _map(self, slots: np.ndarray, rows: np.ndarray, epochs: np.ndarray) -> None:
+    def _map(self, slots: np.ndarray, rows: np.ndarray, generations: np.ndarray) -> None:
         with self._changing:
-            current = self._generation[slots] == epochs
+            current = self._generation[slots] == generations
             slots, rows = slots[current], rows[current]
             if not slots.size:
                 return

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from .philox import first_words
-from .process_logits import SamplerState, flags_in_use, process_in_place, token_of_none
+from .process_logits import SamplerState, flags_in_use, process_in_place
 from .sample_tokens import MAX_TEMPERATURE, sample_tokens_reference
 
 __all__ = ["sample_tokens_eager"]
@@ -43,7 +43,6 @@ def sample_tokens_eager(
     values = tensor.numpy()
     heat, k = state.temperature[slot].float().numpy(), state.top_k[slot].numpy()
     reach, p, seed = state.reach[slot].numpy(), state.top_p[slot].double().tolist(), state.seeds[slot].tolist()
-    none = token_of_none(slots, rows, state).tolist()
     chosen = values.argmax(-1)  # the first NaN where there is one
     scratch = _Scratch(values.shape[1])
     is_drawn = (heat > 0) & (k != 1)
@@ -52,7 +51,7 @@ def sample_tokens_eager(
         if np.isnan(row[chosen[i]]):
             ids = np.flatnonzero(~np.isnan(row))
             row = row[ids]
-            chosen[i] = ids[row.argmax()] if ids.size else none[i]
+            chosen[i] = ids[row.argmax()] if ids.size else -1
         if is_drawn[i] and row.size:
             scaled, kept = _kept(row, heat[i], int(k[i]), p[i], reach[i], scratch)
             if kept is not None:

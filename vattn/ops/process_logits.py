@@ -15,7 +15,6 @@ PENALTIES = 1
 BIAS = 2
 ALLOWED = 4
 STOPS = 8
-FORBID = BIAS | ALLOWED | STOPS  # some tokens may not come
 
 IN_PROMPT = -(2**15)  # the sign bit of a count
 
@@ -115,11 +114,6 @@ def flags_in_use(slots: torch.Tensor, rows: torch.Tensor, state: SamplerState) -
     index = slots.long()
     flags = state.flags[index]
     return torch.where(rows < state.min_rows[index], flags, flags & ~STOPS)
-
-
-def token_of_none(slots: torch.Tensor, rows: torch.Tensor, state: SamplerState) -> torch.Tensor:
-    """``[batch]`` int32: what stands for a token where there is nothing to choose, -1 where some may not come."""
-    return torch.where(flags_in_use(slots, rows, state) & FORBID != 0, -1, 0).int()
 
 
 _PENALTIES, _BIAS, _ALLOWED, _STOPS = (tl.constexpr(bit) for bit in (PENALTIES, BIAS, ALLOWED, STOPS))

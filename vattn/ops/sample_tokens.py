@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 
 from .philox import philox_reference
-from .process_logits import FORBID, STOPS, SamplerState, process_logits_reference, process_row, token_of_none
+from .process_logits import STOPS, SamplerState, process_logits_reference, process_row
 from .select_threshold import load_block, measure, scale, select_threshold
 from .triton_support import jit, next_power_of_2, require_triton, tl
 
 __all__ = ["sample_tokens", "sample_tokens_reference", "scores_reference"]
 
 _BLOCK = 8192
-_STOPS, _FORBID = tl.constexpr(STOPS), tl.constexpr(FORBID)
+_STOPS = tl.constexpr(STOPS)
 MAX_TEMPERATURE = 1.0e30  # an infinite one would make NaN of logits of -inf
 
 
@@ -72,8 +72,8 @@ def sample_tokens_reference(
     Maddison et al. 2014): the largest ``scaled - log(-log(u))``, where ``u`` is of 24 bits of Philox with the seed as
     its key and ``(token id, position, 0, 0)`` as its counter.
 
-    A logit of NaN is never chosen, one of -inf never drawn unless all are. Where all are NaN the token is 0, but -1 in
-    rows where some tokens may not come: of these none is ever chosen.
+    A logit of NaN is never chosen, nor is a token that may not come. One of -inf is never drawn unless all others are
+    out of the question too. Where nothing is left to choose from, -1 stands for a token.
 
     Args:
         logits: ``[batch, vocab]`` bfloat16, float16 or float32.
@@ -86,7 +86,7 @@ def sample_tokens_reference(
     ids = torch.arange(scores.shape[-1], device=logits.device)
     best = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).amax(-1, keepdim=True)
     chosen = torch.where(scores == best, ids, ids.numel()).amin(-1)
-    out.copy_(torch.where(chosen < ids.numel(), chosen, token_of_none(slots, rows, state)))
+    out.copy_(torch.where(chosen < ids.numel(), chosen, -1))
 
 
 def sample_tokens(
@@ -306,5 +306,4 @@ def sample_tokens_kernel(  # type: ignore[no-untyped-def]
             MAX_TEMPERATURE,
             BLOCK,
         )
-    of_none = tl.where((flags & _FORBID) != 0, -1, 0)
-    tl.store(out_ptr + i, tl.where(token == 0x7FFFFFFF, of_none, token))
+    tl.store(out_ptr + i, tl.where(token == 0x7FFFFFFF, -1, token))
