@@ -17,14 +17,23 @@ def is_int(value: object) -> bool:
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
+def shown(value: object, limit: int = 120) -> str:
+    """``repr(value)`` for an error, cut to so many characters; its type where it has no such text."""
+    try:
+        text = repr(value)
+    except Exception:  # an int of thousands of digits, or whatever an object of the caller's raises
+        return f"a {type(value).__name__}"
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
 def require_int(name: str, value: object, minimum: int, maximum: int | None = None) -> int:
     """``value`` as a plain int, or a ConfigError that says which range is accepted."""
     upper = "" if maximum is None else f" and at most {maximum}"
     if not is_int(value):
-        raise ConfigError(f"{name} must be an int of at least {minimum}{upper}, got {value!r}")
+        raise ConfigError(f"{name} must be an int of at least {minimum}{upper}, got {shown(value)}")
     number = int(value)  # type: ignore[call-overload]
     if number < minimum or (maximum is not None and number > maximum):
-        raise ConfigError(f"{name} must be at least {minimum}{upper}, got {number}")
+        raise ConfigError(f"{name} must be at least {minimum}{upper}, got {shown(number)}")
     return number
 
 
@@ -34,7 +43,7 @@ def escaped(value: object, limit: int = 120) -> str:
     Strings of a model's files (names of tensors, keys, templates' own words) may hold escape sequences, newlines and
     characters that turn the direction of text or cannot be seen.
     """
-    text = value if isinstance(value, str) else repr(value)
+    text = value if isinstance(value, str) else shown(value, limit)
     if len(text) > limit:
         text = text[: limit - 1] + "…"
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
@@ -50,8 +59,8 @@ def int_array(name: str, values: Sequence[int] | np.ndarray) -> np.ndarray:
             raise ConfigError(f"{wanted}, got {values.max()}, which does not fit")
         return values.astype(np.int64, copy=False)
     if isinstance(values, (torch.Tensor, str, bytes)) or not isinstance(values, (Sequence, range)):
-        raise ConfigError(f"{wanted}, got {values!r}")
+        raise ConfigError(f"{wanted}, got {shown(values)}")
     for value in values:
         if not is_int(value) or not -_INT64_END <= value < _INT64_END:
-            raise ConfigError(f"{wanted}, got {value!r} in it")
+            raise ConfigError(f"{wanted}, got {shown(value)} in it")
     return np.array(values, np.int64)

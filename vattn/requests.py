@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .arguments import shown
 from .errors import ConfigError
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
 _FLOAT32_MAX = 3.4028234663852886e38
 MAX_LOGIT_BIAS = 300  # tokens of a request
 MAX_LOGPROBS = 20
+MAX_SAMPLES = 1024  # of a request
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,8 @@ class Sampling:
         temperature: divides the logits, as float32. 0, and what float32 rounds to 0, takes the largest logit, of equal
             ones that of the lowest token id.
         top_k: keeps the so many largest logits; 0 keeps all, 1 is greedy.
-        top_p: keeps the fewest largest logits that hold this share of the probability that top_k left; 1 keeps all.
         min_p: keeps the tokens that are at least this share as likely as the likeliest; 0 keeps all.
+        top_p: keeps the fewest largest logits that hold this share of the probability that is left then; 1 keeps all.
         seed: determines, with the position, what is drawn, whatever else is in the batch. Equal requests of equal
             seeds get equal answers: draw a seed of your own for variety.
         repetition_penalty: divides positive logits of tokens of prompt and answer, and multiplies negative ones; 1 for
@@ -98,8 +100,8 @@ class Request:
         stop_tokens: ids that end the request with finish reason ``"stop"``; the stop token is its last token.
         num_logprobs: report each token's log-probability and those of so many likeliest tokens, 0 to 20; None for
             neither. They are of the model's own distribution, before penalties, temperature and filters.
-        n: independent samples of the same prompt, which is computed once. The first draws from the seed, each other one
-            from a seed derived from it.
+        n: independent samples of the same prompt, which is computed once; at most 1,024. The first draws from the seed,
+            each other one from a seed derived from it.
         priority: a higher one gets a slot first; it does not interrupt those that run. Ten seconds of waiting count as
             one level.
         deadline_s: seconds after ``submit`` at which it ends with finish reason ``"deadline"``; None for never.
@@ -171,9 +173,9 @@ def checked_request(request: Request, *, vocab_size: int) -> Request:
         ConfigError: it is no request, or a value of it is wrong whatever runs it.
     """
     if not isinstance(request, Request):
-        raise ConfigError(f"expected a Request, as Request(prompt_tokens), got {request!r}")
+        raise ConfigError(f"expected a Request, as Request(prompt_tokens), got {shown(request)}")
     if isinstance(request.prompt_tokens, Set):
-        raise ConfigError(f"prompt_tokens must have an order, got {request.prompt_tokens!r}")
+        raise ConfigError(f"prompt_tokens must have an order, got {shown(request.prompt_tokens)}")
     prompt_tokens = checked_tokens("prompt_tokens", request.prompt_tokens, vocab_size)
     if not prompt_tokens:
         raise ConfigError("the prompt is empty; expected at least one token")
@@ -181,8 +183,9 @@ def checked_request(request: Request, *, vocab_size: int) -> Request:
     max_new_tokens = checked_int("max_new_tokens", request.max_new_tokens, 1)
     if sampling.min_new_tokens > max_new_tokens:
         raise ConfigError(f"min_new_tokens {sampling.min_new_tokens} exceeds max_new_tokens {max_new_tokens}")
-    if request.allowed_tokens is not None and not callable(request.allowed_tokens):
-        raise ConfigError(f"allowed_tokens must be a function of the answer so far, got {request.allowed_tokens!r}")
+    allowed = request.allowed_tokens
+    if allowed is not None and not callable(allowed):
+        raise ConfigError(f"allowed_tokens must be a function of the answer so far, got {shown(allowed)}")
     logprobs = request.num_logprobs
     deadline = request.deadline_s
     return replace(
@@ -194,7 +197,7 @@ def checked_request(request: Request, *, vocab_size: int) -> Request:
         num_logprobs=None
         if logprobs is None
         else checked_int("num_logprobs", logprobs, 0, min(MAX_LOGPROBS, vocab_size)),
-        n=checked_int("n", request.n, 1),
+        n=checked_int("n", request.n, 1, MAX_SAMPLES),
         priority=checked_int("priority", request.priority, -(2**31), 2**31 - 1),
         deadline_s=None if deadline is None else checked_number("deadline_s", deadline, 0),
     )
@@ -209,14 +212,20 @@ def checked_sampling(sampling: Sampling | None, *, vocab_size: int) -> Sampling:
     if sampling is None:
         return Sampling()
     if not isinstance(sampling, Sampling):
-        raise ConfigError(f"sampling must be a vattn.Sampling or None, got {sampling!r}")
+        raise ConfigError(f"sampling must be a vattn.Sampling or None, got {shown(sampling)}")
     if not isinstance(sampling.logit_bias, Mapping):
-        raise ConfigError(f"logit_bias must map token ids to numbers, as {{5: -1.0}}, got {sampling.logit_bias!r}")
-    biased = checked_tokens("the keys of logit_bias", list(sampling.logit_bias), vocab_size)
+        raise ConfigError(f"logit_bias must map token ids to numbers, as {{5: -1.0}}, got {shown(sampling.logit_bias)}")
+    try:
+        given = dict(sampling.logit_bias)
+    except Exception as error:  # whatever a mapping of the caller's raises
+        raise ConfigError(f"reading logit_bias raised {type(error).__name__}: {error}") from error
+    biased = checked_tokens("the keys of logit_bias", list(given), vocab_size)
     if len(biased) > MAX_LOGIT_BIAS:
         raise ConfigError(f"logit_bias has {len(biased)} tokens; at most {MAX_LOGIT_BIAS} are accepted")
+    if len(set(biased)) < len(biased):
+        raise ConfigError(f"logit_bias names a token twice: {shown(biased)}")
     bias = {}
-    for token, value in zip(biased, sampling.logit_bias.values(), strict=True):
+    for token, value in zip(biased, given.values(), strict=True):
         forbidden = _is_number(value) and value == -math.inf
         bias[token] = (
             -math.inf if forbidden else checked_number(f"logit_bias of token {token} (-inf forbids it)", value)
@@ -248,7 +257,7 @@ def checked_number(
         wanted = f"above {minimum:g}" if excluded == minimum else f"of at least {minimum:g}"
         upper = "" if maximum == _FLOAT32_MAX else f" and at most {maximum:g}"
         plain = "a finite number" if minimum == -_FLOAT32_MAX else f"a finite number {wanted}{upper}"
-        raise ConfigError(f"{name} must be {plain}, got {value!r}")
+        raise ConfigError(f"{name} must be {plain}, got {shown(value)}")
     return float(value)
 
 
@@ -267,16 +276,20 @@ def checked_tokens(name: str, given: Iterable[Any], vocab_size: int) -> tuple[in
         except (RuntimeError, NotImplementedError) as error:  # sparse, quantised, or without data
             raise ConfigError(f"{wanted}, got a tensor that has no plain values: {error}") from error
     elif isinstance(given, (str, bytes, bytearray)):
-        raise ConfigError(f"{wanted}, got text: encode it with the model's tokenizer: {given!r}")
+        raise ConfigError(f"{wanted}, got text: encode it with the model's tokenizer: {shown(given)}")
     elif isinstance(given, Mapping) or not isinstance(given, Iterable):
-        raise ConfigError(f"{wanted}, got {given!r}")
+        raise ConfigError(f"{wanted}, got {shown(given)}")
     tokens = []
+    try:
+        given = list(given)
+    except Exception as error:  # whatever an iterator of the caller's raises
+        raise ConfigError(f"{wanted}; reading them raised {type(error).__name__}: {error}") from error
     for value in given:
         token = _as_int(value)
         if token is None:
-            raise ConfigError(f"{wanted}, got {value!r} among them, a {type(value).__name__}")
+            raise ConfigError(f"{wanted}, got {shown(value)} among them, a {type(value).__name__}")
         if not 0 <= token < vocab_size:
-            raise ConfigError(f"{name}: {value!r} is not in the model's vocabulary of {vocab_size}")
+            raise ConfigError(f"{name}: {shown(value)} is not in the model's vocabulary of {vocab_size}")
         tokens.append(token)
     return tuple(tokens)
 
@@ -286,7 +299,7 @@ def checked_int(name: str, value: Any, minimum: int, maximum: int | None = None)
     number = _as_int(value)
     if number is None or number < minimum or (maximum is not None and number > maximum):
         upper = "" if maximum is None else f" and at most {maximum}"
-        raise ConfigError(f"{name} must be an int of at least {minimum}{upper}, got {value!r}")
+        raise ConfigError(f"{name} must be an int of at least {minimum}{upper}, got {shown(value)}")
     return number
 
 

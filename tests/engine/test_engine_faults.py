@@ -409,6 +409,30 @@ def test_a_slot_that_is_changed_behind_its_back(model: Llama, cache: KVCache, ch
             cache.release(slot)
 
 
+def test_a_slot_that_somebody_grows_while_its_prompt_is_computed(model: Llama, cache: KVCache) -> None:
+    """The rows are not the prompt's: that sample ends with an error."""
+    wanted = [Request(random_tokens(n, 128, seed=n), 20) for n in (3, 60)]
+    expected = [c.tokens for (c,) in alone(model, wanted)]
+    with Engine(model, cache, max_step_tokens=8) as engine:
+        ids = [engine.submit(request) for request in wanted]
+        tokens = [new for _ in range(3) for new in engine.step()]
+        (slot,) = (sample.slot for sample in engine._scheduler.running if sample.request_id == ids[1])
+        cache.ensure(slot, 70)
+        tokens += run_out(engine)
+        assert by_sample(tokens)[ids[0], 0] == expected[0]
+        assert ends(tokens)[ids[1], 0] == "error"
+
+
+def test_whoever_takes_the_engine_s_own_slot_keeps_it(model: Llama) -> None:
+    with cache_of(model) as cache:
+        with Engine(model, cache) as engine:
+            slot = engine._loop.own_slot
+            cache.release(slot)
+            assert cache.acquire(slot) == slot
+        assert cache.stats().num_live_slots == 1
+        cache.release(slot)
+
+
 # -- the queue, the end, interrupts ----------------------------------------------------------------------------------
 def test_a_full_queue(model: Llama, cache: KVCache) -> None:
     with Engine(model, cache, max_batch=1, max_waiting=2) as engine:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -105,6 +106,14 @@ def test_small_integers_do_not_overflow(engine: Engine) -> None:
     assert len(completion.tokens) == 100
 
 
+class Raises:
+    def __index__(self) -> int:
+        raise RuntimeError("no number today")
+
+    def __repr__(self) -> str:
+        raise RuntimeError("nor a text")
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -138,6 +147,10 @@ def test_small_integers_do_not_overflow(engine: Engine) -> None:
         ({"max_new_tokens": None}, "max_new_tokens"),
         ({"n": 0}, "n must be"),
         ({"n": True}, "n must be"),
+        ({"n": 1025}, "n must be"),
+        ({"max_new_tokens": 10**5000}, "max_new_tokens"),
+        ({"max_new_tokens": Raises()}, "max_new_tokens .* got a Raises"),
+        ({"stop_tokens": (1 // 0 for _ in range(1))}, "stop_tokens .* raised ZeroDivisionError"),
         ({"num_logprobs": -1}, "num_logprobs"),
         ({"num_logprobs": 21}, "num_logprobs"),
         ({"priority": 1.5}, "priority"),
@@ -181,6 +194,7 @@ def test_wrong_values_are_refused_by_submit(engine: Engine, values: dict[str, ob
         ({"frequency_penalty": "much"}, "frequency_penalty"),
         ({"logit_bias": [5]}, "logit_bias must map"),
         ({"logit_bias": {128: 1.0}}, "logit_bias: 128 is not in"),
+        ({"logit_bias": {torch.tensor(5): 1.0, torch.tensor(5): 2.0}}, "names a token twice"),
         ({"logit_bias": {5: float("inf")}}, "logit_bias of token 5"),
         ({"logit_bias": {5: float("nan")}}, "logit_bias of token 5"),
         ({"min_new_tokens": -1}, "min_new_tokens"),
@@ -255,11 +269,6 @@ def test_temperatures_that_float32_rounds_to_zero_are_greedy(engine: Engine) -> 
     assert engine.generate([Request([1, 2, 3], 20, Sampling(2.0))])[0].tokens != greedy
 
 
-class Raises:
-    def __index__(self) -> int:
-        raise RuntimeError("no number today")
-
-
 def test_what_is_no_list_of_requests_and_no_cache(engine: Engine, model: Llama) -> None:
     with pytest.raises(ConfigError, match="list of requests"):
         engine.generate(Request([1]))  # type: ignore[arg-type]
@@ -279,3 +288,13 @@ def test_what_is_no_list_of_requests_and_no_cache(engine: Engine, model: Llama) 
 def test_what_raises_when_it_is_read_is_refused(engine: Engine, prompt: object) -> None:
     with pytest.raises(ConfigError, match="prompt_tokens"):
         engine.submit(Request(prompt))  # type: ignore[arg-type]
+
+
+def test_no_more_log_probabilities_than_tokens(model: Llama) -> None:
+    """Refused by ``submit``, not by the step that starts it beside others."""
+    tiny = Llama.random(replace(model.config, vocab_size=10))
+    with Engine(tiny, memory_limit=1 << 24) as engine:
+        with pytest.raises(ConfigError, match=r"num_logprobs must be .* at most 10"):
+            engine.submit(Request([1], num_logprobs=15))
+        (completion,) = engine.generate([Request([1], 2, num_logprobs=10)])
+        assert [len(top) for top in completion.top_logprobs] == [10, 10]

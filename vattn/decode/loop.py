@@ -95,6 +95,7 @@ class DecodeLoop:
         self.state = DecodeState(cache.max_slots, self.max_stop_tokens, model.config.vocab_size, device)
         self.stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
         self._scratch = cache.acquire()
+        self._scratch_version = int(cache.versions([self._scratch])[0])
         try:
             if options.fills_up:
                 cache.ensure(self._scratch, 1)
@@ -324,8 +325,9 @@ class DecodeLoop:
         self._progress.under_way.clear()
         self._step.release()
         with Uninterrupted():
-            with suppress(ConfigError):  # the cache is closed already
-                self.cache.release(self._scratch)
+            with suppress(ConfigError):  # the cache is closed already, or somebody else has released the slot
+                if self.cache.versions([self._scratch])[0] == self._scratch_version:
+                    self.cache.release(self._scratch)
             self._closed = True
 
     def __del__(self) -> None:

@@ -19,6 +19,7 @@ from .stats import Meters
 
 __all__ = ["Runner"]
 
+_GROWN = "its slot was given more rows in the cache while the engine computed its prompt"
 _CHANGED = "its slot was released or truncated in the cache while the engine used it"
 
 # Of a sample with ``allowed_tokens``: its newest token is known and the next mask is to be made; it may take part in
@@ -108,6 +109,9 @@ class Runner:
         ready = ready + [follower for follower in taken if follower.computed == follower.num_rows]
         if lost := self._lost(ready):
             self._fail(lost, ConfigError(_CHANGED), gone=True)
+            ready = [sample for sample in ready if sample.phase is Phase.PREFILLING]
+        if grown := [sample for sample in ready if self._backed_rows(sample) != sample.num_rows]:
+            self._fail(grown, ConfigError(_GROWN))
             ready = [sample for sample in ready if sample.phase is Phase.PREFILLING]
         while ready:
             try:
