@@ -180,7 +180,7 @@ def checked_request(request: Request, *, vocab_size: int) -> Request:
     if not prompt_tokens:
         raise ConfigError("the prompt is empty; expected at least one token")
     sampling = checked_sampling(request.sampling, vocab_size=vocab_size)
-    max_new_tokens = checked_int("max_new_tokens", request.max_new_tokens, 1)
+    max_new_tokens = checked_int("max_new_tokens", request.max_new_tokens, 1, 2**31 - 1)
     if sampling.min_new_tokens > max_new_tokens:
         raise ConfigError(f"min_new_tokens {sampling.min_new_tokens} exceeds max_new_tokens {max_new_tokens}")
     allowed = request.allowed_tokens
