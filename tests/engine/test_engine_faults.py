@@ -628,10 +628,12 @@ def test_a_step_waits_for_a_cancellation_of_another_thread(
 
 def test_every_sample_of_a_request_counts_in_the_queue(model: Llama, cache: KVCache) -> None:
     with Engine(model, cache, max_batch=1, max_waiting=3) as engine:
-        with pytest.raises(ConfigError, match=r"^n is 10, but at most max_waiting 3 samples may wait"):
+        with pytest.raises(ConfigError, match=r"^n is 10, and max_waiting of this engine is 3: .* lower n"):
             engine.submit(Request([3], 2, n=10))
         engine.submit(Request([3], 2, n=2))
-        with pytest.raises(QueueFull, match=r"^2 samples wait, and max_waiting is 3: .* the 2 of this request"):
+        with pytest.raises(
+            QueueFull, match=r"^2 samples wait, and max_waiting is 3: a request with n = 2 does not fit"
+        ):
             engine.submit(Request([5], 2, n=2))
         engine.submit(Request([5], 2))
         assert engine.num_waiting == 3

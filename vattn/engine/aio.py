@@ -95,15 +95,11 @@ class AsyncEngine:
             self._is_closing = True
         if drain:
             await asyncio.get_running_loop().run_in_executor(None, self._idle.wait)
-        with self._lock:
-            self._stop.set()
-            left = set(self._streams)
-        self._fail(left, ConfigError("this AsyncEngine was closed while the request was under way"))
-        thread = self._thread
-        if thread is None:
+        self._stop.set()
+        if self._thread is None:
             self.engine._let_go(self)
         else:
-            await asyncio.get_running_loop().run_in_executor(None, thread.end)
+            await asyncio.get_running_loop().run_in_executor(None, self._thread.end)
 
     async def __aenter__(self) -> AsyncEngine:
         return self
@@ -118,13 +114,14 @@ class AsyncEngine:
         with Uninterrupted(), self._lock:  # no step hands out tokens before the stream is known
             if self._is_closing or self._stop.is_set():
                 raise ConfigError("this AsyncEngine is closed; make a new one")
+            if self._thread is None:
+                thread = _Thread(self)
+                thread.start()
+                atexit.register(thread.end)
+                self._thread = thread
             request_id = self.engine.submit(request)
             stream = self._streams[request_id] = _Stream(request.n)
             self._idle.clear()
-            if self._thread is None:
-                self._thread = _Thread(self)
-                atexit.register(self._thread.end)
-                self._thread.start()
         return request_id, stream
 
     def _take(self, request_id: int) -> _Stream | None:
@@ -145,9 +142,7 @@ class AsyncEngine:
             if not isinstance(error, Exception):
                 cause, error = error, RuntimeError(f"a step of the engine raised {error!r}")
                 error.__cause__ = cause
-            with self._lock:
-                ids = set(self._streams)
-            self._fail(self.engine._running_ids() or ids, error)
+            self._fail(self.engine._running_ids() or self._stream_ids(), error)
             time.sleep(_RETRY_S)
         for request_id in self.engine._mail.take_ended():
             if (stream := self._take(request_id)) is not None:
@@ -168,6 +163,15 @@ class AsyncEngine:
             if not _send(loop, items):
                 for token in {token.request_id: token for _, token in items}.values():
                     self._drop(token.request_id)
+
+    def _finish(self) -> None:
+        """In the thread, at its end: who has asked for that has seen to it that no stream opens any more."""
+        self._fail(self._stream_ids(), ConfigError("this AsyncEngine was closed while the request was under way"))
+        self.engine._let_go(self)
+
+    def _stream_ids(self) -> set[int]:
+        with self._lock:
+            return set(self._streams)
 
     def _fail(self, request_ids: set[int], error: Exception) -> None:
         for request_id in request_ids:
@@ -206,9 +210,14 @@ class _Thread(threading.Thread):
                 serving._turn(has_work)
                 del serving
         finally:
-            for request_id in list(self._streams):
-                engine.cancel(request_id)
-            engine._let_go(self._serving())
+            self._stop_event.set()
+            serving = self._serving()
+            if serving is not None:
+                serving._finish()
+            else:
+                for request_id in list(self._streams):
+                    engine.cancel(request_id)
+                engine._let_go(None)
             atexit.unregister(self.end)
 
     def end(self) -> None:

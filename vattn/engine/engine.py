@@ -52,7 +52,8 @@ class Engine:
             take. None: on CUDA 1,024, and 8,192 while nobody decodes; on the CPU 64 and 256; between
             them while many prompts wait for few that decode.
         memory_limit: of the cache that the engine opens, in bytes; None: 90 % of what is free.
-        max_waiting: samples that may wait before ``submit`` raises ``QueueFull``; None for any number.
+        max_waiting: samples that may wait; ``submit`` raises ``QueueFull`` rather than let more do so. None for any
+            number.
         attention: backend or its name, for prompts, and for decode where captured steps can use it; None for the ones
             measured as fastest.
 
@@ -128,21 +129,22 @@ class Engine:
         """Queue a copy of a request and return its id. From any thread.
 
         Raises:
-            ConfigError: a value out of range, a request that this cache could not hold even alone, or the engine is
-                closed.
+            ConfigError: a value out of range, a request that this cache could not hold even alone, ``n`` beyond
+                ``max_waiting``, or the engine is closed.
             QueueFull: with the samples of this request, more than ``max_waiting`` would wait.
         """
         self._require_open()
         checked, limit = self._checked(request), self.max_waiting
         if limit is not None and checked.n > limit:
             raise ConfigError(
-                f"n is {checked.n}, but at most max_waiting {limit} samples may wait: lower n or raise it"
+                f"n is {checked.n}, and max_waiting of this engine is {limit}: these samples could never all wait; "
+                "lower n, or raise max_waiting"
             )
         with Uninterrupted(), self._mail.lock:
             if limit is not None and self.num_waiting + checked.n > limit:
                 raise QueueFull(
-                    f"{self.num_waiting} samples wait, and max_waiting is {limit}: there is no room for the "
-                    f"{checked.n} of this request; send it again later",
+                    f"{self.num_waiting} samples wait, and max_waiting is {limit}: a request with n = {checked.n} does "
+                    "not fit now; send it again later",
                     max_waiting=limit,
                 )
             return self._post(checked)
