@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +17,7 @@ import torch
 from helpers.engine import alone, cache_of, requests_of
 from helpers.llama import small_model
 
+import vattn
 from vattn import AsyncEngine, Engine, KVCache, QueueFull, Request, Sampling, StepToken
 from vattn.errors import ConfigError, OutOfPages
 from vattn.models import FusedLlama, Llama
@@ -300,3 +306,158 @@ def test_an_event_loop_that_ends_early_leaves_the_engine_to_others(model: Llama,
     with Engine(model, cache) as engine:
         asyncio.run(abandon())
         run(go_on())
+
+
+# -- ends that nobody planned ----------------------------------------------------------------------------------------
+@pytest.mark.parametrize("how", ["while it runs", "while it waits", "by its own callback"])
+def test_a_request_that_somebody_cancels_by_its_id_ends_its_stream(model: Llama, cache: KVCache, how: str) -> None:
+    """The stream waited for ever, and so did ``close``."""
+    ids: list[int] = []
+
+    def allowed(answer: Any) -> Any:
+        if len(answer) == 5:
+            serving_of[0].engine.cancel(1)
+        return torch.ones(128, dtype=torch.bool).numpy()
+
+    async def main() -> None:
+        async with AsyncEngine(engine) as serving:
+            serving_of.append(serving)
+            other = asyncio.create_task(collect(serving, Request([7], 300)))
+            await until(lambda: engine.num_running == 1)
+            its_own = how == "by its own callback"
+            task = asyncio.create_task(
+                collect(serving, Request([3, 5], 400, n=3, allowed_tokens=allowed if its_own else None))
+            )
+            await until(lambda: engine.num_waiting + engine.num_running > 1)
+            if not its_own:
+                await asyncio.to_thread(serving.engine.cancel, 1)
+            tokens = await task
+            assert all(token.finish_reason is None for token in tokens)
+            ids.extend(token.request_id for token in tokens)
+            assert len(await other) == 300
+
+    serving_of: list[AsyncEngine] = []
+    with Engine(model, cache, max_batch=1 if how == "while it waits" else 4) as engine:
+        run(main())
+        assert not engine.has_work
+    assert set(ids) <= {1}
+
+
+def test_leaving_early_leaves_nothing_behind(model: Llama, cache: KVCache) -> None:
+    """22 of 30 times a sample still ran: its cancellation was posted and nobody stepped any more."""
+
+    async def main() -> None:
+        async with asyncio.timeout(0.02), AsyncEngine(engine) as serving:
+            await collect(serving, Request([5, 6], 400))
+
+    with Engine(model, cache) as engine:
+        for _ in range(20):
+            with pytest.raises(TimeoutError):
+                run(main())
+            assert (engine.has_work, engine.num_running) == (False, 0)
+            assert cache.stats().num_live_slots == 1  # the decode loop's
+
+
+def test_an_open_one_has_the_engine_to_itself(model: Llama, cache: KVCache) -> None:
+    async def main() -> None:
+        async with AsyncEngine(engine) as serving:
+            for _ in range(2):  # before its thread has begun, and beside it
+                for call in (engine.step, lambda: engine.generate([Request([5], 1)]), engine.close):
+                    with pytest.raises(ConfigError, match=r"^an AsyncEngine steps this engine; "):
+                        await asyncio.to_thread(call)
+                with pytest.raises(ConfigError, match=r"^an AsyncEngine steps this engine; .* its close\(\)"):
+                    AsyncEngine(engine)
+                task = asyncio.create_task(collect(serving, Request([3], 400)))
+                await until(lambda: engine.num_running == 1)
+            engine.cancel(engine.submit(Request([5], 50)))
+            assert engine.stats().num_running >= 1
+            assert len(await task) == 400
+
+    with Engine(model, cache) as engine:
+        run(main())
+        assert len(engine.generate([Request([5], 3)])[0].tokens) == 3
+        run(main_of_another(engine))
+    with pytest.raises(ConfigError, match="is closed"):
+        AsyncEngine(engine)
+
+
+async def main_of_another(engine: Engine) -> None:
+    await AsyncEngine(engine).close()  # without a stream
+    async with AsyncEngine(engine) as serving:
+        assert len(await collect(serving, Request([5], 3))) == 3
+
+
+@pytest.mark.parametrize("raised", [SystemExit, asyncio.CancelledError, GeneratorExit])
+def test_what_is_no_exception_fails_the_streams_that_run(
+    model: Llama, cache: KVCache, raised: type[BaseException]
+) -> None:
+    """It ended the thread: these streams and all later ones waited for ever."""
+
+    def allowed(answer: Any) -> Any:
+        raise raised
+
+    async def main() -> None:
+        async with AsyncEngine(engine) as serving:
+            other = asyncio.create_task(collect(serving, Request([7], 500)))
+            await until(lambda: engine.num_running == 1)
+            for task in (collect(serving, Request([3], 5, allowed_tokens=allowed)), other):
+                with pytest.raises(RuntimeError, match=raised.__name__) as caught:
+                    await task
+                assert isinstance(caught.value.__cause__, raised)
+            assert len(await collect(serving, Request([5], 4))) == 4
+            engine.submit(Request([3], 5, allowed_tokens=allowed))  # whose tokens nobody would get
+            await until(lambda: not engine.has_work)
+            assert len(await collect(serving, Request([5], 4))) == 4
+
+    with Engine(model, cache) as engine:
+        run(main())
+
+
+def test_one_that_nobody_refers_to_lets_go(model: Llama, cache: KVCache) -> None:
+    async def main() -> None:
+        serving = AsyncEngine(engine)
+        assert len(await collect(serving, Request([5], 3))) == 3
+
+    with Engine(model, cache) as engine:
+        run(main())
+        gc.collect()
+        threads = [thread for thread in threading.enumerate() if thread.name == "vattn-engine"]
+        for thread in threads:
+            thread.join(30)
+            assert not thread.is_alive()
+        assert len(engine.generate([Request([5], 3)])[0].tokens) == 3
+
+
+_UNCLOSED = """
+import asyncio, sys
+from helpers.llama import small_model
+from vattn import AsyncEngine, Engine, Request
+
+async def main():
+    global kept
+    engine = Engine(small_model(), memory_limit=64 << 20)
+    serving = AsyncEngine(engine)
+    stream = serving.stream(Request([1, 2], 500))
+    await anext(stream)
+    kept = engine, serving, stream
+    engine.submit(Request([1, 2], 500, n=64))  # it has work to do while the interpreter ends
+    assert engine.has_work
+
+asyncio.run(main())
+sys.exit(7)
+"""
+
+
+def test_a_process_that_closes_none_ends_as_it_wants_to() -> None:
+    """It was aborted: "terminate called without an active exception"."""
+    for _ in range(3):
+        done = subprocess.run(
+            [sys.executable, "-c", _UNCLOSED], cwd=Path(__file__).parents[1], env=_environment(), capture_output=True,
+            timeout=120, text=True, check=False,
+        )  # fmt: skip
+        assert (done.returncode, done.stderr) == (7, "")
+
+
+def _environment() -> dict[str, str]:
+    paths = [str(Path(__file__).parents[1]), str(Path(vattn.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}

@@ -604,3 +604,89 @@ def test_every_driver_call_failed_in_turn_under_load(model: Llama, order: str, c
                     assert stats.num_live_slots == stats.in_use_bytes == 0
                     assert stats.peak_physical_bytes <= cache.memory_limit
                     cache.check_integrity()
+
+
+# -- what a reader with fresh eyes found -----------------------------------------------------------------------------
+def test_the_memory_of_what_is_cancelled_in_a_step_comes_back_with_its_end(model: Llama, cache: KVCache) -> None:
+    faulty = Faulty(model)
+    with Engine(faulty, cache) as engine:
+        doomed = engine.submit(Request([3], 9))
+        engine.step()
+
+        def cancel() -> None:
+            faulty.on_decode = None
+            thread = threading.Thread(target=engine.cancel, args=(doomed,))
+            thread.start()
+            thread.join()
+
+        faulty.on_decode = cancel
+        while faulty.on_decode is not None:
+            tokens = engine.step()
+        assert tokens == []
+        assert (engine.has_work, engine.num_running, cache.stats().num_live_slots) == (False, 0, 1)
+
+
+def test_a_step_waits_for_a_cancellation_of_another_thread(
+    model: Llama, cache: KVCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was refused, as if that thread was in ``step``."""
+    inside = threading.Event()
+    with Engine(model, cache) as engine:
+        doomed, other = (engine.submit(Request([3 + i], 9)) for i in range(2))
+        engine.step()
+        cancel = engine._runner.cancel
+
+        def slow(request_id: int) -> None:
+            inside.set()
+            time.sleep(0.1)
+            cancel(request_id)
+
+        monkeypatch.setattr(engine._runner, "cancel", slow)
+        thread = threading.Thread(target=engine.cancel, args=(doomed,))
+        thread.start()
+        assert inside.wait(30)
+        tokens = run_out(engine)
+        thread.join()
+        assert {new.request_id for new in tokens} == {other}
+
+
+def test_every_sample_of_a_request_counts_in_the_queue(model: Llama, cache: KVCache) -> None:
+    with Engine(model, cache, max_batch=1, max_waiting=3) as engine:
+        with pytest.raises(ConfigError, match=r"^n is 10, and max_waiting of this engine is 3: .* lower n"):
+            engine.submit(Request([3], 2, n=10))
+        engine.submit(Request([3], 2, n=2))
+        with pytest.raises(
+            QueueFull, match=r"^2 samples wait, and max_waiting is 3: a request with n = 2 does not fit"
+        ):
+            engine.submit(Request([5], 2, n=2))
+        engine.submit(Request([5], 2))
+        assert engine.num_waiting == 3
+        assert len(engine.generate([Request([7], 1, n=10)])) == 10  # which does not count
+        run_out(engine)
+
+
+def test_what_is_no_id_cannot_be_cancelled(model: Llama, cache: KVCache) -> None:
+    with Engine(model, cache) as engine:
+        request_id = engine.submit(Request([3], 9))
+        for bad in ("x", None, 0.0, True, Request([3])):
+            with pytest.raises(ConfigError, match="cancel takes an id that submit returned, an int, got"):
+                engine.cancel(bad)  # type: ignore[arg-type]
+        engine.cancel(-1)
+        assert engine.num_waiting == 1
+        engine.cancel(np.int64(request_id))  # type: ignore[arg-type]
+        assert not engine.has_work
+
+
+def test_stats_print_on_a_line(model: Llama, cache: KVCache) -> None:
+    with Engine(model, cache) as engine:
+        engine.generate([Request([3], 9, n=2)])
+        stats = engine.stats()
+        assert len(repr(stats)) < 600
+        histogram = stats.between_tokens_s
+        for part in ("count=16", f"mean={histogram.mean:.3g}", f"p50={histogram.quantile(0.5):.3g}", "p99="):
+            assert part in repr(histogram)
+
+
+def test_what_load_returns_is_named_where_it_is_not_taken_apart(model: Llama) -> None:
+    with pytest.raises(ConfigError, match=r"vattn\.models\.load\(\.\.\.\)\[0\] gives it, not a tuple"):
+        Engine((model, None))

@@ -1,4 +1,4 @@
-"""Requests in, tokens out: the runtime of every door."""
+"""Requests in, tokens out: used by the Python API, ``vattn generate`` and ``vattn chat``."""
 
 from ..requests import Completion, Request, Sampling, StepToken
 from .aio import AsyncEngine

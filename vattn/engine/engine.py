@@ -1,18 +1,18 @@
-"""``Engine``: requests in, tokens out. The one runtime that every door uses."""
+"""``Engine``: requests in, tokens out. Used by the Python API, ``vattn generate`` and ``vattn chat``."""
 
 from __future__ import annotations
 
 import itertools
 import os
 import sys
-import threading
 import time
+import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from types import TracebackType
 from typing import Any
 
-from ..arguments import require_int
+from ..arguments import is_int, require_int
 from ..attention import AttentionBackend, declared, get, require_fit
 from ..decode import DecodeLoop
 from ..errors import ConfigError, QueueFull
@@ -21,7 +21,7 @@ from ..kv_cache import KVCache
 from ..requests import Completion, Request, StepToken, checked_request
 from .answers import Answer
 from .costs import SequenceCosts
-from .mail import Mail
+from .mail import Mail, Turns, nobody
 from .opening import BUDGETS, TYPICAL_LEN, attention_for_prompts, opened_cache
 from .prefill import PrefillPasses, RuntimeModel
 from .runner import Runner
@@ -40,7 +40,8 @@ class Engine:
     sequence whose turn would come last gives its own back and is computed again later, which changes none of its
     tokens.
 
-    ``submit`` and ``cancel`` may be called from any thread at any time, ``step`` and ``generate`` from one at a time.
+    ``submit`` and ``cancel`` may be called from any thread at any time, ``step`` and ``generate`` from one at a time,
+    and not while an ``AsyncEngine`` of this engine is open.
 
     Args:
         model: ``vattn.models.Llama``, or what its ``runtime()`` returns (see ``RuntimeModel``).
@@ -51,7 +52,8 @@ class Engine:
             take. None: on CUDA 1,024, and 8,192 while nobody decodes; on the CPU 64 and 256; between
             them while many prompts wait for few that decode.
         memory_limit: of the cache that the engine opens, in bytes; None: 90 % of what is free.
-        max_waiting: samples that may wait before ``submit`` raises ``QueueFull``; None for any number.
+        max_waiting: samples that may wait; ``submit`` raises ``QueueFull`` rather than let more do so. None for any
+            number.
         attention: backend or its name, for prompts, and for decode where captured steps can use it; None for the ones
             measured as fastest.
 
@@ -74,7 +76,7 @@ class Engine:
             model = model.runtime()
         if not isinstance(model, RuntimeModel):
             raise ConfigError(
-                f"an engine takes a model as vattn.models.load() returns it, not a {type(model).__name__}"
+                f"an engine takes a model, as vattn.models.load(...)[0] gives it, not a {type(model).__name__}"
             )
         if cache is not None and not isinstance(cache, KVCache):
             raise ConfigError(f"an engine takes a model and a vattn.KVCache, got a {type(cache).__name__} as cache")
@@ -117,8 +119,7 @@ class Engine:
         self._runner = Runner(self._loop, self._passes, self._scheduler, self._meters, budgets)
         self._room_bytes = self.cache.memory_limit - self._costs.bytes(self.cache.seq_len(self._loop.own_slot))
         self._ids = itertools.count()
-        self._stepping = threading.Lock()  # held by whoever is in step, generate or close
-        self._stepper: int | None = None  # that thread
+        self._turns = Turns()
         self._mail = Mail()
         self._pid = os.getpid()
         self._closed = False
@@ -128,34 +129,42 @@ class Engine:
         """Queue a copy of a request and return its id. From any thread.
 
         Raises:
-            ConfigError: a value out of range, a request that this cache could not hold even alone, or the engine is
-                closed.
-            QueueFull: ``max_waiting`` samples wait already.
+            ConfigError: a value out of range, a request that this cache could not hold even alone, ``n`` beyond
+                ``max_waiting``, or the engine is closed.
+            QueueFull: with the samples of this request, more than ``max_waiting`` would wait.
         """
         self._require_open()
-        checked = self._checked(request)
+        checked, limit = self._checked(request), self.max_waiting
+        if limit is not None and checked.n > limit:
+            raise ConfigError(
+                f"n is {checked.n}, and max_waiting of this engine is {limit}: these samples could never all wait; "
+                "lower n, or raise max_waiting"
+            )
         with Uninterrupted(), self._mail.lock:
-            if self.max_waiting is not None and self.num_waiting >= self.max_waiting:
+            if limit is not None and self.num_waiting + checked.n > limit:
                 raise QueueFull(
-                    f"{self.num_waiting} samples wait, and max_waiting is {self.max_waiting}: send it again later",
-                    max_waiting=self.max_waiting,
+                    f"{self.num_waiting} samples wait, and max_waiting is {limit}: a request with n = {checked.n} does "
+                    "not fit now; send it again later",
+                    max_waiting=limit,
                 )
             return self._post(checked)
 
     def cancel(self, request_id: int) -> None:
         """End a request: nothing of it is reported any more. One that is unknown or has ended: no effect. From any
-        thread; while another one is in ``step``, the memory comes back when that one is through."""
+        thread; while another one is in ``step``, the memory comes back when that one is through.
+
+        Raises:
+            ConfigError: the id is no int.
+        """
+        if not is_int(request_id):
+            raise ConfigError(f"cancel takes an id that submit returned, an int, got {request_id!r}")
         with Uninterrupted():
-            self._mail.cancel(request_id)
-            if not self._closed and self._stepping.acquire(blocking=False):
-                try:
-                    self._take_in()
-                finally:
-                    self._stepping.release()
+            self._mail.cancel(int(request_id))
+            self._take_in_cancelled()
 
     @property
     def has_work(self) -> bool:
-        """Whether a request waits or runs, or ``step`` has tokens to tell."""
+        """Whether a request waits or runs, or ``step`` has tokens to report."""
         mail, scheduler = self._mail, self._scheduler
         return bool(scheduler.running or scheduler.num_waiting or mail.num_arrived or mail.kept)
 
@@ -166,7 +175,7 @@ class Engine:
 
     @property
     def num_waiting(self) -> int:
-        """Samples that have none."""
+        """Samples without a slot."""
         return self._scheduler.num_waiting + self._mail.num_arrived
 
     def wait(self, timeout_s: float | None = None) -> bool:
@@ -185,10 +194,6 @@ class Engine:
         """Let ``wait`` return. From any thread."""
         self._mail.arrived.set()
 
-    def is_running(self, request_id: int) -> bool:
-        """Whether a sample of the request has a slot. For the thread that steps."""
-        return any(sample.request_id == request_id for sample in self._scheduler.running)
-
     # -- steps ---------------------------------------------------------------------------------------------------
     def step(self) -> list[StepToken]:
         """Advance by one step and return what it brought, at most one token of each sample; often nothing.
@@ -199,11 +204,15 @@ class Engine:
         Raises:
             OutOfPages, OutOfSlots: others hold the memory or the slots of the cache, and nothing of this engine runs.
                 The requests stay queued.
-            ConfigError: another thread is in ``step`` or ``generate``, or the engine is closed.
+            ConfigError: another thread is in ``step`` or ``generate``, an ``AsyncEngine`` steps this engine, or it is
+                closed.
         """
+        return self._step()
+
+    def _step(self, by: object | None = None) -> list[StepToken]:
         tokens: list[StepToken] = []
         try:
-            with Uninterrupted(), self._alone():
+            with Uninterrupted(), self._alone(by):
                 self._take_in()
                 self._runner.advance(time.monotonic())
                 tokens = self._collect()
@@ -219,7 +228,7 @@ class Engine:
         count here.
 
         Raises:
-            ConfigError: as ``submit``; then none of them was queued.
+            ConfigError: as ``submit`` and ``step``; then none of them was queued.
             OutOfPages, OutOfSlots: as ``step``; these requests are cancelled, the others go on waiting.
         """
         self._require_open()
@@ -230,12 +239,12 @@ class Engine:
         others: list[StepToken] = []
         ids: list[int] = []
         try:
-            with Uninterrupted(), self._mail.lock:
-                for request in checked:
-                    ids.append(self._post(request))
-                    answers.update(((ids[-1], index), Answer()) for index in range(request.n))
-            pending = set(answers)
-            with self._alone():
+            with self._alone():  # so that nobody else takes in who is cancelled
+                with Uninterrupted(), self._mail.lock:
+                    for request in checked:
+                        ids.append(self._post(request))
+                        answers.update(((ids[-1], index), Answer()) for index in range(request.n))
+                pending = set(answers)
                 while pending:
                     with Uninterrupted():
                         for request_id in self._take_in():
@@ -268,7 +277,7 @@ class Engine:
         """Drop every request, release every slot, and close the cache if the engine opened it. Idempotent.
 
         Raises:
-            ConfigError: another thread is in ``step`` or ``generate``.
+            ConfigError: another thread is in ``step`` or ``generate``, or an ``AsyncEngine`` steps this engine.
         """
         with Uninterrupted(), self._alone(even_closed=True), ExitStack() as last:
             # Each of these, though one before it raises; the last one first.
@@ -294,15 +303,41 @@ class Engine:
         if not sys.is_finalizing() and not getattr(self, "_closed", True) and os.getpid() == self._pid:
             finish(self.close)
 
+    # -- for AsyncEngine -----------------------------------------------------------------------------------------
+    def _claim(self, by: object) -> None:
+        """Only ``by`` may step this engine or close it, until it lets go or is no more."""
+        with self._alone(), self._mail.lock:
+            self._turns.owner, self._mail.ended = weakref.ref(by), []
+
+    def _let_go(self, by: object | None) -> None:
+        """``by`` steps it no more; None for one that is no more."""
+        with self._mail.lock:
+            if self._turns.owner() is by:
+                self._turns.owner, self._mail.ended = nobody, None
+
+    def _running_ids(self) -> set[int]:
+        """Of requests with a sample that has a slot. For the thread that steps."""
+        return {sample.request_id for sample in self._scheduler.running}
+
     # -- inside --------------------------------------------------------------------------------------------------
     def _take_in(self) -> list[int]:
         """What other threads have left: new requests, then cancellations, which are returned."""
-        arrived, cancelled = self._mail.take()
-        for request_id, request, arrived_s in arrived:
-            self._runner.add(request_id, request, arrived_s)
+        with self._mail.lock:  # ``submit`` counts who waits
+            arrived, cancelled = self._mail.take()
+            for request_id, request, arrived_s in arrived:
+                self._runner.add(request_id, request, arrived_s)
         for request_id in cancelled:
             self._runner.cancel(request_id)
         return cancelled
+
+    def _take_in_cancelled(self) -> None:
+        """Unless somebody is at it: whoever holds the books looks here after that."""
+        books = self._turns.books
+        while self._mail.has_cancelled and self._is_usable and books.acquire(blocking=False):
+            try:
+                self._take_in()
+            finally:
+                books.release()
 
     def _collect(self) -> list[StepToken]:
         """What is there to report, less what was cancelled meanwhile."""
@@ -315,30 +350,26 @@ class Engine:
         return request_id
 
     @contextmanager
-    def _alone(self, even_closed: bool = False) -> Iterator[None]:
-        """Only one thread at a time, and no call out of another's."""
-        taken = self._stepping.acquire(blocking=False)
+    def _alone(self, by: object | None = None, even_closed: bool = False) -> Iterator[None]:
+        """Only one thread at a time, and only ``by`` while an ``AsyncEngine`` has claimed this engine."""
+        if not even_closed:
+            self._require_open()
         try:
-            if not taken:
-                inside = self._stepper == threading.get_ident()
-                raise ConfigError(
-                    "step, generate and close cannot be called from within a step of the same engine"
-                    if inside
-                    else "another thread is in step or generate of this engine: call them from one thread at a time"
-                )
-            if not even_closed:
-                self._require_open()
-            self._stepper = threading.get_ident()
-            yield
+            with self._turns.alone(by):
+                if not even_closed:
+                    self._require_open()
+                yield
         finally:
-            if taken:
-                self._stepper = None
-                self._stepping.release()
+            self._take_in_cancelled()  # who was cancelled meanwhile
+
+    @property
+    def _is_usable(self) -> bool:
+        return not self._closed and os.getpid() == self._pid
 
     def _require_open(self) -> None:
         if self._closed:
             raise ConfigError("this engine is closed; make a new one")
-        if os.getpid() != self._pid:
+        if not self._is_usable:
             raise ConfigError("this engine belongs to the process that forked this one; make another here")
 
     def _checked(self, request: Request) -> Request:

@@ -1,13 +1,17 @@
-"""What threads leave for the one that steps an engine, and what that one keeps for them."""
+"""What threads leave for the one that steps an engine, what that one keeps for them, and which one that may be."""
 
 from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
+from ..errors import ConfigError
+from ..interrupts import Uninterrupted
 from ..requests import Request, StepToken
 
-__all__ = ["Mail"]
+__all__ = ["Mail", "Turns", "nobody"]
 
 
 class Mail:
@@ -17,13 +21,16 @@ class Mail:
         lock: held for a moment by every method; reentrant, so that ids can be given out under it.
         arrived: set when something was left.
         kept: tokens for the next ``step``.
+        num_arrived: samples of new requests.
+        ended: ids that were cancelled, for an ``AsyncEngine`` to end their streams; None while there is none.
     """
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.arrived = threading.Event()
         self.kept: list[StepToken] = []
-        self.num_arrived = 0  # samples
+        self.num_arrived = 0
+        self.ended: list[int] | None = None
         self._num_posted = 0
         self._requests: dict[int, tuple[Request, float]] = {}
         self._cancelled: set[int] = set()
@@ -42,8 +49,23 @@ class Mail:
             if request_id not in range(self._num_posted):  # it may be one of a request to come
                 return
             self._cancelled.add(request_id)
+            if self.ended is not None:
+                self.ended.append(request_id)
             self.kept = [token for token in self.kept if token.request_id != request_id]
         self.arrived.set()
+
+    @property
+    def has_cancelled(self) -> bool:
+        """Whether there are cancellations to take."""
+        return bool(self._cancelled)
+
+    def take_ended(self) -> list[int]:
+        """What ``ended`` has, which is empty then."""
+        if not self.ended:
+            return []
+        with self.lock:
+            ended, self.ended = self.ended, []
+        return ended
 
     def take(self) -> tuple[list[tuple[int, Request, float]], list[int]]:
         """(request_id, request, when) of those that arrived, and which to cancel."""
@@ -70,3 +92,51 @@ class Mail:
         if not self._cancelled:
             return tokens
         return [token for token in tokens if token.request_id not in self._cancelled]
+
+
+class Turns:
+    """Who may step an engine: one thread at a time; while an ``AsyncEngine`` has claimed it, that one alone.
+
+    Attributes:
+        books: held by whoever changes what waits and runs: a step, or a cancellation for a moment.
+        owner: gives the open ``AsyncEngine``, or None.
+    """
+
+    def __init__(self) -> None:
+        self.books = threading.Lock()
+        self.owner: Callable[[], object | None] = nobody
+        self._lock = threading.RLock()  # of what follows
+        self._stepper: int | None = None  # the thread in step, generate or close
+
+    @contextmanager
+    def alone(self, by: object | None = None) -> Iterator[None]:
+        """Only one thread at a time, no call out of another's, and nobody but the owner.
+
+        Raises:
+            ConfigError: it is not this caller's turn.
+        """
+        mine = threading.get_ident()
+        is_mine = False
+        try:
+            with Uninterrupted(), self._lock:
+                if self._stepper == mine:
+                    raise ConfigError("step, generate and close cannot be called from within a step of the same engine")
+                if self.owner() not in (None, by):
+                    raise ConfigError(
+                        "an AsyncEngine steps this engine; send requests through its stream(), or await its close() "
+                        "before you call step, generate or close or make another AsyncEngine"
+                    )
+                if self._stepper is not None:
+                    raise ConfigError(
+                        "another thread is in step or generate of this engine: call them from one thread at a time"
+                    )
+                self._stepper, is_mine = mine, True
+            with self.books:
+                yield
+        finally:
+            if is_mine:
+                self._stepper = None
+
+
+def nobody() -> None:
+    """In place of a reference to an owner."""

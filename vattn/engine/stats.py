@@ -19,8 +19,8 @@ class Histogram:
 
     Attributes:
         bounds: seconds, rising.
-        counts: one more than bounds: ``counts[i]`` of at most ``bounds[i]`` and above the bound before it; the last of
-            more than all.
+        counts: one more than bounds: ``counts[i]`` of at most ``bounds[i]`` and above the bound before it; the last
+            counts durations above the last bound.
         sum: of all durations, seconds.
         count: of all.
     """
@@ -29,6 +29,10 @@ class Histogram:
     counts: tuple[int, ...]
     sum: float
     count: int
+
+    def __repr__(self) -> str:
+        p50, p99 = self.quantile(0.5), self.quantile(0.99)
+        return f"Histogram(count={self.count}, mean={self.mean:.3g}, p50={p50:.3g}, p99={p99:.3g})"
 
     def quantile(self, q: float) -> float:
         """A duration that a share ``q`` of all do not exceed, exact to the width of a bound's step; 0 of none."""
