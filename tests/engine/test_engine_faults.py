@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -690,3 +691,62 @@ def test_stats_print_on_a_line(model: Llama, cache: KVCache) -> None:
 def test_what_load_returns_is_named_where_it_is_not_taken_apart(model: Llama) -> None:
     with pytest.raises(ConfigError, match=r"vattn\.models\.load\(\.\.\.\)\[0\] gives it, not a tuple"):
         Engine((model, None))
+
+
+def test_generate_hands_out_nothing_of_what_a_callback_cancels(model: Llama, cache: KVCache) -> None:
+    with Engine(model, cache) as engine:
+        other = engine.submit(Request([3], 30))
+
+        def allowed(answer: Sequence[int]) -> None:
+            if len(answer) == 5:
+                engine.cancel(other)
+
+        engine.generate([Request([5], 9, allowed_tokens=allowed)])
+        assert not engine.has_work
+        assert engine.step() == []
+
+
+def test_a_signal_at_the_end_of_submit_leaves_no_request_that_nobody_knows(model: Llama, cache: KVCache) -> None:
+    with Engine(model, cache) as engine:
+        post = engine._mail.post
+
+        def interrupted(request_id: int, request: Request) -> None:
+            post(request_id, request)
+            signal.raise_signal(signal.SIGINT)
+
+        engine._mail.post = interrupted  # type: ignore[method-assign]
+        with pytest.raises(KeyboardInterrupt):
+            engine.submit(Request([3], 9))
+        engine._mail.post = post  # type: ignore[method-assign]
+        assert run_out(engine) == []
+
+
+def test_an_end_that_nobody_collected_is_work(model: Llama, cache: KVCache) -> None:
+    """One ends by its deadline in a step that raises."""
+
+    def leave(answer: Sequence[int]) -> None:
+        raise SystemExit
+
+    with Engine(model, cache) as engine:
+        other = engine.submit(Request([5], 9, allowed_tokens=leave))
+        doomed = engine.submit(Request([3], 9, deadline_s=0.0))
+        with pytest.raises(SystemExit):
+            run_out(engine)
+        engine.cancel(other)
+        assert engine.has_work
+        assert [(new.request_id, new.finish_reason) for new in engine.step()] == [(doomed, "deadline")]
+        assert not engine.has_work
+
+
+def test_close_wakes_who_waits(model: Llama, cache: KVCache) -> None:
+    with Engine(model, cache) as engine:
+        thread = threading.Thread(target=engine.wait)
+        thread.start()
+        time.sleep(0.1)
+    thread.join(30)
+    assert not thread.is_alive()
+
+
+def test_an_engine_is_not_copied(model: Llama, cache: KVCache) -> None:
+    with Engine(model, cache) as engine, pytest.raises(TypeError, match="cannot be copied"):
+        copy.copy(engine)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import operator
 import threading
 import time
 import weakref
@@ -120,7 +121,7 @@ class AsyncEngine:
                 atexit.register(thread.end)
                 self._thread = thread
             request_id = self.engine.submit(request)
-            stream = self._streams[request_id] = _Stream(request.n)
+            stream = self._streams[request_id] = _Stream(operator.index(request.n))
             self._idle.clear()
         return request_id, stream
 

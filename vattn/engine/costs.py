@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 
+from ..errors import ConfigError
 from ..layout import KVLayout
+from ..requests import Request
 
 __all__ = ["SequenceCosts"]
 
@@ -42,3 +44,25 @@ class SequenceCosts:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if self.bytes(middle) <= num_bytes else (low, middle - 1)
         return low
+
+    def require_room(self, request: Request, context: int, room_bytes: int, memory_limit: int) -> None:
+        """Refuse what could not be held even alone.
+
+        Args:
+            request: checked.
+            context: rows of a sequence at most.
+            room_bytes: what sequences may take of ``memory_limit``.
+
+        Raises:
+            ConfigError: says what is too much.
+        """
+        num_prompt, num_new = len(request.prompt_tokens), request.max_new_tokens
+        asked = f"a prompt of {num_prompt} tokens and {num_new} new ones"
+        rows = num_prompt + num_new - 1  # the last new token is reported and never read
+        if rows > context:
+            raise ConfigError(f"{asked} exceed the context of {context} tokens")
+        if (needed := self.bytes(rows)) > room_bytes:
+            raise ConfigError(
+                f"{asked} need {needed} bytes of memory, the limit is {memory_limit} bytes, of which the engine itself "
+                f"takes {memory_limit - room_bytes}"
+            )

@@ -140,14 +140,21 @@ class Engine:
                 f"n is {checked.n}, and max_waiting of this engine is {limit}: these samples could never all wait; "
                 "lower n, or raise max_waiting"
             )
-        with Uninterrupted(), self._mail.lock:
-            if limit is not None and self.num_waiting + checked.n > limit:
-                raise QueueFull(
-                    f"{self.num_waiting} samples wait, and max_waiting is {limit}: a request with n = {checked.n} does "
-                    "not fit now; send it again later",
-                    max_waiting=limit,
-                )
-            return self._post(checked)
+        request_id = None
+        try:
+            with Uninterrupted(), self._mail.lock:
+                if limit is not None and self.num_waiting + checked.n > limit:
+                    raise QueueFull(
+                        f"{self.num_waiting} samples wait, and max_waiting is {limit}: a request with n = {checked.n} "
+                        "does not fit now; send it again later",
+                        max_waiting=limit,
+                    )
+                request_id = self._post(checked)
+        except BaseException:
+            if request_id is not None:  # a signal's handler raised, and nobody will know the id
+                self._mail.cancel(request_id)
+            raise
+        return request_id
 
     def cancel(self, request_id: int) -> None:
         """End a request: nothing of it is reported any more. One that is unknown or has ended: no effect. From any
@@ -166,7 +173,8 @@ class Engine:
     def has_work(self) -> bool:
         """Whether a request waits or runs, or ``step`` has tokens to report."""
         mail, scheduler = self._mail, self._scheduler
-        return bool(scheduler.running or scheduler.num_waiting or mail.num_arrived or mail.kept)
+        waits = scheduler.num_waiting or mail.num_arrived
+        return bool(scheduler.running or waits or mail.kept or self._runner.reported)
 
     @property
     def num_running(self) -> int:
@@ -236,7 +244,6 @@ class Engine:
             raise ConfigError(f"generate takes a list of requests, as [Request(prompt_tokens)], got {requests!r}")
         checked = [self._checked(request) for request in requests]
         answers: dict[tuple[int, int], Answer] = {}
-        others: list[StepToken] = []
         ids: list[int] = []
         try:
             with self._alone():  # so that nobody else takes in who is cancelled
@@ -250,20 +257,18 @@ class Engine:
                         for request_id in self._take_in():
                             pending -= {key for key in pending if key[0] == request_id}
                         self._runner.advance(time.monotonic())
-                        for token in self._collect():
-                            key = token.request_id, token.index
-                            if key not in answers:
-                                others.append(token)
-                                continue
-                            answers[key].add(token)
-                            if token.finish_reason is not None:
-                                pending.discard(key)
+                        tokens = self._mail.wanted(self._runner.collect())
+                        self._mail.keep([new for new in tokens if (new.request_id, new.index) not in answers])
+                        for new in tokens:
+                            if (answer := answers.get((new.request_id, new.index))) is not None:
+                                answer.add(new)
+                                if new.finish_reason is not None:
+                                    pending.discard((new.request_id, new.index))
         except BaseException:
-            for request_id in ids:
-                self.cancel(request_id)
+            with Uninterrupted():
+                for request_id in ids:
+                    self.cancel(request_id)
             raise
-        finally:
-            self._mail.keep(others)
         return [answer.completion(*key) for key, answer in answers.items()]
 
     def stats(self) -> EngineStats:
@@ -279,6 +284,9 @@ class Engine:
         Raises:
             ConfigError: another thread is in ``step`` or ``generate``, or an ``AsyncEngine`` steps this engine.
         """
+        if os.getpid() != self._pid:  # a forked child: nothing of this is its
+            self._closed = True
+            return
         with Uninterrupted(), self._alone(even_closed=True), ExitStack() as last:
             # Each of these, though one before it raises; the last one first.
             if self._own_cache:
@@ -289,6 +297,12 @@ class Engine:
                 self._take_in()
                 self._runner.cancel_all()
                 self._passes.settle()
+                self.wake()
+
+    def __reduce__(self) -> str:
+        raise TypeError(
+            "an Engine is memory and work of this process and cannot be copied or pickled: make another one"
+        )
 
     def __enter__(self) -> Engine:
         return self
@@ -341,8 +355,7 @@ class Engine:
 
     def _collect(self) -> list[StepToken]:
         """What is there to report, less what was cancelled meanwhile."""
-        tokens, self._runner.reported = self._runner.reported, []
-        return self._mail.reportable(tokens)
+        return self._mail.reportable(self._runner.collect())
 
     def _post(self, request: Request) -> int:
         request_id = next(self._ids)
@@ -375,20 +388,7 @@ class Engine:
     def _checked(self, request: Request) -> Request:
         """A copy, which this cache can hold."""
         request = checked_request(request, vocab_size=self.model.config.vocab_size)
-        num_prompt, num_new = len(request.prompt_tokens), request.max_new_tokens
-        rows = num_prompt + num_new - 1  # the last new token is reported and never read
-        context = self._loop.max_seq_len
-        if rows > context:
-            raise ConfigError(
-                f"a prompt of {num_prompt} tokens and {num_new} new ones exceed the context of {context} tokens"
-            )
-        needed = self._costs.bytes(rows)
-        if needed > self._room_bytes:
-            raise ConfigError(
-                f"a prompt of {num_prompt} tokens and {num_new} new ones need {needed} bytes of memory, the limit is "
-                f"{self.cache.memory_limit} bytes, of which the engine itself takes "
-                f"{self.cache.memory_limit - self._room_bytes}"
-            )
+        self._costs.require_room(request, self._loop.max_seq_len, self._room_bytes, self.cache.memory_limit)
         if len(request.stop_tokens) > self._loop.max_stop_tokens:
             raise ConfigError(
                 f"{len(request.stop_tokens)} stop tokens are more than the {self._loop.max_stop_tokens} accepted"

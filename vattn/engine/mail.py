@@ -80,15 +80,16 @@ class Mail:
     def keep(self, tokens: list[StepToken]) -> None:
         """For the next ``step``, in front of what comes then."""
         with self.lock:
-            self.kept += self._wanted(tokens)
+            self.kept += self.wanted(tokens)
 
     def reportable(self, tokens: list[StepToken]) -> list[StepToken]:
         """What was kept and these, less what is cancelled."""
         with self.lock:
             kept, self.kept = self.kept, []
-            return kept + self._wanted(tokens)
+            return kept + self.wanted(tokens)
 
-    def _wanted(self, tokens: list[StepToken]) -> list[StepToken]:
+    def wanted(self, tokens: list[StepToken]) -> list[StepToken]:
+        """These, less what is cancelled."""
         if not self._cancelled:
             return tokens
         return [token for token in tokens if token.request_id not in self._cancelled]

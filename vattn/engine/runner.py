@@ -84,6 +84,11 @@ class Runner:
         for request_id in tuple(self._samples):
             self.cancel(request_id)
 
+    def collect(self) -> list[StepToken]:
+        """What there is to report, which is handed out by that."""
+        tokens, self.reported = self.reported, []
+        return tokens
+
     # -- a step --------------------------------------------------------------------------------------------------
     def advance(self, now: float) -> None:
         """One step; what it brings is in ``reported``.
