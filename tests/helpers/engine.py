@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
 
 from helpers.llama import random_tokens
 from vattn import Completion, Engine, KVCache, Request, Sampling, StepToken
 from vattn.driver import Driver
-from vattn.models import Llama
+from vattn.models import FusedLlama, Llama
 
 PAGE_BYTES = 4096  # 16 tokens of the small model
 TOKENS_PER_PAGE = 16
@@ -123,3 +126,27 @@ class Fate:
         else:
             assert new.finish_reason in (None, "deadline")
             assert self.num_tokens < len(self.expected.tokens) or new.finish_reason is not None
+
+
+class Faulty(FusedLlama):
+    """Raises where the test says so."""
+
+    on_prefill: Callable[[tuple[int, ...]], None] | None = None
+    on_decode: Callable[[], None] | None = None
+
+    def prefill(self, tokens: torch.Tensor, batch: Any, cache: KVCache, attention: Any) -> None:
+        if self.on_prefill is not None:
+            self.on_prefill(tuple(tokens.tolist()))
+        super().prefill(tokens, batch, cache, attention)
+
+    def decode(self, residual: torch.Tensor, batch: Any, cache: KVCache, attention: Any) -> torch.Tensor:
+        if self.on_decode is not None:
+            self.on_decode()
+        return super().decode(residual, batch, cache, attention)
+
+    def prefill_and_decode(self, tokens: torch.Tensor, *others: Any) -> torch.Tensor:
+        if self.on_prefill is not None:
+            self.on_prefill(tuple(tokens.tolist()))
+        if self.on_decode is not None:
+            self.on_decode()
+        return super().prefill_and_decode(tokens, *others)
