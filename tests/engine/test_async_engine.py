@@ -23,11 +23,6 @@ from vattn.errors import ConfigError, OutOfPages
 from vattn.models import FusedLlama, Llama
 
 
-@pytest.fixture(scope="module")
-def model() -> Llama:
-    return small_model()
-
-
 @pytest.fixture
 def cache(model: Llama) -> Iterator[KVCache]:
     before = threading.active_count()

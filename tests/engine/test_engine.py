@@ -32,19 +32,6 @@ from vattn.errors import ConfigError, OutOfPages, OutOfSlots
 from vattn.models import FusedLlama, Llama
 
 
-@pytest.fixture(scope="module")
-def model() -> Llama:
-    return small_model()
-
-
-@pytest.fixture
-def cache(model: Llama) -> Iterator[KVCache]:
-    with cache_of(model) as cache:
-        yield cache
-        cache.check_integrity()
-        assert cache.stats().num_live_slots == 0
-
-
 @pytest.fixture
 def engine(model: Llama, cache: KVCache) -> Iterator[Engine]:
     with Engine(model, cache) as engine:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -11,25 +10,12 @@ import numpy as np
 import pytest
 from helpers.engine import Faulty, alone, by_sample, cache_of, ends, requests_of, run_out, tokens_of
 from helpers.failing_driver import FailingDriver
-from helpers.llama import SMALL, open_cache, random_tokens, small_model
+from helpers.llama import SMALL, open_cache, random_tokens
 
 from vattn import Engine, KVCache, Request, Sampling
 from vattn.driver import HostDriver
 from vattn.errors import ConfigError, DriverError, OutOfPages
 from vattn.models import Llama
-
-
-@pytest.fixture(scope="module")
-def model() -> Llama:
-    return small_model()
-
-
-@pytest.fixture
-def cache(model: Llama) -> Iterator[KVCache]:
-    with cache_of(model) as cache:
-        yield cache
-        cache.check_integrity()
-        assert cache.stats().num_live_slots == 0
 
 
 # -- one request's fault ---------------------------------------------------------------------------------------------

@@ -19,11 +19,6 @@ from vattn.models import Llama
 NUM_ON_THE_GPU = 100 if os.environ.get("VATTN_SHORT") else 1000  # under compute-sanitizer
 
 
-@pytest.fixture(scope="module")
-def model() -> Llama:
-    return small_model()
-
-
 @pytest.mark.parametrize("seed", range(3))
 def test_a_hundred_random_requests(model: Llama, seed: int) -> None:
     walk(model, 100, seed)

@@ -7,30 +7,16 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
-from helpers.engine import Faulty, alone, by_sample, cache_of, ends, requests_of, run_out
-from helpers.llama import small_model
+from helpers.engine import Faulty, alone, by_sample, ends, requests_of, run_out
 
 from vattn import Engine, KVCache, Request
 from vattn.errors import ConfigError, QueueFull
 from vattn.models import Llama
-
-
-@pytest.fixture(scope="module")
-def model() -> Llama:
-    return small_model()
-
-
-@pytest.fixture
-def cache(model: Llama) -> Iterator[KVCache]:
-    with cache_of(model) as cache:
-        yield cache
-        cache.check_integrity()
-        assert cache.stats().num_live_slots == 0
 
 
 # -- threads ---------------------------------------------------------------------------------------------------------

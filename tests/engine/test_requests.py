@@ -10,18 +10,13 @@ import numpy as np
 import pytest
 import torch
 from helpers.decode import by_slot, prefill
-from helpers.llama import open_cache, small_model
+from helpers.llama import open_cache
 
 from vattn import Engine, Request, Sampling
 from vattn.decode import DecodeLoop
 from vattn.errors import ConfigError
 from vattn.models import FusedLlama, Llama
 from vattn.requests import checked_request
-
-
-@pytest.fixture(scope="module")
-def model() -> Llama:
-    return small_model()
 
 
 @pytest.fixture
