@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
-from helpers.llama import hf_model_of, open_cache, random_tokens, run, same_in_vattn, small_model
+from helpers.llama import SMALL, hf_model_of, open_cache, random_tokens, run, same_in_vattn, small_model
 
-from vattn.attention import AttentionBatch, DecodeBatch, get
+from vattn.attention import AttentionBatch, DecodeBatch, PromptBatch, get
 from vattn.errors import ConfigError
 from vattn.kv_cache import KVCache
 from vattn.memory.tensors import upload
@@ -113,11 +114,24 @@ def decode_batch(cache: KVCache, slots: Sequence[int], rows: Sequence[int]) -> D
     return DecodeBatch(slot, row, row + 1, cache.layout.max_seq_len)
 
 
-@pytest.mark.parametrize("together", [False, True])
+def fixed_batch(
+    cache: KVCache, slots: Sequence[int], tokens: Sequence[Sequence[int]], ends: Sequence[int]
+) -> PromptBatch:
+    """Filled up to a multiple of 16 tokens and to seven sequences."""
+    size = -(-sum(len(each) for each in tokens) // 16) * 16
+    batch = PromptBatch(size, 7, cache.layout.max_seq_len, cache.device)
+    spare = cache.acquire()
+    cache.ensure(spare, 1)
+    for _ in range(2):  # what it held before is gone
+        batch.fill(slots, tokens, ends, spare)
+    return batch
+
+
+@pytest.mark.parametrize("together", ["", "packed", "fixed", "completed"])
 @pytest.mark.parametrize("name", FAMILY)
-def test_prefill_then_decode(name: str, together: bool, device: str) -> None:
+def test_prefill_then_decode(name: str, together: str, device: str) -> None:
     """What the runtime does with prompts: all but their last tokens by passes, those by a decode step. ``together``: in
-    the same pass as the tokens of other prompts."""
+    the same pass as the tokens of other prompts, ``completed`` by those of the same prompts."""
     kind, changes = FAMILY[name]
     model = same_in_vattn(hf_model_of(kind, **changes)).to(device)
     fused, vocab_size = model.runtime(), model.config.vocab_size
@@ -128,16 +142,23 @@ def test_prefill_then_decode(name: str, together: bool, device: str) -> None:
         wanted = [cache.acquire() for _ in others]
         run(model, cache, wanted, others)
         slots = [cache.acquire() for _ in prompts]
-        prefill(fused, cache, slots, [prompt[:-1] for prompt in prompts])
+        if together != "completed":
+            prefill(fused, cache, slots, [prompt[:-1] for prompt in prompts])
         cache.ensure_batch(slots, [len(prompt) for prompt in prompts])
         batch = decode_batch(cache, slots, [len(prompt) - 1 for prompt in prompts])
         residual = fused.embedding[torch.tensor([prompt[-1] for prompt in prompts], device=device)]
         other = [cache.acquire() for _ in others]
         if together:
-            lengths = [len(each) for each in others]
-            cache.ensure_batch(other, lengths)
-            tokens = torch.tensor([token for each in others for token in each], device=device)
-            packed = AttentionBatch.build(other, lengths, lengths, cache.device)
+            passing, parts = list(other), list(others)
+            if together == "completed":
+                passing, parts = passing + slots, parts + [prompt[:-1] for prompt in prompts]
+            lengths = [len(each) for each in parts]
+            cache.ensure_batch(other, lengths[: len(others)])
+            tokens = torch.tensor([token for each in parts for token in each], device=device)
+            packed = AttentionBatch.build(passing, lengths, lengths, cache.device)
+            if together == "fixed":
+                packed = fixed_batch(cache, other, others, lengths)
+                tokens = packed.tokens
             with cache.step([*slots, *other]), torch.inference_mode():
                 got = fused.prefill_and_decode(tokens, packed, get("sdpa"), residual, batch, get("reference"), cache)
         else:
@@ -149,6 +170,72 @@ def test_prefill_then_decode(name: str, together: bool, device: str) -> None:
             for layer in range(model.config.num_layers):
                 for rows, as_eager in zip(cache.rows(slot, layer), cache.rows(same, layer), strict=True):
                     torch.testing.assert_close(rows, as_eager, rtol=2e-4, atol=2e-5)
+        cache.check_integrity()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["flash-attn-3", "torch-varlen"])
+def test_a_captured_pass_of_fixed_size(backend: str) -> None:
+    """One graph for passes of all sizes that it holds: chunks of prompts that have rows already, and decode rows."""
+    attention = get(backend)
+    if reason := attention.supports(torch.device("cuda"), torch.bfloat16, 64):
+        pytest.skip(reason)
+    shape = replace(SMALL, num_heads=8, num_kv_heads=2, head_dim=64)
+    model = Llama.random(shape, seed=0, std=0.1).to("cuda", torch.bfloat16)
+    fused, vocab_size = model.runtime(), model.config.vocab_size
+    over_read = {"over_read_tokens": attention.over_read_tokens, "over_read_masked": attention.masks_over_read}
+    with KVCache(model.kv_layout(), 16, "cuda", 256 << 20, **over_read) as cache, torch.inference_mode():
+        spare = cache.acquire()
+        cache.ensure(spare, 1)
+        fixed = PromptBatch(256, 7, cache.layout.max_seq_len, cache.device)
+        decode = decode_batch(cache, [spare] * 4, [0] * 4)
+        residual = torch.zeros(4, model.config.hidden_size, dtype=torch.bfloat16, device="cuda")
+        stream, graph, logits = torch.cuda.Stream(), torch.cuda.CUDAGraph(), None
+
+        def launch() -> torch.Tensor:
+            every = (fixed.tokens, fixed, attention, residual.clone(), decode, get("triton-decode"), cache)
+            return fused.prefill_and_decode(*every)
+
+        for seed, (computed, new) in enumerate([((0, 0), (100, 3)), ((0, 17, 96), (120, 1, 2)), ((130,), (256,))]):
+            tokens = [random_tokens(before + n, vocab_size, seed=seed) for before, n in zip(computed, new, strict=True)]
+            found = []
+            for captured in (False, True):
+                slots = [cache.acquire() for _ in tokens]
+                for slot, each, before in zip(slots, tokens, computed, strict=True):
+                    if before:
+                        prefill(fused, cache, [slot], [each[:before]], backend)
+                cache.ensure_batch(slots, [len(each) + 1 for each in tokens])
+                rows = [len(each) for each in tokens]
+                padded = 4 - len(slots)
+                decode.slots_int32.copy_(torch.tensor(slots + [spare] * padded))
+                decode.rows_int32.copy_(torch.tensor(rows + [0] * padded))
+                decode.ends_int32.copy_(decode.rows_int32 + 1)
+                residual.copy_(fused.embedding[torch.arange(4, device="cuda")])
+                parts = [each[before:] for each, before in zip(tokens, computed, strict=True)]
+                stream.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(stream), cache.step(slots):
+                    if captured:
+                        fixed.fill(slots, parts, rows, spare)
+                        if logits is None:
+                            launch()
+                            with torch.cuda.graph(graph, stream=stream):
+                                logits = launch()
+                        graph.replay()
+                        of_pass = logits
+                    else:
+                        packed = AttentionBatch.build(slots, new, rows, cache.device)
+                        ids = torch.tensor([token for part in parts for token in part], device="cuda")
+                        of_pass = fused.prefill_and_decode(
+                            ids, packed, attention, residual.clone(), decode, get("triton-decode"), cache
+                        )
+                torch.cuda.synchronize()
+                kept = [of_pass[: len(slots)].float().flatten()]
+                kept += [cache.rows(slot, 1)[i].float().flatten() for slot in slots for i in (0, 1)]
+                found.append(torch.cat(kept))
+                for slot in slots:
+                    cache.release(slot)
+            assert all(each.isfinite().all() for each in found)
+            assert (found[0] - found[1]).norm() < 0.01 * found[0].norm()
         cache.check_integrity()
 
 

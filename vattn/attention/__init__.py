@@ -9,7 +9,7 @@ from .base import (
     bind,
     declared,
 )
-from .batch import AttentionBatch, DecodeBatch
+from .batch import AttentionBatch, DecodeBatch, PromptBatch
 from .choice import (
     Needs,
     backends,
@@ -33,6 +33,7 @@ __all__ = [
     "DecodeWorkspace",
     "Needs",
     "PhasedAttention",
+    "PromptBatch",
     "TritonDecodeAttention",
     "backends",
     "bind",

@@ -40,8 +40,9 @@ class AttentionBackend(Protocol):
     The views cover addresses with nothing behind them, and one read there ends the process. A backend therefore
     declares how far it reads past the end of a sequence, and the cache keeps that many rows mapped.
 
-    A backend may also have the attributes ``mixed_head_dims``, ``decode_only``, ``capturable`` and ``optimised`` of
-    :class:`Backend`, which says what is taken for granted where one is missing.
+    A backend may also have the attributes ``mixed_head_dims``, ``decode_only``, ``capturable``,
+    ``captures_prompts`` and ``optimised`` of :class:`Backend`, which says what is taken for granted where one is
+    missing.
 
     Attributes:
         name: the key in the registry.
@@ -105,7 +106,9 @@ class Backend(AttentionBackend):
     Attributes:
         mixed_head_dims: whether K and V heads, and those of several layers, may differ in size.
         decode_only: whether it computes batches of one new token of each sequence, and no others.
-        capturable: whether a CUDA graph can capture it: it takes slots and lengths from the batch's device tensors.
+        capturable: whether a CUDA graph can capture a decode step with it: it takes slots and lengths from the batch's
+            device tensors.
+        captures_prompts: whether a CUDA graph can capture a pass over a ``PromptBatch`` with it.
         optimised: whether it is meant for more than tests.
         dtypes: that it computes in; None for every floating-point one.
         min_capability: CUDA compute capability that it needs; None where it runs on any device.
@@ -117,6 +120,7 @@ class Backend(AttentionBackend):
     mixed_head_dims: bool = True
     decode_only: bool = False
     capturable: bool = True
+    captures_prompts: bool = False
     optimised: bool = True
     dtypes: tuple[torch.dtype, ...] | None = None
     min_capability: tuple[int, int] | None = None
@@ -201,6 +205,11 @@ class PhasedAttention:
     def capturable(self) -> bool:
         """Whether the one for decode can be captured."""
         return bool(declared(self.decode, "capturable"))
+
+    @property
+    def captures_prompts(self) -> bool:
+        """Whether passes of the one for prefill can be captured."""
+        return bool(declared(self.prefill, "captures_prompts"))
 
     @property
     def optimised(self) -> bool:

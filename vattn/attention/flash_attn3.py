@@ -40,6 +40,7 @@ class FlashAttention3(Backend):
     name = "flash-attn-3"
     over_read_tokens = 191
     masks_over_read = False
+    captures_prompts = True
     mixed_head_dims = False
     dtypes = HALF
     min_capability = (9, 0)

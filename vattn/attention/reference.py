@@ -35,7 +35,7 @@ class ReferenceAttention(Backend):
     ) -> torch.Tensor:
         """See :class:`vattn.attention.AttentionBackend`."""
         compute_dtype = torch.promote_types(q.dtype, torch.float32)
-        out = q.new_empty(q.shape[0], q.shape[1], v.shape[-1])
+        out = q.new_zeros(q.shape[0], q.shape[1], v.shape[-1])
         for i, (slot, query_len, seq_len) in enumerate(zip(batch.slots, batch.query_lens, batch.seq_lens, strict=True)):
             tokens = slice(batch.query_starts[i], batch.query_starts[i + 1])
             group = q.shape[1] // k.shape[2]

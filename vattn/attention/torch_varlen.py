@@ -23,6 +23,7 @@ class TorchVarlenAttention(Backend):
     """
 
     name = "torch-varlen"
+    captures_prompts = True
     features = frozenset({LEFT_PADDING, SINKS})
     mixed_head_dims = False
     dtypes = HALF

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
@@ -13,7 +13,7 @@ from ..arguments import require_int
 from ..errors import ConfigError
 from ..interrupts import FinalisersWait, Uninterrupted
 
-__all__ = ["GraphReport", "StepGraphs", "default_buckets"]
+__all__ = ["GraphReport", "StepGraphs", "buckets_beside", "default_buckets"]
 
 MODES = ("always", "measure", "never")
 
@@ -25,6 +25,16 @@ def default_buckets(max_batch: int) -> tuple[int, ...]:
         sizes.append(size)
         size += 1 if size < 16 else (1 << size.bit_length()) // 8
     return (*sizes, max_batch)
+
+
+def buckets_beside(buckets: Sequence[int]) -> tuple[int, ...]:
+    """Of rising batch sizes, those for steps that other work is captured with: few, as each needs a graph for every
+    size of the other work, and each twice the one before it, the first at least 16; the largest too."""
+    found = [buckets[-1]]
+    for bucket in reversed(buckets):
+        if 16 <= bucket <= found[0] // 2:
+            found.insert(0, bucket)
+    return tuple(found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +91,7 @@ class StepGraphs:
         self.device = device
         self._run = run
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._by_key: dict[Hashable, torch.cuda.CUDAGraph | bool] = {}  # True: it came once; False: it cannot be
         self._pool: Any = None
         self.reports: tuple[GraphReport, ...] = tuple(GraphReport(bucket, False) for bucket in self.buckets)
 
@@ -110,9 +121,30 @@ class StepGraphs:
         else:
             graph.replay()
 
+    def launch_by_need(self, key: Hashable, run: Callable[[], None]) -> None:
+        """Run other work on the current stream, captured once it has come before.
+
+        The first time compiles kernels and makes workspaces, which capture may not do. What cannot be captured is
+        launched each time.
+
+        Args:
+            key: all work of one key is the same but for what lies in device tensors at fixed addresses.
+            run: launches it; allocates nothing that outlives it.
+        """
+        known = self._by_key.get(key)
+        if known is True:
+            known = self._by_key[key] = self._captured(run) or False
+        if isinstance(known, torch.cuda.CUDAGraph):
+            known.replay()
+            return
+        run()
+        if known is None and self.mode != "never":
+            self._by_key[key] = True
+
     def release(self) -> None:
         """Drop every graph and its memory."""
         self._graphs.clear()
+        self._by_key.clear()
         self._pool = None
 
     def _capture(self, bucket: int) -> GraphReport:
@@ -144,6 +176,24 @@ class StepGraphs:
             if not report.captured:
                 del self._graphs[bucket]
         return report
+
+    def _captured(self, run: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
+        """A graph of what runs already; None where it cannot be captured.
+
+        Work under way goes on, as ``torch.cuda.graph`` would not let it: that waits for the device, and frees what
+        torch keeps for the next launch.
+        """
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with Uninterrupted(), FinalisersWait():
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                try:
+                    run()
+                finally:
+                    graph.capture_end()
+        except Exception:  # the launch that follows shows what was wrong, if it was not the capture
+            return None
+        return graph
 
     def _time(self, launch: Callable[[], None], repeats: int = 5) -> float:
         """Microseconds of a step, the median, launches and waiting included as a loop would see them."""

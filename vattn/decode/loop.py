@@ -235,6 +235,10 @@ class DecodeLoop:
         """That of rows which only fill up a batch."""
         return self._scratch
 
+    def rows_beside(self, batch: int) -> int:
+        """Rows that a step has for so many sequences where it is captured with other work (``CapturableCompute``)."""
+        return self._step.rows_beside(batch)
+
     @property
     def slots(self) -> tuple[int, ...]:
         """Those that are decoding."""
@@ -257,7 +261,8 @@ class DecodeLoop:
             slots: those that take part; None for all.
             compute: ``(embeddings, batch, attention) -> logits`` instead of the model's ``decode``, for other work to
                 be done in the same pass. Not called where no sequence takes part.
-            beside: slots of the cache that it works on, too, and their versions (see ``KVCache.versions``).
+            beside: slots of the cache that it works on, too, and their versions (see ``KVCache.versions``). A slot that
+                decodes may be among them: its rows are then computed in this very pass, before it reads them.
 
         Raises:
             OutOfPages: no page for the next row of some sequence. Nothing was launched, and no token is lost: cancel a
@@ -358,9 +363,9 @@ class DecodeLoop:
         rows = np.array([sequence.rows for sequence in sequences], np.int64) + 1
         versions = np.array([sequence.version for sequence in sequences], np.int64)
         touched, known = index, versions
-        if beside:
-            touched = np.concatenate((index, np.array(list(beside), np.int64)))
-            known = np.concatenate((versions, np.array(list(beside.values()), np.int64)))
+        if beside and (others := [slot for slot in beside if slot not in taken]):
+            touched = np.concatenate((index, np.array(others, np.int64)))
+            known = np.concatenate((versions, np.array([beside[slot] for slot in others], np.int64)))
         try:
             self._mapper.require(index, rows)
             # Handlers run before the launch or after its entry in the books, also out of the end of ``cache.step``.

@@ -7,9 +7,9 @@ which the host reads while the next step runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -21,11 +21,28 @@ from ..memory.tensors import upload
 from ..ops.logprobs import logprobs
 from ..requests import MAX_LOGPROBS
 from ..tuning import default_decode
-from .graphs import GraphReport, StepGraphs
+from .graphs import GraphReport, StepGraphs, buckets_beside
 from .state import DecodedToken, DecodeModel, DecodeState
 
 # (embeddings, batch, attention) -> logits, as a model's ``decode`` over the cache.
 Compute = Callable[[torch.Tensor, DecodeBatch, AttentionBackend], torch.Tensor]
+
+
+@runtime_checkable
+class CapturableCompute(Protocol):
+    """A ``Compute`` that a graph may hold, for others of its kind to replay."""
+
+    def fit(self, batch: int) -> Hashable | None:
+        """Get ready to be called for so many rows. Called next on the stream of the step, or replayed.
+
+        Returns:
+            What all that is called with these rows has in common, if the rest lies in device tensors at the same
+            addresses; None: it is to be launched as it is, and not for these rows.
+        """
+        ...
+
+    def __call__(self, residual: torch.Tensor, batch: DecodeBatch, attention: AttentionBackend) -> torch.Tensor: ...
+
 
 RING = 8  # steps whose tokens the ring holds
 _REASONS = {0: None, 1: "stop", 2: "length", 3: "error"}
@@ -96,7 +113,7 @@ class DecodeStep:
         self._ring = torch.zeros(RING, max_batch, 2, dtype=torch.int32, pin_memory=on_gpu)
         self._logprobs = torch.zeros(RING, max_batch, 1 + 2 * MAX_LOGPROBS, dtype=torch.int32, pin_memory=on_gpu)
         self._logits: torch.Tensor | None = None  # of a step that was launched eagerly
-        self._graph_logits: dict[int, _Borrowed] = {}  # of each graph's last replay
+        self._graph_logits: dict[Hashable, _Borrowed] = {}  # of each graph's last replay
         self._residual = torch.zeros(max_batch, embedding.shape[1], dtype=embedding.dtype, device=device)
         self._rows, self._ends, self._sampled = torch.zeros(3, max_batch, dtype=torch.int32, device=device)
         self._batches: dict[int, DecodeBatch] = {}
@@ -104,6 +121,7 @@ class DecodeStep:
         self._graphs = StepGraphs(self._run, buckets, device, mode)
         if self._graphs.buckets[-1] != max_batch:
             raise ConfigError(f"the largest bucket must be max_batch, {max_batch}, got {self._graphs.buckets[-1]}")
+        self._beside = buckets_beside(self._graphs.buckets)
         with torch.inference_mode(), torch.cuda.stream(stream):
             if stream is not None:
                 torch.cuda.synchronize(device)
@@ -120,7 +138,7 @@ class DecodeStep:
         """Submit a step for these slots to the current stream, in inference mode.
 
         Args:
-            compute: instead of the model's ``decode``; the step is then launched and not replayed.
+            compute: instead of the model's ``decode``; the step is replayed only where that is a ``CapturableCompute``.
         """
         if slots != self._order:
             self._order = []
@@ -129,14 +147,11 @@ class DecodeStep:
             self._slots.copy_(self.upload(padded))
             self._order = slots
         self.state.upload_allowed(self.upload)
-        bucket, place = self._graphs.bucket_for(len(slots)), self._num_launched % RING
-        if compute is None:
-            self._graphs.launch(bucket)
-        else:
-            self._run(bucket, compute)
+        place = self._num_launched % RING
+        key = self._submit(len(slots), compute)
         wanted = tuple((i, k) for i, slot in enumerate(slots) if (k := self.state.num_logprobs.get(slot)) is not None)
         if wanted:
-            logits = self._graph_logits[bucket].tensor() if self._logits is None else self._logits
+            logits = self._graph_logits[key].tensor() if self._logits is None else self._logits
             self._add_logprobs(logits, wanted, place)
         self._logits = None
         event = None
@@ -145,6 +160,25 @@ class DecodeStep:
             event.record()
         self._num_launched += 1
         return LaunchedStep(tuple(slots), place, wanted, event)
+
+    def rows_beside(self, batch: int) -> int:
+        """Rows that a captured step has for so many sequences where it is captured with other work."""
+        return next(bucket for bucket in self._beside if batch <= bucket)
+
+    def _submit(self, batch: int, compute: Compute | None) -> Hashable:
+        """Replay a step or launch it; the key of the graph that it has, if there is one."""
+        bucket = self._graphs.bucket_for(batch)
+        if compute is None:
+            self._graphs.launch(bucket)
+            return bucket
+        if isinstance(compute, CapturableCompute):
+            wide = self.rows_beside(batch)
+            if (kind := compute.fit(wide)) is not None:
+                key = wide, kind
+                self._graphs.launch_by_need(key, lambda: self._run(wide, compute, key))
+                return key
+        self._run(bucket, compute)
+        return None
 
     def read(self, launched: LaunchedStep) -> list[DecodedToken]:
         """What each sequence of the step got; waits for it."""
@@ -181,8 +215,8 @@ class DecodeStep:
         """Free the graphs. No step may be under way."""
         self._graphs.release()
 
-    def _run(self, bucket: int, compute: Compute | None = None) -> None:
-        """The step itself: what is captured."""
+    def _run(self, bucket: int, compute: Compute | None = None, key: Hashable = None) -> None:
+        """The step itself: what is captured. ``key``: of its graph, if that is not the bucket."""
         ops, state = self.model.ops, self.state
         batch = self._batches.get(bucket)
         slots, rows, ends, residual = (t[:bucket] for t in (self._slots, self._rows, self._ends, self._residual))
@@ -195,7 +229,7 @@ class DecodeStep:
         else:
             logits = compute(residual, batch, attention)
         if logits.is_cuda and torch.cuda.is_current_stream_capturing():
-            self._logits, self._graph_logits[bucket] = None, _Borrowed(logits)
+            self._logits, self._graph_logits[bucket if key is None else key] = None, _Borrowed(logits)
         else:
             self._logits = logits
         sampled = self._sampled[:bucket]

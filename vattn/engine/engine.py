@@ -115,7 +115,7 @@ class Engine:
         self._costs = SequenceCosts(self.cache.layout, self.cache.page_bytes, self.cache.over_read_tokens)
         self._meters = Meters()
         self._scheduler = Scheduler(self._costs, max_batch)
-        self._passes = PrefillPasses(model, self.cache, self.attention, self._loop.stream)
+        self._passes = PrefillPasses(model, self.cache, self.attention, self._loop.stream, self._loop.own_slot)
         self._runner = Runner(self._loop, self._passes, self._scheduler, self._meters, budgets)
         self._room_bytes = self.cache.memory_limit - self._costs.bytes(self.cache.seq_len(self._loop.own_slot))
         self._ids = itertools.count()

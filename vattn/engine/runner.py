@@ -6,14 +6,12 @@ launches those together with the next token of everybody who decodes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import suppress
-from typing import TypeVar
 
 from ..decode import DecodedToken, DecodeLoop, Start
 from ..errors import ConfigError, DriverError, OutOfPages, OutOfSlots
 from ..requests import Request, StepToken
-from .prefill import Chunk, PrefillPasses
+from .prefill import Chunk, PrefillPasses, PromptPass
 from .scheduler import Phase, Sample, Scheduler
 from .stats import Meters
 
@@ -25,8 +23,6 @@ _CHANGED = "its slot was released or truncated in the cache while the engine use
 # Of a sample with ``allowed_tokens``: its newest token is known and the next mask is to be made; it may take part in
 # the next step; it took part in one whose token is not known yet.
 _KNOWN, _READY, _AWAY = range(3)
-
-_Pass = TypeVar("_Pass")
 
 
 class Runner:
@@ -102,13 +98,13 @@ class Runner:
         for sample in self._scheduler.expired(now):
             self._end(sample, "deadline")
         self._admit()
-        self._decode()
-        self._launch_pass()
+        self._compute()
         if self._shortage is not None and not self._scheduler.running and not self.reported:
             raise self._shortage
 
-    def _start(self, ready: list[Sample]) -> None:
-        """Decode these from now on; those that follow them fork first, while the slots hold the prompts and no more."""
+    def _start(self, ready: list[Sample]) -> list[Sample]:
+        """Decode these from now on; those that follow them fork first, while the slots hold the prompts and no more.
+        Returns those that do decode."""
         followers = [(each, sample) for sample in ready for each in self._scheduler.followers(sample)]
         taken = [follower for follower, sample in followers if self._take_slot(follower, sample)]
         ready = ready + [follower for follower in taken if follower.computed == follower.num_rows]
@@ -127,12 +123,13 @@ class Runner:
                 ready = [sample for sample in ready if sample.phase is Phase.PREFILLING]
             except Exception as error:
                 self._fail(ready, error)
-                return
+                return []
         for sample in ready:
             self._scheduler.decode(sample)
             self._decoding[sample.slot] = sample
             if sample.request.allowed_tokens is not None:
                 self._grammars[sample] = _KNOWN
+        return ready
 
     @staticmethod
     def _start_of(sample: Sample) -> Start:
@@ -148,43 +145,73 @@ class Runner:
             request.num_logprobs,
         )
 
-    def _decode(self) -> None:
-        """A token for everybody who decodes, and a part of the prompts in the same pass; who has no page for the next
-        row waits."""
+    def _compute(self) -> None:
+        """A part of the prompts, and a token for everybody who decodes, in the same pass. Whose prompt that completes
+        decodes in it already. Who has no page for the next row waits."""
         loop, may_retry, may_ride = self._loop, True, True
-        while self._decoding:
-            riding, parts = self._next_pass(self._passes.riding) if may_ride else (None, [])
+        while True:
+            prompts, parts = self._next_pass() if may_ride else (None, [])
+            begun = self._begin(parts)
             slots = self._slots_to_step()
+            if any(sample.slot < 0 for sample, _ in parts):  # ended or preempted meanwhile
+                self._withdraw(begun)
+                continue
+            if not self._decoding:
+                self._launch_alone(*((prompts, parts) if may_ride else self._next_pass()))
+                return
             try:
-                tokens = loop.step(slots, riding, None if riding is None else riding.versions)
+                tokens = loop.step(slots, prompts, None if prompts is None else prompts.versions)
                 if loop.stream is None:  # nothing runs beside the host: there is nothing to be one step behind for
                     tokens += loop.drain()
             except OutOfPages as error:
                 # What has ended meanwhile gives its memory back.
-                if not self._note(self._rest()):
+                ended = self._note(self._rest())
+                self._withdraw(begun)
+                if not ended:
                     self._preempt(error)
                 continue
             except Exception as error:
                 self._note(self._rest())
+                self._withdraw(begun)
                 lost = [sample for slot, sample in self._decoding.items() if slot not in loop.slots]
                 if lost:  # as ``_lost``; the loop has dropped them
                     self._fail(lost, error, gone=True)
                 elif isinstance(error, DriverError) and may_retry:
                     may_retry = False
-                elif riding is not None:
+                elif prompts is not None:
                     may_ride = False  # by themselves it shows whose fault it was
                 else:
                     self._fail([s for slot, s in self._decoding.items() if slots is None or slot in slots], error)
                 continue
+            except BaseException:  # no error of a request: the same goes on with the next step
+                self._withdraw(begun)
+                raise
             for sample in self._grammars:
                 if self._grammars[sample] == _READY:
                     self._grammars[sample] = _AWAY
-            self._note(tokens)
-            if riding is not None and riding.is_launched:
+            if prompts is not None and prompts.is_taken:
                 self._computed(parts)
+            self._note(tokens)
             if not may_ride:
-                self._computed(self._next_pass(self._passes.launch)[1])
+                self._launch_alone(*self._next_pass())
             return
+
+    def _begin(self, parts: list[tuple[Sample, int]]) -> list[Sample]:
+        """Let those decode whose prompts a pass completes, before it is launched: a decode row finds what the same pass
+        computes. Not those whom others follow: a fork copies rows at once."""
+        complete = [sample for sample, count in parts if sample.computed + count == sample.num_rows]
+        return self._start([sample for sample in complete if not self._scheduler.followers(sample)])
+
+    def _withdraw(self, begun: list[Sample]) -> None:
+        """The pass was not launched that ``_begin`` let them decode in."""
+        for sample in begun:
+            if sample.phase is Phase.DECODING and self._decoding.get(sample.slot) is sample:
+                with suppress(ConfigError):  # its slot was released behind our back, of which the next step tells
+                    self._loop.cancel(sample.slot)
+                    sample.version = int(self._cache.versions([sample.slot])[0])
+                del self._decoding[sample.slot]
+                self._grammars.pop(sample, None)
+                self._scheduler.prefill(sample)
 
     def _rest(self) -> list[DecodedToken]:
         """Of steps that are launched already, after something was raised; none where the device has failed."""
@@ -295,44 +322,57 @@ class Runner:
             self._meters.queue_s.add(self._now - sample.arrived_s)
         return True
 
-    def _launch_pass(self) -> None:
-        """The next parts of prompts by themselves, where nobody decodes."""
-        if not self._decoding:
-            self._computed(self._next_pass(self._passes.launch)[1])
+    def _launch_alone(self, prompts: PromptPass | None, parts: list[tuple[Sample, int]]) -> None:
+        """A pass that nobody decodes in, if there is one."""
+        if prompts is None:
+            return
+        try:
+            self._passes.launch(prompts)
+        except Exception as error:
+            self._fail_parts(parts, error)
+        else:
+            self._computed(parts)
 
-    def _next_pass(self, prepare: Callable[[list[Chunk]], _Pass]) -> tuple[_Pass | None, list[tuple[Sample, int]]]:
-        """What ``prepare`` makes of the next parts of prompts, and (sample, rows) of each; None and nothing where none
-        is to be computed."""
+    def _next_pass(self) -> tuple[PromptPass | None, list[tuple[Sample, int]]]:
+        """The next parts of prompts, backed, and (sample, rows) of each; None and nothing where none is to be
+        computed."""
         while parts := self._scheduler.chunks(self._budget):
             chunks = [
                 Chunk(sample.slot, sample.version, sample.tokens(sample.computed, end), end)
                 for sample, end in ((sample, sample.computed + count) for sample, count in parts)
             ]
             try:
-                return prepare(chunks), parts
+                return self._passes.prepare(chunks), parts
             except OutOfPages as error:
                 self._preempt(error)
             except Exception as error:
-                took_part = [sample for sample, _ in parts]
-                lost = self._lost(took_part)
-                self._fail(lost or took_part, error, gone=bool(lost))
+                self._fail_parts(parts, error)
         return None, []
+
+    def _fail_parts(self, parts: list[tuple[Sample, int]], error: Exception) -> None:
+        """Of a pass: those whose slots are lost, or all."""
+        took_part = [sample for sample, _ in parts]
+        lost = self._lost(took_part)
+        self._fail(lost or took_part, error, gone=bool(lost))
 
     @property
     def _budget(self) -> int:
         """Prompt tokens of the next pass: the more prompts wait behind one, for each sequence that decodes and so waits
         for the pass, the larger it is."""
-        if not self._decoding:
+        num_decoding = len(self._decoding)
+        if not num_decoding:
             return self._idle_budget
-        pressing = 2 * (self._scheduler.num_prefilling - 1) // len(self._decoding)
-        return min(self._idle_budget, self._busy_budget * max(1, pressing))
+        pressing = 2 * (self._scheduler.num_prefilling - 1) // num_decoding
+        budget = min(self._idle_budget, self._busy_budget * max(1, pressing))
+        return self._passes.room(budget, self._loop.rows_beside(min(num_decoding + 1, self._loop.max_batch)))
 
     def _computed(self, parts: list[tuple[Sample, int]]) -> None:
         """These rows are there for whatever is launched from now on. Whose prompt that completes starts to decode."""
         for sample, count in parts:
             sample.computed += count
             self._meters.num_prefill_tokens += count
-        self._start([sample for sample, _ in parts if sample.computed == sample.num_rows])
+        complete = [sample for sample, _ in parts if sample.computed == sample.num_rows]
+        self._start([sample for sample in complete if sample.phase is Phase.PREFILLING])
 
     def _preempt(self, error: OutOfPages) -> None:
         """Take a sample's memory back; its rows are computed again when they fit."""

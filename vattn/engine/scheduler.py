@@ -238,13 +238,17 @@ class Scheduler:
     def lead_no_more(self, sample: Sample) -> None:
         """A follower is on its own now, to be given a slot."""
         sample.leader = None
-        sample.phase = Phase.PREFILLING
-        self._prefilling[sample] = None
+        self.prefill(sample)
 
     def decode(self, sample: Sample) -> None:
         """All rows of its prompt are computed."""
         sample.phase = Phase.DECODING
         self._prefilling.pop(sample, None)
+
+    def prefill(self, sample: Sample) -> None:
+        """It does not decode yet, after all: rows of its prompt are not computed."""
+        sample.phase = Phase.PREFILLING
+        self._prefilling[sample] = None
 
     @property
     def num_prefilling(self) -> int:
