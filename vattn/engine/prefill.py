@@ -189,6 +189,11 @@ class PrefillPasses:
                 event.record()
                 self._under_way.append(event)
 
+    @property
+    def idle(self) -> bool:
+        """Whether a device beside the host has no pass to compute."""
+        return self._stream is not None and all(event.query() for event in self._under_way)
+
     def room(self, budget: int, beside: int) -> int:
         """Prompt tokens of a pass that takes ``budget`` at most, beside so many decode rows: to fill a captured one."""
         return budget - beside if self._captures and beside < budget <= _MOST_ROWS else budget

@@ -24,6 +24,10 @@ _CHANGED = "its slot was released or truncated in the cache while the engine use
 # the next step; it took part in one whose token is not known yet.
 _KNOWN, _READY, _AWAY = range(3)
 
+# Of the budget while somebody decodes: what an idle GPU gets first, and how much more for each prompt that waits behind
+# another for each sequence that decodes; in steps of so many tokens.
+_FIRST, _PRESSING, _STEP = 2, 6, 256
+
 
 class Runner:
     """Carries out what the scheduler says. For one thread; its caller puts signals off.
@@ -358,12 +362,13 @@ class Runner:
     @property
     def _budget(self) -> int:
         """Prompt tokens of the next pass: the more prompts wait behind one, for each sequence that decodes and so waits
-        for the pass, the larger it is."""
+        for the pass, the larger it is. One that an idle GPU waits for is small: while it runs, the pages of the next
+        one are mapped."""
         num_decoding = len(self._decoding)
         if not num_decoding:
-            return self._idle_budget
-        pressing = 2 * (self._scheduler.num_prefilling - 1) // num_decoding
-        budget = min(self._idle_budget, self._busy_budget * max(1, pressing))
+            return min(self._idle_budget, _FIRST * self._busy_budget) if self._passes.idle else self._idle_budget
+        pressing = max(1, _PRESSING * (self._scheduler.num_prefilling - 1) / num_decoding)
+        budget = min(self._idle_budget, int(pressing * self._busy_budget) // _STEP * _STEP or self._busy_budget)
         return self._passes.room(budget, self._loop.rows_beside(min(num_decoding + 1, self._loop.max_batch)))
 
     def _computed(self, parts: list[tuple[Sample, int]]) -> None:
