@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 __all__ = ["FusedLlama", "products"]
 
+_LARGE = 2048  # tokens of prompts: copying what attention makes of them takes longer than a product for the other rows
+
 
 @dataclass(frozen=True)
 class _Layer:
@@ -238,27 +240,32 @@ class FusedLlama:
                 attention(of_part, k, v, batch, scale=head_dim**-0.5, window=layer.window)
                 for of_part, (batch, attention) in zip(q.split([b.num_tokens for b, _ in parts]), parts, strict=True)
             ]
-            attended = (out[0] if len(out) == 1 else torch.cat(out)).flatten(-2)
+            if len(out) > 1 and num_prefill < _LARGE:
+                out = [torch.cat(out)]
             following = self.model.norm.weight if last else self.layers[index + 1].norm
+            attended = [of_part.flatten(-2) for of_part in out]
             x = self._add(attended, layer.o, layer.o_bias, residual, layer.mlp_norm, num_prefill > 0)
             x = ops.linear_swiglu(x, layer.gate_up, layer.gate_up_bias)
-            x = self._add(x, layer.down, layer.down_bias, residual, following, num_prefill > 0)
+            x = self._add([x], layer.down, layer.down_bias, residual, following, num_prefill > 0)
         return x
 
     def _add(
         self,
-        x: torch.Tensor,
+        parts: list[torch.Tensor],
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         residual: torch.Tensor,
         norm: torch.Tensor,
         many: bool,
     ) -> torch.Tensor:
-        """Add a product to the residual stream; returns the norm of that. ``many``: there are many tokens."""
+        """Add a product of all tokens' parts to the residual stream; returns the norm of that. ``many``: there are many
+        tokens."""
         product = None
         if many:
-            self.ops.linear_add(x, weight, residual, bias)
+            for part, stream in zip(parts, residual.split([len(part) for part in parts]), strict=True):
+                self.ops.linear_add(part, weight, stream, bias)
         else:
+            (x,) = parts
             product = self.ops.linear(x, weight, bias)
         return self.ops.add_rms_norm(product, residual, norm, self.config.rms_norm_eps)
 

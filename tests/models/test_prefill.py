@@ -13,7 +13,7 @@ from vattn.attention import AttentionBatch, DecodeBatch, PromptBatch, get
 from vattn.errors import ConfigError
 from vattn.kv_cache import KVCache
 from vattn.memory.tensors import upload
-from vattn.models import FusedLlama, Llama
+from vattn.models import FusedLlama, Llama, fused_llama
 from vattn.ops.ops_table import Ops, fused_ops
 
 # name -> (architecture, what differs from the common small shape); windows are smaller than the prompts
@@ -127,11 +127,13 @@ def fixed_batch(
     return batch
 
 
-@pytest.mark.parametrize("together", ["", "packed", "fixed", "completed"])
+@pytest.mark.parametrize("together", ["", "packed", "large", "fixed", "completed"])
 @pytest.mark.parametrize("name", FAMILY)
-def test_prefill_then_decode(name: str, together: str, device: str) -> None:
+def test_prefill_then_decode(name: str, together: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the runtime does with prompts: all but their last tokens by passes, those by a decode step. ``together``: in
     the same pass as the tokens of other prompts, ``completed`` by those of the same prompts."""
+    if together == "large":  # as a pass of thousands of tokens is computed
+        monkeypatch.setattr(fused_llama, "_LARGE", 0)
     kind, changes = FAMILY[name]
     model = same_in_vattn(hf_model_of(kind, **changes)).to(device)
     fused, vocab_size = model.runtime(), model.config.vocab_size

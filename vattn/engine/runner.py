@@ -26,7 +26,7 @@ _KNOWN, _READY, _AWAY = range(3)
 
 # Of the budget while somebody decodes: what an idle GPU gets first, and how much more for each prompt that waits behind
 # another for each sequence that decodes; in steps of so many tokens.
-_FIRST, _PRESSING, _STEP = 2, 6, 256
+_FIRST, _PRESSING, _STEP = 4, 12, 256
 
 
 class Runner:
