@@ -79,6 +79,10 @@ def run_vattn(records: Records, case: workload.Case, requests_per_s: float | Non
         records.going_on(f"{case.name} vattn"),
         Engine(model, max_batch=MAX_BATCH if case.name == "8B" else None, memory_limit=memory_limit) as engine,
     ):
+        begin = time.perf_counter()
+        engine.warm_up()
+        if case.name == "8B":
+            add(records, f"{case.name} opening", {"warm_up": [time.perf_counter() - begin]}, "vattn")
         for name, metrics in workload.measure(Vattn(engine), case, requests_per_s):
             add(records, name, metrics, "vattn")
         stats = engine.stats()

@@ -290,4 +290,5 @@ UNITS = {
     "between_tokens": "ms",
     "between_tokens_p99": "ms",
     "open_to_first_token": "s",
+    "warm_up": "s",
 }

@@ -496,6 +496,30 @@ def test_captured_passes_give_the_same_tokens() -> None:
         assert not any(each is False for each in held)
         assert rounds[1:] == rounds[:1] * 3
         engine.cache.check_integrity()
+    with Engine(model, max_batch=8, max_step_tokens=256, memory_limit=256 << 20) as engine:
+        engine.warm_up()
+        held = dict(engine._loop._step._graphs._by_key)
+        assert len(held) >= 10
+        assert all(isinstance(each, torch.cuda.CUDAGraph) for each in held.values())
+        assert tokens_of(engine.generate(requests)) == rounds[0]
+        engine.warm_up()
+        assert engine._loop._step._graphs._by_key == held
+        assert tokens_of(engine.generate(requests)) == rounds[0]
+
+
+def test_warm_up_changes_nothing(model: Llama, cache: KVCache) -> None:
+    wanted = requests_of(4)
+    with Engine(model, cache) as engine:
+        engine.warm_up()
+        ids = [engine.submit(request) for request in wanted[:2]]
+        tokens = engine.step()
+        engine.warm_up()
+        expected = [c.tokens for (c,) in alone(model, wanted)]
+        assert [c.tokens for c in engine.generate(wanted[2:])] == expected[2:]
+        found = by_sample(tokens + run_out(engine))
+        assert [found[request_id, 0] for request_id in ids] == expected[:2]
+    with pytest.raises(ConfigError, match="closed"):
+        engine.warm_up()
 
 
 def test_prompts_are_computed_in_the_passes_of_those_who_decode(model: Llama) -> None:

@@ -363,7 +363,8 @@ class PromptBatch(AttentionBatch):
         token_slots[:], of_slots[:], of_ends[:], starts[:] = spare_slot, spare_slot, 1, total
         ids[:total] = [token for each in tokens for token in each]
         token_slots[:total] = np.repeat(slots, lens)
-        rows[:total] = np.concatenate([np.arange(end - n, end) for end, n in zip(ends, lens, strict=True)])
+        if total:
+            rows[:total] = np.concatenate([np.arange(end - n, end) for end, n in zip(ends, lens, strict=True)])
         of_slots[: len(slots)], of_ends[: len(slots)] = slots, ends
         starts[: len(slots) + 1] = [0, *accumulate(lens)]
         starts[-1] = num_tokens

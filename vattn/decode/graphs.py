@@ -141,6 +141,20 @@ class StepGraphs:
         if known is None and self.mode != "never":
             self._by_key[key] = True
 
+    def capture_now(self, key: Hashable, run: Callable[[], None], compiled: bool) -> None:
+        """Capture other work before it comes, where that can be; ``launch_by_need`` tries again.
+
+        Args:
+            key, run: as for ``launch_by_need``; the tensors hold values that do no harm.
+            compiled: whether work of this kind has run, so that its kernels are there.
+        """
+        if self.mode == "never" or isinstance(self._by_key.get(key), torch.cuda.CUDAGraph):
+            return
+        if not compiled:
+            run()
+        if (graph := self._captured(run)) is not None:
+            self._by_key[key] = graph
+
     def release(self) -> None:
         """Drop every graph and its memory."""
         self._graphs.clear()

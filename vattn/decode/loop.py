@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sys
 import weakref
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
 from typing import Any
@@ -29,7 +29,7 @@ from .map_ahead import MapAhead
 from .options import checked_options
 from .progress import Progress
 from .state import DecodedToken, DecodeModel, DecodeState, Start
-from .step import RING, Compute, DecodeStep
+from .step import RING, CapturableCompute, Compute, DecodeStep
 
 __all__ = ["DecodeLoop"]
 
@@ -283,6 +283,24 @@ class DecodeLoop:
             launched = self._launch(slots, compute, beside)
         self._drain(1 if launched else 0)
         return self._report()
+
+    @for_one_thread
+    def capture_beside(self, others: Callable[[int], Iterable[CapturableCompute]]) -> None:
+        """Capture steps with other work before any comes; without it each is captured when it comes for the second
+        time.
+
+        Args:
+            others: rows of a step -> what is to be captured with it, of all sizes that come.
+        """
+        self._require_open()
+        self._drain(0)
+        with (
+            Uninterrupted(),
+            torch.inference_mode(),
+            torch.cuda.stream(self.stream),
+            self.cache.step([self._scratch], versions=[self._scratch_version]),
+        ):
+            self._step.capture_beside(others)
 
     @for_one_thread
     def run(self) -> list[DecodedToken]:

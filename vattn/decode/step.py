@@ -7,8 +7,9 @@ which the host reads while the next step runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -165,6 +166,22 @@ class DecodeStep:
         """Rows that a captured step has for so many sequences where it is captured with other work."""
         return next(bucket for bucket in self._beside if batch <= bucket)
 
+    def capture_beside(self, others: Callable[[int], Iterable[CapturableCompute]]) -> None:
+        """Capture steps with other work now. No step is under way.
+
+        Args:
+            others: rows of a step -> the work to be captured with it, of all sizes.
+        """
+        self._order = []
+        self._slots.fill_(self._scratch)
+        for wide in reversed(self._beside):
+            for i, compute in enumerate(others(wide)):
+                if (kind := compute.fit(wide)) is not None:
+                    key = wide, kind
+                    self._graphs.capture_now(key, partial(self._run, wide, compute, key), compiled=i > 0)
+        self._logits = None
+        self._counter.fill_(self._num_launched)  # those that ran were no steps of ours
+
     def _submit(self, batch: int, compute: Compute | None) -> Hashable:
         """Replay a step or launch it; the key of the graph that it has, if there is one."""
         bucket = self._graphs.bucket_for(batch)
@@ -175,7 +192,7 @@ class DecodeStep:
             wide = self.rows_beside(batch)
             if (kind := compute.fit(wide)) is not None:
                 key = wide, kind
-                self._graphs.launch_by_need(key, lambda: self._run(wide, compute, key))
+                self._graphs.launch_by_need(key, partial(self._run, wide, compute, key))
                 return key
         self._run(bucket, compute)
         return None

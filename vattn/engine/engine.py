@@ -271,6 +271,17 @@ class Engine:
             raise
         return [answer.completion(*key) for key, answer in answers.items()]
 
+    def warm_up(self) -> None:
+        """Capture passes of every size before any request comes, as a server does; it takes about a second.
+
+        Without it each size is launched kernel by kernel the first time, and captured the second time.
+
+        Raises:
+            ConfigError: as ``step``.
+        """
+        with self._alone():
+            self._loop.capture_beside(self._passes.of_all_sizes)
+
     def stats(self) -> EngineStats:
         """A snapshot; from any thread, in constant time."""
         usage = 0.0

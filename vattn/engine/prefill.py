@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -86,7 +86,8 @@ class PromptPass:
         is_taken: whether a decode step has launched it, if it has raised nothing.
     """
 
-    def __init__(self, passes: PrefillPasses, chunks: list[Chunk]) -> None:
+    def __init__(self, passes: PrefillPasses, chunks: list[Chunk], num_tokens: int | None = None) -> None:
+        self._num_tokens = sum(len(chunk.tokens) for chunk in chunks) if num_tokens is None else num_tokens
         self.versions, self.is_taken = {chunk.slot: chunk.version for chunk in chunks}, False
         self._passes, self._chunks = passes, chunks
         self._tokens: torch.Tensor | None = None
@@ -104,7 +105,7 @@ class PromptPass:
     def fit(self, batch: int) -> int | None:
         """As ``CapturableCompute`` wants it: the size of the pass that this is filled into."""
         chunks = self._chunks
-        fixed = self._passes.fixed(sum(len(chunk.tokens) for chunk in chunks), len(chunks), batch)
+        fixed = self._passes.fixed(self._num_tokens, len(chunks), batch)
         if fixed is None:
             return None
         fixed.fill(
@@ -193,6 +194,12 @@ class PrefillPasses:
     def idle(self) -> bool:
         """Whether a device beside the host has no pass to compute."""
         return self._stream is not None and all(event.query() for event in self._under_way)
+
+    def of_all_sizes(self, beside: int) -> Iterator[PromptPass]:
+        """Passes without prompts, one of each size that is captured with so many decode rows, the largest first."""
+        sizes = {_rounded(rows) for rows in range(beside + 1, _MOST_ROWS + 1)} if self._captures else ()
+        for rows in sorted(sizes, reverse=True):
+            yield PromptPass(self, [], rows - beside)
 
     def room(self, budget: int, beside: int) -> int:
         """Prompt tokens of a pass that takes ``budget`` at most, beside so many decode rows: to fill a captured one."""
