@@ -1,13 +1,11 @@
-"""Chats and their text: templates that fail, never end or try to break out; markers in messages; streams."""
+"""Chats and their text: templates that fail, never end or try to break out; markers in messages."""
 
 from __future__ import annotations
 
 import os
-import random
 import shutil
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ from vattn.errors import ConfigError
 from vattn.models import chat_template
 from vattn.models.chat_template import render
 from vattn.models.loader import find, load_tokenizer
-from vattn.models.tokenizer import TextStream, Tokenizer
+from vattn.models.tokenizer import Tokenizer
 
 pytest.importorskip("transformers")
 
@@ -291,57 +289,3 @@ def test_markers_with_a_sentencepiece_tokenizer_and_plain_added_tokens() -> None
     assert [ids.count(user), ids.count(end), ids.count(think)] == [1, 1, 1]
     assert hf.decode(ids) == "<｜User｜>hi</s><｜User｜>you <think></s>"
     assert tokenizer.stop_tokens == {end}
-
-
-# Streams -----------------------------------------------------------------------------------------------------------
-
-
-def in_pieces(decode: Callable[[list[int]], str], tokens: list[int], special: set[int] = frozenset()) -> str:  # type: ignore[assignment]
-    stream = TextStream(decode, special)
-    return "".join(stream.push(token) for token in tokens) + stream.finish()
-
-
-def test_pieces_of_any_tokens(saved: Path) -> None:
-    """Bytes that are no characters, special tokens among them, in any order: the pieces are the whole."""
-    tokenizer = load_tokenizer(saved)
-    generator = random.Random(0)
-    size = len(tokenizer._hf)
-    for number in range(60):
-        pool = list(range(size)) if number % 2 else [0, 1, 2, *range(150, 260)]
-        tokens = generator.choices(pool, k=generator.choice([5, 40, 300]))
-        stream = tokenizer.stream()
-        assert "".join(stream.push(token) for token in tokens) + stream.finish() == tokenizer.decode(tokens)
-
-
-def test_bytes_that_a_decoder_replaces_as_a_whole() -> None:
-    """Byte fallback gives one replacement for each byte of a run that is no text."""
-    from tokenizers import Tokenizer as Backend
-    from tokenizers import decoders, models
-
-    vocab = {f"<0x{i:02X}>": i for i in range(256)} | {"▁a": 256, "b": 257}
-    backend = Backend(models.BPE(vocab=vocab, merges=[], byte_fallback=True))
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    for tokens in (
-        [256, *"日本語".encode(), 257, 256],
-        [256, *([0xFF] * 100), 257, *"日".encode(), 256],
-        [*([0xFF, 0xE4, 0xBD] * 30), 256, 257],
-    ):
-        assert in_pieces(backend.decode, tokens) == backend.decode(tokens)
-
-
-@pytest.mark.parametrize("kind", ["special", "bytes"])
-def test_the_work_for_a_token_is_bounded(saved: Path, kind: str) -> None:
-    tokenizer = load_tokenizer(saved)
-    byte = tokenizer.encode("🦊")[1]  # the middle of a character, for ever
-    token = tokenizer.encode("<|im_end|>")[0] if kind == "special" else byte
-    decoded = 0
-
-    def decode(tokens: list[int]) -> str:
-        nonlocal decoded
-        decoded += len(tokens)
-        return tokenizer.decode(tokens)
-
-    assert in_pieces(decode, [token] * 3000, tokenizer._special) == tokenizer.decode([token] * 3000)
-    assert decoded < 3000 * 60

@@ -15,7 +15,7 @@ from typing import Any
 from ..arguments import is_int, require_int
 from ..attention import AttentionBackend, declared, get, require_fit
 from ..decode import DecodeLoop
-from ..errors import ConfigError, QueueFull
+from ..errors import ConfigError, OutOfPages, OutOfSlots, QueueFull
 from ..interrupts import Uninterrupted, finish
 from ..kv_cache import KVCache
 from ..requests import Completion, Request, StepToken, checked_request
@@ -174,7 +174,7 @@ class Engine:
         """Whether a request waits or runs, or ``step`` has tokens to report."""
         mail, scheduler = self._mail, self._scheduler
         waits = scheduler.num_waiting or mail.num_arrived
-        return bool(scheduler.running or waits or mail.kept or self._runner.reported)
+        return bool(scheduler.running or waits or mail.has_kept or self._runner.reported)
 
     @property
     def num_running(self) -> int:
@@ -222,8 +222,12 @@ class Engine:
         try:
             with Uninterrupted(), self._alone(by):
                 self._take_in()
-                self._runner.advance(time.monotonic())
-                tokens = self._collect()
+                try:
+                    self._runner.advance(time.monotonic())
+                except (OutOfPages, OutOfSlots):
+                    if not self._mail.has_kept:
+                        raise
+                tokens = self._mail.reportable(self._runner.collect())
         except BaseException:
             self._mail.keep(tokens)
             raise
@@ -251,19 +255,20 @@ class Engine:
                     for request in checked:
                         ids.append(self._post(request))
                         answers.update(((ids[-1], index), Answer()) for index in range(request.n))
-                pending = set(answers)
+                pending = {request_id: request.n for request_id, request in zip(ids, checked, strict=True)}
                 while pending:
                     with Uninterrupted():
                         for request_id in self._take_in():
-                            pending -= {key for key in pending if key[0] == request_id}
+                            pending.pop(request_id, None)
                         self._runner.advance(time.monotonic())
-                        tokens = self._mail.wanted(self._runner.collect())
+                        tokens = self._mail.reportable(self._runner.collect(), with_kept=False)
                         self._mail.keep([new for new in tokens if (new.request_id, new.index) not in answers])
                         for new in tokens:
                             if (answer := answers.get((new.request_id, new.index))) is not None:
                                 answer.add(new)
-                                if new.finish_reason is not None:
-                                    pending.discard((new.request_id, new.index))
+                                pending[new.request_id] -= new.finish_reason is not None
+                                if not pending[new.request_id]:
+                                    del pending[new.request_id]
         except BaseException:
             with Uninterrupted():
                 for request_id in ids:
@@ -347,6 +352,8 @@ class Engine:
     # -- inside --------------------------------------------------------------------------------------------------
     def _take_in(self) -> list[int]:
         """What other threads have left: new requests, then cancellations, which are returned."""
+        if self._runner.reported:  # of a step that raised
+            self._mail.keep(self._runner.collect())
         with self._mail.lock:  # ``submit`` counts who waits
             arrived, cancelled = self._mail.take()
             for request_id, request, arrived_s in arrived:
@@ -363,10 +370,6 @@ class Engine:
                 self._take_in()
             finally:
                 books.release()
-
-    def _collect(self) -> list[StepToken]:
-        """What is there to report, less what was cancelled meanwhile."""
-        return self._mail.reportable(self._runner.collect())
 
     def _post(self, request: Request) -> int:
         request_id = next(self._ids)

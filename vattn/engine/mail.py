@@ -20,7 +20,6 @@ class Mail:
     Attributes:
         lock: held for a moment by every method; reentrant, so that ids can be given out under it.
         arrived: set when something was left.
-        kept: tokens for the next ``step``.
         num_arrived: samples of new requests.
         ended: ids that were cancelled, for an ``AsyncEngine`` to end their streams; None while there is none.
     """
@@ -28,12 +27,15 @@ class Mail:
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.arrived = threading.Event()
-        self.kept: list[StepToken] = []
         self.num_arrived = 0
         self.ended: list[int] | None = None
         self._num_posted = 0
         self._requests: dict[int, tuple[Request, float]] = {}
-        self._cancelled: set[int] = set()
+        self._cancelled: set[int] = set()  # to be taken
+        # Cancelling walks over no tokens: those of other requests would cost each cancellation anew.
+        self._kept: list[StepToken] = []  # for the next step; those of cancelled requests stay in it
+        self._kept_ids: set[int] = set()  # of requests with tokens in it that are wanted
+        self._late: set[int] = set()  # cancelled since tokens were last handed out, which may come back
 
     def post(self, request_id: int, request: Request) -> None:
         """A checked request arrives now."""
@@ -49,9 +51,12 @@ class Mail:
             if request_id not in range(self._num_posted):  # it may be one of a request to come
                 return
             self._cancelled.add(request_id)
+            self._late.add(request_id)
+            self._kept_ids.discard(request_id)
+            if not self._kept_ids:
+                self._kept = []
             if self.ended is not None:
                 self.ended.append(request_id)
-            self.kept = [token for token in self.kept if token.request_id != request_id]
         self.arrived.set()
 
     @property
@@ -77,22 +82,33 @@ class Mail:
             self.num_arrived = 0
         return arrived, cancelled
 
+    @property
+    def has_kept(self) -> bool:
+        """Whether there are tokens for the next ``step``."""
+        return bool(self._kept_ids)
+
     def keep(self, tokens: list[StepToken]) -> None:
         """For the next ``step``, in front of what comes then."""
         with self.lock:
-            self.kept += self.wanted(tokens)
+            wanted = self._wanted(tokens)
+            self._kept += wanted
+            self._kept_ids.update(token.request_id for token in wanted)
 
-    def reportable(self, tokens: list[StepToken]) -> list[StepToken]:
-        """What was kept and these, less what is cancelled."""
+    def reportable(self, tokens: list[StepToken], with_kept: bool = True) -> list[StepToken]:
+        """What was kept, on request, and these, less what is cancelled."""
         with self.lock:
-            kept, self.kept = self.kept, []
-            return kept + self.wanted(tokens)
+            found = self._wanted(tokens)
+            self._late.clear()
+            if with_kept and self._kept:
+                found = [token for token in self._kept if token.request_id in self._kept_ids] + found
+                self._kept = []
+                self._kept_ids.clear()
+        return found
 
-    def wanted(self, tokens: list[StepToken]) -> list[StepToken]:
-        """These, less what is cancelled."""
-        if not self._cancelled:
+    def _wanted(self, tokens: list[StepToken]) -> list[StepToken]:
+        if not self._late:
             return tokens
-        return [token for token in tokens if token.request_id not in self._cancelled]
+        return [token for token in tokens if token.request_id not in self._late]
 
 
 class Turns:

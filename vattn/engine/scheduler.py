@@ -233,6 +233,8 @@ class Scheduler:
 
     def followers(self, sample: Sample) -> list[Sample]:
         """Those that are going to fork from it."""
+        if sample.phase is not Phase.PREFILLING:  # nobody follows it
+            return []
         return [each for each in self._families.get(sample.request_id, ()) if each.leader is sample]
 
     def lead_no_more(self, sample: Sample) -> None:
