@@ -171,6 +171,11 @@ class HostIndex(Linear):
         return super().forward(x)[:, order]  # fault
 
 
+class HostListIndex(Linear):
+    def forward(self, x):
+        return super().forward(x)[:, [7, 0, 3]]  # fault
+
+
 class HostWrite(Linear):
     def forward(self, x):
         y = super().forward(x)
@@ -212,6 +217,7 @@ MENDABLE = [
     (HostTable, "torch.Tensor.to"),
     (HostList, "torch.tensor"),
     (HostIndex, "torch.Tensor.__getitem__"),
+    (HostListIndex, "torch.Tensor.__getitem__"),
     (HostWrite, "torch.Tensor.__setitem__"),
     (HostNumber, "torch.Tensor.mul"),
 ]

@@ -195,6 +195,7 @@ def make_capturable(module: nn.Module, example: Any, another: Any = None, *, cop
     Args:
         module: on a GPU, with its inputs. On the CPU there is only the analysis: it takes arguments, parameters and
             buffers for tensors of the GPU, and other tensors that are made without ``device=`` for tensors of the CPU.
+            It cannot see what a forward leaves out under capture, as those of transformers leave out looks at masks.
         example: the arguments of a call: a tuple of positional ones, or a dict of keyword ones, of tensors, plain
             values, tuples, lists and dicts.
         another: the same with other values, by default the example's values in another order. Give it where that makes

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -131,7 +132,7 @@ class Making:
                 yield
                 return
             current = torch.cuda.current_stream()
-            self._stream = torch.cuda.Stream()
+            self._stream = _stream(torch.cuda.current_device())
             self._stream.wait_stream(current)
             with torch.cuda.stream(self._stream):
                 yield
@@ -188,15 +189,8 @@ class Making:
             del outputs
             graph, _, outputs = self._capture(inputs, trial.pool(), trace)  # the pool ends with its last graph
             del trial
-        except Uncapturable as error:
-            finding = error.finding
-            self._found.setdefault((finding.kind, finding.operation, finding.file, finding.line), finding)
-            return None
         except Exception as error:
-            # The end of a capture that CUDA gave up raises too, over what was raised first.
-            first = error.__context__ or error
-            self._add("capture", f"{type(first).__name__}: {str(first).partition(chr(10))[0]}", *raised_at(first))
-            self._recover()
+            self._refused(error)
             return None
         for key, finding in self._found.items():
             if not finding.mended:
@@ -218,10 +212,20 @@ class Making:
             raise Uncapturable(swallowed)
         return graph, watch.trace, outputs
 
-    def _recover(self) -> None:
-        """A capture that CUDA gave up leaves PyTorch's random numbers as under capture; one that succeeds ends that."""
-        with suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self._stream):
-            torch.zeros(1, device=self._device)
+    def _refused(self, error: Exception) -> None:
+        """Note why a capture failed. Its end may have failed too, and raised over what was raised first."""
+        first = error.__context__ if isinstance(error.__context__, Exception) else error
+        why = next((each for each in (error, first) if isinstance(each, Uncapturable)), None)
+        if why is None:
+            text = f"{type(first).__name__}: {str(first).partition(chr(10))[0]}"
+            self._add("capture", text, *raised_at(first))
+        else:
+            finding = why.finding
+            self._found.setdefault((finding.kind, finding.operation, finding.file, finding.line), finding)
+        if error is not why:
+            # CUDA gave the capture up, and PyTorch's random numbers are as under one: until another ends well.
+            with suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self._stream):
+                torch.zeros(1, device=self._device)
 
     def _agrees(self, graph: Graph) -> bool:
         """Whether replays do what the forward does, to outputs and to buffers."""
@@ -236,6 +240,12 @@ class Making:
                 self._add("different", difference)
                 return False
         return True
+
+
+@cache
+def _stream(device: int) -> torch.cuda.Stream:
+    """To capture on; always the same, as PyTorch keeps a workspace of cuBLAS for every stream that used it."""
+    return torch.cuda.Stream(device)
 
 
 def _difference(expected: Any, found: Any) -> str | None:

@@ -29,6 +29,7 @@ _INDEX_PUT = (_aten.index_put_.default, _aten.index_put.default)
 _COPY = (_aten._to_copy.default, _aten.copy_.default)
 # Tensors made of Python's or NumPy's data: PyTorch copies them to the device out of a mode's sight.
 _BUILDERS = (torch.tensor, torch.as_tensor, torch.asarray, torch.Tensor.new_tensor)
+_INDEXERS = (torch.Tensor.__getitem__, torch.Tensor.__setitem__)  # they do so with lists of numbers
 _READERS = (torch.Tensor.cpu, torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__)
 _READ_TAGS = {torch.Tag.data_dependent_output, getattr(torch.Tag, "cudagraph_unsafe", torch.Tag.data_dependent_output)}
 
@@ -113,7 +114,9 @@ class Watch:
         try:
             if function in _BUILDERS and self._lands_here(function, args, kwargs):
                 return self._build(function, args, kwargs)
-            if self._pretends and function in (*_READERS, torch.Tensor.to):
+            if function in _INDEXERS and self._resides(args[0]):
+                args = (args[0], self._index(args[1]), *args[2:])
+            elif self._pretends and function in (*_READERS, torch.Tensor.to):
                 return self._pretend_to_move(function, args, kwargs)
             return function(*args, **kwargs)
         finally:
@@ -136,6 +139,15 @@ class Watch:
         self._places = False
         host = function(*args, **{**kwargs, "device": "cpu"})
         return self._brought(host, self._name()).clone()
+
+    def _index(self, index: Any) -> Any:
+        if isinstance(index, tuple):
+            return tuple(map(self._index, index))
+        if isinstance(index, list) and index and all(type(number) is int for number in index):
+            with self._own():
+                host = torch.tensor(index, device="cpu")
+            return self._brought(host, self._name())
+        return index
 
     def _pretend_to_move(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What does nothing where everything is on the CPU."""
