@@ -31,11 +31,11 @@ class Capturable:
       contents of tensors of the CPU;
     * gradients are asked for (gradients are on, and an argument or a parameter requires them), autocast is on, or
       another capture is underway;
-    * the module has changed: a parameter, buffer or submodule was replaced or moved, a tensor of the CPU written to, or
-      an attribute of a plain type (``training`` is one) set. Writing to parameters and buffers on the device in place
-      is no change: replays see it. ``capture`` makes new graphs after a change.
+    * the module has changed: a parameter, buffer, submodule or hook was replaced, added or moved, a tensor of the CPU
+      written to, or an attribute of a plain type (``training`` is one) set. Writing to parameters and buffers on the
+      device in place is no change: replays see it. ``capture`` makes new graphs after a change.
 
-    Not seen: hooks, globals, objects other than modules that the forward reads, and settings of PyTorch (precision of
+    Not seen: globals, objects other than modules that the forward reads, and settings of PyTorch (precision of
     products, attention backends). A graph keeps them as they were. A replay runs no Python of the forward.
 
     Outputs are copies, which the next call leaves alone. With ``copy_outputs=False`` they are the graph's own memory:

@@ -26,41 +26,58 @@ class State:
     """A module as it was when this was made.
 
     Tensors are remembered by identity and place, so that writing to one in place is no change: a graph reads what is
-    there. Tensors of the CPU are remembered by their contents too, as a graph holds a copy. Of the other attributes,
-    those of plain types are remembered.
+    there. Tensors of the CPU are remembered by their contents too, as a graph holds a copy. Attributes of plain types
+    are compared. Of dicts (a module keeps its parameters, submodules and hooks in such) the entries' identities are.
+
+    It is looked at before each replay, so none of it goes through the slow attributes of ``nn.Module``.
     """
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
-        self._children: list[tuple[nn.Module, str, nn.Module]] = []
-        self._tensors: list[tuple[str, nn.Module, str, torch.Tensor, tuple[Any, ...]]] = []
+        self._places: list[tuple[str, torch.Tensor, tuple[Any, ...]]] = []
         self._copies: list[tuple[str, torch.Tensor, torch.Tensor]] = []
         self._plain: list[tuple[str, dict[str, Any], dict[str, Any]]] = []
+        self._same: list[tuple[str, dict[str, Any], str, Any]] = []
+        self._dicts: list[tuple[str, dict[str, Any], str, dict[Any, Any], list[Any], list[int]]] = []
+        self._empty: list[dict[Any, Any]] = []
         for path, part in module.named_modules():
-            prefix = f"{path}." if path else ""
-            self._children += [(part, name, child) for name, child in part.named_children()]
-            attributes = vars(part)
-            held = [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]
-            held += [(name, value) for name, value in attributes.items() if isinstance(value, torch.Tensor)]
-            for name, tensor in held:
-                self._tensors.append((prefix + name, part, name, tensor, _place(tensor)))
-                if tensor.device.type == "cpu" and device.type != "cpu":
-                    self._copies.append((prefix + name, tensor, tensor.detach().clone()))
+            prefix, attributes = f"{path}." if path else "", vars(part)
+            for name, value in attributes.items():
+                if isinstance(value, torch.Tensor):
+                    self._same.append((prefix + name, attributes, name, value))
+                    self._add_tensor(prefix + name, value, device)
+                elif isinstance(value, dict) and value:
+                    self._dicts.append(
+                        (prefix, attributes, name, value, list(value.items()), [*map(id, value.values())])
+                    )
+                elif isinstance(value, dict):
+                    self._empty.append(value)
+            for name, tensor in (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)):
+                self._add_tensor(prefix + name, tensor, device)
             plain = {name: value for name, value in attributes.items() if type(value) in PLAIN}
             self._plain.append((prefix, attributes, plain))
 
+    def _add_tensor(self, path: str, tensor: torch.Tensor, device: torch.device) -> None:
+        self._places.append((path, tensor, _place(tensor)))
+        if tensor.device.type == "cpu" and device.type != "cpu":
+            self._copies.append((path, tensor, tensor.detach().clone()))
+
     def change(self) -> str | None:
         """The first thing that is no longer as it was, in words, or None."""
-        for part, name, child in self._children:
-            if getattr(part, name, None) is not child:
-                return f"submodule {name} was replaced"
-        for path, part, name, tensor, place in self._tensors:
-            if getattr(part, name, None) is not tensor:
+        for prefix, attributes, name, known, items, ids in self._dicts:
+            now = attributes.get(name)
+            if now is not known or [*map(id, now.values())] != ids:
+                return f"{prefix}{_replaced(items, now)} was replaced"
+        if any(self._empty):
+            return "a hook or a first entry of a dict was added"
+        for path, attributes, name, tensor in self._same:
+            if attributes.get(name) is not tensor:
                 return f"{path} was replaced"
+        for path, tensor, place in self._places:
             if _place(tensor) != place:
                 return f"{path} was moved"
-        for prefix, now, then in self._plain:
-            if not then.items() <= now.items():
-                name = next(name for name, value in then.items() if name not in now or now[name] != value)
+        for prefix, attributes, then in self._plain:
+            if not then.items() <= attributes.items():
+                name = next(name for name, value in then.items() if attributes.get(name, ...) != value)
                 return f"{prefix}{name} was changed"
         for path, tensor, copy in self._copies:
             if not same_bits(tensor, copy):
@@ -68,8 +85,15 @@ class State:
         return None
 
 
+def _replaced(items: list[tuple[Any, Any]], now: Any) -> Any:
+    """The name of an entry of a dict that is another one now."""
+    now = now if isinstance(now, dict) else {}
+    gone = [name for name, value in items if now.get(name) is not value]
+    return next(iter([*gone, *(name for name in now if name not in dict(items))]), "an entry")
+
+
 def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
-    return tensor.data_ptr(), tensor.dtype, tensor.shape
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
 class Buffers:
