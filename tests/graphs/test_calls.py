@@ -150,12 +150,16 @@ def test_tensors_of_the_cpu_are_values_where_others_are_on_a_device():
 
 
 def test_shuffled_values_are_the_same_ones_elsewhere():
-    ids, values = torch.arange(64).reshape(8, 8), torch.randn(8, 8)
-    other = Inputs((ids,), {"values": values}).shuffled(CPU)
-    assert other.key == key(ids, values=values)
+    ids, values = torch.arange(64).flip(0).reshape(8, 8), torch.randn(8, 8)
+    offsets, mask = torch.tensor([0, 3, 3, 9]), torch.tensor([[True, False], [False, True]])
+    other = Inputs((ids, offsets, torch.tensor(7)), {"values": values, "mask": mask}).shuffled(CPU)
+    assert other.key == key(ids, offsets, torch.tensor(7), values=values, mask=mask)
     assert not torch.equal(other.args[0], ids)
-    assert torch.equal(other.args[0].flatten().sort().values, ids.flatten())
-    assert not torch.equal(other.kwargs["values"], values)
+    assert torch.equal(other.args[0].flatten().sort().values, ids.flatten().sort().values)
+    assert torch.equal(other.args[1], offsets)
+    assert other.args[2] == 7
+    assert torch.allclose(other.kwargs["values"].flatten().sort().values, values.flatten().sort().values * 0.75)
+    assert other.kwargs["mask"].sum() == 2
 
 
 @pytest.mark.parametrize(

@@ -65,9 +65,10 @@ def test_what_the_cpu_brings_is_mended(module, operation):
         lambda x: torch.repeat_interleave(x, 2, 0) + torch.nonzero_static(x, size=3).sum(),
         lambda x: torch.repeat_interleave(x[0].long().clamp(0, 0) + 2, output_size=16),
         lambda x: nn.functional.scaled_dot_product_attention(x[None, None], x[None, None], x[None, None]),
-        lambda x: x[:, torch.tensor([1, 2], device=x.device).clamp(0)] if False else x[:, [True] * 8 and slice(2)],
-        lambda x: [row.sum() for row in x] and x.view(torch.Size([8, 3])),
+        lambda x: sum(row.sum() for row in x[:, 2:5]) + x.view(torch.Size([8, 3]))[None, ..., 0],
         lambda x: nn.functional.dropout(x, 0.5, False).topk(2).values.sort().indices,
+        lambda x: nn.functional.embedding_bag(x.long().abs(), x),  # makes offsets in its midst
+        lambda x: x.to_sparse() @ x.T,
         lambda x: x.new_zeros(3).to(torch.bfloat16).to(x),
     ],
 )

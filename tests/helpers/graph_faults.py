@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -176,6 +177,11 @@ class HostListIndex(Linear):
         return super().forward(x)[:, [7, 0, 3]]  # fault
 
 
+class HostArrayIndex(Linear):
+    def forward(self, x):
+        return super().forward(x)[:, np.array([5, 1])]  # fault
+
+
 class HostWrite(Linear):
     def forward(self, x):
         y = super().forward(x)
@@ -218,6 +224,7 @@ MENDABLE = [
     (HostList, "torch.tensor"),
     (HostIndex, "torch.Tensor.__getitem__"),
     (HostListIndex, "torch.Tensor.__getitem__"),
+    (HostArrayIndex, "torch.Tensor.__getitem__"),
     (HostWrite, "torch.Tensor.__setitem__"),
     (HostNumber, "torch.Tensor.mul"),
 ]

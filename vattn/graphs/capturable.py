@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError
+from .constants import Constants
 from .making import Graph, Inputs, Making
 from .report import ADVICE, Finding, Report
 from .state import State
 from .trees import map_tensors
-from .watch import Constants
 
 __all__ = ["Capturable", "make_capturable"]
 
@@ -136,7 +136,7 @@ class Capturable:
 
     # -- capture ---------------------------------------------------------------------------------------------------
     def capture(self, *args: Any, **kwargs: Any) -> Report:
-        """Find, mend, capture and verify for one more signature. Runs the forward eight times, on a GPU.
+        """Find, mend, capture and verify for one more signature. Runs the forward six times, on a GPU.
 
         Raises:
             ConfigError: arguments of other types than tensors, plain values, tuples, lists and dicts.
@@ -153,6 +153,8 @@ class Capturable:
             held = [*self.module.parameters(), *self.module.buffers(), *example.on_device]
             devices = {tensor.device for tensor in held if tensor.device.type == "cuda"}
             device = min(devices, key=str, default=torch.device("cpu"))
+            if another is not None and device.type == "cuda" and not another.same_on_host(example):
+                raise ConfigError("another must have the values of example in tensors of the CPU")
             known = self._graphs.get(example.key, [])
             known = [graph for graph in known if not graph.takes(example)]
             if len(devices) > 1:
@@ -190,7 +192,7 @@ def make_capturable(module: nn.Module, example: Any, another: Any = None, *, cop
     the module stays eager. The module itself is not changed. A graph is used only if its outputs were those of the
     forward, on values that it was not captured with.
 
-    The forward runs eight times, without gradients. Buffers are put back afterwards; what else it writes to is not.
+    The forward runs six times, without gradients. Buffers are put back afterwards; what else it writes to is not.
 
     Args:
         module: on a GPU, with its inputs. On the CPU there is only the analysis: it takes arguments, parameters and
@@ -198,8 +200,8 @@ def make_capturable(module: nn.Module, example: Any, another: Any = None, *, cop
             It cannot see what a forward leaves out under capture, as those of transformers leave out looks at masks.
         example: the arguments of a call: a tuple of positional ones, or a dict of keyword ones, of tensors, plain
             values, tuples, lists and dicts.
-        another: the same with other values, by default the example's values in another order. Give it where that makes
-            no sense to the forward.
+        another: the same with other values in tensors of the GPU, by default the example's values in another order (but
+            for integers that ascend, as offsets do). Give it where that makes no sense to the forward.
         copy_outputs: whether outputs are copies; see ``Capturable``.
 
     Returns:

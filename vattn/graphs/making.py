@@ -12,10 +12,11 @@ import torch
 from torch import nn
 
 from ..interrupts import FinalisersWait, Uninterrupted
+from .constants import Constants
 from .report import ADVICE, Finding, raised_at
 from .state import Buffers, State, same_bits
 from .trees import flatten, map_tensors
-from .watch import Constants, Uncapturable, Watch
+from .watch import Uncapturable, Watch
 
 __all__ = ["Graph", "Inputs", "Making"]
 
@@ -47,15 +48,21 @@ class Inputs:
         return self._mapped(lambda tensor: tensor.detach().clone())
 
     def shuffled(self, device: torch.device) -> Inputs:
-        """The values of each tensor of the device in another order; numbers of floating point are scaled too."""
+        """The values of each tensor of the device in another order; numbers of floating point are scaled too.
+
+        Integers in ascending order stay, as they may be offsets or positions, which have to be.
+        """
         generator = torch.Generator().manual_seed(0)
 
         def shuffle(tensor: torch.Tensor) -> torch.Tensor:
-            if tensor.device != device:
+            tensor, floats = tensor.detach(), tensor.dtype in TOLERANCE
+            if tensor.device != device or not tensor.dim():
+                return tensor
+            if not floats and bool((tensor[..., 1:] >= tensor[..., :-1]).all()):
                 return tensor
             order = torch.randperm(tensor.numel(), generator=generator).to(device)
-            values = tensor.detach().reshape(-1)[order].reshape(tensor.shape)
-            return values * 0.75 if values.is_floating_point() else values
+            values = tensor.reshape(-1)[order].reshape(tensor.shape)
+            return values * 0.75 if floats else values
 
         return self._mapped(shuffle)
 

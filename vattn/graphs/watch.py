@@ -12,16 +12,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from types import FunctionType
 from typing import Any
 
+import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .constants import Constants
 from .report import ADVICE, Finding, here
-from .state import same_bits
 
-__all__ = ["Constants", "Uncapturable", "Watch"]
+__all__ = ["Uncapturable", "Watch"]
 
 _aten = torch.ops.aten
 _INDEX = (_aten.index.Tensor,)
@@ -40,24 +42,6 @@ class Uncapturable(Exception):
     def __init__(self, finding: Finding) -> None:
         super().__init__(str(finding))
         self.finding = finding
-
-
-class Constants:
-    """Copies on the device of tensors of the CPU that a forward brings there in every call, found by contents."""
-
-    def __init__(self) -> None:
-        self._found: dict[tuple[torch.dtype, torch.Size], list[tuple[int, torch.Tensor]]] = {}
-        self.copies: list[torch.Tensor] = []
-
-    def find(self, host: torch.Tensor) -> int | None:
-        """The number of its copy."""
-        known = self._found.get((host.dtype, host.shape), ())
-        return next((number for number, tensor in known if same_bits(tensor, host)), None)
-
-    def add(self, host: torch.Tensor, copy: torch.Tensor) -> int:
-        self._found.setdefault((host.dtype, host.shape), []).append((len(self.copies), host.detach().clone()))
-        self.copies.append(copy)
-        return len(self.copies) - 1
 
 
 class Watch:
@@ -111,6 +95,8 @@ class Watch:
             return function(*args, **kwargs)
         outer = self._called, self._places
         self._called, self._places, self._numbers = function, kwargs.get("device") not in (None, "cpu"), []
+        if self._pretends and isinstance(function, FunctionType):  # PyTorch's own Python says device= in its midst
+            self._places = self._places or any(map(self._resides, _tensors(args)))
         try:
             if function in _BUILDERS and self._lands_here(function, args, kwargs):
                 return self._build(function, args, kwargs)
@@ -143,9 +129,10 @@ class Watch:
     def _index(self, index: Any) -> Any:
         if isinstance(index, tuple):
             return tuple(map(self._index, index))
-        if isinstance(index, list) and index and all(type(number) is int for number in index):
+        numbers = isinstance(index, (list, range)) and len(index) > 0 and all(type(number) is int for number in index)
+        if numbers or (isinstance(index, np.ndarray) and index.dtype.kind in "iu"):
             with self._own():
-                host = torch.tensor(index, device="cpu")
+                host = torch.tensor(index, dtype=torch.int64, device="cpu")
             return self._brought(host, self._name())
         return index
 
@@ -160,7 +147,7 @@ class Watch:
         if to_host and self._resides(tensor):
             self._fault("read", self._name())
             tensor = tensor.clone()
-            self._addresses.discard(tensor.untyped_storage().data_ptr())
+            self._addresses.discard(_address(tensor))
         elif to_device and not to_host and not self._resides(tensor):
             tensor = self._brought(tensor, self._name()).clone()
         return function(tensor, *args[1:], **kwargs)
@@ -178,6 +165,8 @@ class Watch:
         if to_host or (function is _aten._to_copy.default and not self._pretends and not lands and target is not None):
             self._fault("read", where)
             return function(*args, **kwargs)
+        if not self._pretends and lands and target is not None and target.index not in (None, self._device.index):
+            self._fault("device", where)
         if not self._pretends and torch.cuda.current_stream(self._device) != self._stream:
             self._fault("stream", where)
         if kind := self._waits(function, args, kwargs):
@@ -311,7 +300,7 @@ class Watch:
     # -- where tensors are -----------------------------------------------------------------------------------------
     def _resides(self, tensor: torch.Tensor) -> bool:
         if self._pretends:
-            return tensor.untyped_storage().data_ptr() in self._addresses
+            return _address(tensor) in self._addresses
         return tensor.device.type == self._device.type
 
     def _fills(self, indices: list[torch.Tensor | None], value: torch.Tensor) -> bool:
@@ -321,7 +310,7 @@ class Watch:
         return one_mask and value.numel() == 1 and not self._resides(value)
 
     def _reside(self, tensor: torch.Tensor) -> None:
-        self._addresses.add(tensor.untyped_storage().data_ptr())
+        self._addresses.add(_address(tensor))
         self._kept.append(tensor)
 
 
@@ -345,6 +334,10 @@ class _Operations(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         return self._watch.operate(func, args, kwargs or {})
+
+
+def _address(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else id(tensor)
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
