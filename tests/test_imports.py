@@ -20,7 +20,7 @@ MEMORY += ["backing", "slot_states", "slots", "integrity"]
 ROOMS = [
     *("errors", "arguments", "stats", "interrupts", "machine", "driver", "layout"),
     *("memory", *(f"memory.{name}" for name in MEMORY), "kv_cache"),
-    *("ops", "attention", "tuning", "models", "requests", "decode", "engine", "hf"),
+    *("ops", "attention", "tuning", "models", "requests", "graphs", "decode", "engine", "hf"),
     *("", "cli", "__main__"),
 ]
 # A model takes a cache and an attention; how pages come and go is none of its business.

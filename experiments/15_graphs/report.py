@@ -1,0 +1,33 @@
+"""The table of the twelve forwards."""
+
+from __future__ import annotations
+
+from table import Record, fields, markdown, number
+
+HOW = {"forward": "captured", "wrong": "captured, wrong results", "refused": "fails"}
+
+
+def twelve(records: list[Record]) -> str:
+    """Forward, how each way of capture went, milliseconds of each, and what was found."""
+    names = dict.fromkeys(record["case"].split()[0] for record in records)
+    rows = []
+    for name in names:
+        own = [record for record in records if record["case"].split()[0] == name]
+        ms = {record["system"]: record["value"] for record in own if record["metric"] == "forward"}
+        found = [record for record in own if record["metric"] == "found"]
+        plain = [HOW[record["metric"]] for record in own if record["system"] == "torch-capture"]
+        gain = f"{ms['eager'] / ms['vattn']:.2f}" if "vattn" in ms else "–"
+        times = [number(ms[system]) if system in ms else "–" for system in ("eager", "torch-capture", "vattn")]
+        made = "captured" if "vattn" in ms else "stays eager"
+        rows.append([name, *(plain or ["–"]), made, *times, gain, "; ".join(map(_words, found)) or "nothing"])
+    if not rows:
+        return ""
+    times = ["eager, ms", "captured as it is, ms", "after make_capturable, ms", "eager / after"]
+    return markdown(["forward", "captured as it is", "after `make_capturable`", *times, "found"], rows)
+
+
+def _words(record: Record) -> str:
+    words = fields(record["case"])
+    at = f" at {words['at']}" if "at" in words else ""
+    mended = " (mended)" if words["mended"] == "yes" else ""
+    return f"{words['kind']}: {words['operation']}{at}{mended}"

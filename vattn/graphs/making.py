@@ -1,0 +1,282 @@
+"""From an example to a verified graph: watch, rehearse, capture, compare."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..interrupts import FinalisersWait, Uninterrupted
+from .constants import Constants
+from .report import ADVICE, Finding, raised_at
+from .state import Buffers, State, same_bits
+from .trees import flatten, map_tensors
+from .watch import Uncapturable, Watch
+
+__all__ = ["Graph", "Inputs", "Making"]
+
+# Largest difference of a graph's outputs from the forward's, over the largest output. Nearly always they are the same
+# bits; operations that add in no fixed order, and convolutions that are chosen anew, are not.
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
+WAITS = ("read", "shape")
+
+
+class Inputs:
+    """The arguments of a call: tensors of the device, and all else, which a graph fixes.
+
+    Attributes:
+        key: equal for calls that differ in the contents of tensors only.
+        on_device, on_host: their tensors. Without a GPU all are ``on_host``.
+    """
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.args, self.kwargs = args, dict(sorted(kwargs.items()))
+        self.tensors: list[torch.Tensor] = []
+        self.key: Hashable = flatten([self.args, self.kwargs], self.tensors)
+        self.on_device = [tensor for tensor in self.tensors if tensor.device.type != "cpu"]
+        self.on_host = [tensor for tensor in self.tensors if tensor.device.type == "cpu"]
+
+    def same_on_host(self, other: Inputs) -> bool:
+        return all(same_bits(*pair) for pair in zip(self.on_host, other.on_host, strict=True))
+
+    def copied(self) -> Inputs:
+        return self._mapped(lambda tensor: tensor.detach().clone())
+
+    def shuffled(self, device: torch.device) -> Inputs:
+        """The values of each tensor of the device in another order; numbers of floating point are scaled too.
+
+        Integers in ascending order stay, as they may be offsets or positions, which have to be.
+        """
+        generator = torch.Generator().manual_seed(0)
+
+        def shuffle(tensor: torch.Tensor) -> torch.Tensor:
+            tensor, floats = tensor.detach(), tensor.dtype in TOLERANCE
+            if tensor.device != device or not tensor.dim():
+                return tensor
+            if not floats and bool((tensor[..., 1:] >= tensor[..., :-1]).all()):
+                return tensor
+            order = torch.randperm(tensor.numel(), generator=generator).to(device)
+            values = tensor.reshape(-1)[order].reshape(tensor.shape)
+            return values * 0.75 if floats else values
+
+        return self._mapped(shuffle)
+
+    def _mapped(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Inputs:
+        return Inputs(map_tensors(self.args, change), map_tensors(self.kwargs, change))
+
+
+class Graph:
+    """A captured forward, where its inputs are written and where its outputs then are."""
+
+    def __init__(self, graph: torch.cuda.CUDAGraph, device: torch.device, inputs: Inputs, outputs: Any) -> None:
+        self.device, self.outputs = device, outputs
+        self.graph_bytes = 0
+        self._graph, self._inputs = graph, inputs
+
+    @property
+    def pool(self) -> Any:
+        return self._graph.pool()
+
+    def takes(self, called: Inputs) -> bool:
+        """Whether the tensors of the CPU, which it holds as they were, are the same. The key is."""
+        return self._inputs.same_on_host(called)
+
+    def write(self, tensors: list[torch.Tensor]) -> None:
+        for placeholder, tensor in zip(self._inputs.on_device, tensors, strict=True):
+            placeholder.copy_(tensor.detach())
+
+    def replay(self) -> None:
+        self._graph.replay()
+
+
+class Making:
+    """One signature's way from eager to a graph. ``constants`` gets what the forward brings from the CPU."""
+
+    def __init__(
+        self, module: nn.Module, device: torch.device, constants: Constants, example: Inputs, another: Inputs
+    ) -> None:
+        self._module, self._device, self._constants = module, device, constants
+        self._example, self._another = example, another
+        self._found: dict[Any, Finding] = {}
+        self._buffers: Buffers
+        self._stream: torch.cuda.Stream | None = None
+
+    def make(self, pool: Any) -> tuple[list[Finding], Graph | None]:
+        """What was found, and the graph if nothing stands in its way, with memory of ``pool`` if that is not None."""
+        graph = None
+        with self._alone():
+            self._buffers = Buffers(self._module)
+            try:
+                trace = self._record()
+                refused = [kind for kind in self._unmended() if kind not in WAITS]
+                if not refused and (self._stream is not None or not self._unmended()):
+                    self._rehearse(trace)
+                    if self._stream is not None and set(self._unmended()) <= set(WAITS):
+                        graph = self._captured(pool)
+            finally:
+                self._buffers.restore()
+        return list(self._found.values()), graph
+
+    def _unmended(self) -> list[str]:
+        return [finding.kind for finding in self._found.values() if not finding.mended]
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Without gradients, on a stream of its own; the random numbers that are drawn in here do not count."""
+        cuda = self._device.type == "cuda"
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            torch.random.fork_rng([self._device] if cuda else []),
+            torch.cuda.device(self._device) if cuda else nullcontext(),
+        ):
+            if not cuda:
+                yield
+                return
+            current = torch.cuda.current_stream()
+            self._stream = _stream(torch.cuda.current_device())
+            self._stream.wait_stream(current)
+            with torch.cuda.stream(self._stream):
+                yield
+            torch.cuda.synchronize()
+
+    def _watch(self, inputs: Inputs, **options: Any) -> Watch:
+        resident = [*self._module.parameters(), *self._module.buffers(), *inputs.tensors]
+        return Watch(self._device, self._constants, resident=resident if self._stream is None else (), **options)
+
+    def _add(self, kind: str, operation: str, file: str = "", line: int = 0) -> None:
+        self._found[kind, operation, file, line] = Finding(kind, operation, file, line, ADVICE[kind])
+
+    # -- eager runs ------------------------------------------------------------------------------------------------
+    def _record(self) -> list[Any]:
+        """Run on the example; find everything, and learn what is brought from the CPU."""
+        inputs = self._example.copied()
+        watch = self._watch(inputs, learn=True)
+        with watch.watching():
+            outputs = self._module(*inputs.args, **inputs.kwargs)
+        self._found |= watch.findings
+        for number, (before, after) in enumerate(zip(self._example.tensors, inputs.tensors, strict=True)):
+            if not same_bits(before, after):
+                self._add("argument", f"tensor {number} of the arguments, {list(before.shape)} {before.dtype}")
+        try:
+            map_tensors(outputs, torch.Tensor.detach)
+        except ValueError as error:
+            self._add("output", str(error))
+        return watch.trace
+
+    def _rehearse(self, trace: list[Any]) -> None:
+        """Run on other values: all that a graph would fix has to be as it was, and the module too."""
+        state = State(self._module, self._device)
+        self._buffers.restore()
+        inputs = self._another.copied()
+        waits = bool(self._unmended())  # then what follows may depend on values; a capture will show whether it does
+        watch = self._watch(inputs, learn=waits, expected=None if waits else trace)
+        with watch.watching():
+            self._module(*inputs.args, **inputs.kwargs)
+        for key, finding in watch.findings.items():
+            self._found.setdefault(key, finding)
+        if change := state.change():
+            self._add("state", f"in each call, {change}")
+
+    # -- capture ---------------------------------------------------------------------------------------------------
+    def _captured(self, pool: Any) -> Graph | None:
+        """Capture twice, as a forward may do otherwise under capture than eagerly, and compare."""
+        self._buffers.restore()
+        inputs = self._example.copied()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        free = torch.cuda.mem_get_info()[0]
+        try:
+            trial, trace, outputs = self._capture(inputs, pool, None)
+            del outputs
+            graph, _, outputs = self._capture(inputs, trial.pool(), trace)  # the pool ends with its last graph
+            del trial
+        except Exception as error:
+            self._refused(error)
+            return None
+        for key, finding in self._found.items():
+            if not finding.mended:
+                self._found[key] = replace(finding, mended=True, advice="the forward leaves it out under capture")
+        made = Graph(graph, self._device, inputs, outputs)
+        torch.cuda.synchronize()
+        made.graph_bytes = max(0, free - torch.cuda.mem_get_info()[0]) + sum(t.nbytes for t in inputs.on_device)
+        return made if self._agrees(made) else None
+
+    def _capture(self, inputs: Inputs, pool: Any, expected: list[Any] | None) -> tuple[Any, list[Any], Any]:
+        graph = torch.cuda.CUDAGraph()
+        watch = self._watch(inputs, guard=True, expected=expected)
+        capturing = torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local")
+        # Other threads may work meanwhile; this one runs no finaliser of ours and no signal handler. The inner context
+        # leaves its stream current where the end of a capture fails.
+        with Uninterrupted(), FinalisersWait(), torch.cuda.stream(self._stream), capturing, watch.watching():
+            outputs = self._module(*inputs.args, **inputs.kwargs)
+        if swallowed := next((finding for finding in watch.findings.values() if not finding.mended), None):
+            raise Uncapturable(swallowed)
+        return graph, watch.trace, outputs
+
+    def _refused(self, error: Exception) -> None:
+        """Note why a capture failed. Its end may have failed too, and raised over what was raised first."""
+        first = error.__context__ if isinstance(error.__context__, Exception) else error
+        why = next((each for each in (error, first) if isinstance(each, Uncapturable)), None)
+        if why is None:
+            text = f"{type(first).__name__}: {str(first).partition(chr(10))[0]}"
+            self._add("capture", text, *raised_at(first))
+        else:
+            finding = why.finding
+            self._found.setdefault((finding.kind, finding.operation, finding.file, finding.line), finding)
+        if error is not why:
+            # CUDA gave the capture up, and PyTorch's random numbers are as under one: until another ends well.
+            with suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self._stream):
+                torch.zeros(1, device=self._device)
+
+    def _agrees(self, graph: Graph) -> bool:
+        """Whether replays do what the forward does, to outputs and to buffers."""
+        for given in (self._another, self._example):
+            self._buffers.restore()
+            inputs = given.copied()
+            expected = self._module(*inputs.args, **inputs.kwargs), self._buffers.values()
+            self._buffers.restore()
+            graph.write(given.on_device)
+            graph.replay()
+            if difference := _difference(expected, (graph.outputs, self._buffers.values())):
+                self._add("different", difference)
+                return False
+        return True
+
+
+@cache
+def _stream(device: int) -> torch.cuda.Stream:
+    """To capture on; always the same, as PyTorch keeps a workspace of cuBLAS for every stream that used it."""
+    return torch.cuda.Stream(device)
+
+
+def _difference(expected: Any, found: Any) -> str | None:
+    """In words; None where there is none to speak of."""
+    tensors: tuple[list[torch.Tensor], list[torch.Tensor]] = [], []
+
+    def shape(value: Any, into: list[torch.Tensor]) -> str:
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            into.append(tensor)
+            return torch.empty_like(tensor, device="meta")
+
+        return repr(map_tensors(value, note))
+
+    if shape(expected, tensors[0]) != shape(found, tensors[1]):
+        return "another structure, or other plain values"
+    for number, (one, other) in enumerate(zip(*tensors, strict=True)):
+        if same_bits(one, other):
+            continue
+        if not one.is_floating_point():
+            return f"tensor {number} of the outputs has other values"
+        if not torch.equal(one.isfinite(), other.isfinite()) or not torch.equal(one.isnan(), other.isnan()):
+            return f"tensor {number} of the outputs is infinite or NaN elsewhere"
+        wide = one.double().nan_to_num(0, 0, 0), other.double().nan_to_num(0, 0, 0)
+        error = float((wide[0] - wide[1]).abs().max() / wide[0].abs().max().clamp(min=1e-30))
+        if error > TOLERANCE.get(one.dtype, 0.1):
+            return f"tensor {number} of the outputs is off by {error:.1e} of its largest value"
+    return None
