@@ -1,4 +1,4 @@
-"""What transformers calls in a pass of a ``TransformersModel``: a cache that appends, and attention that reads in place.
+"""What transformers calls in a pass of a ``TransformersModel``: a cache that appends, attention that reads in place.
 
 Both are registered with transformers by documented names, and find the pass in ``passes.current``. What a model asks of
 them is noted once, in a pass that computes nothing: ``Recording``.
@@ -29,7 +29,7 @@ class Recording(Pass):
     """A pass that computes no attention and notes what layers ask for.
 
     Args:
-        num_tokens: of the pass.
+        rows: ``[T]`` int64, of its tokens.
 
     Attributes:
         shapes: of K and V, by layer.
@@ -39,8 +39,8 @@ class Recording(Pass):
         num_heads: query heads, of the layer that has most.
     """
 
-    def __init__(self, num_tokens: int) -> None:
-        self.num_tokens = num_tokens
+    def __init__(self, rows: torch.Tensor) -> None:
+        self.slots, self.rows, self.num_tokens = torch.zeros_like(rows), rows, len(rows)
         self.shapes: dict[int, LayerShape] = {}
         self.windows: dict[int, set[int | None]] = {}
         self.dtype = torch.float32
@@ -166,9 +166,7 @@ def _attend(
     this = current()
     if this is None:  # looked up by another way than the registry's ``get_interface``
         if original not in ALL_ATTENTION_FUNCTIONS:
-            raise ConfigError(
-                "this model's own attention cannot be reached while a TransformersModel runs it: close it"
-            )
+            raise ConfigError("its own attention cannot be reached while a TransformersModel runs it: close that first")
         function: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS[original]
         return function(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **options)
     layer = getattr(key, "_vattn_layer_index", None)
