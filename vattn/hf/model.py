@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
 from ..attention import AttentionBackend, AttentionBatch, DecodeBatch
 from ..errors import ConfigError
@@ -17,7 +17,7 @@ from ..ops.ops_table import Ops
 from ..tuning import default_ops
 from .configs import layers_of
 from .examine import HOLDER, Plan, checked, implementations, learnt, positions, refusing
-from .pass_attention import Recording, implementation_for, pass_cache
+from .pass_attention import Recording, implementation_for, pass_layers
 from .passes import Pass, running
 from .verify import own_logits, verify
 
@@ -52,7 +52,8 @@ class TransformersModel:
         templates, configured = layers_of(self.config, HOLDER)
         self.max_seq_len = positions(self.config, max_seq_len, configured)
         self._parameters = inspect.signature(model.forward).parameters
-        self._cache = pass_cache(len(templates), configured)
+        layers = pass_layers(len(templates), configured)
+        self._cache = Cache(layers=list(layers))
         self._own_implementation = implementations(model)
         self.ops = default_ops(self._device, model.dtype) if ops is None else ops
         # transformers looks tokens up itself: what the loop brings along is one column of zeros.
@@ -64,7 +65,7 @@ class TransformersModel:
                 self._set_implementation()
                 self._plan = self._record()
                 for layer in self._plan.late:
-                    self._cache.layers[layer % len(templates)].is_late = True
+                    layers[layer % len(layers)].is_late = True
                 verify(self, wanted)
         except BaseException:
             self.close()
@@ -94,6 +95,19 @@ class TransformersModel:
     def kv_layout(self, max_seq_len: int | None = None) -> KVLayout:
         """The shape of its K and V, layers with the same heads and window in one group."""
         return self._plan.shapes.layout(self.max_seq_len if max_seq_len is None else max_seq_len, self._plan.dtype)
+
+    def streamed_weights(self) -> tuple[int, int, int]:
+        """(bytes, elements, elements of the output projection) of the weights that a step reads at least: of experts
+        those of one token, of an embedding that is only looked up in nothing."""
+        ends: tuple[Any, Any] = (self.model.get_output_embeddings(), self.model.get_input_embeddings())
+        head, embedding = (end.weight for end in ends)
+        share = getattr(self.config, "num_experts_per_tok", 1) / _num_experts(self.config)
+        read = [
+            (each.nbytes, each.numel(), share if ".experts." in name else 1)
+            for name, each in self.model.named_parameters()
+            if each is not embedding or each is head
+        ]
+        return round(sum(n * s for n, _, s in read)), round(sum(n * s for _, n, s in read)), head.numel()
 
     def require_fit(self, cache: KVCache) -> None:
         """Refuse a cache of another shape, and a model that cannot be run any more.
@@ -263,3 +277,9 @@ def _by_layer(layout: KVLayout) -> dict[int, tuple[int, int, int, int | None]]:
         for group in layout.groups
         for layer in group.layers
     }
+
+
+def _num_experts(config: PreTrainedConfig) -> int:
+    """1 where there are none."""
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    return next((found for name in names if isinstance(found := getattr(config, name, None), int)), 1)

@@ -53,8 +53,8 @@ def verify(model: TransformersModel, wanted: torch.Tensor) -> None:
         cache.ensure_batch(slots, lengths)
         prompts = [length - 1 for length in lengths]
         margin = 0 if cache.over_read_masked else cache.over_read_tokens
-        needs = {"max_over_read": margin, "features": model.attention_features}
-        decode = bind(default_decode(cache.layout, device, len(texts), max(lengths), model.num_heads, **needs))
+        case = (cache.layout, device, len(texts), max(lengths), model.num_heads)
+        decode = bind(default_decode(*case, max_over_read=margin, features=model.attention_features))
         rows, listed = (torch.tensor(each, dtype=torch.int32, device=device) for each in (prompts, slots))
         last = torch.tensor([text[-1] for text in texts], dtype=torch.int32, device=device)
         with cache.step(slots):
