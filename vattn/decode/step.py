@@ -97,6 +97,7 @@ class DecodeStep:
         self._logprobs = torch.zeros(RING, max_batch, 1 + 2 * MAX_LOGPROBS, dtype=torch.int32, pin_memory=on_gpu)
         self._logits: torch.Tensor | None = None  # of a step that was launched eagerly
         self._graph_logits: dict[int, _Borrowed] = {}  # of each graph's last replay
+        self._newest = 0, 0  # bucket and sequences of the newest launch
         self._residual = torch.zeros(max_batch, embedding.shape[1], dtype=embedding.dtype, device=device)
         self._rows, self._ends, self._sampled = torch.zeros(3, max_batch, dtype=torch.int32, device=device)
         self._batches: dict[int, DecodeBatch] = {}
@@ -122,6 +123,10 @@ class DecodeStep:
         Args:
             compute: instead of the model's ``decode``; the step is then launched and not replayed.
         """
+        self._logits = None
+        bucket, place = self._graphs.bucket_for(len(slots)), self._num_launched % RING
+        if compute is None and self._graphs.awaits_capture(bucket):
+            self._capture(bucket)
         if slots != self._order:
             self._order = []
             padded = np.full(self.max_batch, self._scratch, np.int32)
@@ -129,7 +134,6 @@ class DecodeStep:
             self._slots.copy_(self.upload(padded))
             self._order = slots
         self.state.upload_allowed(self.upload)
-        bucket, place = self._graphs.bucket_for(len(slots)), self._num_launched % RING
         if compute is None:
             self._graphs.launch(bucket)
         else:
@@ -138,13 +142,24 @@ class DecodeStep:
         if wanted:
             logits = self._graph_logits[bucket].tensor() if self._logits is None else self._logits
             self._add_logprobs(logits, wanted, place)
-        self._logits = None
+        self._newest = bucket, len(slots)
         event = None
         if self.stream is not None:
             event = torch.cuda.Event()
             event.record()
         self._num_launched += 1
         return LaunchedStep(tuple(slots), place, wanted, event)
+
+    def logits(self) -> torch.Tensor:
+        """``[sequences, vocab_size]`` of the newest launch, in the order of its slots; the next one overwrites them.
+
+        Raises:
+            ConfigError: nothing was launched yet.
+        """
+        bucket, count = self._newest
+        if not count:
+            raise ConfigError("there are no logits before the first step")
+        return (self._graph_logits[bucket].tensor() if self._logits is None else self._logits)[:count]
 
     def read(self, launched: LaunchedStep) -> list[DecodedToken]:
         """What each sequence of the step got; waits for it."""
@@ -180,6 +195,14 @@ class DecodeStep:
     def release(self) -> None:
         """Free the graphs. No step may be under way."""
         self._graphs.release()
+
+    def _capture(self, bucket: int) -> None:
+        """Between steps; on rows that are no sequence's, as at the beginning."""
+        self._order = []
+        self._slots.fill_(self._scratch)
+        self._graphs.capture_one(bucket)
+        self._counter.fill_(self._num_launched)
+        self._logits = None
 
     def _run(self, bucket: int, compute: Compute | None = None) -> None:
         """The step itself: what is captured."""
