@@ -99,7 +99,7 @@ class DecodeStep:
         self._graph_logits: dict[int, _Borrowed] = {}  # of each graph's last replay
         self._newest = 0, 0  # bucket and sequences of the newest launch
         self._residual = torch.zeros(max_batch, embedding.shape[1], dtype=embedding.dtype, device=device)
-        self._rows, self._ends, self._sampled = torch.zeros(3, max_batch, dtype=torch.int32, device=device)
+        self._rows, self._ends, self._fed, self._sampled = torch.zeros(4, max_batch, dtype=torch.int32, device=device)
         self._batches: dict[int, DecodeBatch] = {}
         self._num_launched = 0
         self._graphs = StepGraphs(self._run, buckets, device, mode)
@@ -208,10 +208,11 @@ class DecodeStep:
         """The step itself: what is captured."""
         ops, state = self.model.ops, self.state
         batch = self._batches.get(bucket)
-        slots, rows, ends, residual = (t[:bucket] for t in (self._slots, self._rows, self._ends, self._residual))
+        slots, rows, ends, fed = (t[:bucket] for t in (self._slots, self._rows, self._ends, self._fed))
         if batch is None:
-            batch = self._batches[bucket] = DecodeBatch(slots, rows, ends, self.max_seq_len)
-        ops.begin_step(slots, state.tokens, state.lengths, self.model.embedding, residual, rows, ends)
+            batch = self._batches[bucket] = DecodeBatch(slots, rows, ends, self.max_seq_len, fed)
+        residual = self._residual[:bucket]
+        ops.begin_step(slots, state.tokens, state.lengths, self.model.embedding, residual, rows, ends, fed)
         attention = self._attention_for(bucket)
         if compute is None:
             logits = self.model.decode(residual, batch, self.cache, attention)

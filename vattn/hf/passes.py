@@ -1,0 +1,96 @@
+"""The forward pass of a ``TransformersModel`` that is under way in this thread.
+
+transformers calls a model's layers itself, so what a layer needs of the runtime (the cache, where each token's K and V
+go, how attention is computed) reaches it beside the arguments that transformers passes on.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..attention import AttentionBackend, AttentionBatch
+from ..kv_cache import KVCache
+
+__all__ = ["Pass", "current", "running"]
+
+_THREAD = threading.local()
+
+
+@dataclass
+class Pass:
+    """Packed tokens of many sequences, without padding.
+
+    Attributes:
+        cache: has the rows of every token backed and writable.
+        slots, rows: ``[T]`` int32 or int64, of each token, on the cache's device.
+        parts: (batch, attention) of all tokens in order.
+    """
+
+    cache: KVCache
+    slots: torch.Tensor
+    rows: torch.Tensor
+    parts: list[tuple[AttentionBatch, AttentionBackend]]
+
+    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Write the K and V of every token.
+
+        Args:
+            layer: of the cache.
+            k: ``[T, num_kv_heads, head_dim]``, in the cache's dtype.
+            v: ``[T, num_kv_heads, v_head_dim]``.
+        """
+        where = self.slots, self.rows
+        self.cache.k(layer).index_put_(where, k)
+        self.cache.v(layer).index_put_(where, v)
+
+    def attend(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attention of every token, whose K and V are appended already.
+
+        Args:
+            layer: of the cache; another than the model's own where layers share K and V.
+            q: ``[T, num_heads, head_dim]``.
+            scale, window, softcap, sinks: as in :class:`vattn.attention.AttentionBackend`.
+
+        Returns:
+            ``[T, num_heads, v_head_dim]``.
+        """
+        k, v = self.cache.k(layer), self.cache.v(layer)
+        extras: dict[str, Any] = {} if softcap is None and sinks is None else {"softcap": softcap, "sinks": sinks}
+        out = [
+            attention(of_part, k, v, batch, scale=scale, window=window, **extras)
+            for of_part, (batch, attention) in zip(
+                q.split([batch.num_tokens for batch, _ in self.parts]), self.parts, strict=True
+            )
+        ]
+        return out[0] if len(out) == 1 else torch.cat(out)
+
+
+def current() -> Pass | None:
+    """The pass of this thread; None outside of one, where a model is used as transformers' own."""
+    return getattr(_THREAD, "current", None)
+
+
+@contextmanager
+def running(this: Pass) -> Iterator[Pass]:
+    """Run the model's forward inside: it computes this pass."""
+    before = current()
+    _THREAD.current = this
+    try:
+        yield this
+    finally:
+        _THREAD.current = before
