@@ -332,7 +332,7 @@ class _Shadow:
         self.on = True
         self._method, self._call = method, call
 
-    @torch.compiler.disable
+    @functools.partial(torch.compiler.disable, recursive=False)  # what is compiled inside stays so
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return (self._call if self.on else self._method)(*args, **kwargs)
 

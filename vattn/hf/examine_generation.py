@@ -18,7 +18,7 @@ _MODES = {GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.BE
 # What a forward pass may be given.
 _KNOWN = {
     *("input_ids", "attention_mask", "position_ids", "cache_position", "use_cache", "return_dict", "logits_to_keep"),
-    *("cache", "past_key_values"),
+    *("cache", "past_key_values", "tokenizer"),
 }
 
 
