@@ -22,7 +22,7 @@ from ..ops.logprobs import logprobs
 from ..requests import MAX_LOGPROBS
 from ..tuning import default_decode
 from .graphs import GraphReport, StepGraphs
-from .state import DecodedToken, DecodeModel, DecodeState
+from .state import DecodedToken, DecodeModel, DecodeState, features_of
 
 # (embeddings, batch, attention) -> logits, as a model's ``decode`` over the cache.
 Compute = Callable[[torch.Tensor, DecodeBatch, AttentionBackend], torch.Tensor]
@@ -260,7 +260,8 @@ class DecodeStep:
             cache = self.cache
             margin = 0 if cache.over_read_masked else cache.over_read_tokens
             case = (cache.layout, cache.device, bucket, self._typical_len, self.model.num_heads)
-            self._attentions[bucket] = bind(default_decode(*case, max_over_read=margin))
+            features = features_of(self.model)
+            self._attentions[bucket] = bind(default_decode(*case, max_over_read=margin, features=features))
         return self._attentions[bucket]
 
 

@@ -1,4 +1,4 @@
-"""vattn for Hugging Face transformers: a drop-in KV cache for ``generate``, and any decoder as a model of the runtime."""
+"""vattn for Hugging Face transformers: a KV cache for ``generate``, and any decoder as a model of the runtime."""
 
 try:
     import transformers  # noqa: F401

@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
-from ..arguments import require_int
 from ..attention import AttentionBackend, AttentionBatch, DecodeBatch
-from ..errors import ConfigError, OutOfPages
+from ..errors import ConfigError
 from ..kv_cache import KVCache
 from ..layout import KVLayout
 from ..ops.ops_table import Ops
 from ..tuning import default_ops
-from .configs import decoder_config, layers_of
-from .pass_attention import Recording, implementation_for, pass_cache
-from .passes import IMPLEMENTATIONS, Pass, running
-from .shapes import Shapes
+from .configs import layers_of
+from .examine import HOLDER, Plan, checked, implementations, learnt, positions, refusing
+from .pass_attention import Recording, implementation_for, pass_layers
+from .passes import Pass, running
+from .verify import own_logits, verify
 
 __all__ = ["TransformersModel"]
-
-_HOLDER = "TransformersModel"
 
 
 class TransformersModel:
@@ -43,33 +39,37 @@ class TransformersModel:
     Attributes:
         model: as given.
         config: of its text part.
-        attention_features: what attention needs beside windows, of SOFTCAP and SINKS.
 
     Raises:
         ConfigError: it is no decoder of attention layers alone, or something that vattn cannot run; says what to do.
     """
 
     def __init__(self, model: PreTrainedModel, max_seq_len: int | None = None, ops: Ops | None = None) -> None:
-        self.config = _checked(model)
+        self.config = checked(model)
         self.model = model
         self._name = type(model).__name__
         self._device = model.device
-        templates, configured = layers_of(self.config, _HOLDER)
-        self.max_seq_len = self._positions(max_seq_len, configured)
+        templates, configured = layers_of(self.config, HOLDER)
+        self.max_seq_len = positions(self.config, max_seq_len, configured)
         self._parameters = inspect.signature(model.forward).parameters
-        self._cache = pass_cache(len(templates), configured)
-        self._own_implementation = _implementations(model)
+        layers = pass_layers(len(templates), configured)
+        self._cache = Cache(layers=list(layers))
+        self._own_implementation = implementations(model)
+        self.ops = default_ops(self._device, model.dtype) if ops is None else ops
+        # transformers looks tokens up itself: what the loop brings along is one column of zeros.
+        self.embedding = torch.zeros(1, 1, device=self._device).expand(self.config.vocab_size, 1)
         self._closed = False
         try:
             with torch.inference_mode():
+                wanted = own_logits(model, self.config.vocab_size)
                 self._set_implementation()
-                self._learn(templates, configured)
+                self._plan = self._record()
+                for layer in self._plan.late:
+                    layers[layer % len(layers)].is_late = True
+                verify(self, wanted)
         except BaseException:
             self.close()
             raise
-        self.ops = default_ops(self._device, self.dtype) if ops is None else ops
-        # transformers looks tokens up itself: what the loop brings along is one column of zeros.
-        self.embedding = torch.zeros(1, 1, device=self._device).expand(self.config.vocab_size, 1)
 
     # -- what the runtime asks -------------------------------------------------------------------------------------
     @property
@@ -85,11 +85,29 @@ class TransformersModel:
     @property
     def num_heads(self) -> int:
         """Query heads, of the layer that has most."""
-        return self._num_heads
+        return self._plan.num_heads
+
+    @property
+    def attention_features(self) -> frozenset[str]:
+        """What attention needs beside windows, of SOFTCAP and SINKS."""
+        return self._plan.features
 
     def kv_layout(self, max_seq_len: int | None = None) -> KVLayout:
         """The shape of its K and V, layers with the same heads and window in one group."""
-        return self._shapes.layout(self.max_seq_len if max_seq_len is None else max_seq_len, self._kv_dtype)
+        return self._plan.shapes.layout(self.max_seq_len if max_seq_len is None else max_seq_len, self._plan.dtype)
+
+    def streamed_weights(self) -> tuple[int, int, int]:
+        """(bytes, elements, elements of the output projection) of the weights that a step reads at least: of experts
+        those of one token, of an embedding that is only looked up in nothing."""
+        ends: tuple[Any, Any] = (self.model.get_output_embeddings(), self.model.get_input_embeddings())
+        head, embedding = (end.weight for end in ends)
+        share = getattr(self.config, "num_experts_per_tok", 1) / _num_experts(self.config)
+        read = [
+            (each.nbytes, each.numel(), share if ".experts." in name else 1)
+            for name, each in self.model.named_parameters()
+            if each is not embedding or each is head
+        ]
+        return round(sum(n * s for n, _, s in read)), round(sum(n * s for _, n, s in read)), head.numel()
 
     def require_fit(self, cache: KVCache) -> None:
         """Refuse a cache of another shape, and a model that cannot be run any more.
@@ -99,11 +117,11 @@ class TransformersModel:
         """
         self._require_usable()
         mine, its = _by_layer(self.kv_layout()), _by_layer(cache.layout)
-        if mine != its or cache.layout.dtype != self._kv_dtype:
+        if mine != its or cache.layout.dtype != self._plan.dtype:
             raise ConfigError(
-                f"the cache has {len(its)} layers of (KV heads, K and V head sizes, window) {sorted(set(its.values()), key=str)} in "
-                f"{cache.layout.dtype}, the model {len(mine)} of {sorted(set(mine.values()), key=str)} in {self._kv_dtype}; "
-                "open the cache with model.kv_layout()"
+                f"the cache has {len(its)} layers of {cache.layout.dtype} with (KV heads, K and V head sizes, window) "
+                f"{sorted(set(its.values()), key=str)}, the model {len(mine)} of {self._plan.dtype} with "
+                f"{sorted(set(mine.values()), key=str)}; open the cache with model.kv_layout()"
             )
         now = next(self.model.parameters()).device
         if now != self._device:
@@ -226,16 +244,7 @@ class TransformersModel:
         if batch.max_end > self.max_seq_len:
             raise ConfigError(f"row {batch.max_end - 1} is beyond the model's context of {self.max_seq_len} tokens")
 
-    # -- what is found out before the first pass -------------------------------------------------------------------
-    def _positions(self, asked: int | None, configured: dict[int, Any]) -> int:
-        """Positions to compute, of those that the model has."""
-        limits = [layer.window for layer in configured.values() if layer.chunked]  # a chunk's end is not a window's
-        if (own := getattr(self.config, "max_position_embeddings", None)) is not None:
-            limits.append(own)
-        if asked is None and not limits:
-            raise ConfigError(f"{type(self.config).__name__} does not say how long a text may be: give max_seq_len")
-        return require_int("max_seq_len", min(limits) if asked is None else asked, 1, min(limits, default=None))
-
+    # -- before the first pass -------------------------------------------------------------------------------------
     def _set_implementation(self) -> None:
         """Give the text part vattn's attention."""
         key = next((key for key in self.model.config.sub_configs if getattr(self.model.config, key) is self.config), "")
@@ -247,43 +256,13 @@ class TransformersModel:
                 "vattn.hf.VirtualCache with its generate()"
             )
 
-    def _learn(self, templates: list[Any], configured: dict[int, Any]) -> None:
+    def _record(self) -> Plan:
         """Find what the layers cache and what attention needs, in a pass that computes none."""
-        tokens = torch.arange(1, 5, device=self._device) % self.config.vocab_size
-        recording = Recording(len(tokens))
-        recording.slots, recording.rows = torch.zeros_like(tokens), torch.arange(len(tokens), device=self._device)
-        with self._refusing():
-            logits = self._forward(tokens, recording, num_logits=1)
-        for layer, windows in recording.windows.items():
-            if layer not in configured:
-                raise ConfigError(f"{self._name} caches K and V in layer {layer}, which its config does not know")
-            if len(windows) > 1 or not windows <= {configured[layer].window}:
-                raise ConfigError(
-                    f"{self._name} gives layer {layer} windows of {windows}, its config {configured[layer].window}"
-                )
-        if not recording.shapes:
-            raise ConfigError(f"{self._name} kept no K and V: it has no attention layers to run over a cache")
-        if logits.shape != (1, self.config.vocab_size):
-            raise ConfigError(
-                f"{self._name} returns logits of {logits.shape[-1]} tokens, its config has a vocab_size of "
-                f"{self.config.vocab_size}: it has no head for language, or was resized without its config"
-            )
-        self._shapes = Shapes({layer: configured[layer] for layer in recording.shapes})
-        self._shapes.seen = recording.shapes
-        self._kv_dtype, self._num_heads = recording.dtype, recording.num_heads
-        self.attention_features = recording.features
-
-    @contextmanager
-    def _refusing(self) -> Iterator[None]:
-        """What the model's code raises, as ConfigError."""
-        try:
-            yield
-        except (OutOfPages, torch.OutOfMemoryError):
-            raise
-        except Exception as error:
-            raise ConfigError(
-                f"vattn cannot run {self._name}: {error}; use vattn.hf.VirtualCache with its generate()"
-            ) from error
+        rows = torch.arange(4, device=self._device)
+        recording = Recording(rows)
+        with refusing(self._name):
+            logits = self._forward((rows + 1) % self.config.vocab_size, recording, num_logits=1)
+        return learnt(self._name, self.config, recording, logits)
 
 
 def _tokens(batch: DecodeBatch) -> torch.Tensor:
@@ -300,38 +279,7 @@ def _by_layer(layout: KVLayout) -> dict[int, tuple[int, int, int, int | None]]:
     }
 
 
-def _implementations(model: PreTrainedModel) -> dict[str, str]:
-    """The attention of a model and of its parts, as ``set_attn_implementation`` takes them."""
-    parts = {key: getattr(model.config, key, None) for key in model.config.sub_configs}
-    names = {key: part._attn_implementation for key, part in parts.items() if part is not None}
-    return {"": model.config._attn_implementation, **names}
-
-
-def _checked(model: Any) -> PreTrainedConfig:
-    """The config of a model's text part.
-
-    Raises:
-        ConfigError: the model cannot be run; says what to do.
-    """
-    if not isinstance(model, PreTrainedModel):
-        raise ConfigError(f"TransformersModel takes a model of transformers, got a {type(model).__name__}")
-    name = type(model).__name__
-    text = decoder_config(model.config, _HOLDER)
-    if text._attn_implementation in IMPLEMENTATIONS:
-        raise ConfigError(f"another TransformersModel runs this {name}: close it first, or use that one")
-    if model.training:
-        raise ConfigError(f"this {name} is in training mode: call model.eval()")
-    checkpointing = "is_activation_checkpointing"  # its name from 5.24 on
-    if getattr(model, checkpointing if hasattr(type(model), checkpointing) else "is_gradient_checkpointing"):
-        raise ConfigError(f"this {name} has gradient checkpointing on: call model.gradient_checkpointing_disable()")
-    devices = {str(each.device) for each in model.parameters()}
-    if len(devices) != 1 or "meta" in devices:
-        raise ConfigError(
-            f"this {name} is on {', '.join(sorted(devices)) or 'no device'}; a TransformersModel needs it on one: load it "
-            "without device_map, or with device_map={'': device}"
-        )
-    if not isinstance(getattr(text, "vocab_size", None), int):
-        raise ConfigError(f"{type(text).__name__} has no vocab_size: it is of no model that generates tokens")
-    if "position_ids" not in inspect.signature(model.forward).parameters:
-        raise ConfigError(f"{name} takes no position_ids, so sequences cannot share a pass")
-    return text
+def _num_experts(config: PreTrainedConfig) -> int:
+    """1 where there are none."""
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    return next((found for name in names if isinstance(found := getattr(config, name, None), int)), 1)
