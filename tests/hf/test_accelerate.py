@@ -119,7 +119,8 @@ def continued(generate: Generate) -> Any:
     """A later call goes on with the cache of an earlier one."""
     said = generate(prompt(2), return_dict_in_generate=True)
     text = torch.cat([said.sequences, prompt(2, seed=9, length=4)], dim=1)
-    return said.sequences, generate(text, **{CACHE: said[CACHE]})
+    # Without a mask, transformers takes tokens in the text that happen to be 0 for padding.
+    return said.sequences, generate(text, attention_mask=torch.ones_like(text), **{CACHE: said[CACHE]})
 
 
 def continued_padded(generate: Generate) -> Any:
@@ -293,5 +294,29 @@ def test_a_long_prompt_is_computed_in_parts() -> None:
         same(model.generate(tokens, max_new_tokens=4), plain.generate(tokens, max_new_tokens=4))
 
 
-def test_every_family_is_known() -> None:
-    assert set(FAMILIES) <= set(MODELS)
+# Model -> why its generate runs by the model's own forward.
+REFUSED = {
+    "Falcon": "computes attention by itself",
+    "Falcon, ALiBi": "computes attention by itself",
+    "MPT": "takes no position_ids",
+    "Llama 4, chunks": "max_seq_len",  # of this test: longer than a chunk
+    "Qwen3-Next": "conv state",
+}
+SOME = ("greedy", "padded on the left", "beams", "sampling", "prompt in chunks", "cache gone on with, padded")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in FAMILIES])
+def test_all_other_families(name: str) -> None:
+    plain, model = make_model(name), make_model(name)
+    with warnings.catch_warnings(), accelerate(model, max_length=160, run_ahead=True) as fast:
+        warnings.simplefilter("ignore")
+        for column in SOME:
+            if name == "Qwen3-Next" and "gone on" in column:
+                continue  # transformers' own cache of recurrent layers
+            same(run(model, column), run(plain, column))
+    if name in REFUSED:
+        assert REFUSED[name] in fast.reasons[0]
+        assert fast.kv_cache is None
+    else:
+        assert not fast.reasons

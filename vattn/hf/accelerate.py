@@ -258,21 +258,24 @@ class Accelerated:
     # -- the model as it is now ----------------------------------------------------------------------------------
     def _ready(self) -> str | None:
         """Have steps of the model as it is now, or say why there are none."""
-        now = fingerprint(self.model)
-        if self._known is not None and self._known[0] == now:
-            reason = self._known[1]
-        else:
+        if (reason := model_reason(self.model)) is not None:
+            return reason
+        if self._known is None or self._known[0] != fingerprint(self.model):
             self._close()
-            reason = model_reason(self.model)
-            if reason is None:
-                try:
-                    self._hf = TransformersModel(self.model, self._max_length)
-                    self._steps = self._opened()
-                except ConfigError as error:
-                    self._close()
-                    reason = str(error)
+            try:
+                self._hf = TransformersModel(self.model, self._length())
+                self._opened()
+            except ConfigError as error:
+                self._close()
+                reason = str(error)
             self._known = fingerprint(self.model), reason
-        return reason or (model_reason(self.model) if self._steps is not None else None)
+        return self._known[1]
+
+    def _length(self) -> int | None:
+        """``max_length``, or the model's context where that is shorter."""
+        text = self.model.config.get_text_config(decoder=True)
+        context = getattr(text, "max_position_embeddings", None)
+        return min((each for each in (self._max_length, context) if each is not None), default=None)
 
     def _opened(self) -> CapturedSteps:
         if self._steps is None:
@@ -321,7 +324,7 @@ class Accelerated:
     def _say(self, reason: str) -> None:
         if reason not in self.reasons:
             self.reasons.append(reason)
-            warnings.warn(f"accelerate: the model's own forward decodes here, because {reason}", stacklevel=4)
+            warnings.warn(f"accelerate: the model's own forward decodes here, because {reason}", stacklevel=5)
 
 
 class _Shadow:

@@ -270,12 +270,14 @@ class CapturedSteps:
 
     def _decode(self, slots: list[int], tokens: Sequence[int]) -> torch.Tensor:
         """A step of these slots, with tokens that the host knows."""
+        if others := [slot for slot in self._loop.slots if slot not in slots]:  # of an earlier batch
+            self._stop(others)
         live, known = set(self._loop.slots), dict(zip(slots, tokens, strict=True))
         self._loop.start_batch(
             Start(slot, known[slot], self.max_seq_len - self._rows[slot]) for slot in slots if slot not in live
         )
-        if others := {slot: known[slot] for slot in slots if slot in live}:
-            self._feed(others)
+        if fed := {slot: known[slot] for slot in slots if slot in live}:
+            self._feed(fed)
         return self._launch_and_more(slots, tokens)
 
     def _feed(self, tokens: dict[int, int]) -> None:

@@ -73,7 +73,8 @@ def model_reason(model: PreTrainedModel) -> str | None:
 
 def _has_hooks(module: torch.nn.Module) -> bool:
     """Whether forward hooks are registered, other than those with which transformers collects outputs."""
-    for handle in (module.register_forward_hook(_nothing), module.register_forward_pre_hook(_nothing)):
+    for register in (module.register_forward_hook, module.register_forward_pre_hook):
+        handle = register(_nothing)  # what it returns knows the others
         hooks = handle.hooks_dict_ref()
         handle.remove()
         if any(not getattr(hook, "__module__", "").startswith("transformers.") for hook in (hooks or {}).values()):
