@@ -15,8 +15,8 @@ from ..kv_cache import KVCache
 from ..layout import KVLayout
 from ..ops.ops_table import Ops
 from ..tuning import default_ops
-from .configs import layers_of
-from .examine import HOLDER, Plan, checked, implementations, learnt, positions, refusing
+from .capturable import FixedRopes, capturable_experts
+from .examine import Plan, attention_layers, checked, implementations, learnt, positions, refusing
 from .pass_attention import Recording, implementation_for, pass_layers
 from .passes import Pass, running
 from .verify import own_logits, verify
@@ -49,19 +49,21 @@ class TransformersModel:
         self.model = model
         self._name = type(model).__name__
         self._device = model.device
-        templates, configured = layers_of(self.config, HOLDER)
-        self.max_seq_len = positions(self.config, max_seq_len, configured)
+        num_layers, configured = attention_layers(self._name, self.config)
         self._parameters = inspect.signature(model.forward).parameters
-        layers = pass_layers(len(templates), configured)
+        layers = pass_layers(num_layers, configured)
         self._cache = Cache(layers=list(layers))
-        self._own_implementation = implementations(model)
+        self._own_implementation, self._own_experts = implementations(model), model.get_experts_implementation()
         self.ops = default_ops(self._device, model.dtype) if ops is None else ops
         # transformers looks tokens up itself: what the loop brings along is one column of zeros.
         self.embedding = torch.zeros(1, 1, device=self._device).expand(self.config.vocab_size, 1)
-        self._closed = False
+        self._closed, self._changes_experts = False, False
         try:
             with torch.inference_mode():
                 wanted = own_logits(model, self.config.vocab_size)
+                self._ropes = FixedRopes(model)
+                self.max_seq_len = positions(self.config, max_seq_len, configured, self._ropes.limit)
+                self._changes_experts = capturable_experts(model)
                 self._set_implementation()
                 self._plan = self._record()
                 for layer in self._plan.late:
@@ -198,6 +200,8 @@ class TransformersModel:
         if not self._closed:
             self._closed = True
             self.model.set_attn_implementation(self._own_implementation)
+            if self._changes_experts:
+                self.model.set_experts_implementation(self._own_experts)
 
     def __enter__(self) -> TransformersModel:
         return self
@@ -215,7 +219,7 @@ class TransformersModel:
         keep = "logits_to_keep" if "logits_to_keep" in self._parameters else None
         if keep and num_logits is not None:
             options[keep] = torch.arange(len(tokens) - num_logits, len(tokens), device=tokens.device)
-        with running(this):
+        with running(this), self._ropes.applied():
             out = self.model(
                 input_ids=tokens.unsqueeze(0),
                 position_ids=this.where[1].unsqueeze(0),

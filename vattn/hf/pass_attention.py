@@ -42,7 +42,7 @@ class Recording(Pass):
     """
 
     def __init__(self, rows: torch.Tensor) -> None:
-        self.slots, self.rows, self.num_tokens = torch.zeros_like(rows), rows, len(rows)
+        self.slots, self.rows, self.num_tokens, self.parts = torch.zeros_like(rows), rows, len(rows), []
         self.shapes: dict[int, LayerShape] = {}
         self.windows: dict[int, set[int | None]] = {}
         self.dtype = torch.float32
