@@ -15,7 +15,7 @@ from ..interrupts import FinalisersWait, Uninterrupted
 
 __all__ = ["GraphReport", "StepGraphs", "buckets_beside", "default_buckets"]
 
-MODES = ("always", "measure", "never")
+MODES = ("always", "measure", "first use", "never")
 
 
 def default_buckets(max_batch: int) -> tuple[int, ...]:
@@ -71,7 +71,7 @@ class StepGraphs:
         device: where it runs; graphs need CUDA.
         mode: ``"always"`` captures every bucket; ``"measure"`` too, then drops each graph that is not faster than
             launching the step, as PyGraph found for a quarter of the graphs it looked at, both timed on sequences of
-            one row; ``"never"`` captures none.
+            one row; ``"first use"`` captures a bucket when it is first launched; ``"never"`` captures none.
 
     Raises:
         ConfigError: no buckets, sizes below 1, an unknown mode, or graphs on a device without them.
@@ -110,8 +110,19 @@ class StepGraphs:
         if self.mode == "never":
             return
         self._pool = torch.cuda.graph_pool_handle()
+        if self.mode == "first use":
+            return
         reports = [self._capture(bucket) for bucket in reversed(self.buckets)]
         self.reports = tuple(reversed(reports))
+
+    def awaits_capture(self, bucket: int) -> bool:
+        """Whether this bucket is to be captured before it is launched."""
+        return self.mode == "first use" and bucket not in self._graphs
+
+    def capture_one(self, bucket: int) -> None:
+        """As ``capture``, of a bucket that awaits it."""
+        report = self._capture(bucket)
+        self.reports = tuple(report if each.batch == bucket else each for each in self.reports)
 
     def launch(self, bucket: int) -> None:
         """Run the step for a bucket on the current stream."""

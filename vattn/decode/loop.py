@@ -56,7 +56,8 @@ class DecodeLoop:
             that the cache has a margin for.
         typical_len: rows that sequences are expected to have, for that choice; None for half of what they can have.
         buckets: batch sizes to capture; None for ``default_buckets``, or without graphs for every size.
-        graphs: ``"always"``, ``"measure"`` or ``"never"`` (see ``StepGraphs``); None: always on CUDA, never elsewhere.
+        graphs: ``"always"``, ``"measure"``, ``"first use"`` or ``"never"`` (see ``StepGraphs``); None: always on CUDA,
+            never elsewhere.
         ahead_tokens: rows to map ahead of each sequence; None for two pages' worth.
         mapping: ``"thread"``, or ``"inline"`` to map between steps in the caller's thread.
         max_stop_tokens: of a sequence.
@@ -195,6 +196,45 @@ class DecodeLoop:
         if slot not in self._progress.live:
             raise ConfigError(f"slot {slot} does not decode here")
         self.state.allow(slot, mask)
+
+    @for_one_thread
+    def feed(self, slots: Sequence[int], tokens: torch.Tensor) -> None:
+        """Let the next step of these sequences take other tokens than those that the step before sampled.
+
+        Args:
+            tokens: ``[len(slots)]`` integers on the cache's device, ids of the vocabulary, as what was submitted to the
+                current stream leaves them.
+
+        Raises:
+            ConfigError: a slot does not decode, or tokens are of another shape.
+        """
+        self._require_open()
+        missing = [slot for slot in slots if slot not in self._progress.live]
+        if missing or tokens.shape != (len(slots),):
+            raise ConfigError(
+                f"expected a token for each of {[*slots]}, of which {missing} do not decode; got {[*tokens.shape]}"
+            )
+        if self.stream is not None:
+            self.stream.wait_stream(torch.cuda.current_stream(self.cache.device))
+        with torch.inference_mode(), torch.cuda.stream(self.stream):
+            index = self._step.upload(np.array(slots, np.int64))
+            self.state.tokens[index] = tokens.to(self.state.tokens.dtype)
+            if tokens.is_cuda and self.stream is not None:
+                tokens.record_stream(self.stream)
+
+    @for_one_thread
+    def logits(self) -> torch.Tensor:
+        """Those of the step that was launched last, for a caller that chooses tokens itself.
+
+        Returns:
+            ``[sequences, vocab_size]`` in the order of its slots, of work on ``stream``. It is to be read on that
+            stream, before the next step is launched, which overwrites it.
+
+        Raises:
+            ConfigError: no step was launched yet.
+        """
+        self._require_open()
+        return self._step.logits()
 
     @for_one_thread
     def cancel(self, slot: int) -> None:

@@ -115,6 +115,7 @@ class DecodeStep:
         self._logprobs = torch.zeros(RING, max_batch, 1 + 2 * MAX_LOGPROBS, dtype=torch.int32, pin_memory=on_gpu)
         self._logits: torch.Tensor | None = None  # of a step that was launched eagerly
         self._graph_logits: dict[Hashable, _Borrowed] = {}  # of each graph's last replay
+        self._newest: tuple[Hashable, int] = None, 0  # graph and sequences of the newest launch
         self._residual = torch.zeros(max_batch, embedding.shape[1], dtype=embedding.dtype, device=device)
         self._rows, self._ends, self._fed, self._sampled = torch.zeros(4, max_batch, dtype=torch.int32, device=device)
         self._batches: dict[int, DecodeBatch] = {}
@@ -141,6 +142,10 @@ class DecodeStep:
         Args:
             compute: instead of the model's ``decode``; the step is replayed only where that is a ``CapturableCompute``.
         """
+        self._logits = None
+        place, bucket = self._num_launched % RING, self._graphs.bucket_for(len(slots))
+        if compute is None and self._graphs.awaits_capture(bucket):
+            self._capture(bucket)
         if slots != self._order:
             self._order = []
             padded = np.full(self.max_batch, self._scratch, np.int32)
@@ -148,13 +153,12 @@ class DecodeStep:
             self._slots.copy_(self.upload(padded))
             self._order = slots
         self.state.upload_allowed(self.upload)
-        place = self._num_launched % RING
         key = self._submit(len(slots), compute)
         wanted = tuple((i, k) for i, slot in enumerate(slots) if (k := self.state.num_logprobs.get(slot)) is not None)
         if wanted:
             logits = self._graph_logits[key].tensor() if self._logits is None else self._logits
             self._add_logprobs(logits, wanted, place)
-        self._logits = None
+        self._newest = key, len(slots)
         event = None
         if self.stream is not None:
             event = torch.cuda.Event()
@@ -197,6 +201,17 @@ class DecodeStep:
         self._run(bucket, compute)
         return None
 
+    def logits(self) -> torch.Tensor:
+        """``[sequences, vocab_size]`` of the newest launch, in the order of its slots; the next one overwrites them.
+
+        Raises:
+            ConfigError: nothing was launched yet.
+        """
+        key, count = self._newest
+        if not count:
+            raise ConfigError("there are no logits before the first step")
+        return (self._graph_logits[key].tensor() if self._logits is None else self._logits)[:count]
+
     def read(self, launched: LaunchedStep) -> list[DecodedToken]:
         """What each sequence of the step got; waits for it."""
         if launched.event is not None:
@@ -231,6 +246,14 @@ class DecodeStep:
     def release(self) -> None:
         """Free the graphs. No step may be under way."""
         self._graphs.release()
+
+    def _capture(self, bucket: int) -> None:
+        """Between steps; on rows that are no sequence's, as at the beginning."""
+        self._order = []
+        self._slots.fill_(self._scratch)
+        self._graphs.capture_one(bucket)
+        self._counter.fill_(self._num_launched)
+        self._logits = None
 
     def _run(self, bucket: int, compute: Compute | None = None, key: Hashable = None) -> None:
         """The step itself: what is captured. ``key``: of its graph, if that is not the bucket."""

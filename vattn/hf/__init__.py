@@ -8,9 +8,10 @@ except ImportError as error:
     ) from error
 
 from . import attention
+from .accelerate import accelerate
 from .cache import VirtualCache
 from .model import TransformersModel
 
-__all__ = ["TransformersModel", "VirtualCache"]
+__all__ = ["TransformersModel", "VirtualCache", "accelerate"]
 
 attention.register()

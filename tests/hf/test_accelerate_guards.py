@@ -1,0 +1,541 @@
+"""``accelerate`` where it cannot serve a call, or something goes wrong: the model's own forward, or a clear error."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import threading
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel, StaticCache, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+from tests.helpers.hf_models import CACHE, make_model, prompt, with_cache
+from vattn import ConfigError, OutOfPages
+from vattn.hf import accelerate
+from vattn.hf.accelerate import Accelerated
+
+NEW = 8
+
+
+@pytest.fixture
+def model() -> PreTrainedModel:
+    return make_model("Llama")
+
+
+@pytest.fixture(scope="module")
+def plain() -> PreTrainedModel:
+    return make_model("Llama")
+
+
+def generate(model: PreTrainedModel, *args: Any, **options: Any) -> Any:
+    args = args or (() if "inputs_embeds" in options else (prompt(2),))
+    return model.generate(*args, **{"max_new_tokens": NEW, "do_sample": False, **options})
+
+
+def works(fast: Accelerated, plain: PreTrainedModel) -> None:
+    """Captured steps still give the right tokens, and nothing was lost."""
+    known = list(fast.reasons)
+    assert generate(fast.model).tolist() == generate(plain).tolist()
+    assert fast.reasons == known
+    assert fast.kv_cache is not None
+    fast.kv_cache.check_integrity()
+    for slot in [fast.kv_cache.acquire() for _ in range(fast.kv_cache.max_slots - 1)]:  # all but the loop's own
+        fast.kv_cache.release(slot)
+
+
+# -- what the model is left as ----------------------------------------------------------------------------------------
+def test_restore_leaves_nothing(model: PreTrainedModel) -> None:
+    before, forward = dict(vars(model)), model.forward
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    config = copy.deepcopy(model.config.to_dict())
+    logits, tokens = model(prompt(2)).logits, generate(model)
+    fast = accelerate(model, 64)
+    generate(model)
+    assert "forward" in vars(model)
+    fast.restore()
+    fast.restore()
+    assert dict(vars(model)).keys() == before.keys()
+    assert model.forward == forward
+    assert model.config.to_dict() == config
+    assert torch.equal(model(prompt(2)).logits, logits)
+    assert torch.equal(generate(model), tokens)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_the_end_of_a_block_restores(model: PreTrainedModel) -> None:
+    with pytest.raises(ValueError, match="typo"), accelerate(model, 64):
+        generate(model, typo=generate(model))
+    assert "generate" not in vars(model)
+
+
+def test_a_forward_of_the_users_own_comes_back(model: PreTrainedModel, plain: PreTrainedModel) -> None:
+    calls = []
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return type(model).forward(model, *args, **kwargs)
+
+    forward.__signature__ = __import__("inspect").signature(type(model).forward)  # type: ignore[attr-defined]
+    model.forward = forward  # type: ignore[method-assign]
+    with accelerate(model, 64) as fast:
+        works(fast, plain)
+    assert model.forward is forward
+    assert calls
+
+
+def test_what_was_put_around_stays(model: PreTrainedModel, plain: PreTrainedModel) -> None:
+    fast = accelerate(model, 64)
+    inner = model.generate
+    model.generate = lambda *args, **options: inner(*args, **options)  # type: ignore[method-assign]
+    around = model.generate
+    assert generate(model).tolist() == generate(plain).tolist()
+    fast.restore()
+    assert model.generate is around
+    assert generate(model).tolist() == generate(plain).tolist()
+
+
+def test_a_copy_is_not_accelerated(model: PreTrainedModel, plain: PreTrainedModel) -> None:
+    with accelerate(model, 64) as fast:
+        works(fast, plain)
+        other = copy.deepcopy(model)
+        with torch.no_grad():
+            for each in model.parameters():
+                each.zero_()
+        assert generate(other).tolist() == generate(plain).tolist()
+        with pytest.raises(ConfigError, match="restore"):
+            pickle.dumps(model)
+
+
+def test_calls_of_the_model_itself_are_its_own(model: PreTrainedModel, plain: PreTrainedModel) -> None:
+    with accelerate(model, 64) as fast:
+        works(fast, plain)
+        mine, other = DynamicCache(), DynamicCache()
+        for tokens in (prompt(2), prompt(2, seed=4, length=1)):
+            got, want = model(tokens, **with_cache(mine)), plain(tokens, **with_cache(other))
+            torch.testing.assert_close(got.logits, want.logits)
+        assert model(prompt(2)).logits.shape == (2, 11, 97)
+
+
+# -- wrong arguments --------------------------------------------------------------------------------------------------
+def test_twice_is_refused(model: PreTrainedModel) -> None:
+    with accelerate(model, 64), pytest.raises(ConfigError, match="accelerated already"):
+        accelerate(model)
+    accelerate(model, 64).restore()
+
+
+def test_an_encoder_decoder_is_refused() -> None:
+    config = transformers.T5Config(
+        vocab_size=50, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0
+    )
+    t5 = transformers.T5ForConditionalGeneration(config).eval()
+    with pytest.raises(ConfigError, match="encoder-decoder"):
+        accelerate(t5)
+    assert "forward" not in vars(t5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"max_length": 0}, "max_length"),
+        ({"max_batch": 0}, "max_batch"),
+        ({"max_batch": "many"}, "max_batch"),
+        ({"memory_limit": -1}, "memory_limit"),
+    ],
+)
+def test_arguments_are_checked(model: PreTrainedModel, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        accelerate(model, **arguments)
+    assert "forward" not in vars(model)
+
+
+def test_something_else_is_refused() -> None:
+    with pytest.raises(ConfigError, match="Linear"):
+        accelerate(torch.nn.Linear(2, 2))  # type: ignore[arg-type]
+
+
+def test_wrong_options_are_transformers_to_refuse(model: PreTrainedModel) -> None:
+    with accelerate(model, 64) as fast:
+        with pytest.raises(ValueError, match="typo"):
+            generate(model, typo=3)
+        with pytest.raises(ValueError, match="temperature"):
+            generate(model, do_sample=True, temperature=-1.0)
+        works(fast, make_model("Llama"))
+
+
+# -- calls that captured steps cannot serve ---------------------------------------------------------------------------
+def right_padded() -> dict[str, Any]:
+    mask = torch.ones(2, 11, dtype=torch.long)
+    mask[0, 8:] = 0
+    return {"inputs": prompt(2) * mask, "attention_mask": mask}
+
+
+def with_holes() -> dict[str, Any]:
+    mask = torch.ones(2, 11, dtype=torch.long)
+    mask[0, 3:5] = 0
+    return {"inputs": prompt(2), "attention_mask": mask}
+
+
+def own_loop(model: PreTrainedModel, input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
+    return torch.cat([input_ids, model(input_ids).logits[:, -1:].argmax(-1)], dim=1)
+
+
+CANNOT: dict[str, tuple[str, Callable[[PreTrainedModel], dict[str, Any]]]] = {
+    "an assistant": ("assisted", lambda plain: {"inputs": prompt(1), "assistant_model": make_model("Llama", seed=3)}),
+    "prompt lookup": ("assisted", lambda plain: {"inputs": prompt(1).repeat(1, 3), "prompt_lookup_num_tokens": 3}),
+    "a cache of the user's": ("DynamicCache", lambda plain: with_cache(DynamicCache())),
+    "a static cache of the user's": (
+        "StaticCache",
+        lambda plain: with_cache(StaticCache(config=plain.config, max_cache_len=40)),
+    ),
+    "cache_implementation": ("cache_implementation", lambda plain: {"cache_implementation": "static"}),
+    "use_cache=False": ("use_cache", lambda plain: {"use_cache": False}),
+    "attentions": ("output_attentions", lambda plain: {"output_attentions": True, "return_dict_in_generate": True}),
+    "hidden states": (
+        "output_hidden_states",
+        lambda plain: {"output_hidden_states": True, "return_dict_in_generate": True},
+    ),
+    "embeddings": ("inputs_embeds", lambda plain: {"inputs_embeds": plain.get_input_embeddings()(prompt(2))}),
+    "a loop of the user's": ("custom_generate", lambda plain: {"custom_generate": own_loop}),
+    "padding on the right": ("padding", lambda plain: right_padded()),
+    "holes": ("holes", lambda plain: with_holes()),
+    "positions": ("position_ids", lambda plain: {"position_ids": torch.arange(11)[None] * 2}),
+}
+
+
+@pytest.mark.parametrize("case", CANNOT)
+def test_the_models_own_forward_takes_what_is_left(model: PreTrainedModel, plain: PreTrainedModel, case: str) -> None:
+    reason, options = CANNOT[case]
+    if case == "attentions":
+        for each in (model, plain):
+            each.set_attn_implementation("eager")
+
+    def tokens(of: PreTrainedModel) -> list[list[int]]:
+        given = options(plain)
+        found = generate(of, given.pop("inputs"), **given) if "inputs" in given else generate(of, **given)
+        return getattr(found, "sequences", found).tolist()
+
+    with accelerate(model, 64, run_ahead=True) as fast:
+        with pytest.warns(UserWarning, match=f"accelerate: .*{reason}"):
+            got = tokens(model)
+        with warnings.catch_warnings():  # said once
+            warnings.filterwarnings("error", message="accelerate:")
+            assert tokens(model) == got
+        assert got == tokens(plain)
+        assert len(fast.reasons) == 1
+        works(fast, plain)
+
+
+def test_classifier_free_guidance_runs_the_model_beside(model: PreTrainedModel, plain: PreTrainedModel) -> None:
+    """transformers' processor calls the model with a cache of its own, in the middle of generate."""
+    with accelerate(model, 64, run_ahead=True) as fast:
+        assert generate(model, guidance_scale=1.5).tolist() == generate(plain, guidance_scale=1.5).tolist()
+        assert not fast.reasons
+
+
+def test_generate_inside_of_generate(model: PreTrainedModel, plain: PreTrainedModel) -> None:
+    inner = []
+
+    def process(of: PreTrainedModel) -> LogitsProcessorList:
+        def again(tokens: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            inner.append(generate(of, prompt(1, seed=int(tokens[0, -1]))).tolist())
+            return scores
+
+        return LogitsProcessorList([again])
+
+    with accelerate(model, 64, run_ahead=True) as fast, pytest.warns(UserWarning, match="inside of generate"):
+        got = generate(model, logits_processor=process(model)).tolist()
+    assert got == generate(plain, logits_processor=process(plain)).tolist()
+    assert inner[:NEW] == inner[NEW:]
+    assert len(fast.reasons) == 1
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_a_text_longer_than_max_length_goes_on_by_the_model(
+    model: PreTrainedModel, plain: PreTrainedModel, beams: int
+) -> None:
+    mask = torch.ones(2, 11, dtype=torch.long)
+    mask[0, :3] = 0
+    options: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 30, "num_beams": beams}
+    with accelerate(model, 24, run_ahead=True) as fast:
+        with pytest.warns(UserWarning, match="max_length=24"):
+            got = generate(model, prompt(2) * mask, **options)
+        assert got.tolist() == generate(plain, prompt(2) * mask, **options).tolist()
+        works(fast, plain)
+
+
+@pytest.mark.parametrize("name", ["Gemma 3", "Gemma 4, shared K and V", "Mistral, window 16"])
+def test_windows_survive_the_change(name: str) -> None:
+    plain, model = make_model(name), make_model(name)
+    with accelerate(model, 40) as fast, pytest.warns(UserWarning, match="max_length"):
+        assert generate(model, max_new_tokens=50).tolist() == generate(plain, max_new_tokens=50).tolist()
+    assert len(fast.reasons) == 1
+
+
+# -- the model as it is -----------------------------------------------------------------------------------------------
+def test_in_training_mode(model: PreTrainedModel, plain: PreTrainedModel) -> None:
+    model.train()
+    with accelerate(model, 64) as fast:
+        with pytest.warns(UserWarning, match="training mode"):
+            generate(model)
+        works_after = model.eval()
+        assert works_after is model
+        works(fast, plain)
+        model.train()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            generate(model)
+        assert len(fast.reasons) == 1
+
+
+def test_autocast(model: PreTrainedModel, plain: PreTrainedModel) -> None:
+    with accelerate(model, 64) as fast:
+        with pytest.warns(UserWarning, match="autocast"), torch.autocast("cpu", torch.bfloat16):
+            got = generate(model)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert got.tolist() == generate(plain).tolist()
+        works(fast, plain)
+
+
+@pytest.mark.parametrize("kind", ["hook", "pre-hook", "hook of the model"])
+def test_hooks_are_called(model: PreTrainedModel, kind: str) -> None:
+    other = make_model("Llama")
+
+    def halve(module: Any, args: Any, output: Any) -> Any:
+        return output / 2 if isinstance(output, torch.Tensor) else output
+
+    def halve_before(module: Any, args: Any) -> Any:
+        return (args[0] / 2,)
+
+    def flip(module: Any, args: Any, output: Any) -> Any:
+        output.logits = -output.logits
+        return output
+
+    handles = []
+    for each in (model, other):
+        layer = each.model.layers[1].mlp
+        handles.append(
+            layer.register_forward_hook(halve)
+            if kind == "hook"
+            else layer.register_forward_pre_hook(halve_before)
+            if kind == "pre-hook"
+            else each.register_forward_hook(flip)
+        )
+    with accelerate(model, 64) as fast:
+        with pytest.warns(UserWarning, match="hook"):
+            got = generate(model)
+        assert got.tolist() == generate(other).tolist()
+        for handle in handles:
+            handle.remove()
+        works(fast, other)
+
+
+def test_transformers_own_hooks_are_no_reason(model: PreTrainedModel, plain: PreTrainedModel) -> None:
+    """With which it collects hidden states, and which it leaves behind."""
+    generate(model, output_hidden_states=True, return_dict_in_generate=True)
+    with accelerate(model, 64) as fast:
+        works(fast, plain)
+
+
+CHANGES: dict[str, Callable[[PreTrainedModel], Any]] = {
+    "converted": lambda model: model.to(torch.float64),
+    "converted there and back": lambda model: model.to(torch.bfloat16).to(torch.float32),
+    "loaded in place": lambda model: model.load_state_dict(make_model("Llama", seed=9).state_dict()),
+    "loaded by assignment": lambda model: model.load_state_dict(make_model("Llama", seed=9).state_dict(), assign=True),
+    "another head": lambda model: setattr(model, "lm_head", copy.deepcopy(make_model("Llama", seed=9).lm_head)),
+    "another layer": lambda model: model.model.layers.__setitem__(1, make_model("Llama", seed=9).model.layers[1]),
+    "another activation": lambda model: setattr(model.model.layers[0].mlp, "act_fn", torch.nn.Tanh()),
+    "another forward": lambda model: setattr(model.model.layers[0].mlp, "forward", lambda x: x * 0.5),
+    "another weight": lambda model: setattr(model.model.norm, "weight", torch.nn.Parameter(torch.ones(64) * 3)),
+    "changed in place": lambda model: model.model.norm.weight.data.mul_(-2),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_model_that_was_changed_is_run_as_it_is(model: PreTrainedModel, change: str) -> None:
+    other = make_model("Llama")
+    with accelerate(model, 64) as fast:
+        works(fast, other)
+        for each in (model, other):
+            CHANGES[change](each)
+        assert generate(model).tolist() == generate(other).tolist()
+        # The other model's layer has its own config, where it looks its attention up.
+        assert len(fast.reasons) == (change == "another layer")
+    assert generate(model).tolist() == generate(other).tolist()
+
+
+# -- when something is raised, and threads ----------------------------------------------------------------------------
+class Broken(Exception):
+    pass
+
+
+class BrokenStreamer(BaseStreamer):
+    def __init__(self) -> None:
+        self.num_put = 0
+
+    def put(self, value: Any) -> None:
+        self.num_put += 1
+        if self.num_put > 3:
+            raise Broken
+
+    def end(self) -> None:
+        pass
+
+
+def broken(tokens: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
+    if tokens.shape[1] > 13:
+        raise Broken
+    return scores
+
+
+def broken_criterion(tokens: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+    if tokens.shape[1] > 13:
+        raise KeyboardInterrupt
+    return torch.zeros(len(tokens), dtype=torch.bool)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        lambda: {"logits_processor": LogitsProcessorList([broken])},
+        lambda: {"logits_processor": LogitsProcessorList([broken]), "num_beams": 3},
+        lambda: {"stopping_criteria": StoppingCriteriaList([broken_criterion])},
+        lambda: {"inputs": prompt(1), "streamer": BrokenStreamer()},
+    ],
+    ids=["processor", "processor of beams", "criterion", "streamer"],
+)
+def test_what_is_raised_on_the_way_leaves_everything_in_order(
+    model: PreTrainedModel, plain: PreTrainedModel, options: Callable[[], dict[str, Any]], ahead: bool
+) -> None:
+    with accelerate(model, 64, run_ahead=ahead) as fast:
+        for _ in range(3):
+            given = options()
+            inputs = given.pop("inputs", prompt(2))
+            with pytest.raises((Broken, KeyboardInterrupt)):
+                generate(model, inputs, **given)
+        works(fast, plain)
+
+
+def test_no_memory_is_told_and_leaves_everything_in_order(model: PreTrainedModel, plain: PreTrainedModel) -> None:
+    with accelerate(model, 512, memory_limit=4 * 2**20) as fast:
+        with pytest.raises(OutOfPages):
+            generate(model, prompt(8, length=400))
+        works(fast, plain)
+
+
+def test_logits_that_are_no_numbers(model: PreTrainedModel) -> None:
+    other = make_model("Llama")
+    with accelerate(model, 64, run_ahead=True) as fast:
+        works(fast, other)
+        for each in (model, other):
+            each.lm_head.weight.data[5] = torch.nan
+        assert generate(model).tolist() == generate(other).tolist()
+        assert not fast.reasons
+
+
+def test_threads_take_turns(model: PreTrainedModel, plain: PreTrainedModel) -> None:
+    wanted = {seed: generate(plain, prompt(2, seed=seed)).tolist() for seed in range(6)}
+    found: dict[int, Any] = {}
+    with accelerate(model, 64, run_ahead=True) as fast:
+
+        def work(seeds: range) -> None:
+            for seed in seeds:
+                found[seed] = generate(model, prompt(2, seed=seed)).tolist()
+
+        threads = [threading.Thread(target=work, args=(range(start, 6, 3),)) for start in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert found == wanted
+        works(fast, plain)
+
+
+# -- the cache that generate returns ----------------------------------------------------------------------------------
+def answered(model: PreTrainedModel, **options: Any) -> Any:
+    return generate(model, return_dict_in_generate=True, **options)
+
+
+def next_logits(model: PreTrainedModel, cache: Any, tokens: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(tokens, **with_cache(cache)).logits[:, -1]
+
+
+OPERATIONS: dict[str, Callable[[Any], Any]] = {
+    "as it is": lambda cache: cache,
+    "cropped": lambda cache: cache.crop(-4),
+    "reordered": lambda cache: cache.reorder_cache(torch.tensor([1, 1])),
+    "swapped": lambda cache: cache.reorder_cache(torch.tensor([1, 0])),
+    "repeated": lambda cache: cache.batch_repeat_interleave(2),
+    "selected": lambda cache: cache.batch_select_indices(torch.tensor([1])),
+}
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_the_returned_cache_can_be_worked_with(model: PreTrainedModel, plain: PreTrainedModel, operation: str) -> None:
+    with accelerate(model, 64, run_ahead=True) as fast:
+        mine, other = answered(model)[CACHE], answered(plain)[CACHE]
+        for cache in (mine, other):
+            OPERATIONS[operation](cache)
+        tokens = prompt(2, seed=7, length=1).repeat(2, 1)[: {"repeated": 4, "selected": 1}.get(operation, 2)]
+        assert mine.get_seq_length() == other.get_seq_length()
+        assert mine.batch_size == len(tokens)
+        for _ in range(3):
+            got, want = next_logits(model, mine, tokens), next_logits(plain, other, tokens)
+            torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+            tokens = want.argmax(-1, keepdim=True)
+        assert not fast.reasons
+        assert fast.kv_cache is not None
+        fast.kv_cache.check_integrity()
+
+
+def test_a_copy_of_the_returned_cache_goes_its_own_way(model: PreTrainedModel, plain: PreTrainedModel) -> None:
+    with accelerate(model, 64):
+        mine = answered(model)[CACHE]
+        twin = copy.deepcopy(mine)
+        tokens = prompt(2, seed=7, length=1)
+        next_logits(model, mine, prompt(2, seed=8, length=1))
+        got, want = next_logits(model, twin, tokens), next_logits(plain, answered(plain)[CACHE], tokens)
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+
+
+def test_all_logits_of_several_tokens_are_the_models(model: PreTrainedModel, plain: PreTrainedModel) -> None:
+    tokens = prompt(2, seed=7, length=3)
+    with accelerate(model, 64), torch.no_grad():
+        mine, other = answered(model)[CACHE], answered(plain)[CACHE]
+        with pytest.warns(UserWarning, match="logits of several tokens"):
+            got = model(tokens, **with_cache(mine)).logits
+        torch.testing.assert_close(got, plain(tokens, **with_cache(other)).logits, rtol=1e-3, atol=1e-3)
+
+
+def test_returned_caches_give_way_to_later_calls(model: PreTrainedModel, plain: PreTrainedModel) -> None:
+    with accelerate(model, 64, max_batch=2) as fast:
+        held = [answered(model) for _ in range(4)]
+        with pytest.raises(ConfigError, match="needed the room"):
+            next_logits(model, held[0][CACHE], prompt(2, length=1))
+        next_logits(model, held[-1][CACHE], prompt(2, length=1))
+        del held
+        gc.collect()
+        works_without_holding = generate(model).tolist()
+        assert works_without_holding == generate(plain).tolist()
+        assert fast.kv_cache is not None
+        fast.kv_cache.check_integrity()
+
+
+def test_a_returned_cache_is_of_no_use_elsewhere(model: PreTrainedModel, plain: PreTrainedModel) -> None:
+    with accelerate(model, 64):
+        cache = answered(model)[CACHE]
+        with pytest.raises(ConfigError, match="accelerated model alone"):
+            next_logits(plain, cache, prompt(2, length=1))
+        with pytest.raises(ConfigError, match="pickled"):
+            pickle.dumps(cache)
+    for of in (model, plain):
+        with pytest.raises(ConfigError):
+            next_logits(of, cache, prompt(2, length=1))

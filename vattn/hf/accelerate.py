@@ -1,0 +1,353 @@
+"""``accelerate``: inside, a model's own ``generate`` decodes by captured steps.
+
+transformers' loop runs as always, with its logits processors, stopping criteria, streamers, sampling and beams. It gets
+a ``GenerationCache``, and every call of the model with that cache is answered here: padding is dropped, a prompt is
+computed in packed passes, and a token of each sequence by a captured step. Any other call is the model's own.
+
+Only the model that was given changes, by two attributes of the object, ``forward`` and ``generate``.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import threading
+import warnings
+import weakref
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+
+from ..arguments import require_int
+from ..decode.graphs import GraphReport
+from ..errors import ConfigError
+from ..kv_cache import KVCache
+from .captured_steps import CapturedSteps
+from .examine_generation import call_reason, fingerprint, model_reason, padding_of, result_class
+from .generation_cache import GenerationCache
+from .model import TransformersModel
+
+__all__ = ["Accelerated", "accelerate"]
+
+_SHADOWED = ("forward", "generate")
+_CACHES = ("cache", "past_key_values")  # what versions of transformers call the argument
+
+
+def accelerate(
+    model: PreTrainedModel,
+    max_length: int | None = None,
+    *,
+    max_batch: int = 8,
+    memory_limit: int | None = None,
+    run_ahead: bool | None = None,
+) -> Accelerated:
+    """Make ``model.generate(...)`` decode by captured steps, from now until ``restore`` or the end of a ``with`` block.
+
+    Calls that captured steps cannot serve are computed as without it. A warning says why, once for each reason.
+
+    Args:
+        model: a decoder of transformers, in evaluation mode.
+        max_length: the most tokens a sequence can have, new ones included; None: the model's context. It costs
+            addresses, not memory. What is longer goes on in the model's own forward.
+        max_batch: rows of a batch, beams included, to open for. A larger batch opens for twice as many, once.
+        memory_limit: bytes for K and V; None: 90 % of what is free at the first ``generate``.
+        run_ahead: whether a step may be launched before transformers has chosen its tokens, with the likeliest ones;
+            None: on a GPU. What ``generate`` returns does not depend on it.
+
+    Raises:
+        ConfigError: an argument is wrong, or this model is accelerated already.
+    """
+    return Accelerated(model, max_length, max_batch, memory_limit, run_ahead)
+
+
+class Accelerated:
+    """What ``accelerate`` returns: a context manager.
+
+    ``generate`` calls of several threads take turns.
+
+    Attributes:
+        model: as given.
+        reasons: why calls were not served by captured steps, each once.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        max_length: int | None,
+        max_batch: int,
+        memory_limit: int | None,
+        run_ahead: bool | None,
+    ) -> None:
+        if not isinstance(model, PreTrainedModel) or not hasattr(model, "generate"):
+            raise ConfigError(f"accelerate takes a model of transformers that generates, got a {type(model).__name__}")
+        if getattr(model.config, "is_encoder_decoder", False):
+            raise ConfigError(f"{type(model).__name__} is an encoder-decoder, accelerate takes decoders")
+        if any(isinstance(vars(model).get(name), _Shadow) for name in _SHADOWED):
+            raise ConfigError(f"this {type(model).__name__} is accelerated already: restore() that first")
+        self._max_length = None if max_length is None else require_int("max_length", max_length, 1)
+        self._max_batch = require_int("max_batch", max_batch, 1)
+        self._memory_limit = None if memory_limit is None else require_int("memory_limit", memory_limit, 1)
+        self._run_ahead = run_ahead
+        self.model = model
+        self.reasons: list[str] = []
+        self._lock = threading.RLock()
+        self._generating = False
+        self._trusted = False  # whether this call of generate has shown its padding and positions
+        self._hf: TransformersModel | None = None
+        self._steps: CapturedSteps | None = None
+        self._known: tuple[Any, str | None] | None = None  # a state of the model, and what is against it
+        self._caches: weakref.WeakSet[GenerationCache] = weakref.WeakSet()
+        self._result = result_class(type(model))
+        parameters = inspect.signature(model.forward).parameters
+        self._cache_name = next((name for name in _CACHES if name in parameters), None)
+        self._keeps_all_logits = "logits_to_keep" not in parameters
+        self._own = {name: vars(model)[name] for name in _SHADOWED if name in vars(model)}
+        self._forward, self._generate = model.forward, model.generate
+        self._shadows = {
+            "forward": _Shadow(self._forward, self._on_forward),
+            "generate": _Shadow(self._generate, self._on_generate),
+        }
+        for name, shadow in self._shadows.items():
+            setattr(model, name, shadow)
+
+    # -- what a user sees ----------------------------------------------------------------------------------------
+    def restore(self) -> None:
+        """Leave the model as it was found, and free what this holds. Idempotent."""
+        with self._lock:
+            for name, shadow in self._shadows.items():
+                shadow.on = False  # somebody may have kept it, or put something around it
+                if vars(self.model).get(name) is shadow:
+                    delattr(self.model, name)
+                    if name in self._own:
+                        setattr(self.model, name, self._own[name])
+            self._close()
+
+    @property
+    def kv_cache(self) -> KVCache | None:
+        """Where K and V are; None before the first ``generate``."""
+        return None if self._steps is None else self._steps.cache
+
+    @property
+    def graphs(self) -> tuple[GraphReport, ...]:
+        """What was captured so far, by batch size."""
+        return () if self._steps is None else self._steps.graphs
+
+    @property
+    def transformers_model(self) -> TransformersModel | None:
+        """The model as the runtime runs it; None before the first ``generate``."""
+        return self._hf
+
+    @property
+    def num_ahead(self) -> tuple[int, int]:
+        """Steps that were launched before their tokens were known, with the right ones and with wrong ones."""
+        return (0, 0) if self._steps is None else (self._steps.num_hits, self._steps.num_misses)
+
+    def __enter__(self) -> Accelerated:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.restore()
+
+    # -- generate ------------------------------------------------------------------------------------------------
+    def _on_generate(self, *args: Any, **kwargs: Any) -> Any:
+        call = inspect.signature(self._generate).bind_partial(*args, **kwargs).arguments
+        call.update(call.pop("kwargs", {}))
+        given = next((call[name] for name in _CACHES if call.get(name) is not None), None)
+        config = self._config(call)
+        if config is None:  # transformers says what is wrong with it
+            return self._generate(*args, **kwargs)
+        ours = isinstance(given, GenerationCache) and given in self._caches
+        reason = call_reason(config, call, None if ours else given)
+        if self._cache_name is None:
+            reason = f"{type(self.model).__name__} takes no cache of K and V"
+        with self._lock:
+            if self._generating:
+                reason = "generate() was called inside of generate()"
+            reason = reason or self._ready()
+            if reason is None:
+                return self._run(given, config, args, kwargs)
+        self._say(reason)
+        return self._generate(*args, **kwargs)
+
+    def _run(self, given: GenerationCache | None, config: GenerationConfig, args: Any, kwargs: Any) -> Any:
+        steps = self._opened()
+        assert self._cache_name is not None
+        cache = self._new_cache() if given is None else given
+        greedy = config.num_beams in (None, 1) and not config.do_sample
+        ends, padding = _tokens(config.eos_token_id), _tokens(config.pad_token_id)
+        steps.expect(greedy, ends, (padding or ends or [None])[0])
+        self._generating, self._trusted = True, False
+        result = None
+        try:
+            if given is None:
+                kwargs = {name: value for name, value in kwargs.items() if name not in _CACHES}
+                kwargs[self._cache_name] = cache
+            result = self._generate(*args, **kwargs)
+            return result
+        finally:
+            self._generating = self._trusted = False
+            if given is None and getattr(result, self._cache_name, None) is not cache:
+                cache.give_up()
+
+    def _config(self, call: dict[str, Any]) -> GenerationConfig | None:
+        """The call's, the model's and transformers' options together; None where they are wrong."""
+        try:
+            config = call.get("generation_config")
+            config = GenerationConfig() if config is None else copy.deepcopy(config)
+            config.update(**self.model.generation_config.to_dict(), defaults_only=True, allow_custom_entries=True)
+            config.update(**{name: value for name, value in call.items() if name != "generation_config"})
+            return config
+        except Exception:
+            return None
+
+    # -- forward -------------------------------------------------------------------------------------------------
+    def _on_forward(self, *args: Any, **kwargs: Any) -> Any:
+        if args:
+            kwargs = {**inspect.signature(self._forward).bind_partial(*args).arguments, **kwargs}
+            args = ()
+        cache = kwargs.get(self._cache_name or "")
+        if not isinstance(cache, GenerationCache):
+            return self._forward(**kwargs)
+        assert self._cache_name is not None
+        with self._lock:
+            cache.require_steps()
+            answer = self._answer(cache, kwargs)
+            if isinstance(answer, torch.Tensor):
+                result = self._result(logits=answer[:, None], **{self._cache_name: cache})
+                return result.to_tuple() if kwargs.get("return_dict") is False else result
+            self._say(answer)
+            # transformers goes on with the cache that a model returns.
+            kwargs[self._cache_name] = cache.dynamic(self.model.config.get_text_config(decoder=True))
+        return self._forward(**kwargs)
+
+    def _answer(self, cache: GenerationCache, call: dict[str, Any]) -> torch.Tensor | str:
+        """The logits ``[batch, vocab_size]`` behind the last tokens, or why captured steps cannot compute them."""
+        tokens = call.get("input_ids")
+        if cache.num_columns and tokens is not None and tokens.shape[-1] == 1 and self._trusted:
+            padding: list[int] | str = cache.padding
+        else:
+            keep = 1 if self._keeps_all_logits and self._generating else 0  # generate looks at the last ones alone
+            padding = padding_of({"logits_to_keep": keep, **call}, cache.num_columns, cache.padding)
+        if isinstance(padding, str):
+            return padding
+        assert isinstance(tokens, torch.Tensor)
+        batch, new = tokens.shape
+        steps = cache.require_steps()
+        if cache.num_columns + new - min(padding) > steps.max_seq_len:
+            return f"a sequence is longer than max_length={steps.max_seq_len}"
+        if cache.slots and batch != len(cache.slots):
+            raise ConfigError(f"this cache holds a batch of {len(cache.slots)}, got a batch of {batch}")
+        if batch > steps.max_batch:
+            if cache.slots:
+                return f"the batch has become larger than max_batch={steps.max_batch}"
+            self._grow(batch)
+            cache.steps = steps = self._opened()
+            self._caches.add(cache)
+        self._trusted = self._generating
+        if cache.slots:
+            return cache.append(tokens)
+        self._make_room(batch, cache)
+        return cache.begin([row[n:] for row, n in zip(tokens.tolist(), padding, strict=True)], padding)
+
+    # -- the model as it is now ----------------------------------------------------------------------------------
+    def _ready(self) -> str | None:
+        """Have steps of the model as it is now, or say why there are none."""
+        if (reason := model_reason(self.model)) is not None:
+            return reason
+        if self._known is None or self._known[0] != fingerprint(self.model):
+            self._close()
+            try:
+                self._hf = TransformersModel(self.model, self._length())
+                self._opened()
+            except ConfigError as error:
+                self._close()
+                reason = str(error)
+            self._known = fingerprint(self.model), reason
+        return self._known[1]
+
+    def _length(self) -> int | None:
+        """``max_length``, or the model's context where that is shorter."""
+        text = self.model.config.get_text_config(decoder=True)
+        context = getattr(text, "max_position_embeddings", None)
+        return min((each for each in (self._max_length, context) if each is not None), default=None)
+
+    def _opened(self) -> CapturedSteps:
+        if self._steps is None:
+            assert self._hf is not None
+            on_gpu = self._hf.device.type == "cuda"
+            run_ahead = on_gpu if self._run_ahead is None else self._run_ahead
+            self._steps = CapturedSteps(self._hf, self._max_batch, self._memory_limit, run_ahead)
+        return self._steps
+
+    def _grow(self, batch: int) -> None:
+        """Open for a larger batch. Sequences of earlier calls are lost."""
+        self._close_steps()
+        while self._max_batch < batch:
+            self._max_batch *= 2
+
+    def _new_cache(self) -> GenerationCache:
+        cache = GenerationCache(self._opened())
+        self._caches.add(cache)
+        return cache
+
+    def _make_room(self, batch: int, cache: GenerationCache) -> None:
+        """Free slots: those whose cache nobody has any more, then those of other caches."""
+        steps = self._opened()
+        others = [other for other in self._caches if other is not cache]
+        steps.release_all_but([slot for other in others for slot in other.slots])
+        for other in others:
+            if steps.num_free >= batch:
+                break
+            other.give_up()
+
+    def _close_steps(self) -> None:
+        for cache in list(self._caches):
+            cache.steps, cache.slots = None, []
+        self._caches.clear()
+        steps, self._steps = self._steps, None
+        if steps is not None:
+            steps.close()
+
+    def _close(self) -> None:
+        self._known = None
+        self._close_steps()
+        hf, self._hf = self._hf, None
+        if hf is not None:
+            hf.close()
+
+    def _say(self, reason: str) -> None:
+        if reason not in self.reasons:
+            self.reasons.append(reason)
+            warnings.warn(f"accelerate: the model's own forward decodes here, because {reason}", stacklevel=5)
+
+
+class _Shadow:
+    """Stands for a method of a model, on the object alone. A copy of the model gets the method itself."""
+
+    def __init__(self, method: Callable[..., Any], call: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, method)
+        self.on = True
+        self._method, self._call = method, call
+
+    @functools.partial(torch.compiler.disable, recursive=False)  # what is compiled inside stays so
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return (self._call if self.on else self._method)(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self._method, memo)
+
+    def __reduce__(self) -> Any:
+        raise ConfigError("an accelerated model cannot be pickled: restore() it first, or use save_pretrained")
+
+
+def _tokens(ids: Any) -> list[int]:
+    """Token ids of a generation config, which has one, several or none."""
+    if ids is None:
+        return []
+    return torch.as_tensor(ids).flatten().tolist()

@@ -1,0 +1,359 @@
+"""A model's sequences for transformers' generate loop: prompts in packed passes, then one captured step after another.
+
+transformers chooses every token itself, from the logits that a step returns. On a GPU the next step need not wait for
+that. Mostly the next token is going to be the likeliest one, which the device knows first. So a step with it is
+launched at once, and runs while transformers looks at the logits of the step before. When transformers comes with its
+tokens they are compared. Where they differ, the step ahead is taken back and another one launched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from ..decode import DecodeLoop, Start
+from ..decode.graphs import GraphReport
+from ..engine.opening import BUDGETS, TYPICAL_LEN, attention_for_prompts, opened_cache
+from ..engine.prefill import Chunk, PrefillPasses, RuntimeModel
+from ..errors import OutOfPages
+from ..interrupts import Uninterrupted
+from ..memory.tensors import upload
+
+__all__ = ["CapturedSteps"]
+
+# A miss costs up to a step; a hit gains what the host takes between two steps, a tenth of a large model's step.
+_MISS, _FIRST_CREDIT, _MOST_CREDIT = 8, 12, 32
+
+
+@dataclass(frozen=True)
+class _Launched:
+    """A step: its slots, its logits ``[sequences, vocab_size]``, and an event behind them (None on the CPU)."""
+
+    slots: list[int]
+    logits: torch.Tensor
+    event: torch.cuda.Event | None
+    tokens: list[int]  # that it was given, where it was launched ahead
+
+
+class CapturedSteps:
+    """Opens a cache and a decode loop for a model. For one thread at a time.
+
+    Args:
+        model: computes passes and steps.
+        max_batch: sequences of a step.
+        memory_limit: bytes, of the cache.
+        run_ahead: whether steps may be launched before their tokens are known.
+
+    Attributes:
+        cache: with a slot for each sequence of two batches, so that the sequences of one may outlast the next.
+        num_hits, num_misses: of steps that were launched ahead.
+
+    Raises:
+        ConfigError: the model does not fit.
+    """
+
+    def __init__(self, model: RuntimeModel, max_batch: int, memory_limit: int | None, run_ahead: bool) -> None:
+        self.model, self.max_batch = model, max_batch
+        on_gpu = model.device.type == "cuda"
+        self.cache = opened_cache(model, None, 2 * max_batch, memory_limit)
+        try:
+            self._loop = DecodeLoop(
+                model,
+                self.cache,
+                max_batch=max_batch,
+                typical_len=min(TYPICAL_LEN, self.cache.layout.max_seq_len),
+                graphs="first use" if on_gpu else "never",
+                mapping="thread" if on_gpu else "inline",
+            )
+        except BaseException:
+            self.cache.close()
+            raise
+        self._budget = BUDGETS[model.device.type][1]
+        prompts = attention_for_prompts(model, self.cache, self._budget)
+        self._passes = PrefillPasses(model, self.cache, prompts, self._loop.stream)
+        self._rows: dict[int, int] = {}  # of each slot, the step ahead not counted
+        self._may_run_ahead = run_ahead
+        self._ahead: _Launched | None = None
+        self.expect(False)
+        self.num_hits = self.num_misses = 0
+
+    @property
+    def max_seq_len(self) -> int:
+        """Rows of a sequence."""
+        return self._loop.max_seq_len
+
+    @property
+    def num_free(self) -> int:
+        """Slots that nobody has."""
+        return self.cache.max_slots - 1 - len(self._rows)
+
+    @property
+    def graphs(self) -> tuple[GraphReport, ...]:
+        """What was captured so far, by batch size."""
+        return tuple(report for report in self._loop.graphs if report.captured)
+
+    def rows(self, slot: int) -> int:
+        """Tokens of a slot whose K and V are computed."""
+        return self._rows[slot]
+
+    def expect(self, greedy: bool, ends: Collection[int] = (), padding: int | None = None) -> None:
+        """Say what the next tokens are like.
+
+        Args:
+            greedy: they are mostly the likeliest ones.
+            ends, padding: tokens that end a sequence, and what it is fed afterwards.
+        """
+        self._credit = _FIRST_CREDIT if greedy and self._may_run_ahead else 0
+        self._ends, self._padding = frozenset(ends), padding
+        self._repeats: dict[int, int] = {}  # slots that are fed one token for ever, which is padding
+
+    # -- tokens --------------------------------------------------------------------------------------------------
+    def begin(self, prompts: Sequence[Sequence[int]]) -> tuple[list[int], torch.Tensor]:
+        """Slots for new sequences, and the logits ``[sequences, vocab_size]`` behind their last tokens.
+
+        Prompts that are equal are computed once.
+
+        Raises:
+            OutOfSlots, OutOfPages: there is no room; nothing has changed.
+        """
+        slots: list[int] = []
+        first: dict[tuple[int, ...], int] = {}
+        try:
+            for prompt in prompts:
+                first.setdefault(tuple(prompt), len(slots))
+                with Uninterrupted():
+                    slots.append(self.cache.acquire())
+                    self._rows[slots[-1]] = 0
+            unique = list(first.values())
+            self._compute([slots[i] for i in unique], [prompts[i][:-1] for i in unique])
+            with torch.cuda.stream(self._loop.stream):
+                for i, prompt in enumerate(prompts):
+                    if (source := slots[first[tuple(prompt)]]) != slots[i]:
+                        with Uninterrupted():
+                            del self._rows[slots[i]]
+                            self.cache.release(slots[i])
+                            self.cache.fork(source, into=slots[i])
+                            self._rows[slots[i]] = self._rows[source]
+            return slots, self._decode(slots, [prompt[-1] for prompt in prompts])
+        except BaseException:
+            self.release(slots)
+            raise
+
+    def extend(self, slots: list[int], tokens: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Append several tokens to each sequence; returns the logits behind the last ones."""
+        self._stop(slots)
+        self._compute(slots, [each[:-1] for each in tokens])
+        return self._decode(slots, [each[-1] for each in tokens])
+
+    def step(self, slots: list[int], tokens: torch.Tensor) -> torch.Tensor:
+        """Append a token to each sequence.
+
+        Args:
+            slots: at most ``max_batch``, each with fewer than ``max_seq_len`` rows.
+            tokens: ``[sequences]`` on the device.
+
+        Returns:
+            ``[sequences, vocab_size]``, a tensor of its own, ready on the current stream.
+        """
+        given: list[int] | None = tokens.tolist() if self._credit > 0 or self._ahead is not None else None
+        ahead = self._ahead
+        if ahead is not None and given is not None:
+            if ahead.slots == slots and self._was_right(ahead, given):
+                self._ahead = None
+                self._count(slots)
+                self._run_ahead(slots, given)
+                return self._handed_over(ahead)
+            self._stop(slots)
+        live = set(self._loop.slots)
+        if live.issuperset(slots):
+            self._loop.feed(slots, tokens)
+            return self._launch_and_more(slots, given)
+        return self._decode(slots, tokens.tolist() if given is None else given)
+
+    # -- sequences -----------------------------------------------------------------------------------------------
+    def regroup(self, slots: list[int], sources: Sequence[int]) -> list[int]:
+        """Sequence ``i`` becomes what sequence ``sources[i]`` was; there may be more of them, or fewer.
+
+        Those that go on keep their slots. Further copies of one share its whole pages.
+
+        Returns:
+            The slots of the new sequences.
+
+        Raises:
+            OutOfSlots, OutOfPages: there is no room. Sequences that do not go on are released already.
+        """
+        self._stop([slots[i] for i in set(sources) if sources.count(i) > 1])
+        self.release([slot for i, slot in enumerate(slots) if i not in set(sources)])
+        taken: set[int] = set()
+        found: list[int] = []
+        for source in sources:
+            found.append(self.fork(slots[source]) if source in taken else slots[source])
+            taken.add(source)
+        return found
+
+    def fork(self, slot: int) -> int:
+        """Another sequence of the same tokens."""
+        self._stop([slot])
+        with Uninterrupted(), torch.cuda.stream(self._loop.stream):
+            child = self.cache.fork(slot)
+            self._rows[child] = self._rows[slot]
+        return child
+
+    def truncate(self, slot: int, rows: int) -> None:
+        """Forget a sequence's newest tokens."""
+        self._stop([slot])
+        with torch.cuda.stream(self._loop.stream):
+            self.cache.truncate(slot, rows)
+        self._rows[slot] = rows
+
+    def release(self, slots: Sequence[int]) -> None:
+        """End sequences; work that may still be under way keeps their pages."""
+        if self._ahead is not None and set(slots) & set(self._ahead.slots):
+            self._take_back()
+        for slot in slots:
+            with Uninterrupted():
+                if self._rows.pop(slot, None) is not None:
+                    self._loop.release(slot)
+
+    def release_all_but(self, slots: Sequence[int]) -> None:
+        """``release`` every slot that is not among these."""
+        self.release([slot for slot in self._rows if slot not in slots])
+
+    def kept(self, slot: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of a layer, ``[rows, num_kv_heads, head_dim]``, views that are ready on the current stream."""
+        self._stop([slot])
+        if self._loop.stream is not None:
+            torch.cuda.current_stream(self.cache.device).wait_stream(self._loop.stream)
+        return self.cache.rows(slot, layer)
+
+    def close(self) -> None:
+        """Free everything. Idempotent."""
+        self._ahead = None
+        self._loop.close()
+        self._rows.clear()
+        self.cache.close()
+
+    # -- inside --------------------------------------------------------------------------------------------------
+    def _stop(self, slots: Sequence[int]) -> None:
+        """Leave these slots with exactly the rows of their tokens, out of the loop's hands."""
+        if self._ahead is not None:
+            self._take_back()
+        self._loop.drain()  # what is not reported would be cut off
+        for slot in slots:
+            self._loop.cancel(slot)
+
+    def _take_back(self) -> None:
+        """Undo the step that was launched ahead: its tokens are not reported, so their rows go."""
+        ahead, self._ahead = self._ahead, None
+        for slot in () if ahead is None else ahead.slots:
+            self._loop.cancel(slot)
+
+    def _compute(self, slots: Sequence[int], tokens: Sequence[Sequence[int]]) -> None:
+        """K and V of these tokens, in passes of at most ``_budget``."""
+        chunks: list[Chunk] = []
+        room = self._budget
+        for slot, new in zip(slots, tokens, strict=True):
+            version, start = int(self.cache.versions([slot])[0]), self._rows[slot]
+            for done in _parts(len(new), room, self._budget):
+                chunks.append(Chunk(slot, version, new[done], start + done.stop))
+                room -= done.stop - done.start
+                if not room:
+                    self._passes.launch(chunks)
+                    chunks, room = [], self._budget
+            self._rows[slot] = start + len(new)
+        if chunks:
+            self._passes.launch(chunks)
+
+    def _decode(self, slots: list[int], tokens: Sequence[int]) -> torch.Tensor:
+        """A step of these slots, with tokens that the host knows."""
+        if others := [slot for slot in self._loop.slots if slot not in slots]:  # of an earlier batch
+            self._stop(others)
+        live, known = set(self._loop.slots), dict(zip(slots, tokens, strict=True))
+        self._loop.start_batch(
+            Start(slot, known[slot], self.max_seq_len - self._rows[slot]) for slot in slots if slot not in live
+        )
+        if fed := {slot: known[slot] for slot in slots if slot in live}:
+            self._feed(fed)
+        return self._launch_and_more(slots, tokens)
+
+    def _feed(self, tokens: dict[int, int]) -> None:
+        self._loop.feed(list(tokens), upload(list(tokens.values()), self.cache.device, torch.int64))
+
+    def _launch_and_more(self, slots: list[int], tokens: Sequence[int] | None) -> torch.Tensor:
+        """A step, and another one ahead; ``tokens``, which it was given, where that may be."""
+        launched, _ = self._launch(slots)
+        self._count(slots)
+        if tokens is not None:
+            self._run_ahead(slots, tokens)
+        return self._handed_over(launched)
+
+    def _count(self, slots: Sequence[int]) -> None:
+        for slot in slots:
+            self._rows[slot] += 1
+
+    def _launch(self, slots: list[int]) -> tuple[_Launched, dict[int, Any]]:
+        """A step, and what the step before it sampled."""
+        reported = {each.slot: each for each in self._loop.step(slots)}
+        # A copy: the next step overwrites them, and whoever gets them may keep them.
+        with torch.cuda.stream(self._loop.stream), torch.inference_mode(False), torch.no_grad():
+            logits = self._loop.logits().clone()
+            event = None
+            if logits.is_cuda:
+                event = torch.cuda.Event()
+                event.record()
+        return _Launched(slots, logits, event, []), reported
+
+    def _handed_over(self, launched: _Launched) -> torch.Tensor:
+        if launched.event is not None:
+            stream = torch.cuda.current_stream(self.cache.device)
+            stream.wait_event(launched.event)
+            launched.logits.record_stream(stream)
+        return launched.logits
+
+    # -- ahead ---------------------------------------------------------------------------------------------------
+    def _run_ahead(self, slots: list[int], given: Sequence[int]) -> None:
+        """Launch the step after the one just launched, which was given these tokens."""
+        if self._credit <= 0 or any(self._rows[slot] >= self.max_seq_len for slot in slots):
+            return
+        if self._padding is not None:
+            self._repeats.update(
+                {slot: self._padding for slot, each in zip(slots, given, strict=True) if each in self._ends}
+            )
+        fixed = {slot: self._repeats[slot] for slot in slots if slot in self._repeats}
+        if fixed:
+            self._feed(fixed)
+        try:
+            launched, sampled = self._launch(slots)
+        except OutOfPages:  # of a row that may not be needed
+            self._credit = 0
+            return
+        if any(sampled[slot].finish_reason is not None for slot in slots):  # a NaN, which ends a sequence of the loop
+            for slot in slots:
+                self._loop.cancel(slot)
+            return
+        tokens = [fixed.get(slot, sampled[slot].token) for slot in slots]
+        self._ahead = _Launched(slots, launched.logits, launched.event, tokens)
+
+    def _was_right(self, ahead: _Launched, given: list[int]) -> bool:
+        if given == ahead.tokens:
+            self.num_hits += 1
+            self._credit = min(self._credit + 1, _MOST_CREDIT)
+            return True
+        self.num_misses += 1
+        self._credit -= _MISS
+        for slot, expected, token in zip(ahead.slots, ahead.tokens, given, strict=True):
+            if expected != token:
+                self._repeats.pop(slot, None)
+        return False
+
+
+def _parts(count: int, room: int, size: int) -> list[slice]:
+    """Cut ``count`` tokens: the first part of at most ``room``, the others of at most ``size``."""
+    edges = [0]
+    while edges[-1] < count:
+        edges.append(min(count, edges[-1] + (room if len(edges) == 1 else size)))
+    return [slice(start, stop) for start, stop in pairwise(edges)]
