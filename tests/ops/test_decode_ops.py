@@ -27,19 +27,21 @@ def test_begin_step(device, dtype, batch, hidden):
     lengths = torch.randint(0, 2**31 - 1, (9,), dtype=torch.int32, device=device)
     embedding = torch.randn(50, hidden + 5).to(device, dtype)[:, :hidden]
     wide = torch.full((batch + 3, hidden + 7), NAN, device=device, dtype=dtype)
-    rows, ends = torch.full((2, batch + 3), -5, dtype=torch.int32, device=device)
-    begin_step(slots, tokens, lengths, embedding, wide[:, :hidden], rows, ends)
+    rows, ends, fed = torch.full((3, batch + 3), -5, dtype=torch.int32, device=device)
+    begin_step(slots, tokens, lengths, embedding, wide[:, :hidden], rows, ends, fed)
     expected = torch.empty(batch + 3, hidden, device=device, dtype=dtype)
-    expected_rows, expected_ends = torch.empty_like(rows), torch.empty_like(ends)
-    begin_step_reference(slots, tokens, lengths, embedding, expected, expected_rows, expected_ends)
+    expected_rows, expected_ends, expected_fed = (torch.empty_like(each) for each in (rows, ends, fed))
+    begin_step_reference(slots, tokens, lengths, embedding, expected, expected_rows, expected_ends, expected_fed)
     assert torch.equal(wide[:, :hidden], expected)
     assert wide[:, hidden:].isnan().all()
     assert torch.equal(rows, expected_rows)
     assert torch.equal(ends, expected_ends)
+    assert torch.equal(fed, expected_fed)
     for i, slot in enumerate(slots.tolist()):
         assert torch.equal(wide[i, :hidden], embedding[tokens[slot].item()])
         assert rows[i] == lengths[slot]
         assert ends[i] == lengths[slot] + 1
+        assert fed[i] == tokens[slot]
 
 
 # -- advance ---------------------------------------------------------------------------------------------------------
@@ -135,7 +137,7 @@ def test_captured_step_reports_to_pinned_memory():
     count, vocab = 4, 5003
     head, embedding = (torch.randn(vocab, 64, device=device) for _ in range(2))
     residual = torch.empty(count, 64, device=device)
-    ends, out = torch.empty(2, count, dtype=torch.int32, device=device)
+    ends, fed, out = torch.empty(3, count, dtype=torch.int32, device=device)
     stops = torch.full((count + 1, 2), -1, dtype=torch.int32, device=device)
     ring = torch.zeros(3, count, 2, dtype=torch.int32).pin_memory()
     flags, counts = requests.state.flags, requests.state.counts
@@ -146,7 +148,7 @@ def test_captured_step_reports_to_pinned_memory():
 
     def step(start, choose, end, state, ring):
         tokens, lengths, remaining, counter = state
-        start(requests.slots, tokens, lengths, embedding, residual, requests.rows, ends)
+        start(requests.slots, tokens, lengths, embedding, residual, requests.rows, ends, fed)
         choose(residual @ head.T, *requests.arguments, out)
         end(out, requests.slots, tokens, lengths, remaining, stops, flags, counts, counter, ring)
 
@@ -168,7 +170,7 @@ def test_without_a_gpu_or_the_interpreter(monkeypatch):
     monkeypatch.setitem(os.environ, "TRITON_INTERPRET", "0")
     ints, floats = torch.zeros(1, dtype=torch.int32), torch.zeros(1, 8)
     with pytest.raises(ConfigError, match="need CUDA tensors"):
-        begin_step(ints, ints, ints, floats, floats, ints, ints)
+        begin_step(ints, ints, ints, floats, floats, ints, ints, ints)
     with pytest.raises(ConfigError, match="need CUDA tensors"):
         sample_tokens(floats, ints, ints, plain_sampling(1, "cpu", 8), ints)
     with pytest.raises(ConfigError, match="need CUDA tensors"):

@@ -239,21 +239,31 @@ class DecodeBatch(AttentionBatch):
         rows: ``[batch]`` int32, the row that each new token goes to.
         ends: ``[batch]`` int32, ``rows + 1``.
         max_end: no end is ever larger.
+        tokens: ``[batch]`` int32, the new tokens' ids; None where the model gets their embeddings alone.
 
     Attributes:
-        slots_int32, rows_int32, ends_int32, seq_lens_int32: those tensors.
+        slots_int32, rows_int32, ends_int32, seq_lens_int32, tokens_int32: those tensors.
         cu_seqlens_q: ``[batch + 1]`` int32, 0 to batch.
     """
 
     rows_int32: torch.Tensor
+    tokens_int32: torch.Tensor | None
 
-    def __init__(self, slots: torch.Tensor, rows: torch.Tensor, ends: torch.Tensor, max_end: int) -> None:
+    def __init__(
+        self,
+        slots: torch.Tensor,
+        rows: torch.Tensor,
+        ends: torch.Tensor,
+        max_end: int,
+        tokens: torch.Tensor | None = None,
+    ) -> None:
         batch_size = slots.shape[0]
         # Frozen, like what it stands in for; most of these are made there on first use.
         vars(self).update(
             device=slots.device,
             slots_int32=slots,
             rows_int32=rows,
+            tokens_int32=tokens,
             ends_int32=ends,
             seq_lens_int32=ends,
             starts=None,

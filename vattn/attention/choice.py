@@ -206,15 +206,22 @@ def choose(
     return choose_phases(Needs(torch.device(device), dtype, head_dims, features, max_over_read), name=name)
 
 
-def require_fit(attention: AttentionBackend, cache: KVCache, *, captured: bool = False) -> None:
+def require_fit(
+    attention: AttentionBackend,
+    cache: KVCache,
+    *,
+    captured: bool = False,
+    features: frozenset[str] = frozenset(),
+) -> None:
     """Refuse a backend that cannot run over this cache, could fault on it, or could see what another sequence left.
 
     Args:
         captured: whether its launches are captured in CUDA graphs.
+        features: what else it has to support, of LEFT_PADDING, SOFTCAP and SINKS.
 
     Raises:
-        ConfigError: it does not support the cache's device, dtype or head sizes, reads further past the end than the
-            cache keeps rows mapped, or does not mask what it reads there although the cache was told so.
+        ConfigError: it does not support that, or the cache's device, dtype or head sizes, reads further past the end
+            than the cache keeps rows mapped, or does not mask what it reads there although the cache was told so.
     """
     rows = attention.over_read_tokens
     if rows > cache.over_read_tokens:
@@ -229,6 +236,6 @@ def require_fit(attention: AttentionBackend, cache: KVCache, *, captured: bool =
         )
     for group in cache.layout.groups:  # each launch has the heads of one layer
         head_dims = frozenset({group.head_dim, group.v_head_dim or group.head_dim})
-        needs = Needs(cache.device, cache.layout.dtype, head_dims, decode=True, captured=captured)
+        needs = Needs(cache.device, cache.layout.dtype, head_dims, features, decode=True, captured=captured)
         if reason := reason_against(attention, needs):
             raise ConfigError(f"attention {attention.name!r} cannot be used here: {reason}")

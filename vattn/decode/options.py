@@ -72,7 +72,7 @@ def checked_options(
     return LoopOptions(
         max_seq_len,
         max_batch,
-        None if attention is None else bind_for(cache, attention, graphs),
+        None if attention is None else bind_for(model, cache, attention, graphs),
         max(1, max_seq_len // 2) if typical_len is None else require_int("typical_len", typical_len, 1),
         buckets,
         graphs,

@@ -27,6 +27,7 @@ __all__ = [
     "Start",
     "bind_for",
     "checked_mask",
+    "features_of",
 ]
 
 _INT32_MAX = 2**31 - 1
@@ -310,8 +311,13 @@ def _reach(sampling: Sampling) -> float:
     return -min(sampling.temperature, MAX_TEMPERATURE) * math.log(sampling.min_p)
 
 
-def bind_for(cache: KVCache, attention: AttentionBackend, graphs: str) -> AttentionBackend:
+def features_of(model: Any) -> frozenset[str]:
+    """What a model's attention needs beside windows: its ``attention_features``, where it has them."""
+    return frozenset(getattr(model, "attention_features", ()))
+
+
+def bind_for(model: DecodeModel, cache: KVCache, attention: AttentionBackend, graphs: str) -> AttentionBackend:
     """The decode half of a backend, ready to be launched; ConfigError where it cannot be over this cache."""
     attention = bind(attention)
-    require_fit(attention, cache, captured=graphs != "never")
+    require_fit(attention, cache, captured=graphs != "never", features=features_of(model))
     return attention

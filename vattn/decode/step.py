@@ -22,7 +22,7 @@ from ..ops.logprobs import logprobs
 from ..requests import MAX_LOGPROBS
 from ..tuning import default_decode
 from .graphs import GraphReport, StepGraphs
-from .state import DecodedToken, DecodeModel, DecodeState
+from .state import DecodedToken, DecodeModel, DecodeState, features_of
 
 # (embeddings, batch, attention) -> logits, as a model's ``decode`` over the cache.
 Compute = Callable[[torch.Tensor, DecodeBatch, AttentionBackend], torch.Tensor]
@@ -98,7 +98,7 @@ class DecodeStep:
         self._logits: torch.Tensor | None = None  # of a step that was launched eagerly
         self._graph_logits: dict[int, _Borrowed] = {}  # of each graph's last replay
         self._residual = torch.zeros(max_batch, embedding.shape[1], dtype=embedding.dtype, device=device)
-        self._rows, self._ends, self._sampled = torch.zeros(3, max_batch, dtype=torch.int32, device=device)
+        self._rows, self._ends, self._fed, self._sampled = torch.zeros(4, max_batch, dtype=torch.int32, device=device)
         self._batches: dict[int, DecodeBatch] = {}
         self._num_launched = 0
         self._graphs = StepGraphs(self._run, buckets, device, mode)
@@ -185,10 +185,11 @@ class DecodeStep:
         """The step itself: what is captured."""
         ops, state = self.model.ops, self.state
         batch = self._batches.get(bucket)
-        slots, rows, ends, residual = (t[:bucket] for t in (self._slots, self._rows, self._ends, self._residual))
+        slots, rows, ends, fed = (t[:bucket] for t in (self._slots, self._rows, self._ends, self._fed))
         if batch is None:
-            batch = self._batches[bucket] = DecodeBatch(slots, rows, ends, self.max_seq_len)
-        ops.begin_step(slots, state.tokens, state.lengths, self.model.embedding, residual, rows, ends)
+            batch = self._batches[bucket] = DecodeBatch(slots, rows, ends, self.max_seq_len, fed)
+        residual = self._residual[:bucket]
+        ops.begin_step(slots, state.tokens, state.lengths, self.model.embedding, residual, rows, ends, fed)
         attention = self._attention_for(bucket)
         if compute is None:
             logits = self.model.decode(residual, batch, self.cache, attention)
@@ -236,7 +237,8 @@ class DecodeStep:
             cache = self.cache
             margin = 0 if cache.over_read_masked else cache.over_read_tokens
             case = (cache.layout, cache.device, bucket, self._typical_len, self.model.num_heads)
-            self._attentions[bucket] = bind(default_decode(*case, max_over_read=margin))
+            features = features_of(self.model)
+            self._attentions[bucket] = bind(default_decode(*case, max_over_read=margin, features=features))
         return self._attentions[bucket]
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from ..arguments import is_int, require_int
 from ..attention import AttentionBackend, declared, get, require_fit
 from ..decode import DecodeLoop
+from ..decode.state import features_of
 from ..errors import ConfigError, QueueFull
 from ..interrupts import Uninterrupted, finish
 from ..kv_cache import KVCache
@@ -97,7 +98,7 @@ class Engine:
         self.cache = opened_cache(model, attention, max_batch, memory_limit) if cache is None else cache
         try:
             self.attention = attention_for_prompts(model, self.cache, budgets[1]) if attention is None else attention
-            require_fit(self.attention, self.cache)
+            require_fit(self.attention, self.cache, features=features_of(model))
             on_gpu = device.type == "cuda"
             decodes = attention is not None and (not on_gpu or declared(attention, "capturable"))
             self._loop = DecodeLoop(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..attention import AttentionBackend
+from ..decode.state import features_of
 from ..kv_cache import KVCache
 from ..tuning import default_attention, default_decode
 from .prefill import RuntimeModel
@@ -21,7 +22,8 @@ def attention_for_prompts(model: RuntimeModel, cache: KVCache, new: int) -> Atte
         ConfigError: none runs there.
     """
     margin = 0 if cache.over_read_masked else cache.over_read_tokens
-    return default_attention(cache.layout, cache.device, model.num_heads, max_over_read=margin, new=new)
+    case = (cache.layout, cache.device, model.num_heads)
+    return default_attention(*case, max_over_read=margin, new=new, features=features_of(model))
 
 
 def opened_cache(
@@ -29,11 +31,13 @@ def opened_cache(
 ) -> KVCache:
     """For so many sequences of the model's whole context, and the slot that a decode loop takes; with the margin that
     ``attention`` wants, or what is fastest for prompts and for decode."""
-    layout, device = model.kv_layout(), model.device
+    layout, device, features = model.kv_layout(), model.device, features_of(model)
     if attention is None:
         wanted = [
-            default_attention(layout, device, model.num_heads, new=BUDGETS[device.type][1]),
-            default_decode(layout, device, max_batch, min(TYPICAL_LEN, layout.max_seq_len), model.num_heads),
+            default_attention(layout, device, model.num_heads, new=BUDGETS[device.type][1], features=features),
+            default_decode(
+                *(layout, device, max_batch, min(TYPICAL_LEN, layout.max_seq_len), model.num_heads), features=features
+            ),
         ]
     else:
         wanted = [attention]

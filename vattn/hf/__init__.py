@@ -1,4 +1,4 @@
-"""A drop-in KV cache for Hugging Face transformers: ``model.generate(..., cache=VirtualCache(...))``."""
+"""vattn for Hugging Face transformers: a KV cache for ``generate``, and any decoder as a model of the runtime."""
 
 try:
     import transformers  # noqa: F401
@@ -9,7 +9,8 @@ except ImportError as error:
 
 from . import attention
 from .cache import VirtualCache
+from .model import TransformersModel
 
-__all__ = ["VirtualCache"]
+__all__ = ["TransformersModel", "VirtualCache"]
 
 attention.register()

@@ -30,6 +30,7 @@ from ..errors import ConfigError
 from ..memory.tensors import upload
 from .layer import VirtualLayer, take_note
 from .masks import LazyMask, register_masks
+from .passes import implementation
 from .storage import Storage
 from .usual import is_usual
 
@@ -37,9 +38,9 @@ __all__ = ["register"]
 
 # What attention is called with besides Q, K, V and the mask that vattn's backends know, or may overlook. With anything
 # else the call is passed on; so it is where sdpa is given what it would leave out or refuse.
-_KNOWN = {"sliding_window", "softcap", "s_aux", "is_causal"}
+KNOWN = {"sliding_window", "softcap", "s_aux", "is_causal"}
 _NOT_OF_SDPA = {"softcap", "s_aux"}
-_OVERLOOKED = {
+OVERLOOKED = {
     *("position_ids", "cache_position", "position_embeddings", "past_key_values", "cache", "use_cache", "layer_idx"),
     *("output_hidden_states", "output_router_logits", "return_dict", "logits_to_keep"),
 }
@@ -99,7 +100,7 @@ def _is_known(
     """Whether vattn's backends compute what is asked for: of K and V as they were returned, with a mask that is as the
     layer's, and with options that they know."""
     for name, given in options.items():
-        if given is not None and given is not False and name not in _KNOWN and name not in _OVERLOOKED:
+        if given is not None and given is not False and name not in KNOWN and name not in OVERLOOKED:
             return False
     if isinstance(mask, LazyMask):
         one, end = mask.layer, mask.end
@@ -237,7 +238,7 @@ def register() -> None:
     def get_interface(attn_implementation: str, default: Callable[..., Any]) -> Callable[..., Any]:
         """As transformers'; what a model computes itself, right after its K and V went into a ``VirtualCache``, goes by
         way of ``attend``."""
-        function = look_up(attn_implementation, default)
+        function = look_up(implementation(attn_implementation), default)
         if torch.compiler.is_compiling() or function is not default or not take_note():
             return function
         return partial(attend, function)

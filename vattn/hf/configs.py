@@ -22,8 +22,11 @@ __all__ = ["decoder_config", "layers_of"]
 _INSTEAD = "use the cache that transformers gives it"
 
 
-def decoder_config(config: PreTrainedConfig) -> PreTrainedConfig:
+def decoder_config(config: PreTrainedConfig, holder: str = "VirtualCache") -> PreTrainedConfig:
     """The config of a model's text part.
+
+    Args:
+        holder: of the K and V, for what is said to the user.
 
     Raises:
         ConfigError: it is no config, or not one of a decoder.
@@ -34,7 +37,7 @@ def decoder_config(config: PreTrainedConfig) -> PreTrainedConfig:
         raise ConfigError(f"config must be a model's config, as model.config; got {type(config).__name__}")
     name = type(config).__name__
     if getattr(config, "is_encoder_decoder", False):
-        raise ConfigError(f"{name} is an encoder-decoder, VirtualCache holds decoder-only models: {_INSTEAD}")
+        raise ConfigError(f"{name} is an encoder-decoder, {holder} takes decoder-only models: {_INSTEAD}")
     text = config.get_text_config(decoder=True)
     name = type(text).__name__
     for each in (config, text):
@@ -49,7 +52,8 @@ def decoder_config(config: PreTrainedConfig) -> PreTrainedConfig:
     if getattr(text, "cross_attention_layers", None):
         raise ConfigError(f"{name} has layers that attend to images, whose K and V do not grow: {_INSTEAD}")
     _require_takes_cache(config, text)
-    if getattr(config, "use_cache", None) is False or getattr(text, "use_cache", None) is False:
+    says_no = getattr(config, "use_cache", None) is False or getattr(text, "use_cache", None) is False
+    if says_no and holder == "VirtualCache":  # whose passes are generate()'s
         warnings.warn(
             f"this {name} says use_cache=False, with which generate() feeds the whole text into a cache at every step: "
             "pass use_cache=True to generate()",
@@ -81,7 +85,7 @@ def _is_transformers(kind: type) -> bool:
     return kind.__module__.startswith("transformers.")
 
 
-def layers_of(config: PreTrainedConfig) -> tuple[list[Any], dict[int, ConfiguredLayer]]:
+def layers_of(config: PreTrainedConfig, holder: str = "VirtualCache") -> tuple[list[Any], dict[int, ConfiguredLayer]]:
     """What transformers would make for this config, and its attention layers."""
     try:
         templates = DynamicCache(config=config).layers
@@ -104,7 +108,7 @@ def layers_of(config: PreTrainedConfig) -> tuple[list[Any], dict[int, Configured
             )
         elif type(template) is not LinearAttentionLayer and type(template).__name__ != "DummyLayer":
             raise ConfigError(
-                f"VirtualCache cannot hold layer {index} of {type(config).__name__}, a {type(template).__name__}, "
+                f"{holder} cannot hold layer {index} of {type(config).__name__}, a {type(template).__name__}, "
                 f"which keeps more than K and V: {_INSTEAD}"
             )
     # A recurrent model whose config gives no layer types looks like one of attention, but has no attention heads.

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,9 +18,10 @@ import torch
 from ..attention import AttentionBackend, AttentionBatch
 from ..kv_cache import KVCache
 
-__all__ = ["Pass", "current", "running"]
+__all__ = ["IMPLEMENTATIONS", "Pass", "current", "implementation", "running"]
 
 _THREAD = threading.local()
+IMPLEMENTATIONS: dict[str, str] = {}  # vattn's name of an attention implementation -> the one it stands for
 
 
 @dataclass
@@ -37,17 +39,26 @@ class Pass:
     rows: torch.Tensor
     parts: list[tuple[AttentionBatch, AttentionBackend]]
 
+    @cached_property
+    def where(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """``slots`` and ``rows`` as int64."""
+        return self.slots.long(), self.rows.long()
+
+    def window(self, layer: int) -> int | None:
+        """The sliding window of a layer, None for all rows."""
+        return next(group.window for group in self.cache.layout.groups if layer in group.layers)
+
     def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """Write the K and V of every token.
 
         Args:
             layer: of the cache.
-            k: ``[T, num_kv_heads, head_dim]``, in the cache's dtype.
+            k: ``[T, num_kv_heads, head_dim]``.
             v: ``[T, num_kv_heads, v_head_dim]``.
         """
-        where = self.slots, self.rows
-        self.cache.k(layer).index_put_(where, k)
-        self.cache.v(layer).index_put_(where, v)
+        dtype = self.cache.layout.dtype
+        self.cache.k(layer).index_put_(self.where, k.to(dtype))
+        self.cache.v(layer).index_put_(self.where, v.to(dtype))
 
     def attend(
         self,
@@ -94,3 +105,8 @@ def running(this: Pass) -> Iterator[Pass]:
         yield this
     finally:
         _THREAD.current = before
+
+
+def implementation(name: str) -> str:
+    """The attention implementation that is meant by a name: vattn's stand for others outside of a pass."""
+    return IMPLEMENTATIONS[name] if name in IMPLEMENTATIONS and current() is None else name

@@ -19,8 +19,10 @@ def begin_step_reference(
     residual: torch.Tensor,
     rows: torch.Tensor,
     ends: torch.Tensor,
+    fed: torch.Tensor,
 ) -> None:
-    """``residual[i] = embedding[tokens[slots[i]]]``, ``rows[i] = lengths[slots[i]]``, ``ends[i] = rows[i] + 1``.
+    """``fed[i] = tokens[slots[i]]``, ``residual[i] = embedding[fed[i]]``, ``rows[i] = lengths[slots[i]]``, ``ends[i] =
+    rows[i] + 1``.
 
     Slots may be listed more than once.
 
@@ -32,9 +34,11 @@ def begin_step_reference(
         residual: ``[batch, hidden]``, written.
         rows: ``[batch]`` int32, written: the row in the cache that the token gets, which is its position too.
         ends: ``[batch]`` int32, written: how many rows attention reads.
+        fed: ``[batch]`` int32, written: the token itself, for models that look it up by themselves.
     """
     index = slots.long()
-    residual.copy_(embedding[tokens[index].long()])
+    fed.copy_(tokens[index])
+    residual.copy_(embedding[fed.long()])
     rows.copy_(lengths[index])
     ends.copy_(rows + 1)
 
@@ -47,13 +51,14 @@ def begin_step(
     residual: torch.Tensor,
     rows: torch.Tensor,
     ends: torch.Tensor,
+    fed: torch.Tensor,
 ) -> None:
     """``begin_step_reference`` as one kernel; rows of the matrices may be strided, their elements not.
 
     Raises:
         ConfigError: the tensors are not on a GPU.
     """
-    require_triton(slots, tokens, lengths, embedding, residual, rows, ends)
+    require_triton(slots, tokens, lengths, embedding, residual, rows, ends, fed)
     batch, hidden = residual.shape
     block = min(_BLOCK, next_power_of_2(hidden))
     begin_step_kernel[(batch, -(-hidden // block))](
@@ -64,6 +69,7 @@ def begin_step(
         residual,
         rows,
         ends,
+        fed,
         embedding.stride(0),
         residual.stride(0),
         hidden,
@@ -80,6 +86,7 @@ def begin_step_kernel(  # type: ignore[no-untyped-def]
     residual_ptr,
     rows_ptr,
     ends_ptr,
+    fed_ptr,
     embedding_stride,
     residual_stride,
     hidden,
@@ -96,3 +103,4 @@ def begin_step_kernel(  # type: ignore[no-untyped-def]
         row = tl.load(lengths_ptr + slot)
         tl.store(rows_ptr + i, row)
         tl.store(ends_ptr + i, row + 1)
+        tl.store(fed_ptr + i, token.to(tl.int32))

@@ -184,13 +184,14 @@ def default_attention(
     new: int = 2048,
     total: int | None = None,
     name: str | None = None,
+    features: frozenset[str] = frozenset(),
 ) -> AttentionBackend:
     """What a model is run with: prefill by the backend measured as fastest there, decode steps outside graphs as
     ``vattn.attention.choose`` has them.
 
     Args:
         layout: of the cache.
-        max_over_read, name: as for ``choose``.
+        max_over_read, name, features: as for ``choose``.
         new, total: tokens that a typical pass of prefill computes, and all of the sequence's then (None: the same); the
             nearest measured case is taken.
 
@@ -198,7 +199,7 @@ def default_attention(
         ConfigError: none runs there, or not the one that was named.
     """
     measured = table_for(device).prefill_backends(num_heads, layout, new, total or new)
-    return choose_phases(Needs.of(layout, device, max_over_read=max_over_read), measured, name)
+    return choose_phases(Needs.of(layout, device, max_over_read=max_over_read, features=features), measured, name)
 
 
 def default_decode(
@@ -209,6 +210,7 @@ def default_decode(
     num_heads: int,
     *,
     max_over_read: int | None = None,
+    features: frozenset[str] = frozenset(),
 ) -> AttentionBackend:
     """What a decode loop takes: the measured backend, else the first that can be captured in a graph.
 
@@ -217,10 +219,12 @@ def default_decode(
         batch, context: sequences of a step, and rows that each typically has.
         max_over_read: rows past the end of a sequence that may be read; None where the cache is opened with the margin
             of what is chosen.
+        features: as for ``choose``.
 
     Raises:
         ConfigError: none runs there.
     """
     captured = device.type == "cuda"  # elsewhere there are no graphs
-    needs = Needs.of(layout, device, max_over_read=max_over_read, decode=True, captured=captured)
+    others = {"max_over_read": max_over_read, "features": features}
+    needs = Needs.of(layout, device, decode=True, captured=captured, **others)
     return pick(needs, table_for(device).decode_backends(num_heads, layout, batch, context))

@@ -1,0 +1,139 @@
+"""What there is to know of a model before its first pass: whether it can be run, what it caches and attends to."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..arguments import require_int
+from ..errors import ConfigError, OutOfPages
+from .configs import decoder_config, layers_of
+from .pass_attention import Recording
+from .passes import IMPLEMENTATIONS
+from .shapes import ConfiguredLayer, Shapes
+
+__all__ = ["HOLDER", "Plan", "checked", "implementations", "learnt", "positions", "refusing"]
+
+HOLDER = "TransformersModel"
+_INSTEAD = "use vattn.hf.VirtualCache with its generate()"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a pass that computed nothing showed.
+
+    Attributes:
+        shapes: of K and V, of every layer that caches.
+        dtype: of K and V.
+        features: that attention needs, of SOFTCAP and SINKS.
+        num_heads: query heads, of the layer that has most.
+    """
+
+    shapes: Shapes
+    dtype: torch.dtype
+    features: frozenset[str]
+    num_heads: int
+
+
+def checked(model: Any) -> PreTrainedConfig:
+    """The config of a model's text part.
+
+    Raises:
+        ConfigError: the model cannot be run; says what to do.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise ConfigError(f"TransformersModel takes a model of transformers, got a {type(model).__name__}")
+    name = type(model).__name__
+    text = decoder_config(model.config, HOLDER)
+    if text._attn_implementation in IMPLEMENTATIONS:
+        raise ConfigError(f"another TransformersModel runs this {name}: close it first, or use that one")
+    if model.training:
+        raise ConfigError(f"this {name} is in training mode: call model.eval()")
+    checkpointing = "is_activation_checkpointing"  # its name from 5.24 on
+    if getattr(model, checkpointing if hasattr(type(model), checkpointing) else "is_gradient_checkpointing"):
+        raise ConfigError(f"this {name} has gradient checkpointing on: call model.gradient_checkpointing_disable()")
+    devices = sorted({str(each.device) for each in model.parameters()})
+    if len(devices) != 1 or "meta" in devices:
+        raise ConfigError(
+            f"this {name} is on {' and '.join(devices) or 'no device'}, a TransformersModel needs it on one: load it "
+            "without device_map, or with device_map={'': device}"
+        )
+    if not isinstance(getattr(text, "vocab_size", None), int):
+        raise ConfigError(f"{type(text).__name__} has no vocab_size: it is of no model that generates tokens")
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        raise ConfigError(f"{name} takes no position_ids, so its sequences cannot share a pass: {_INSTEAD}")
+    return text
+
+
+def implementations(model: PreTrainedModel) -> dict[str, str]:
+    """The attention of a model and of its parts, as ``set_attn_implementation`` takes them."""
+    parts = {key: getattr(model.config, key, None) for key in model.config.sub_configs}
+    names = {key: part._attn_implementation for key, part in parts.items() if part is not None}
+    return {"": model.config._attn_implementation, **names}
+
+
+def positions(config: PreTrainedConfig, asked: int | None, configured: dict[int, ConfiguredLayer]) -> int:
+    """How long a text may be: as asked, but no longer than the model allows; None for that.
+
+    Raises:
+        ConfigError: it is longer, or the config does not say.
+    """
+    # A query sees the rows of its own chunk, a window would move with it: they are the same in the first chunk.
+    limits = [layer.window for layer in configured.values() if layer.chunked]
+    limits.append(getattr(config, "max_position_embeddings", None))
+    limit = min((limit for limit in limits if limit is not None), default=None)
+    if asked is None and limit is None:
+        raise ConfigError(f"{type(config).__name__} does not say how long a text may be: give max_seq_len")
+    return require_int("max_seq_len", limit if asked is None else asked, 1, limit)
+
+
+def learnt(name: str, config: PreTrainedConfig, recording: Recording, logits: torch.Tensor) -> Plan:
+    """From a pass that was recorded.
+
+    Args:
+        name: of the model.
+        logits: ``[1, vocab_size]``, that the pass returned.
+
+    Raises:
+        ConfigError: the model does not do what its config says, or keeps no K and V.
+    """
+    _, configured = layers_of(config, HOLDER)
+    for layer in recording.shapes:
+        if layer not in configured:
+            raise ConfigError(f"{name} caches K and V in layer {layer}, which its config does not know: {_INSTEAD}")
+        window, found = configured[layer].window, recording.windows.get(layer, set())
+        if len(found) > 1 or not found <= {window}:
+            raise ConfigError(f"{name} gives layer {layer} windows {found}, its config says {window}: {_INSTEAD}")
+    if not recording.shapes:
+        raise ConfigError(f"{name} kept no K and V in a pass: it has no attention layers to run over a cache")
+    if logits.shape[-1] != config.vocab_size:
+        raise ConfigError(
+            f"{name} returns {logits.shape[-1]} logits a token, its config has a vocab_size of {config.vocab_size}: "
+            "set config.vocab_size"
+        )
+    # A chunk is not a window; texts end with the first.
+    layers = {
+        layer: ConfiguredLayer(shape.num_kv_heads, shape.head_dim, None if own.chunked else own.window)
+        for layer, shape in sorted(recording.shapes.items())
+        for own in (configured[layer],)
+    }
+    shapes = Shapes(layers)
+    shapes.seen = recording.shapes
+    return Plan(shapes, recording.dtype, recording.features, recording.num_heads)
+
+
+@contextmanager
+def refusing(name: str) -> Iterator[None]:
+    """What the code of a model raises inside, as ConfigError."""
+    try:
+        yield
+    except (OutOfPages, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise ConfigError(f"vattn cannot run {name}: {error}; {_INSTEAD}") from error

@@ -1,0 +1,260 @@
+"""``TransformersModel``: transformers' own forward as a model of the runtime, over a ``KVCache``."""
+
+from __future__ import annotations
+
+import inspect
+from types import TracebackType
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ..attention import AttentionBackend, AttentionBatch, DecodeBatch
+from ..errors import ConfigError
+from ..kv_cache import KVCache
+from ..layout import KVLayout
+from ..ops.ops_table import Ops
+from ..tuning import default_ops
+from .configs import layers_of
+from .examine import HOLDER, Plan, checked, implementations, learnt, positions, refusing
+from .pass_attention import Recording, implementation_for, pass_cache
+from .passes import Pass, running
+
+__all__ = ["TransformersModel"]
+
+
+class TransformersModel:
+    """Any decoder of transformers as ``Engine`` and ``DecodeLoop`` run it: captured steps, prompts packed.
+
+    The model's own forward computes; its attention reads the cache in place, through transformers'
+    ``AttentionInterface``. Outside of the runtime's passes the model works as before, and after ``close`` nothing of
+    vattn is left in it.
+
+    Args:
+        model: on one device, in evaluation mode. It is the caller's: it stays loaded after ``close``.
+        max_seq_len: tokens of a sequence; None: the model's context.
+        ops: the loop's own operations; None: fused on a GPU, else their references.
+
+    Attributes:
+        model: as given.
+        config: of its text part.
+
+    Raises:
+        ConfigError: it is no decoder of attention layers alone, or something that vattn cannot run; says what to do.
+    """
+
+    def __init__(self, model: PreTrainedModel, max_seq_len: int | None = None, ops: Ops | None = None) -> None:
+        self.config = checked(model)
+        self.model = model
+        self._name = type(model).__name__
+        self._device = model.device
+        templates, configured = layers_of(self.config, HOLDER)
+        self.max_seq_len = positions(self.config, max_seq_len, configured)
+        self._parameters = inspect.signature(model.forward).parameters
+        self._cache = pass_cache(len(templates), configured)
+        self._own_implementation = implementations(model)
+        self._closed = False
+        try:
+            with torch.inference_mode():
+                self._set_implementation()
+                self._plan = self._record()
+        except BaseException:
+            self.close()
+            raise
+        self.ops = default_ops(self._device, self.dtype) if ops is None else ops
+        # transformers looks tokens up itself: what the loop brings along is one column of zeros.
+        self.embedding = torch.zeros(1, 1, device=self._device).expand(self.config.vocab_size, 1)
+
+    # -- what the runtime asks -------------------------------------------------------------------------------------
+    @property
+    def device(self) -> torch.device:
+        """Of the weights."""
+        return self._device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self.model.dtype
+
+    @property
+    def num_heads(self) -> int:
+        """Query heads, of the layer that has most."""
+        return self._plan.num_heads
+
+    @property
+    def attention_features(self) -> frozenset[str]:
+        """What attention needs beside windows, of SOFTCAP and SINKS."""
+        return self._plan.features
+
+    def kv_layout(self, max_seq_len: int | None = None) -> KVLayout:
+        """The shape of its K and V, layers with the same heads and window in one group."""
+        return self._plan.shapes.layout(self.max_seq_len if max_seq_len is None else max_seq_len, self._plan.dtype)
+
+    def require_fit(self, cache: KVCache) -> None:
+        """Refuse a cache of another shape, and a model that cannot be run any more.
+
+        Raises:
+            ConfigError: says what differs.
+        """
+        self._require_usable()
+        mine, its = _by_layer(self.kv_layout()), _by_layer(cache.layout)
+        if mine != its or cache.layout.dtype != self._plan.dtype:
+            raise ConfigError(
+                f"the cache has {len(its)} layers of {cache.layout.dtype} with (KV heads, K and V head sizes, window) "
+                f"{sorted(set(its.values()), key=str)}, the model {len(mine)} of {self._plan.dtype} with "
+                f"{sorted(set(mine.values()), key=str)}; open the cache with model.kv_layout()"
+            )
+        now = next(self.model.parameters()).device
+        if now != self._device:
+            raise ConfigError(f"the model was moved from {self._device} to {now}: make a new TransformersModel")
+        if self._device != cache.device:
+            raise ConfigError(f"the model is on {self._device}, the cache on {cache.device}")
+
+    def decode(
+        self, residual: torch.Tensor, batch: DecodeBatch, cache: KVCache, attention: AttentionBackend
+    ) -> torch.Tensor:
+        """Logits of one new token of each sequence; appends its K and V.
+
+        Args:
+            residual: not read; the tokens are the batch's.
+            batch: slots, rows and tokens, on the device.
+            cache: has rows ``[0, row]`` of every slot backed and writable.
+            attention: reads them.
+
+        Returns:
+            ``[batch, vocab_size]``.
+        """
+        return self._forward(_tokens(batch), Pass(cache, batch.slots_int32, batch.rows_int32, [(batch, attention)]))
+
+    def prefill(self, tokens: torch.Tensor, batch: AttentionBatch, cache: KVCache, attention: AttentionBackend) -> None:
+        """Compute the new tokens of a batch and append their K and V.
+
+        Args:
+            tokens: ``[T]`` int64, the new tokens of all sequences, packed in the batch's order.
+            batch: slots and lengths.
+            cache: has rows ``[0, seq_len)`` of every sequence backed and writable, all but the new ones computed.
+            attention: reads them.
+
+        Raises:
+            ConfigError: another number of tokens than the batch has, rows of padding, or a row beyond ``max_seq_len``.
+        """
+        self._check_prefill(tokens, batch)
+        this = Pass(cache, batch.token_slots, batch.token_positions, [(batch, attention)])
+        self._forward(tokens, this, num_logits=0)
+
+    def prefill_and_decode(
+        self,
+        tokens: torch.Tensor,
+        prefill: AttentionBatch,
+        prefill_attention: AttentionBackend,
+        residual: torch.Tensor,
+        decode: DecodeBatch,
+        decode_attention: AttentionBackend,
+        cache: KVCache,
+    ) -> torch.Tensor:
+        """``prefill`` and ``decode`` in one pass, which reads the weights once.
+
+        Args:
+            tokens, prefill, prefill_attention: as for ``prefill``.
+            residual, decode, decode_attention: as for ``decode``; of other slots.
+            cache: as for both.
+
+        Returns:
+            ``[batch, vocab_size]``, the logits of ``decode``.
+
+        Raises:
+            ConfigError: as for ``prefill``.
+        """
+        self._check_prefill(tokens, prefill)
+        this = Pass(
+            cache,
+            torch.cat((prefill.token_slots, decode.slots_int32)),
+            torch.cat((prefill.token_positions, decode.rows_int32)),
+            [(prefill, prefill_attention), (decode, decode_attention)],
+        )
+        return self._forward(torch.cat((tokens, _tokens(decode))), this, num_logits=decode.batch_size)
+
+    def close(self) -> None:
+        """Give the model its own attention back. Does nothing the second time."""
+        if not self._closed:
+            self._closed = True
+            self.model.set_attn_implementation(self._own_implementation)
+
+    def __enter__(self) -> TransformersModel:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # -- a pass ----------------------------------------------------------------------------------------------------
+    def _forward(self, tokens: torch.Tensor, this: Pass, num_logits: int | None = None) -> torch.Tensor:
+        """Logits ``[num_logits, vocab_size]`` of the last tokens; None: of all ``[T]``."""
+        self._require_usable()
+        options: dict[str, Any] = {}
+        keep = "logits_to_keep" if "logits_to_keep" in self._parameters else None
+        if keep and num_logits is not None:
+            options[keep] = torch.arange(len(tokens) - num_logits, len(tokens), device=tokens.device)
+        with running(this):
+            out = self.model(
+                input_ids=tokens.unsqueeze(0),
+                position_ids=this.where[1].unsqueeze(0),
+                use_cache=True,
+                **{self._cache_name: self._cache},
+                **options,
+            )
+        logits: torch.Tensor = out.logits[0]
+        return logits if num_logits is None or keep else logits[len(tokens) - num_logits :]
+
+    @property
+    def _cache_name(self) -> str:
+        return "cache" if "cache" in self._parameters else "past_key_values"
+
+    def _require_usable(self) -> None:
+        if self._closed:
+            raise ConfigError("this TransformersModel is closed: make a new one")
+        if self.model.training:
+            raise ConfigError("the model is in training mode: call model.eval()")
+
+    def _check_prefill(self, tokens: torch.Tensor, batch: AttentionBatch) -> None:
+        if batch.starts is not None:
+            raise ConfigError("this model takes packed tokens: a batch without starts, that is without padding")
+        if tokens.shape != (batch.num_tokens,):
+            raise ConfigError(f"the batch has {batch.num_tokens} new tokens, got a tensor of shape {[*tokens.shape]}")
+        if batch.max_end > self.max_seq_len:
+            raise ConfigError(f"row {batch.max_end - 1} is beyond the model's context of {self.max_seq_len} tokens")
+
+    # -- before the first pass -------------------------------------------------------------------------------------
+    def _set_implementation(self) -> None:
+        """Give the text part vattn's attention."""
+        key = next((key for key in self.model.config.sub_configs if getattr(self.model.config, key) is self.config), "")
+        mine = implementation_for(self.config._attn_implementation)
+        self.model.set_attn_implementation({**self._own_implementation, key: mine})
+        if self.config._attn_implementation != mine:
+            raise ConfigError(
+                f"{self._name} computes attention by itself, not through transformers' AttentionInterface: use "
+                "vattn.hf.VirtualCache with its generate()"
+            )
+
+    def _record(self) -> Plan:
+        """Find what the layers cache and what attention needs, in a pass that computes none."""
+        rows = torch.arange(4, device=self._device)
+        recording = Recording(rows)
+        with refusing(self._name):
+            logits = self._forward((rows + 1) % self.config.vocab_size, recording, num_logits=1)
+        return learnt(self._name, self.config, recording, logits)
+
+
+def _tokens(batch: DecodeBatch) -> torch.Tensor:
+    if batch.tokens_int32 is None:
+        raise ConfigError("a transformers model looks tokens up itself: give the DecodeBatch its tokens")
+    return batch.tokens_int32.long()
+
+
+def _by_layer(layout: KVLayout) -> dict[int, tuple[int, int, int, int | None]]:
+    return {
+        layer: (group.num_kv_heads, group.head_dim, group.v_head_dim or group.head_dim, group.window)
+        for group in layout.groups
+        for layer in group.layers
+    }
