@@ -26,6 +26,7 @@ def add_rms_norm_reference(
     offset: float = 0.0,
     x_weight: torch.Tensor | None = None,
     total: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``residual += x``, then ``residual / rms(residual) * weight`` (Zhang & Sennrich 2019).
 
@@ -41,6 +42,7 @@ def add_rms_norm_reference(
         offset: added to the weights; 1 for Gemma's.
         x_weight: ``[hidden]``; x is normed by itself before it is added.
         total: ``[tokens, hidden]``, takes the sum where there is one.
+        out: ``[tokens, hidden]``, takes the norm; it may be the residual.
 
     Returns:
         ``[tokens, hidden]`` in the residual's dtype: the norm, or the sum where there is no ``weight``.
@@ -54,7 +56,10 @@ def add_rms_norm_reference(
     if x is not None:
         added = x.to(wide_dtype).sum(0) if x.dim() == 3 else x.to(wide_dtype)
         total.copy_(residual.to(wide_dtype) + (added if x_weight is None else normed(added, x_weight)))
-    return total if weight is None else normed(total.to(wide_dtype), weight).to(total.dtype)
+    if weight is None:
+        return total
+    norm = normed(total.to(wide_dtype), weight).to(total.dtype)
+    return norm if out is None else out.copy_(norm)
 
 
 def add_rms_norm(
