@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from .shapes import ConfiguredLayer, Shapes
 __all__ = ["HOLDER", "Plan", "checked", "implementations", "learnt", "positions", "refusing"]
 
 HOLDER = "TransformersModel"
+LEAST_POSITIONS = 8  # more than are tried before the first pass
 _INSTEAD = "use vattn.hf.VirtualCache with its generate()"
 
 
@@ -33,12 +34,14 @@ class Plan:
         dtype: of K and V.
         features: that attention needs, of SOFTCAP and SINKS.
         num_heads: query heads, of the layer that has most.
+        late: layers whose attention reads other K and V than the model gives to its cache.
     """
 
     shapes: Shapes
     dtype: torch.dtype
     features: frozenset[str]
     num_heads: int
+    late: frozenset[int]
 
 
 def checked(model: Any) -> PreTrainedConfig:
@@ -90,7 +93,7 @@ def positions(config: PreTrainedConfig, asked: int | None, configured: dict[int,
     limit = min((limit for limit in limits if limit is not None), default=None)
     if asked is None and limit is None:
         raise ConfigError(f"{type(config).__name__} does not say how long a text may be: give max_seq_len")
-    return require_int("max_seq_len", limit if asked is None else asked, 1, limit)
+    return require_int("max_seq_len", limit if asked is None else asked, LEAST_POSITIONS, limit)
 
 
 def learnt(name: str, config: PreTrainedConfig, recording: Recording, logits: torch.Tensor) -> Plan:
@@ -103,11 +106,13 @@ def learnt(name: str, config: PreTrainedConfig, recording: Recording, logits: to
     Raises:
         ConfigError: the model does not do what its config says, or keeps no K and V.
     """
-    _, configured = layers_of(config, HOLDER)
-    for layer in recording.shapes:
-        if layer not in configured:
+    templates, configured = layers_of(config, HOLDER)
+    own = {}  # of each layer of the cache
+    for layer in sorted(recording.shapes):
+        if layer % len(templates) not in configured:
             raise ConfigError(f"{name} caches K and V in layer {layer}, which its config does not know: {_INSTEAD}")
-        window, found = configured[layer].window, recording.windows.get(layer, set())
+        own[layer] = configured[layer % len(templates)]
+        window, found = own[layer].window, recording.windows.get(layer, set())
         if len(found) > 1 or not found <= {window}:
             raise ConfigError(f"{name} gives layer {layer} windows {found}, its config says {window}: {_INSTEAD}")
     if not recording.shapes:
@@ -118,14 +123,9 @@ def learnt(name: str, config: PreTrainedConfig, recording: Recording, logits: to
             "set config.vocab_size"
         )
     # A chunk is not a window; texts end with the first.
-    layers = {
-        layer: ConfiguredLayer(shape.num_kv_heads, shape.head_dim, None if own.chunked else own.window)
-        for layer, shape in sorted(recording.shapes.items())
-        for own in (configured[layer],)
-    }
-    shapes = Shapes(layers)
+    shapes = Shapes({layer: replace(each, window=None) if each.chunked else each for layer, each in own.items()})
     shapes.seen = recording.shapes
-    return Plan(shapes, recording.dtype, recording.features, recording.num_heads)
+    return Plan(shapes, recording.dtype, recording.features, recording.num_heads, frozenset(recording.late))
 
 
 @contextmanager

@@ -55,7 +55,7 @@ class FusionReport:
             if reasons:
                 line += f", {sum(reasons.values())} left"
             lines += [line, *(f"  {count} left: {reason}" for reason, count in reasons.items())]
-        return "\n".join(lines) or "nothing to fuse was found"
+        return "\n".join(lines) or "nothing was fused"
 
 
 class Fusion:

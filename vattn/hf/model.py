@@ -20,6 +20,7 @@ from .examine import HOLDER, Plan, checked, implementations, learnt, positions, 
 from .fusion import Fusion, FusionReport
 from .pass_attention import Recording, implementation_for, pass_cache
 from .passes import Pass, running
+from .verify import own_logits, verify
 
 __all__ = ["TransformersModel"]
 
@@ -59,21 +60,26 @@ class TransformersModel:
         self._parameters = inspect.signature(model.forward).parameters
         self._cache = pass_cache(len(templates), configured)
         self._own_implementation = implementations(model)
+        self.ops = default_ops(self._device, model.dtype) if ops is None else ops
+        # transformers looks tokens up itself: what the loop brings along is one column of zeros.
+        self.embedding = torch.zeros(1, 1, device=self._device).expand(self.config.vocab_size, 1)
         self._closed = False
-        self.ops = default_ops(self._device, self.dtype) if ops is None else ops
         self._fusion: Fusion | None = None
         try:
             with torch.inference_mode():
+                wanted = own_logits(model, self.config.vocab_size)
                 self._set_implementation()
                 self._plan = self._record()
+                for layer in self._plan.late:
+                    self._cache.layers[layer % len(templates)].is_late = True
             if fuse:
                 self._fusion = Fusion(model, self.ops, self._forward, self.config.vocab_size, self.max_seq_len)
+            with torch.inference_mode():
+                verify(self, wanted)
         except BaseException:
             self.close()
             raise
         self.report = FusionReport({}, {}) if self._fusion is None else self._fusion.report
-        # transformers looks tokens up itself: what the loop brings along is one column of zeros.
-        self.embedding = torch.zeros(1, 1, device=self._device).expand(self.config.vocab_size, 1)
 
     # -- what the runtime asks -------------------------------------------------------------------------------------
     @property

@@ -6,7 +6,8 @@ them is noted once, in a pass that computes nothing: ``Recording``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -37,6 +38,7 @@ class Recording(Pass):
         dtype: of K and V.
         features: that attention needs, of SOFTCAP and SINKS.
         num_heads: query heads, of the layer that has most.
+        late: layers whose attention reads other K and V than ``update`` was given.
     """
 
     def __init__(self, rows: torch.Tensor) -> None:
@@ -46,6 +48,7 @@ class Recording(Pass):
         self.dtype = torch.float32
         self.features: frozenset[str] = frozenset()
         self.num_heads = 1
+        self.late: set[int] = set()
 
     def window(self, layer: int) -> int | None:
         """None: it is not known yet."""
@@ -93,12 +96,24 @@ class Recording(Pass):
 
 
 # -- the cache -------------------------------------------------------------------------------------------------------
-class _PassLayer(CacheLayerMixin):
-    """One layer: K and V of the pass's tokens go to its cache, and attention is told whose they are."""
+class PassLayer(CacheLayerMixin):
+    """One layer: K and V of the pass's tokens go to its cache, and attention is told whose they are.
 
-    def __init__(self, index: int, window: int | None) -> None:
+    Args:
+        index: in the model.
+        num_layers: of the model.
+        window: sliding window, None for none.
+
+    Attributes:
+        is_late: whether the model makes other K and V of those that it gives here before attention reads them, as from
+            latent ones (DeepSeek) or with halves of V (DiffLlama). The cache then holds what attention reads, which a
+            token always has the same of: for each call of attention in a layer of its own.
+    """
+
+    def __init__(self, index: int, num_layers: int, window: int | None) -> None:
         super().__init__()
-        self.index, self.is_sliding = index, window is not None
+        self.index, self.num_layers, self.is_sliding = index, num_layers, window is not None
+        self.is_late = False
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -107,8 +122,10 @@ class _PassLayer(CacheLayerMixin):
         this = current()
         if this is None:
             raise ConfigError("this cache belongs to a TransformersModel, and works in its passes only")
-        this.append(self.index, key_states.squeeze(0).transpose(0, 1), value_states.squeeze(0).transpose(0, 1))
-        key_states._vattn_layer_index = value_states._vattn_layer_index = self.index  # type: ignore[attr-defined]
+        this.unread = itertools.count(self.index, self.num_layers)
+        if not self.is_late:
+            this.append(self.index, *_packed(key_states, value_states))
+            key_states._vattn_layer_index = value_states._vattn_layer_index = self.index  # type: ignore[attr-defined]
         return key_states, value_states
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -135,7 +152,12 @@ def pass_cache(num_layers: int, configured: dict[int, ConfiguredLayer]) -> Cache
         configured: those of attention.
     """
     windows = {index: layer.window for index, layer in configured.items()}
-    return Cache(layers=[_PassLayer(index, windows.get(index)) for index in range(num_layers)])
+    return Cache(layers=[PassLayer(index, num_layers, windows.get(index)) for index in range(num_layers)])
+
+
+def _packed(*states: torch.Tensor) -> Iterator[torch.Tensor]:
+    """``[1, heads, T, head_dim]`` -> ``[T, heads, head_dim]``."""
+    return (each.squeeze(0).transpose(0, 1) for each in states)
 
 
 # -- attention -------------------------------------------------------------------------------------------------------
@@ -171,12 +193,17 @@ def _attend(
         return function(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **options)
     layer = getattr(key, "_vattn_layer_index", None)
     if layer is None or getattr(value, "_vattn_layer_index", None) != layer:
-        raise ConfigError("its attention reads other K and V than those that it caches")
+        layer = next(this.unread, None)
+        if layer is None:
+            raise ConfigError("its attention reads K and V that it does not cache")
+        if isinstance(this, Recording):
+            this.late.add(layer)
+        this.append(layer, *_packed(key, value))
     if isinstance(this, Recording):
         this.check(module, layer, attention_mask, options)
     out = this.attend(
         layer,
-        query.squeeze(0).transpose(0, 1),
+        *_packed(query),
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         window=this.window(layer),
         softcap=options.get("softcap"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -32,12 +32,15 @@ class Pass:
         cache: has the rows of every token backed and writable.
         slots, rows: ``[T]`` int32 or int64, of each token, on the cache's device.
         parts: (batch, attention) of all tokens in order.
+        unread: layers of the cache for what the model's newest ``update`` gave K and V to, where its attention reads
+            others that it made of these.
     """
 
     cache: KVCache
     slots: torch.Tensor
     rows: torch.Tensor
     parts: list[tuple[AttentionBatch, AttentionBackend]]
+    unread: Iterator[int] = field(default_factory=lambda: iter(()))
 
     @cached_property
     def where(self) -> tuple[torch.Tensor, torch.Tensor]:
