@@ -8,7 +8,7 @@ the model's, and the report says why.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any
@@ -19,13 +19,15 @@ from torch import nn
 from ..errors import ConfigError
 from ..ops.merge import adopt
 from ..ops.ops_table import Ops
-from .fused_parts import Attention, Layer, Mlp, Norm, Output, Unfit, require_plain
+from .fused_layers import Attention, Layer
+from .fused_parts import Mlp, Norm, Output, Unfit, require_plain
 from .fusion_check import Call, Oracle, Probe
 from .passes import Pass, current
 
 __all__ = ["Fusion", "FusionReport"]
 
 _DIFFERS = "it computes something else than its fused form"
+_DRAWS = 3
 _CANDIDATES: dict[str, Callable[[nn.Module, Ops], Iterator[Any]]] = {
     "mlp": Mlp.candidates,
     "norm": Norm.candidates,
@@ -39,8 +41,8 @@ class FusionReport:
     """What of a model was fused.
 
     Attributes:
-        fused: kind of part ("layer", "attention", "mlp", "norm", "output") -> how many. A fused layer is one with its
-            norms, its attention and its MLP; those of a layer that is left may be fused by themselves.
+        fused: kind of part ("layer", "attention", "mlp", "norm", "output") -> how many. In a fused layer the sums
+            between its parts are fused too; the parts of one that is left are fused by themselves.
         left: kind -> why -> how many stay the model's.
     """
 
@@ -84,7 +86,7 @@ class Fusion:
     ) -> None:
         self._ops = ops
         self._overridden: list[nn.Module] = []
-        self._merged: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._addresses: dict[nn.Module, dict[str, int]] = {}
         self._fused: Counter[str] = Counter()
         self._left: dict[str, Counter[str]] = {kind: Counter() for kind in _KINDS}
         device = next(model.parameters()).device
@@ -108,16 +110,15 @@ class Fusion:
         Raises:
             ConfigError: it was moved, converted or loaded anew.
         """
-        for parameter, part in self._merged:
-            if parameter.data_ptr() != part.data_ptr() or parameter.dtype != part.dtype:
-                raise ConfigError("the model was moved or converted since its weights were merged; make a new one")
+        if any(_addresses(module) != addresses for module, addresses in self._addresses.items()):
+            raise ConfigError("the model was moved, converted or loaded since its parts were fused; make a new one")
 
     def undo(self) -> None:
         """Give every module its own forward back. Parameters stay views of merged weights, of the same values."""
         for module in self._overridden:
             vars(module).pop("forward", None)
         self._overridden.clear()
-        self._merged.clear()
+        self._addresses.clear()
 
     # -- one after the other ---------------------------------------------------------------------------------------
     def _fuse(self, model: nn.Module, tokens: torch.Tensor, forward: Callable[[torch.Tensor, Pass], Any]) -> None:
@@ -149,43 +150,44 @@ class Fusion:
             self._calls[module] = Call(args, kwargs)
 
     def _layer(self, module: nn.Module) -> set[nn.Module]:
-        """Fuse a layer, or its attention and MLP by themselves; returns the modules that are inside of those."""
-        children = {"attention": module.get_submodule("self_attn"), "mlp": module.get_submodule("mlp")}
-        parts = {kind: self._part(kind, child) for kind, child in children.items() if _kind(module, child) == kind}
-        covered: set[nn.Module] = set()
+        """Fuse a layer, or its parts by themselves; returns the modules that are inside of what was fused."""
+        names = Layer.names(module)
+        children = {"self_attn": "attention", "mlp": "mlp"} | dict.fromkeys(filter(None, names or ()), "norm")
+        parts: dict[str | None, Any] = {None: None}
+        inside: set[nn.Module] = set()
+        for name, kind in children.items():
+            child = module.get_submodule(name)
+            inside.add(child)
+            if _kind(module, child) == kind:
+                parts[name] = self._part(kind, child)
+                inside |= set(child.modules()) if parts[name] else set()
+            elif kind == "mlp":
+                self._left["mlp"]["its projections have other names"] += 1
         try:
-            names = Layer.names(module)
-            self._require_once(module)
-            require_plain(module)
-            norms = [module.get_submodule(name) for name in names if name]
-            layer = self._agreeing(module, self._layers(module, names, parts))
+            layer = self._whole(module, names, parts)
         except Unfit as reason:
             self._left["layer"][str(reason)] += 1
-            for kind, part in parts.items():
-                if part:
-                    self._override(children[kind], part)
+            for name in children:
+                if part := parts.get(name):
+                    self._override(module.get_submodule(name), part)
         else:
             self._override(module, layer)
             self._fused["layer"] += 1
-            self._fused["norm"] += len(norms)
-            covered |= set(norms)
-        for kind, part in parts.items():
-            covered |= set(children[kind].modules()) if part else {children[kind]}
-        return covered
+        return inside
 
-    def _layers(self, module: nn.Module, names: tuple[str | None, ...], parts: dict[str, Any]) -> Iterator[Layer]:
-        attention, mlp = parts.get("attention") or module.self_attn, parts.get("mlp") or module.mlp
+    def _whole(self, module: nn.Module, names: tuple[str | None, ...] | None, parts: dict[str | None, Any]) -> Layer:
+        self._require_once(module)
+        require_plain(module)
+        if names is None:
+            raise Unfit("its norms are in none of the places that are known")
         for name in filter(None, names):
-            if not Norm.fits(norm := getattr(module, name)):
-                raise Unfit(f"its {name} is a {type(norm).__name__}, not an RMSNorm")
-        choices: list[list[Norm] | list[None]] = [
-            list(Norm.candidates(module.get_submodule(name), self._ops)) if name else [None, None] for name in names
-        ]
-        for norms in zip(*choices, strict=True):
-            after, before_mlp = norms[1], norms[2]
-            if after and before_mlp and after.eps != before_mlp.eps:
-                raise Unfit("its norms have different epsilons")
-            yield Layer(self._ops, attention, mlp, norms)  # type: ignore[arg-type]
+            if not parts.get(name):
+                raise Unfit(f"its {name} is left, a {type(module.get_submodule(name)).__name__}")
+        norms = tuple(parts[name] for name in names)
+        if norms[1] and norms[2] and (norms[1].eps, norms[1].offset) != (norms[2].eps, norms[2].offset):
+            raise Unfit("its norms are of different kinds")
+        attention, mlp = (parts.get(name) or module.get_submodule(name) for name in ("self_attn", "mlp"))
+        return self._agreeing(module, [Layer(self._ops, attention, mlp, norms)])
 
     def _part(self, kind: str, module: nn.Module) -> Any:
         """The fused form of a module, its weights merged; None where it is left."""
@@ -203,7 +205,6 @@ class Fusion:
             return None
         for parameters, merged in getattr(part, "sources", ()):
             adopt(parameters, merged)
-            self._merged += zip(parameters, merged.split([len(each) for each in parameters]), strict=True)
         self._fused[kind] += 1
         return part
 
@@ -216,28 +217,32 @@ class Fusion:
         asked, appended = oracle.probe.asked, oracle.probe.appended
         if len(asked) != 1 or appended != [asked[0].layer]:
             raise Unfit("it does not cache and read K and V of its own, once")
-        own = {parameter.data_ptr() for parameter in module.parameters()}
         k, v = oracle.probe.own.tensors[asked[0].layer]
         if asked[0].head_dim != k.shape[-1] or k.shape[-1] != v.shape[-1]:
             raise Unfit("its K and V heads are of different sizes")
-        if not isinstance(asked[0].scale, float) or (
-            asked[0].sinks is not None and asked[0].sinks.data_ptr() not in own
-        ):
+        own = {parameter.data_ptr() for parameter in module.parameters()}
+        sinks = asked[0].sinks
+        if not isinstance(asked[0].scale, float) or (sinks is not None and sinks.data_ptr() not in own):
             raise Unfit("its scale or its sinks are computed in the pass")
-        for part in Attention.candidates(module, self._ops, asked[0]):
+        candidates = list(Attention.candidates(module, self._ops, asked[0]))
+        for part in candidates:
             part.num_outputs = oracle.num_outputs
-            if oracle.agrees(part.forward):
-                return part
-        raise Unfit(_DIFFERS)
+        return self._agreeing(module, candidates)
 
-    def _agreeing(self, module: nn.Module, candidates: Iterator[Any], norm: bool = False) -> Any:
+    def _agreeing(self, module: nn.Module, candidates: Iterable[Any], norm: bool = False) -> Any:
+        """The first of the candidates that gives what the module gives, for one of a few random inputs.
+
+        One input is not enough: a rounding may decide to which expert a router sends a token, or what a row of few
+        numbers is taken for.
+        """
         # Small rows show where an epsilon stands.
         scales = torch.logspace(0, -4, len(self._positions), device=self._positions.device) if norm else None
-        oracle = None
-        for part in candidates:
-            oracle = oracle or Oracle(module, self._calls[module].fresh(scales), self._positions)
-            if oracle.agrees(part.forward):
-                return part
+        candidates = list(candidates)
+        for _ in range(_DRAWS):
+            oracle = Oracle(module, self._calls[module].fresh(scales), self._positions)
+            for part in candidates:
+                if oracle.agrees(part.forward):
+                    return part
         raise Unfit(_DIFFERS)
 
     def _override(self, module: nn.Module, part: Any) -> None:
@@ -248,7 +253,13 @@ class Fusion:
             return own(*args, **kwargs) if current() is None else part.forward(*args, **kwargs)
 
         self._overridden.append(module)
+        self._addresses[module] = _addresses(module)
         module.forward = forward
+
+
+def _addresses(module: nn.Module) -> dict[str, int]:
+    """Of its parameters, all in use by what was fused."""
+    return {name: parameter.data_ptr() for name, parameter in module.named_parameters()}
 
 
 def _positions(max_seq_len: int) -> torch.Tensor:

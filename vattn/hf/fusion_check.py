@@ -12,7 +12,8 @@ from torch.func import functional_call
 
 from ..attention import AttentionBatch, get
 from ..kv_cache import KVCache
-from .fused_parts import Asked, Unfit
+from .fused_layers import Asked
+from .fused_parts import Unfit
 from .passes import Pass, running
 
 __all__ = ["Call", "Oracle", "Probe"]
@@ -187,7 +188,8 @@ class Oracle:
     def agrees(self, forward: Callable[..., Any]) -> bool:
         """Whether another forward is as near to the exact results as twice the module's own.
 
-        Its largest error counts, and 1.5 times the mean: the rule for logits in bfloat16. K and V are compared too.
+        Its largest error counts, and 1.5 times the mean, each as a share of its row's largest number. K and V are
+        compared too.
         """
         probe = Probe(self.positions)
         for layer, (k, v) in self.probe.own.tensors.items():
@@ -199,7 +201,6 @@ class Oracle:
         except Exception:  # it expects other arguments than this module gets
             return False
         exact = self.own if self.exact is None else self.exact
-        # Where the module's own error happens to be nothing, a rounding of the largest number is not refused.
         roundings = 1 if self.exact is not None else _ROUNDINGS
         return all(_near(*each, roundings) for each in zip(got, self.own, exact, strict=True))
 
@@ -208,7 +209,10 @@ def _near(got: torch.Tensor, own: torch.Tensor, exact: torch.Tensor, roundings: 
     if got.shape != own.shape or got.dtype != own.dtype:
         return False
     exact = exact.to(torch.promote_types(exact.dtype, torch.float32))
-    error, allowed = ((each.to(exact.dtype) - exact).abs() for each in (got, own))
-    rounding = roundings * torch.finfo(got.dtype).eps * exact.abs().amax()
+    # Each row by itself: of small ones a norm's epsilon makes most.
+    size = exact.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(exact.dtype).tiny)
+    error, allowed = ((each.to(exact.dtype) - exact).abs() / size for each in (got, own))
+    # Where the module's own error happens to be nothing, a last rounding and those of float32 are not refused.
+    rounding = roundings * torch.finfo(got.dtype).eps + 4 * torch.finfo(torch.float32).eps
     largest = error.amax() <= 2 * allowed.amax() + rounding
     return bool((largest & (error.mean() <= 1.5 * allowed.mean() + rounding / 8)).item())
