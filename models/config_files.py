@@ -11,7 +11,7 @@ from vattn.errors import ConfigError
 
 from .files import Fields
 
-__all__ = ["LARGEST", "read_gguf", "read_hf"]
+__all__ = ["LARGEST", "OtherArithmetic", "read_gguf", "read_hf"]
 
 # No model comes near these. They bound what is computed before a file's sizes are compared with its tensors: the
 # windows of each layer, the divisors of each frequency.
@@ -73,6 +73,10 @@ _GGUF_REFUSED: dict[str, tuple[object, ...]] = {
 }
 
 
+class OtherArithmetic(ConfigError):
+    """A config in order, of a model that this code does not compute; transformers may."""
+
+
 def _sizes(fields: Fields, names: Mapping[str, str]) -> dict[str, Any]:
     return {ours: fields.integer(theirs, maximum=LARGEST[ours]) for ours, theirs in names.items()}
 
@@ -85,15 +89,15 @@ def read_hf(config: Mapping[str, Any]) -> dict[str, Any]:
     named = escaped(repr(model_type))
     for key, what in _HF_REFUSED.items():
         if config.get(key):
-            raise ConfigError(f"{named} with {what} ({key} in config.json) is not supported; {_HF_SUPPORTED}")
+            raise OtherArithmetic(f"{named} with {what} ({key} in config.json) is not supported; {_HF_SUPPORTED}")
     if not isinstance(model_type, str) or model_type not in _DEFAULTS:
         named += f" ({escaped(repr(config.get('architectures')))})"
-        raise ConfigError(f"unknown architecture {named} in config.json; {_HF_SUPPORTED}")
+        raise OtherArithmetic(f"unknown architecture {named} in config.json; {_HF_SUPPORTED}")
     if config.get("is_causal", True) is not True:  # transformers takes null for false here
         raise fields.refused("is_causal", config["is_causal"], "true: each token attends to those before it")
     fields = Fields({**_DEFAULTS[model_type], **config}, "config.json")
     if (activation := fields.raw("hidden_act", "silu")) not in ("silu", "swish"):
-        raise ConfigError(f"unsupported hidden_act {escaped(repr(activation))} in config.json; supported: silu")
+        raise OtherArithmetic(f"unsupported hidden_act {escaped(repr(activation))} in config.json; supported: silu")
 
     sizes = _sizes(fields, _HF_SIZES)
     head_dim = fields.integer("head_dim", None, maximum=LARGEST["head_dim"])
@@ -139,7 +143,9 @@ def _hf_rope(fields: Fields) -> Fields:
     if (outside := fields.raw("original_max_position_embeddings", None)) is not None:
         rope["original_max_position_embeddings"] = outside
     if (partial := rope["partial_rotary_factor"]) is not None and (isinstance(partial, bool) or partial != 1):
-        raise ConfigError(f"unsupported partial_rotary_factor {escaped(repr(partial))} in config.json; supported: 1")
+        raise OtherArithmetic(
+            f"unsupported partial_rotary_factor {escaped(repr(partial))} in config.json; supported: 1"
+        )
     return Fields(rope, "config.json, rotary parameters")
 
 
@@ -174,7 +180,7 @@ def _hf_divisors(rope: Fields, theta: float, head_dim: int, max_positions: int) 
     if kind == "linear":
         return (rope.number("factor"),) * (head_dim // 2)
     if kind != "llama3":
-        raise ConfigError(
+        raise OtherArithmetic(
             f"unsupported rotary scaling {escaped(repr(kind))}; supported: default, linear, llama3; {_ELSEWHERE}"
         )
     # Llama 3.1: a wavelength that fits often into the original context keeps its frequency, one that hardly fits is

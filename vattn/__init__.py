@@ -1,5 +1,6 @@
 """vattn: a KV cache for PyTorch language models, plain tensors at fixed addresses, mapped page by page."""
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +53,22 @@ def __getattr__(name: str) -> Any:
     if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(f".{_LATER[name]}", __name__), name)
+    if _LATER[name] == "engine":
+        from .engine.opening import FOREIGN
+
+        if _of_transformers not in FOREIGN:
+            FOREIGN.append(_of_transformers)
     return value
+
+
+def _of_transformers(model: Any) -> Any:
+    """A ``TransformersModel`` for a model of transformers; None for any other. Imports neither for others."""
+    transformers = sys.modules.get("transformers")
+    if transformers is None or not isinstance(model, transformers.PreTrainedModel):
+        return None
+    from .hf import TransformersModel
+
+    return TransformersModel(model)
 
 
 def __dir__() -> list[str]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from ..engine import Engine, Request, Sampling
 from ..errors import ConfigError
 from .generate import require_text
-from .model import opened_cache, place_for
+from .model import loaded_model, opened_cache, place_for
 from .report import Meter, format_bytes
 from .text import one_line, printable
 
@@ -35,13 +35,16 @@ def chat(args: argparse.Namespace) -> None:
     require_text("--system", args.system or "")
     place = place_for(args)
 
-    from vattn.models.loader import load_model, load_tokenizer
+    from vattn.models.loader import load_tokenizer
 
     tokenizer = load_tokenizer(place.path)
     if not tokenizer.has_chat_template:
         raise ConfigError("this model has no chat template; vattn generate continues plain text")
-    model = load_model(place.path, place.device, place.dtype).runtime()
-    with opened_cache(place, model, 1) as cache, Engine(model, cache, attention=place.attention) as engine:
+    with (
+        loaded_model(place) as model,
+        opened_cache(place, model, 1) as cache,
+        Engine(model, cache, attention=place.attention) as engine,
+    ):
         conversation = _Conversation(engine, tokenizer, args)
         is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
         while (message := _read_message(is_terminal)) is not None:

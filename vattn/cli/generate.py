@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 from ..engine import Engine, Request, Sampling
 from ..errors import ConfigError
 from .display import Display, display_for
-from .model import Place, opened_cache, place_for
+from .model import Place, loaded_model, opened_cache, place_for
 from .report import Meter, memory_table, show
 from .speed import ModelWork, StepTimes, measure_limits, speed_table, throughput
 
 if TYPE_CHECKING:
     from ..attention import AttentionBackend
-    from ..models import Llama, Tokenizer
+    from ..models import Tokenizer
 
 __all__ = ["generate", "require_text"]
 
@@ -69,29 +69,24 @@ def generate(args: argparse.Namespace) -> None:
     prompts = _prompts(args)
     place = place_for(args)
 
-    from vattn.models.loader import load_model, load_tokenizer
+    from vattn.models.loader import load_tokenizer
 
     start = time.perf_counter()
     tokenizer = load_tokenizer(place.path)
     answers = [_Answer(prompt, _encode(tokenizer, prompt, args)) for prompt in prompts]
-    model = load_model(place.path, place.device, place.dtype).runtime()
-    load_s = time.perf_counter() - start
-
     meter, times = Meter(), StepTimes()
-    with opened_cache(place, model, min(len(prompts), args.max_batch or _MAX_BATCH)) as cache:
+    max_batch = min(len(prompts), args.max_batch or _MAX_BATCH)
+    with loaded_model(place) as model, opened_cache(place, model, max_batch) as cache:
+        load_s = time.perf_counter() - start
         with Engine(model, cache, attention=place.attention) as engine:
             _submit(engine, answers, args, tokenizer.stop_tokens)
             with Display() if args.json else display_for(prompts, quiet=args.quiet) as display:
                 _run(engine, answers, tokenizer, display, meter, times)
-        end = cache.stats()
+        end, work = cache.stats(), _work(model, cache.layout.bytes_per_token)
     if args.quiet:
         return
     num_rows = sum(len(answer.prompt_tokens) + i for answer in answers for i in range(len(answer.tokens)))
-    speed = throughput(
-        times.counts(num_rows),
-        _work(model.model, cache.layout.bytes_per_token),
-        measure_limits(place.device, place.dtype),
-    )
+    speed = throughput(times.counts(num_rows), work, measure_limits(place.device, place.dtype))
     assert meter.fullest is not None  # there was at least one step
     if args.json:
         print(json.dumps(_document(args, answers, place, engine.attention, load_s, meter, end, speed), indent=2))
@@ -154,8 +149,11 @@ def _encode(tokenizer: Tokenizer, prompt: str, args: argparse.Namespace) -> list
     return tokenizer.encode_chat([*system, {"role": "user", "content": prompt}])
 
 
-def _work(model: Llama, bytes_per_token: int) -> ModelWork:
-    weight_bytes, head = model.streamed_weight_bytes(), model.output_weight.numel()
+def _work(model: Any, bytes_per_token: int) -> ModelWork:
+    if hasattr(model, "streamed_weights"):  # transformers'
+        num_bytes, num_weights, head = model.streamed_weights()
+        return ModelWork(num_bytes, num_weights, head, bytes_per_token)
+    weight_bytes, head = model.model.streamed_weight_bytes(), model.model.output_weight.numel()
     return ModelWork(weight_bytes, weight_bytes // model.dtype.itemsize, head, bytes_per_token)
 
 

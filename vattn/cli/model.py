@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from ..attention import choose
+from ..decode.state import features_of
 from ..driver import Driver, open_driver
 from ..engine import RuntimeModel
 from ..engine.opening import opened_cache as cache_for
@@ -19,9 +20,10 @@ from ..errors import ConfigError
 from ..kv_cache import KVCache
 from ..memory.backing import choose_memory_limit
 from ..models import LlamaConfig
+from ..tuning import default_attention
 from .threads import use_all_cores
 
-__all__ = ["Place", "opened_cache", "opened_driver", "place_for", "read_config"]
+__all__ = ["Place", "loaded_model", "opened_cache", "opened_driver", "place_for", "read_config"]
 
 _USUAL_HEAD_DIM = 128  # which every backend has a kernel for
 
@@ -79,6 +81,31 @@ def dtype_for(name: str | None, device: torch.device) -> torch.dtype:
 
 
 @contextmanager
+def loaded_model(place: Place) -> Iterator[RuntimeModel]:
+    """vattn's own model where it computes this architecture, else transformers'.
+
+    Raises:
+        ConfigError: neither knows the architecture, or the weights do not fit.
+    """
+    from ..models.config_files import OtherArithmetic
+    from ..models.loader import load_model
+
+    try:
+        own = load_model(place.path, place.device, place.dtype)
+    except OtherArithmetic as error:
+        if not place.path.is_dir():
+            raise
+        refused = error
+    else:
+        yield own.runtime()
+        return
+    from ..hf.loader import load
+
+    with load(place.path, place.device, place.dtype, refused) as model:
+        yield model
+
+
+@contextmanager
 def opened_cache(place: Place, model: RuntimeModel, max_batch: int) -> Iterator[KVCache]:
     """For an engine that runs so many sequences together, of the model's whole context.
 
@@ -87,7 +114,8 @@ def opened_cache(place: Place, model: RuntimeModel, max_batch: int) -> Iterator[
     """
     backend = None
     if place.attention is not None:
-        backend = choose(place.device, place.dtype, model.config.head_dim, name=place.attention)
+        case = (model.kv_layout(), place.device, model.num_heads)
+        backend = default_attention(*case, name=place.attention, features=features_of(model))
     with cache_for(model, backend, max_batch, place.memory_limit) as cache:
         yield cache
 

@@ -23,8 +23,8 @@ from ..requests import Completion, Request, StepToken, checked_request
 from .answers import Answer
 from .costs import SequenceCosts
 from .mail import Mail, Turns, nobody
-from .opening import BUDGETS, TYPICAL_LEN, attention_for_prompts, opened_cache
-from .prefill import PrefillPasses, RuntimeModel
+from .opening import BUDGETS, TYPICAL_LEN, attention_for_prompts, opened_cache, runtime_of
+from .prefill import PrefillPasses
 from .runner import Runner
 from .scheduler import Scheduler
 from .stats import EngineStats, Meters
@@ -45,7 +45,7 @@ class Engine:
     and not while an ``AsyncEngine`` of this engine is open.
 
     Args:
-        model: ``vattn.models.Llama``, or what its ``runtime()`` returns (see ``RuntimeModel``).
+        model: ``vattn.models.Llama``, a decoder of transformers, or any other ``RuntimeModel``.
         cache: where K and V go; others may hold slots of it, and the engine takes one for itself. None: the engine
             opens one, and closes it.
         max_batch: sequences that run together; None for 64, or as many as the given cache has slots for.
@@ -73,33 +73,28 @@ class Engine:
         max_waiting: int | None = None,
         attention: AttentionBackend | str | None = None,
     ) -> None:
-        if not isinstance(model, RuntimeModel) and callable(getattr(model, "runtime", None)):
-            model = model.runtime()
-        if not isinstance(model, RuntimeModel):
-            raise ConfigError(
-                f"an engine takes a model, as vattn.models.load(...)[0] gives it, not a {type(model).__name__}"
-            )
         if cache is not None and not isinstance(cache, KVCache):
             raise ConfigError(f"an engine takes a model and a vattn.KVCache, got a {type(cache).__name__} as cache")
         if cache is not None and memory_limit is not None:
             raise ConfigError("memory_limit is of a cache that the engine opens; the one given has its own")
-        device = model.device
-        budgets = BUDGETS[device.type]
         if max_step_tokens is not None:
-            budgets = (require_int("max_step_tokens", max_step_tokens, 1),) * 2
+            max_step_tokens = require_int("max_step_tokens", max_step_tokens, 1)
         self.max_waiting = None if max_waiting is None else require_int("max_waiting", max_waiting, 1)
         if isinstance(attention, str):
             attention = get(attention)
         if max_batch is None:
             max_batch = _MAX_BATCH if cache is None else max(1, cache.max_slots - 1)
         max_batch = require_int("max_batch", max_batch, 1)
-        self.model = model
-        self._own_cache = cache is None
-        self.cache = opened_cache(model, attention, max_batch, memory_limit) if cache is None else cache
+        self._made = ExitStack()  # what this engine made and closes
+        self.model = model = runtime_of(model, self._made)
         try:
+            on_gpu = model.device.type == "cuda"
+            budgets = BUDGETS[model.device.type] if max_step_tokens is None else (max_step_tokens,) * 2
+            if cache is None:
+                cache = self._made.enter_context(opened_cache(model, attention, max_batch, memory_limit))
+            self.cache = cache
             self.attention = attention_for_prompts(model, self.cache, budgets[1]) if attention is None else attention
             require_fit(self.attention, self.cache, features=features_of(model))
-            on_gpu = device.type == "cuda"
             decodes = attention is not None and (not on_gpu or declared(attention, "capturable"))
             self._loop = DecodeLoop(
                 model,
@@ -110,8 +105,7 @@ class Engine:
                 mapping="thread" if on_gpu else "inline",
             )
         except BaseException:
-            if self._own_cache:
-                self.cache.close()
+            self._made.close()
             raise
         self._costs = SequenceCosts(self.cache.layout, self.cache.page_bytes, self.cache.over_read_tokens)
         self._meters = Meters()
@@ -280,7 +274,7 @@ class Engine:
         return self._meters.snapshot(self.num_waiting, self.num_running, usage, time.monotonic())
 
     def close(self) -> None:
-        """Drop every request, release every slot, and close the cache if the engine opened it. Idempotent.
+        """Drop every request, release every slot, and close what the engine opened for itself. Idempotent.
 
         Raises:
             ConfigError: another thread is in ``step`` or ``generate``, or an ``AsyncEngine`` steps this engine.
@@ -290,8 +284,7 @@ class Engine:
             return
         with Uninterrupted(), self._alone(even_closed=True), ExitStack() as last:
             # Each of these, though one before it raises; the last one first.
-            if self._own_cache:
-                last.callback(self.cache.close)
+            last.callback(self._made.close)
             last.callback(self._loop.close)
             if not self._closed:
                 self._closed = True

@@ -2,17 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any
+
 from ..attention import AttentionBackend
 from ..decode.state import features_of
+from ..errors import ConfigError
 from ..kv_cache import KVCache
 from ..tuning import default_attention, default_decode
 from .prefill import RuntimeModel
 
-__all__ = ["BUDGETS", "TYPICAL_LEN", "attention_for_prompts", "opened_cache"]
+__all__ = ["BUDGETS", "FOREIGN", "TYPICAL_LEN", "attention_for_prompts", "opened_cache", "runtime_of"]
 
 # Prompt tokens of a step while somebody decodes, who waits for them, and while nobody does.
 BUDGETS = {"cuda": (1024, 8192), "cpu": (64, 256)}
 TYPICAL_LEN = 2048  # rows of a sequence, for the choice of a kernel for decode: most requests are far from the context
+
+
+# What makes a ``RuntimeModel``, to be closed, of another library's model, and None of one that it does not know. The
+# rooms that know such libraries come after this one, and add to this list.
+FOREIGN: list[Callable[[Any], AbstractContextManager[RuntimeModel] | None]] = []
+
+
+def runtime_of(model: Any, made: ExitStack) -> RuntimeModel:
+    """What an engine runs for a model.
+
+    Args:
+        made: gets what is to be closed with the engine.
+
+    Raises:
+        ConfigError: it is no model that can be run.
+    """
+    if not isinstance(model, RuntimeModel) and callable(getattr(model, "runtime", None)):
+        model = model.runtime()
+    if isinstance(model, RuntimeModel):
+        return model
+    for make in FOREIGN:
+        if (foreign := make(model)) is not None:
+            return made.enter_context(foreign)
+    raise ConfigError(
+        "an engine takes a model, as vattn.models.load(...)[0] gives it or as transformers loads it, not a "
+        f"{type(model).__name__}"
+    )
 
 
 def attention_for_prompts(model: RuntimeModel, cache: KVCache, new: int) -> AttentionBackend:

@@ -18,9 +18,9 @@ from .pass_attention import Recording
 from .passes import IMPLEMENTATIONS
 from .shapes import ConfiguredLayer, Shapes
 
-__all__ = ["HOLDER", "Plan", "checked", "implementations", "learnt", "positions", "refusing"]
+__all__ = ["Plan", "attention_layers", "checked", "implementations", "learnt", "positions", "refusing"]
 
-HOLDER = "TransformersModel"
+_HOLDER = "TransformersModel"
 LEAST_POSITIONS = 8  # more than are tried before the first pass
 _INSTEAD = "use vattn.hf.VirtualCache with its generate()"
 
@@ -53,7 +53,7 @@ def checked(model: Any) -> PreTrainedConfig:
     if not isinstance(model, PreTrainedModel):
         raise ConfigError(f"TransformersModel takes a model of transformers, got a {type(model).__name__}")
     name = type(model).__name__
-    text = decoder_config(model.config, HOLDER)
+    text = decoder_config(model.config, _HOLDER)
     if text._attn_implementation in IMPLEMENTATIONS:
         raise ConfigError(f"another TransformersModel runs this {name}: close it first, or use that one")
     if model.training:
@@ -74,6 +74,21 @@ def checked(model: Any) -> PreTrainedConfig:
     return text
 
 
+def attention_layers(name: str, config: PreTrainedConfig) -> tuple[int, dict[int, ConfiguredLayer]]:
+    """The number of all layers, and those that keep K and V.
+
+    Raises:
+        ConfigError: a layer keeps something else.
+    """
+    templates, configured = layers_of(config, _HOLDER)
+    for index, template in enumerate(templates):
+        if index not in configured and type(template).__name__ != "DummyLayer":
+            raise ConfigError(
+                f"layer {index} of {name} keeps a recurrent state, the runtime has room for K and V only: {_INSTEAD}"
+            )
+    return len(templates), configured
+
+
 def implementations(model: PreTrainedModel) -> dict[str, str]:
     """The attention of a model and of its parts, as ``set_attn_implementation`` takes them."""
     parts = {key: getattr(model.config, key, None) for key in model.config.sub_configs}
@@ -81,15 +96,20 @@ def implementations(model: PreTrainedModel) -> dict[str, str]:
     return {"": model.config._attn_implementation, **names}
 
 
-def positions(config: PreTrainedConfig, asked: int | None, configured: dict[int, ConfiguredLayer]) -> int:
+def positions(
+    config: PreTrainedConfig, asked: int | None, configured: dict[int, ConfiguredLayer], rope_limit: int | None
+) -> int:
     """How long a text may be: as asked, but no longer than the model allows; None for that.
+
+    Args:
+        rope_limit: of ``FixedRopes``.
 
     Raises:
         ConfigError: it is longer, or the config does not say.
     """
     # A query sees the rows of its own chunk, a window would move with it: they are the same in the first chunk.
     limits = [layer.window for layer in configured.values() if layer.chunked]
-    limits.append(getattr(config, "max_position_embeddings", None))
+    limits += [getattr(config, "max_position_embeddings", None), rope_limit]
     limit = min((limit for limit in limits if limit is not None), default=None)
     if asked is None and limit is None:
         raise ConfigError(f"{type(config).__name__} does not say how long a text may be: give max_seq_len")
@@ -106,12 +126,12 @@ def learnt(name: str, config: PreTrainedConfig, recording: Recording, logits: to
     Raises:
         ConfigError: the model does not do what its config says, or keeps no K and V.
     """
-    templates, configured = layers_of(config, HOLDER)
+    num_layers, configured = attention_layers(name, config)
     own = {}  # of each layer of the cache
     for layer in sorted(recording.shapes):
-        if layer % len(templates) not in configured:
+        if layer % num_layers not in configured:
             raise ConfigError(f"{name} caches K and V in layer {layer}, which its config does not know: {_INSTEAD}")
-        own[layer] = configured[layer % len(templates)]
+        own[layer] = configured[layer % num_layers]
         window, found = own[layer].window, recording.windows.get(layer, set())
         if len(found) > 1 or not found <= {window}:
             raise ConfigError(f"{name} gives layer {layer} windows {found}, its config says {window}: {_INSTEAD}")

@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
 from ..attention import AttentionBackend, AttentionBatch, DecodeBatch
 from ..errors import ConfigError
@@ -15,10 +15,10 @@ from ..kv_cache import KVCache
 from ..layout import KVLayout
 from ..ops.ops_table import Ops
 from ..tuning import default_ops
-from .configs import layers_of
-from .examine import HOLDER, Plan, checked, implementations, learnt, positions, refusing
+from .capturable import FixedRopes, capturable_experts
+from .examine import Plan, attention_layers, checked, implementations, learnt, positions, refusing
 from .fusion import Fusion, FusionReport
-from .pass_attention import Recording, implementation_for, pass_cache
+from .pass_attention import Recording, implementation_for, pass_layers
 from .passes import Pass, running
 from .verify import own_logits, verify
 
@@ -55,23 +55,26 @@ class TransformersModel:
         self.model = model
         self._name = type(model).__name__
         self._device = model.device
-        templates, configured = layers_of(self.config, HOLDER)
-        self.max_seq_len = positions(self.config, max_seq_len, configured)
+        num_layers, configured = attention_layers(self._name, self.config)
         self._parameters = inspect.signature(model.forward).parameters
-        self._cache = pass_cache(len(templates), configured)
-        self._own_implementation = implementations(model)
+        layers = pass_layers(num_layers, configured)
+        self._cache = Cache(layers=list(layers))
+        self._own_implementation, self._own_experts = implementations(model), model.get_experts_implementation()
         self.ops = default_ops(self._device, model.dtype) if ops is None else ops
         # transformers looks tokens up itself: what the loop brings along is one column of zeros.
         self.embedding = torch.zeros(1, 1, device=self._device).expand(self.config.vocab_size, 1)
-        self._closed = False
+        self._closed, self._changes_experts = False, False
         self._fusion: Fusion | None = None
         try:
             with torch.inference_mode():
                 wanted = own_logits(model, self.config.vocab_size)
+                self._ropes = FixedRopes(model)
+                self.max_seq_len = positions(self.config, max_seq_len, configured, self._ropes.limit)
+                self._changes_experts = capturable_experts(model)
                 self._set_implementation()
                 self._plan = self._record()
                 for layer in self._plan.late:
-                    self._cache.layers[layer % len(templates)].is_late = True
+                    layers[layer % len(layers)].is_late = True
             if fuse:
                 self._fusion = Fusion(model, self.ops, self._forward, self.config.vocab_size, self.max_seq_len)
             with torch.inference_mode():
@@ -105,6 +108,19 @@ class TransformersModel:
     def kv_layout(self, max_seq_len: int | None = None) -> KVLayout:
         """The shape of its K and V, layers with the same heads and window in one group."""
         return self._plan.shapes.layout(self.max_seq_len if max_seq_len is None else max_seq_len, self._plan.dtype)
+
+    def streamed_weights(self) -> tuple[int, int, int]:
+        """(bytes, elements, elements of the output projection) of the weights that a step reads at least: of experts
+        those of one token, of an embedding that is only looked up in nothing."""
+        ends: tuple[Any, Any] = (self.model.get_output_embeddings(), self.model.get_input_embeddings())
+        head, embedding = (end.weight for end in ends)
+        share = getattr(self.config, "num_experts_per_tok", 1) / _num_experts(self.config)
+        read = [
+            (each.nbytes, each.numel(), share if ".experts." in name else 1)
+            for name, each in self.model.named_parameters()
+            if each is not embedding or each is head
+        ]
+        return round(sum(n * s for n, _, s in read)), round(sum(n * s for _, n, s in read)), head.numel()
 
     def require_fit(self, cache: KVCache) -> None:
         """Refuse a cache of another shape, and a model that cannot be run any more.
@@ -199,6 +215,8 @@ class TransformersModel:
             if self._fusion is not None:
                 self._fusion.undo()
             self.model.set_attn_implementation(self._own_implementation)
+            if self._changes_experts:
+                self.model.set_experts_implementation(self._own_experts)
 
     def __enter__(self) -> TransformersModel:
         return self
@@ -216,7 +234,7 @@ class TransformersModel:
         keep = "logits_to_keep" if "logits_to_keep" in self._parameters else None
         if keep and num_logits is not None:
             options[keep] = torch.arange(len(tokens) - num_logits, len(tokens), device=tokens.device)
-        with running(this):
+        with running(this), self._ropes.applied():
             out = self.model(
                 input_ids=tokens.unsqueeze(0),
                 position_ids=this.where[1].unsqueeze(0),
@@ -278,3 +296,9 @@ def _by_layer(layout: KVLayout) -> dict[int, tuple[int, int, int, int | None]]:
         for group in layout.groups
         for layer in group.layers
     }
+
+
+def _num_experts(config: PreTrainedConfig) -> int:
+    """1 where there are none."""
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    return next((found for name in names if isinstance(found := getattr(config, name, None), int)), 1)

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, Cache
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import CacheLayerMixin
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -23,7 +23,7 @@ from .attention import KNOWN, OVERLOOKED
 from .passes import IMPLEMENTATIONS, Pass, current
 from .shapes import ConfiguredLayer, LayerShape
 
-__all__ = ["Recording", "implementation_for", "pass_cache"]
+__all__ = ["PassLayer", "Recording", "implementation_for", "pass_layers"]
 
 
 class Recording(Pass):
@@ -42,7 +42,7 @@ class Recording(Pass):
     """
 
     def __init__(self, rows: torch.Tensor) -> None:
-        self.slots, self.rows, self.num_tokens = torch.zeros_like(rows), rows, len(rows)
+        self.slots, self.rows, self.num_tokens, self.parts = torch.zeros_like(rows), rows, len(rows), []
         self.shapes: dict[int, LayerShape] = {}
         self.windows: dict[int, set[int | None]] = {}
         self.dtype = torch.float32
@@ -144,15 +144,15 @@ class PassLayer(CacheLayerMixin):
         return -1
 
 
-def pass_cache(num_layers: int, configured: dict[int, ConfiguredLayer]) -> Cache:
-    """For every pass of a model.
+def pass_layers(num_layers: int, configured: dict[int, ConfiguredLayer]) -> list[PassLayer]:
+    """Of the cache that every pass of a model is given.
 
     Args:
         num_layers: of the model.
         configured: those of attention.
     """
     windows = {index: layer.window for index, layer in configured.items()}
-    return Cache(layers=[PassLayer(index, num_layers, windows.get(index)) for index in range(num_layers)])
+    return [PassLayer(index, num_layers, windows.get(index)) for index in range(num_layers)]
 
 
 def _packed(*states: torch.Tensor) -> Iterator[torch.Tensor]:

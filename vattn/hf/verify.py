@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,6 +11,7 @@ from transformers import PreTrainedModel
 from ..attention import AttentionBatch, DecodeBatch, bind
 from ..engine.opening import attention_for_prompts, opened_cache
 from ..errors import ConfigError
+from ..interrupts import FinalisersWait, Uninterrupted
 from ..tuning import default_decode
 
 if TYPE_CHECKING:
@@ -53,8 +55,8 @@ def verify(model: TransformersModel, wanted: torch.Tensor) -> None:
         cache.ensure_batch(slots, lengths)
         prompts = [length - 1 for length in lengths]
         margin = 0 if cache.over_read_masked else cache.over_read_tokens
-        needs = {"max_over_read": margin, "features": model.attention_features}
-        decode = bind(default_decode(cache.layout, device, len(texts), max(lengths), model.num_heads, **needs))
+        case = (cache.layout, device, len(texts), max(lengths), model.num_heads)
+        decode = bind(default_decode(*case, max_over_read=margin, features=model.attention_features))
         rows, listed = (torch.tensor(each, dtype=torch.int32, device=device) for each in (prompts, slots))
         last = torch.tensor([text[-1] for text in texts], dtype=torch.int32, device=device)
         with cache.step(slots):
@@ -66,6 +68,8 @@ def verify(model: TransformersModel, wanted: torch.Tensor) -> None:
             )
             batch = DecodeBatch(listed, rows, rows + 1, max(lengths), last)
             found = model.decode(model.embedding[last], batch, cache, decode)
+            if device.type == "cuda":
+                _require_capturable(model, lambda: model.decode(model.embedding[last], batch, cache, decode))
         errors = (found - wanted).float().norm(dim=-1) / wanted.float().norm(dim=-1)
         half = model.dtype in (torch.float16, torch.bfloat16)
         error = float(errors.min() if half else errors.max())
@@ -74,3 +78,22 @@ def verify(model: TransformersModel, wanted: torch.Tensor) -> None:
             f"vattn cannot run {type(model.model).__name__}: its logits over a cache are off by {error:.3g} of their "
             "size, so its layers need more than each token's K and V; use vattn.hf.VirtualCache with its generate()"
         )
+
+
+def _require_capturable(model: TransformersModel, step: Callable[[], object]) -> None:
+    """ConfigError unless a CUDA graph can be made of a step, which has run once."""
+    raised: list[Exception] = []
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with Uninterrupted(), FinalisersWait(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            try:
+                step()
+            except Exception as error:  # the end of the capture raises another, which says less
+                raised.append(error)
+                raise
+    except Exception as error:
+        raise ConfigError(
+            f"a CUDA graph cannot capture {type(model.model).__name__}: {(raised or [error])[0]}; a layer waits for the "
+            "GPU or reads on the host, as those of some quantised weights do: load other weights, or use "
+            "vattn.hf.VirtualCache with its generate()"
+        ) from error
