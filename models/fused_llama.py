@@ -16,6 +16,7 @@ from torch import nn
 
 from vattn.attention import AttentionBackend, AttentionBatch, DecodeBatch
 from vattn.errors import ConfigError
+from vattn.ops.merge import adopt, merge
 from vattn.ops.ops_table import Ops
 from vattn.ops.rope_append import rope_table
 from vattn.tuning import default_ops
@@ -302,13 +303,6 @@ def _merge_bias(*projections: nn.Linear) -> torch.Tensor | None:
 
 
 def _merge_parameters(parameters: Sequence[torch.Tensor]) -> torch.Tensor:
-    first, sizes = parameters[0], [parameter.shape[0] for parameter in parameters]
-    ends = [parameter.data_ptr() + parameter.nbytes for parameter in parameters]
-    starts = [parameter.data_ptr() for parameter in parameters]
-    with torch.inference_mode(False), torch.no_grad():
-        if starts[1:] == ends[:-1] and len({p.untyped_storage().data_ptr() for p in parameters}) == 1:
-            return first.as_strided((sum(sizes), *first.shape[1:]), first.stride())  # merged before
-        merged = torch.cat([parameter.data for parameter in parameters])
-        for parameter, part in zip(parameters, merged.split(sizes), strict=True):
-            parameter.data = part
+    merged = merge(parameters)
+    adopt(parameters, merged)
     return merged

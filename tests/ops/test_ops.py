@@ -61,6 +61,35 @@ def test_add_rms_norm(draw, dtype, tokens, hidden, with_x):
     assert wide[:, hidden:].isnan().all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("splits", [None, 3])
+@pytest.mark.parametrize("x_norm", [False, True])
+@pytest.mark.parametrize("norm", [False, True])
+def test_add_rms_norm_of_other_layers(draw, dtype, splits, x_norm, norm):
+    """With a norm of what is added, weights less one, a sum elsewhere, and no norm after it."""
+    tokens, hidden = 3, 100
+    residual, total = draw(tokens, hidden, dtype=dtype), torch.full((tokens, hidden + 5), float("nan"))
+    kept, total = residual.clone(), total.to(residual)
+    x = draw(tokens, hidden, dtype=dtype) if splits is None else draw(splits, tokens, hidden)
+    x_weight, weight = (draw(hidden, dtype=dtype) if wanted else None for wanted in (x_norm, norm))
+    got = add_rms_norm(x, residual, weight, 1e-2, 1.0, x_weight, total[:, :hidden])
+    expected_total = torch.empty_like(residual)
+    expected = add_rms_norm_reference(x, residual, weight, 1e-2, 1.0, x_weight, expected_total)
+    close(got, expected)
+    close(total[:, :hidden], expected_total)
+    assert total[:, hidden:].isnan().all()
+    assert torch.equal(residual, kept)
+    # And the formula by torch's own norm.
+    added = x.double() if splits is None else x.double().sum(0)
+    if x_norm:
+        added = torch.nn.functional.rms_norm(added, (hidden,), 1 + x_weight.double(), 1e-2)
+    wide = residual.double() + added
+    close(expected_total, wide.to(dtype))
+    if norm:
+        formula = torch.nn.functional.rms_norm(expected_total.double(), (hidden,), 1 + weight.double(), 1e-2)
+        close(expected, formula.to(dtype))
+
+
 def test_add_rms_norm_is_the_formula():
     x, residual, weight = (torch.randn(4, 32, dtype=torch.float64) for _ in range(3))
     total = x + residual
@@ -71,14 +100,22 @@ def test_add_rms_norm_is_the_formula():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("tokens", "size"), [(1, 64), (3, 1000), (2, 1536), (5, 33)])
-def test_swiglu(draw, dtype, tokens, size):
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_swiglu(draw, dtype, tokens, size, activation):
     gate_up = draw(tokens, 2 * size, dtype=dtype) * 4
     gate_up[0, 0], gate_up[0, 1] = 80, -80  # exp of either must do no harm
-    close(swiglu(gate_up), swiglu_reference(gate_up))
+    close(swiglu(gate_up, activation=activation), swiglu_reference(gate_up, activation=activation))
     gate, up = gate_up.double().chunk(2, -1)
-    torch.testing.assert_close(
-        swiglu_reference(gate_up.double()), gate * torch.sigmoid(gate) * up, rtol=1e-12, atol=1e-12
-    )
+    tanh = 0.5 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (gate + 0.044715 * gate**3)))
+    formula = gate * (torch.sigmoid(gate) if activation == "silu" else tanh) * up
+    got = swiglu_reference(gate_up.double(), activation=activation)
+    torch.testing.assert_close(got, formula, rtol=1e-12, atol=1e-12)
+
+
+def test_another_activation_is_refused():
+    for function in (swiglu, swiglu_reference):
+        with pytest.raises(ConfigError, match="one of silu, gelu_tanh, got 'relu'"):
+            function(torch.ones(1, 8), activation="relu")
 
 
 def open_cache(device, dtype, kv_heads, head_dim, order="token"):
@@ -127,6 +164,34 @@ def test_rope_append(draw, device, dtype, order, norms, heads, kv_heads, head_di
             for layer in (0, 2):
                 assert all((rows == 7).all() for rows in cache.rows(each, layer))
         cache.check_integrity()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("norms", [False, True])
+@pytest.mark.parametrize(("head_dim", "rotary_dim", "many"), [(64, 64, False), (80, 32, False), (24, 6, True)])
+def test_rope_append_with_angles_of_each_token(draw, device, dtype, norms, head_dim, rotary_dim, many, monkeypatch):
+    """As transformers hands them in, for a part of the dimensions perhaps, with norms whose weights lack one."""
+    monkeypatch.setattr(rope_module, "_MANY_TOKENS", 1 if many else 10**9)
+    slots, rows = torch.tensor([[1, 0, 1], [5, 6, 0]], device=device)
+    qkv = draw(2, 3, 7 * head_dim)  # two partial sums of three tokens
+    angles = draw(3, rotary_dim // 2).repeat(1, 2)
+    table = (angles.cos().to(dtype), angles.sin().to(dtype))
+    norm = [draw(head_dim, dtype=dtype) if norms else None for _ in range(2)]
+    caches = [torch.full((2, 8, 2, head_dim), 7.0).to(device, dtype) for _ in range(4)]
+    got = rope_append(qkv, table, slots, rows, *caches[:2], *norm, 1e-5, 1.0)
+    expected = rope_append_reference(qkv, table, slots, rows, *caches[2:], *norm, 1e-5, 1.0)
+    close(got, expected)
+    for one, other in zip(caches[:2], caches[2:], strict=True):
+        close(one, other)
+        assert (one == 7).all(-1).all(-1).sum() == 13
+    # As transformers computes it.
+    wide = qkv.double().sum(0).view(3, 7, head_dim)[:, :3]
+    if norms:
+        wide = torch.nn.functional.rms_norm(wide, (head_dim,), 1 + norm[0].double(), 1e-5)
+    turned, rest = wide.split((rotary_dim, head_dim - rotary_dim), -1)
+    half = torch.cat((-turned[..., rotary_dim // 2 :], turned[..., : rotary_dim // 2]), -1)
+    turned = turned * table[0].double()[:, None] + half * table[1].double()[:, None]
+    close(expected, torch.cat((turned, rest), -1).to(dtype))
 
 
 def test_rope_is_a_rotation_by_the_position():

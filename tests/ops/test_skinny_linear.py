@@ -73,17 +73,20 @@ def test_against_the_formula(device, dtype, with_bias, tokens, outputs, inputs, 
         (8, 64, 128, LinearConfig(32, 64)),
     ],
 )
-def test_with_swiglu(device, dtype, tokens, size, inputs, config):
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_with_swiglu(device, dtype, tokens, size, inputs, config, activation):
     x, weight = poisoned(tokens, inputs, dtype, device) / 3, poisoned(2 * size, inputs, dtype, device)
     for bias in (None, torch.randn(2 * size).to(device, dtype)):
-        got = skinny_linear(x, weight, config, bias, swiglu=True)
+        got = skinny_linear(x, weight, config, bias, swiglu=True, activation=activation)
         sums = x.double() @ weight.double().T + (0 if bias is None else bias.double())
-        expected = swiglu_reference(sums)
+        expected = swiglu_reference(sums, activation=activation)
         assert got.shape == expected.shape
         assert got.dtype == dtype
         assert (got.double() - expected).abs().max() <= 2 * TOLERANCE[dtype] * expected.abs().max()
     with pytest.raises(ConfigError, match="whole sums"):
         skinny_linear(x, weight, LinearConfig(16, 32, 2), swiglu=True)
+    with pytest.raises(ConfigError, match="one of silu, gelu_tanh, got 'relu'"):
+        skinny_linear(x, weight, config, swiglu=True, activation="relu")
 
 
 def test_nothing_past_the_result_is_written(device):

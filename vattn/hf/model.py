@@ -17,6 +17,7 @@ from ..ops.ops_table import Ops
 from ..tuning import default_ops
 from .capturable import FixedRopes, capturable_experts
 from .examine import Plan, attention_layers, checked, implementations, learnt, positions, refusing
+from .fusion import Fusion, FusionReport
 from .pass_attention import Recording, implementation_for, pass_layers
 from .passes import Pass, running
 from .verify import own_logits, verify
@@ -35,16 +36,21 @@ class TransformersModel:
         model: on one device, in evaluation mode. It is the caller's: it stays loaded after ``close``.
         max_seq_len: tokens of a sequence; None: the model's context.
         ops: the loop's own operations; None: fused on a GPU, else their references.
+        fuse: compute the parts of its layers that vattn knows by fused operations, where they give the same numbers;
+            their weights are merged in place. False: the model's own forward as it is, captured.
 
     Attributes:
         model: as given.
         config: of its text part.
+        report: what was fused, what was left, and why; it can be printed.
 
     Raises:
         ConfigError: it is no decoder of attention layers alone, or something that vattn cannot run; says what to do.
     """
 
-    def __init__(self, model: PreTrainedModel, max_seq_len: int | None = None, ops: Ops | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, max_seq_len: int | None = None, ops: Ops | None = None, *, fuse: bool = True
+    ) -> None:
         self.config = checked(model)
         self.model = model
         self._name = type(model).__name__
@@ -58,6 +64,7 @@ class TransformersModel:
         # transformers looks tokens up itself: what the loop brings along is one column of zeros.
         self.embedding = torch.zeros(1, 1, device=self._device).expand(self.config.vocab_size, 1)
         self._closed, self._changes_experts = False, False
+        self._fusion: Fusion | None = None
         try:
             with torch.inference_mode():
                 wanted = own_logits(model, self.config.vocab_size)
@@ -68,10 +75,14 @@ class TransformersModel:
                 self._plan = self._record()
                 for layer in self._plan.late:
                     layers[layer % len(layers)].is_late = True
+            if fuse:
+                self._fusion = Fusion(model, self.ops, self._forward, self.config.vocab_size, self.max_seq_len)
+            with torch.inference_mode():
                 verify(self, wanted)
         except BaseException:
             self.close()
             raise
+        self.report = FusionReport({}, {}) if self._fusion is None else self._fusion.report
 
     # -- what the runtime asks -------------------------------------------------------------------------------------
     @property
@@ -128,6 +139,8 @@ class TransformersModel:
         now = next(self.model.parameters()).device
         if now != self._device:
             raise ConfigError(f"the model was moved from {self._device} to {now}: make a new TransformersModel")
+        if self._fusion is not None:
+            self._fusion.require_unmoved()
         if self._device != cache.device:
             raise ConfigError(f"the model is on {self._device}, the cache on {cache.device}")
 
@@ -199,6 +212,8 @@ class TransformersModel:
         """Give the model its own attention back. Does nothing the second time."""
         if not self._closed:
             self._closed = True
+            if self._fusion is not None:
+                self._fusion.undo()
             self.model.set_attn_implementation(self._own_implementation)
             if self._changes_experts:
                 self.model.set_experts_implementation(self._own_experts)

@@ -31,7 +31,8 @@ class Ops:
             outputs]`` unless ``whole``.
         linear_add: ``(x, weight, residual, bias=None)``: adds the product of many tokens to ``residual [tokens,
             outputs]``, in place.
-        linear_swiglu: ``(x, weight, bias=None)`` -> ``[tokens, outputs / 2]``; the gate's outputs come first.
+        linear_swiglu: ``(x, weight, bias=None, activation="silu")`` -> ``[tokens, outputs / 2]``; the gate's outputs
+            come first.
         name: for messages.
     """
 
@@ -75,12 +76,14 @@ class LinearTable:
             return torch.nn.functional.linear(x, weight, bias)
         return skinny_linear(x, weight, config, bias, pdl=self.pdl)
 
-    def linear_swiglu(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def linear_swiglu(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, activation: str = "silu"
+    ) -> torch.Tensor:
         """See ``Ops.linear_swiglu``."""
         config = self.find(weight.shape[0], weight.shape[1], x.shape[0], swiglu=True)
         if config is None:
-            return swiglu(self.linear(x, weight, bias), x.dtype, pdl=self.pdl)
-        return skinny_linear(x, weight, config, bias, swiglu=True, pdl=self.pdl)
+            return swiglu(self.linear(x, weight, bias), x.dtype, activation=activation, pdl=self.pdl)
+        return skinny_linear(x, weight, config, bias, swiglu=True, activation=activation, pdl=self.pdl)
 
 
 def _linear_reference(
@@ -104,8 +107,10 @@ def _linear_add(
     residual.addmm_(x, weight.t())
 
 
-def _linear_swiglu_reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    return swiglu_reference(host_linear(x, weight, bias))
+def _linear_swiglu_reference(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, activation: str = "silu"
+) -> torch.Tensor:
+    return swiglu_reference(host_linear(x, weight, bias), activation=activation)
 
 
 def reference_ops() -> Ops:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import ConfigError
+from .swiglu import require_activation, sigmoid_input
 from .triton_support import (
     gdc_launch_dependents,
     gdc_wait,
@@ -83,6 +84,7 @@ def skinny_linear(
     bias: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     swiglu: bool = False,
+    activation: str = "silu",
     pdl: bool = False,
 ) -> torch.Tensor:
     """``skinny_linear_reference`` as one kernel, for up to 128 tokens (one without ``config.dot``).
@@ -91,12 +93,14 @@ def skinny_linear(
         out: takes the result: ``[tokens, outputs]``, or ``[splits, tokens, outputs]`` float32.
         swiglu: the first half of the outputs is a gate; the result is ``silu(first half) * second half``
             (``swiglu_reference``). Needs ``splits=1``; a program computes ``block_n`` outputs of each half.
+        activation: of that gate, as for ``swiglu_reference``.
         pdl: as in ``triton_support.launch_options``.
 
     Raises:
-        ConfigError: the tensors are not on a GPU, too many tokens, or SwiGLU of partial sums.
+        ConfigError: the tensors are not on a GPU, too many tokens, SwiGLU of partial sums, or another activation.
     """
     require_triton(x, weight)
+    require_activation(activation)
     if swiglu and config.splits > 1:
         raise ConfigError(f"SwiGLU needs whole sums, got a config with {config.splits} splits")
     (tokens, inputs), outputs = x.shape, weight.shape[0] // 2 if swiglu else weight.shape[0]
@@ -111,7 +115,7 @@ def skinny_linear(
         x, weight, weight if bias is None else bias, out,
         tokens, outputs, inputs, stretch,
         x.stride(0), weight.stride(0), out.stride(0) if splits > 1 else 0, out.stride(-2),
-        HAS_BIAS=bias is not None, SWIGLU=swiglu,
+        HAS_BIAS=bias is not None, SWIGLU=swiglu, GELU=activation == "gelu_tanh",
         BLOCK_M=max(8, next_power_of_2(tokens)) if config.dot else 1, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
         WHOLE=outputs % config.block_n == 0 and inputs % (splits * config.block_k) == 0,
         DOT=config.dot, STAGES=config.num_stages, UPCAST=interpreted(),
@@ -126,7 +130,7 @@ def skinny_linear_kernel(  # type: ignore[no-untyped-def]
     x_ptr, weight_ptr, bias_ptr, out_ptr,
     tokens, outputs, inputs, stretch,
     x_stride, weight_stride, split_stride, out_stride,
-    HAS_BIAS: tl.constexpr, SWIGLU: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SWIGLU: tl.constexpr, GELU: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     WHOLE: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr, UPCAST: tl.constexpr,
     PRECISION: tl.constexpr, PDL: tl.constexpr,
@@ -177,7 +181,7 @@ def skinny_linear_kernel(  # type: ignore[no-untyped-def]
             if SWIGLU:
                 up_sums += tl.load(bias_ptr + outputs + n, mask=n < outputs, other=0.0).to(tl.float32)[:, None]
         if SWIGLU:
-            sums = sums / (1.0 + tl.exp(-sums)) * up_sums
+            sums = sums / (1.0 + tl.exp(-sigmoid_input(sums, GELU))) * up_sums
         out_at = out_ptr + split * split_stride + m[None, :] * out_stride + n[:, None]
         inside_out = (n < outputs)[:, None] & (m < tokens)[None, :]
         tl.store(out_at, sums.to(out_ptr.dtype.element_ty), mask=inside_out)
@@ -207,5 +211,5 @@ def skinny_linear_kernel(  # type: ignore[no-untyped-def]
             up_sum = tl.sum(up_products, axis=1)
             if HAS_BIAS:
                 up_sum += tl.load(bias_ptr + outputs + n, mask=n < outputs, other=0.0).to(tl.float32)
-            sum_ = sum_ / (1.0 + tl.exp(-sum_)) * up_sum
+            sum_ = sum_ / (1.0 + tl.exp(-sigmoid_input(sum_, GELU))) * up_sum
         tl.store(out_ptr + split * split_stride + n, sum_.to(out_ptr.dtype.element_ty), mask=n < outputs)
