@@ -74,7 +74,7 @@ class CapturedSteps:
             raise
         self._budget = BUDGETS[model.device.type][1]
         prompts = attention_for_prompts(model, self.cache, self._budget)
-        self._passes = PrefillPasses(model, self.cache, prompts, self._loop.stream)
+        self._passes = PrefillPasses(model, self.cache, prompts, self._loop.stream, self._loop.own_slot)
         self._rows: dict[int, int] = {}  # of each slot, the step ahead not counted
         self._may_run_ahead = run_ahead
         self._ahead: _Launched | None = None
@@ -262,11 +262,11 @@ class CapturedSteps:
                 chunks.append(Chunk(slot, version, new[done], start + done.stop))
                 room -= done.stop - done.start
                 if not room:
-                    self._passes.launch(chunks)
+                    self._passes.launch(self._passes.prepare(chunks))
                     chunks, room = [], self._budget
             self._rows[slot] = start + len(new)
         if chunks:
-            self._passes.launch(chunks)
+            self._passes.launch(self._passes.prepare(chunks))
 
     def _decode(self, slots: list[int], tokens: Sequence[int]) -> torch.Tensor:
         """A step of these slots, with tokens that the host knows."""
