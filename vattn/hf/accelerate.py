@@ -44,6 +44,7 @@ def accelerate(
     max_batch: int = 8,
     memory_limit: int | None = None,
     run_ahead: bool | None = None,
+    fuse: bool = True,
 ) -> Accelerated:
     """Make ``model.generate(...)`` decode by captured steps, from now until ``restore`` or the end of a ``with`` block.
 
@@ -57,11 +58,12 @@ def accelerate(
         memory_limit: bytes for K and V; None: 90 % of what is free at the first ``generate``.
         run_ahead: whether a step may be launched before transformers has chosen its tokens, with the likeliest ones;
             None: on a GPU. What ``generate`` returns does not depend on it.
+        fuse: as for ``TransformersModel``; without it the model's own forward is captured as it is.
 
     Raises:
         ConfigError: an argument is wrong, or this model is accelerated already.
     """
-    return Accelerated(model, max_length, max_batch, memory_limit, run_ahead)
+    return Accelerated(model, max_length, max_batch, memory_limit, run_ahead, fuse)
 
 
 class Accelerated:
@@ -81,6 +83,7 @@ class Accelerated:
         max_batch: int,
         memory_limit: int | None,
         run_ahead: bool | None,
+        fuse: bool,
     ) -> None:
         if not isinstance(model, PreTrainedModel) or not hasattr(model, "generate"):
             raise ConfigError(f"accelerate takes a model of transformers that generates, got a {type(model).__name__}")
@@ -91,7 +94,7 @@ class Accelerated:
         self._max_length = None if max_length is None else require_int("max_length", max_length, 1)
         self._max_batch = require_int("max_batch", max_batch, 1)
         self._memory_limit = None if memory_limit is None else require_int("memory_limit", memory_limit, 1)
-        self._run_ahead = run_ahead
+        self._run_ahead, self._fuse = run_ahead, fuse
         self.model = model
         self.reasons: list[str] = []
         self._lock = threading.RLock()
@@ -263,7 +266,7 @@ class Accelerated:
         if self._known is None or self._known[0] != fingerprint(self.model):
             self._close()
             try:
-                self._hf = TransformersModel(self.model, self._length())
+                self._hf = TransformersModel(self.model, self._length(), fuse=self._fuse)
                 self._opened()
             except ConfigError as error:
                 self._close()

@@ -1,0 +1,232 @@
+"""transformers' ``generate`` as it is, compiled, over a ``VirtualCache``, and accelerated.
+
+See README.md. The large shapes need an NVIDIA GPU with 80 GB; ``--quick`` tries everything on a tiny model, anywhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from common import Records
+from decoding import READ_BYTES_PER_S, hf_shape
+
+from vattn.hf import TransformersModel, VirtualCache, accelerate
+
+NEEDS = ("cuda", "transformers")
+CONTEXT, NEW, FEW = 1024, 128, 16
+MIB = 1 << 20
+SHAPES: dict[str, dict[str, Any]] = {
+    "8B": hf_shape("8B"),
+    "1B": hf_shape("1B"),
+    "gemma3-4B": {
+        "model_type": "gemma3_text",
+        "vocab_size": 262208,
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "num_hidden_layers": 34,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "sliding_window": 1024,
+        "max_position_embeddings": 131072,
+    },
+    "qwen3-moe": {
+        "model_type": "qwen3_moe",
+        "vocab_size": 151936,
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "num_experts": 64,
+        "num_experts_per_tok": 8,
+        "max_position_embeddings": 40960,
+    },
+    "tiny": {
+        "model_type": "llama",
+        "vocab_size": 500,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 2048,
+    },
+}
+CASES = [("8B", 1), ("8B", 8), ("1B", 1), ("gemma3-4B", 1), ("qwen3-moe", 1), ("qwen3-moe", 8)]
+COMPILED = ("8B", "1B")  # shapes that transformers' static cache with torch.compile is timed on
+
+
+@dataclass
+class Case:
+    """A model and a batch of prompts.
+
+    Attributes:
+        prompts: ``[batch, context]``.
+    """
+
+    model: PreTrainedModel
+    prompts: torch.Tensor
+
+    def generate(self, new: int, **options: Any) -> torch.Tensor:
+        """Greedy, ``new`` tokens, none of them an end."""
+        mask = torch.ones_like(self.prompts)
+        answer: torch.Tensor = self.model.generate(
+            self.prompts, attention_mask=mask, do_sample=False, min_new_tokens=None, max_new_tokens=new, **options
+        )
+        return answer
+
+    def seconds(self, new: int, **options: Any) -> float:
+        """Of a call of ``generate``, to its tokens on the host."""
+        begin = time.perf_counter()
+        self.generate(new, **options).tolist()
+        return time.perf_counter() - begin
+
+
+def make_model(name: str) -> PreTrainedModel:
+    """A shape with random weights, which ends no sequence by itself."""
+    on_gpu = torch.cuda.is_available()
+    config = AutoConfig.for_model(**SHAPES[name])
+    with torch.device("cuda" if on_gpu else "cpu"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if on_gpu else torch.float32).eval()
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
+    return model
+
+
+def step_ms(case: Case, repeats: int, **options: Any) -> list[float]:
+    """Milliseconds a step of ``generate``: of calls for many tokens less those for few."""
+    case.seconds(NEW, **options)  # compiles, captures
+    found = []
+    for _ in range(repeats):
+        few, many = case.seconds(FEW, **options), case.seconds(NEW, **options)
+        found.append((many - few) / (NEW - FEW) * 1e3)
+    return found
+
+
+class Memory:
+    """The most device memory that ``generate`` takes beside the weights, MiB: torch's and the KV cache's pages."""
+
+    def __enter__(self) -> Memory:
+        free_all()
+        self.before = torch.cuda.memory_allocated()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def most(self, pages_bytes: int = 0) -> float:
+        return (torch.cuda.max_memory_allocated() - self.before + pages_bytes) / MIB
+
+
+def free_all() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def run_case(records: Records, name: str, model: PreTrainedModel, batch: int, repeats: int) -> None:
+    """Every system on one batch."""
+    label = f"{name} B={batch} L={CONTEXT}"
+    draw = torch.Generator().manual_seed(batch)
+    prompts = torch.randint(1, model.config.get_text_config().vocab_size, (batch, CONTEXT), generator=draw)
+    case = Case(model, prompts.to(model.device))
+    on_gpu = model.device.type == "cuda"
+    with records.going_on(f"{label} hf-dynamic"), Memory() as memory:
+        first = case.seconds(1)
+        steps = step_ms(case, repeats)
+        records.add(label, "hf-dynamic", "generate_step", "ms", steps)
+        records.add(label, "hf-dynamic", "first_token", "s", [first])
+        if on_gpu:
+            records.add(label, "hf-dynamic", "peak_memory", "MiB", [memory.most()])
+    with records.going_on(f"{label} vattn-virtual-cache"):
+
+        def over_virtual_cache() -> list[float]:
+            found = []
+            for new in (NEW, *(FEW, NEW) * repeats):
+                with VirtualCache(model.config, CONTEXT + NEW) as past:
+                    found.append(case.seconds(new, past_key_values=past))
+            return [(many - few) / (NEW - FEW) * 1e3 for few, many in zip(found[1::2], found[2::2], strict=True)]
+
+        records.add(label, "vattn-virtual-cache", "generate_step", "ms", over_virtual_cache())
+    for system, fuse in (("vattn-capture-only", False), ("vattn", True)):
+        with records.going_on(f"{label} {system}"), Memory() as memory:
+            begin = time.perf_counter()
+            with accelerate(model, CONTEXT + NEW, max_batch=batch, fuse=fuse) as fast:
+                case.generate(1).tolist()
+                first = time.perf_counter() - begin
+                records.add(label, system, "generate_step", "ms", step_ms(case, repeats))
+                records.add(label, system, "first_token", "s", [first])
+                if on_gpu:
+                    graphs = sum(each.device_bytes for each in fast.graphs)
+                    assert fast.kv_cache is not None
+                    pages = fast.kv_cache.stats().peak_physical_bytes
+                    records.add(label, system, "peak_memory", "MiB", [memory.most(pages)])
+                    records.add(label, system, "graph_memory", "MiB", [graphs / MIB])
+                hits, misses = fast.num_ahead
+                print(f"{hits} steps ahead were right, {misses} were not; {fast.reasons}", flush=True)
+                if fuse and fast.transformers_model is not None:
+                    print(fast.transformers_model.report, flush=True)
+    if on_gpu:
+        add_limit(records, label, model, batch)
+    if on_gpu and name in COMPILED:
+        with records.going_on(f"{label} hf-static-compile"):
+            records.add(
+                label, "hf-static-compile", "generate_step", "ms", step_ms(case, repeats, cache_implementation="static")
+            )
+        torch.compiler.reset()
+    free_all()
+
+
+def add_limit(records: Records, label: str, model: PreTrainedModel, batch: int) -> None:
+    """Reading weights, K and V once a step."""
+    with TransformersModel(model, CONTEXT + NEW, fuse=False) as hf:
+        weights = hf.streamed_weights()[0]
+        kv_bytes = hf.kv_layout().bytes_per_token * batch * (CONTEXT + NEW // 2)
+    records.add(label, "limit", "generate_step", "ms", [(weights + kv_bytes) / READ_BYTES_PER_S * 1e3])
+
+
+@contextmanager
+def model_of(name: str) -> Iterator[PreTrainedModel]:
+    model = make_model(name)
+    yield model
+    del model
+    free_all()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--parts", nargs="+", choices=list(SHAPES), help="the rest stays; default: all but tiny")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="a tiny model, and few tokens")
+    options = parser.parse_args()
+    records = Records("14_accelerate", options.quick, ["tiny"] if options.quick else options.parts)
+    if options.quick:
+        with model_of("tiny") as model:
+            for batch in (1, 4):
+                run_case(records, "tiny", model, batch, 1)
+    for name in () if options.quick else options.parts or dict.fromkeys(name for name, _ in CASES):
+        with records.going_on(name), model_of(name) as model:
+            for batch in (batch for shape, batch in CASES if shape == name):
+                run_case(records, name, model, batch, options.repeats)
+        records.write()
+    records.end()
+
+
+if __name__ == "__main__":
+    main()
