@@ -1,9 +1,11 @@
-"""Where a token's K and V lie: strides, bytes per token, tokens per page. Pure arithmetic.
+"""Where a token's K and V are in memory: strides, bytes per token, tokens per page. Arithmetic only.
 
-A *lane* is a byte range per slot that grows by a fixed number of bytes per token. Token-major order has one lane a
-group, ``[slot, token, layer, (K, V), kv_head, head_dim]``: a page holds few tokens of every layer, so a sequence wastes
-at most one page whatever the model. Layer-major order has one lane for each K and each V,
-``[layer, (K, V), slot, token, kv_head, head_dim]``: as most caches lay it out, and as many pages wasted as lanes.
+A *lane* is a range of addresses of each slot. It grows by a fixed number of bytes per token.
+
+* Token order has one lane per group: ``[slot, token, layer, (K, V), kv_head, head_dim]``. A page holds a few tokens of
+  all layers. So a sequence wastes at most one page, however many layers the model has.
+* Layer order has a lane for each K and for each V: ``[layer, (K, V), slot, token, kv_head, head_dim]``, as most caches
+  do. So a sequence may waste one page per lane.
 """
 
 from __future__ import annotations
@@ -33,15 +35,18 @@ SUPPORTED_DTYPES = (
 
 @dataclass(frozen=True)
 class LayerGroup:
-    """Layers whose K and V have the same shape; each group has an address range of its own.
+    """Layers whose K and V have the same shape. Each group has its own range of addresses.
 
     Attributes:
-        layers: the model's layer indices, as they are given to ``KVCache.k`` and ``KVCache.v``.
-        num_kv_heads: K and V heads per layer.
+        layers: layer indices of the model, as given to ``KVCache.k`` and ``KVCache.v``.
+        num_kv_heads: K heads of a layer; it has as many V heads.
         head_dim: elements of one K head.
-        v_head_dim: elements of one V head; None: ``head_dim``.
-        window: tokens that attention looks back, None for all. For the model to hand to attention; the cache backs
-            every row, inside the window or not.
+        v_head_dim: elements of one V head. None: ``head_dim``.
+        window: tokens that attention looks back. None: all. The model passes it to attention; the cache keeps all
+            rows, also those outside the window.
+
+    Raises:
+        ConfigError: a size that is not positive, no layers, or a layer named twice.
     """
 
     layers: Sequence[int]
@@ -69,19 +74,29 @@ class LayerGroup:
 
 @dataclass(frozen=True, slots=True)
 class Lane:
-    """One growing byte range per slot, at ``offset_bytes + slot * slot_stride_bytes`` of its group's addresses."""
+    """A range of addresses of each slot.
+
+    Attributes:
+        offset_bytes: where slot 0 begins, counted from the start of the group's addresses.
+        row_bytes: bytes of one token.
+        slot_stride_bytes: distance from one slot to the next.
+    """
 
     offset_bytes: int
     row_bytes: int
     slot_stride_bytes: int
 
     def slot_offset(self, slot: int) -> int:
+        """Where a slot begins: bytes from the start of the group's addresses."""
         return self.offset_bytes + slot * self.slot_stride_bytes
 
 
 @dataclass(frozen=True, slots=True)
 class TensorPlan:
-    """A ``[max_slots, max_seq_len, num_kv_heads, head_dim]`` view of a group's addresses, in elements."""
+    """A view of a group's addresses as ``[max_slots, max_seq_len, num_kv_heads, head_dim]``.
+
+    The offset and the strides count elements.
+    """
 
     offset: int
     shape: tuple[int, int, int, int]
@@ -90,7 +105,13 @@ class TensorPlan:
 
 @dataclass(frozen=True, slots=True)
 class GroupPlan:
-    """A group's lanes, views and total size, for given page and slot counts."""
+    """How one group is laid out, for a given page size and number of slots.
+
+    Attributes:
+        lanes: in the order of their addresses.
+        k, v: views by layer index.
+        size_bytes: addresses that the group needs.
+    """
 
     lanes: tuple[Lane, ...]
     k: dict[int, TensorPlan]
@@ -102,15 +123,15 @@ class KVLayout:
     """The shape of a model's KV cache. Immutable.
 
     Args:
-        num_layers, num_kv_heads, head_dim: the model, when all its layers are alike; head_dim in elements.
-        max_seq_len: tokens that one slot can ever hold.
+        num_layers, num_kv_heads, head_dim: for a model whose layers are all alike; ``head_dim`` in elements.
+        max_seq_len: tokens of a slot at most.
         dtype: of K and V.
-        order: ``"token"`` (a page holds some tokens of every layer) or ``"layer"`` (each K and V apart).
-        groups: instead of the first three, ``LayerGroup``s for models whose layers differ.
-        v_head_dim: elements of one V head where it differs from ``head_dim``.
+        order: ``"token"``: a page holds some tokens of every layer. ``"layer"``: a page holds tokens of one K or one V.
+        groups: for a model whose layers differ, in place of the first three arguments.
+        v_head_dim: elements of one V head, where it differs from ``head_dim``.
 
     Raises:
-        ConfigError: a size that is not positive, a layer in two groups, an unknown order, an unsupported dtype.
+        ConfigError: a size that is not positive, a layer in two groups, an unknown order, or an unsupported dtype.
     """
 
     def __init__(
@@ -147,23 +168,29 @@ class KVLayout:
 
     @property
     def num_layers(self) -> int:
-        """Layers that keep K and V."""
+        """Number of layers in all groups."""
         return len(self.layers)
 
     @property
     def bytes_per_token(self) -> int:
-        """K and V of every layer, bytes."""
+        """Bytes of one token: K and V of all layers."""
         return sum(sum(self._layer_bytes(group)) * len(group.layers) for group in self.groups)
 
     def tokens_per_page(self, page_bytes: int) -> float:
-        """Tokens in one page, of the lane that fills its pages fastest (token-major order has one lane a group)."""
+        """Tokens that a page holds, in the lane with the most bytes per token."""
         return page_bytes / max(row_bytes for group in self.groups for row_bytes in self._lane_row_bytes(group))
 
     def plan(self, group: LayerGroup, max_slots: int, page_bytes: int, extra_rows: int = 0) -> GroupPlan:
-        """Lay one group out; a slot has addresses for ``max_seq_len + extra_rows`` tokens.
+        """Lay out one group.
 
-        A lane's slot stride is a common multiple of the page and of the bytes per token, so that no page holds rows of
-        two slots, and ``[slot, row]`` flattens to one token axis.
+        The distance between two slots of a lane is a common multiple of the page size and of the bytes per token. So no
+        page holds rows of two slots, and ``[slot, row]`` can be flattened to one axis of tokens.
+
+        Args:
+            group: one of ``groups``.
+            max_slots: number of slots.
+            page_bytes: size of a page.
+            extra_rows: addresses for so many tokens beyond ``max_seq_len``.
         """
         lanes, offset = [], 0
         for row_bytes in self._lane_row_bytes(group):
@@ -193,7 +220,7 @@ class KVLayout:
         )
 
     def _layer_bytes(self, group: LayerGroup) -> tuple[int, int]:
-        """(K, V) bytes per token of one layer."""
+        """Bytes of one token in one layer: (K, V)."""
         per_element = group.num_kv_heads * self.dtype.itemsize
         return group.head_dim * per_element, (group.v_head_dim or group.head_dim) * per_element
 

@@ -157,7 +157,7 @@ def test_top_k(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     arguments = ("the fox", "--model", folder, "--max-new-tokens", "20")
     greedy, one, all_of_them = (
         generate_json(capfd, *arguments, *more)["requests"][0]["tokens"]
-        for more in ([], ["--temperature", "50", "--top-k", "1"], ["--temperature", "50"])
+        for more in (["--top-k", "1", "--top-p", "1"], ["--temperature", "50", "--top-k", "1"], ["--temperature", "50"])
     )
     assert greedy == one != all_of_them
 
@@ -271,6 +271,8 @@ def test_on_the_gpu(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
         (["--model", "MODEL", "fox", "--attention", "nonesuch"], "unknown attention"),
         (["--model", "MODEL", "fox", "--top-k", "-1"], "--top-k"),
         (["--model", "MODEL", "fox", "--top-k", "2147483648"], "--top-k"),
+        (["--model", "ABSENT", "fox", "--top-k", "40"], "--top-k 40 has no effect at temperature 0"),
+        (["--model", "ABSENT", "fox", "--top-p", "0.9", "--temperature", "0"], "--top-p 0.9 has no effect"),
         (["--model", "MODEL", "fox", "--max-batch", "0"], "--max-batch"),
         (["--model", "MODEL", "fox", "--device", "tpu"], "tpu"),
         (["--model", "MODEL", "fox", "--device", "cuda:99"], "(?i)cuda"),

@@ -48,7 +48,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_all(folder, capfd):
-    assert main(["bench", "--folder", str(folder)]) == 1
+    assert main(["bench", "--all", "--folder", str(folder)]) == 1
     out, err = capfd.readouterr()
     assert "[1/3] 01_quick: Is 01_quick fast?" in out
     assert "skipped: needs the module no_such_module" in out
@@ -71,6 +71,20 @@ def test_a_quick_run_changes_no_record(folder, capfd, monkeypatch):
     assert "experiments/01_quick/run.py --quick`" in out  # the table's card, last
     assert not (folder / "01_quick" / "results.jsonl").exists()
     assert (folder / "01_quick" / "README.md").read_text() == before
+
+
+def test_records_are_not_written_anew_unasked(folder, capfd):
+    files = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert main(["bench", "--folder", str(folder)]) == 2
+    out, err = capfd.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert "give --all for that, or names out of 01_quick, 02_broken" in err
+    assert main(["bench", "--all", "--folder", str(folder), "quick"]) == 2
+    assert "names of experiments or --all, not both" in capfd.readouterr().err
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == files
+    assert main(["bench", "--quick", "--folder", str(folder)]) == 1  # of all
+    assert "[3/3] 03_elsewhere" in capfd.readouterr().out
+    assert not (folder / "01_quick" / "results.jsonl").exists()
 
 
 def test_wrong_names(folder, tmp_path, capfd):

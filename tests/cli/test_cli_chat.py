@@ -67,6 +67,7 @@ def test_a_conversation_that_outgrows_the_context_forgets_its_oldest_turns(folde
         ("the fox " * 600 + "\n", [], r"leaves no room for an answer"),
         ("the fox\n", ["--memory-limit", "1MiB"], r"at least one page"),
         ("the fox\n", ["--attention", "nonesuch"], r"unknown attention"),
+        ("the fox\n", ["--top-p", "0.5"], r"--top-p 0.5 has no effect at temperature 0"),
     ],
 )
 def test_what_cannot_be_answered(folder: Path, text: str, options: list[str], message: str) -> None:

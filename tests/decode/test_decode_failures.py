@@ -163,7 +163,7 @@ def test_ctrl_c(where, fused, model, monkeypatch):
             "before launch": (loop._step._graphs, "launch"),
             "after launch": (loop._step._graphs, "launch"),
             "leave": (cache._slots, "finish_deferred"),
-            "drain": (loop, "_report"),
+            "drain": (loop._progress, "report"),
         }[where]
         original, num_calls = getattr(owner, name), 0
 

@@ -251,7 +251,7 @@ def test_a_slot_that_is_taken_before_its_end_was_told(end, fused, model, monkeyp
         loop.start(slot, 7, 3)
         tokens = [each for _ in range(3) for each in loop.step()]
         if end == "cancel untold":
-            monkeypatch.setattr(loop, "_report", lambda: 1 / 0)
+            monkeypatch.setattr(loop._progress, "report", lambda: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 loop.drain()
             monkeypatch.undo()

@@ -9,12 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.engine import Faulty, alone, by_sample, cache_of, ends, requests_of, run_out, tokens_of
-from helpers.failing_driver import FailingDriver
 from helpers.llama import SMALL, open_cache, random_tokens
 
 from vattn import Engine, KVCache, Request, Sampling
-from vattn.driver import HostDriver
-from vattn.errors import ConfigError, DriverError, OutOfPages
+from vattn.errors import ConfigError, OutOfPages
 from vattn.models import Llama
 
 
@@ -293,64 +291,3 @@ def test_whoever_takes_the_engine_s_own_slot_keeps_it(model: Llama) -> None:
             assert cache.acquire(slot) == slot
         assert cache.stats().num_live_slots == 1
         cache.release(slot)
-
-
-# -- the driver ------------------------------------------------------------------------------------------------------
-def _under_load(model: Llama, driver: FailingDriver, order: str) -> tuple[KVCache, Engine]:
-    cache = cache_of(model, max_slots=5, num_pages=12 if order == "token" else 26, order=order, driver=driver)
-    return cache, Engine(model, cache, max_step_tokens=24)
-
-
-LOAD = [
-    Request(random_tokens(20, 128, seed=1), 40),
-    Request(random_tokens(35, 128, seed=2), 20, Sampling(1.0, seed=3), n=3),
-    Request([5], 50, Sampling(1.0, seed=4)),
-    Request(random_tokens(50, 128, seed=5), 30),
-    Request(random_tokens(9, 128, seed=6), 12, priority=2),
-]
-
-
-@pytest.mark.parametrize("order", ["token", "layer"])
-@pytest.mark.parametrize("call", ["create", "map", "set_access", "unmap", "zero", "copy", "release"])
-def test_every_driver_call_failed_in_turn_under_load(model: Llama, order: str, call: str) -> None:
-    """Requests fail or wait, the engine goes on, memory stays within its limit, and nothing leaks."""
-    expected = {(i, c.index): c.tokens for i, each in enumerate(alone(model, LOAD)) for c in each}
-    driver = FailingDriver(HostDriver())
-    cache, engine = _under_load(model, driver, order)
-    with cache, engine:
-        begin = driver.calls[call]
-        engine.generate(LOAD)
-        total = driver.calls[call] - begin
-    places = sorted({1, total // 3, 2 * total // 3, total} - {0}) if total > 6 else range(1, total + 1)
-    for at in places if total else ():
-        for out_of_memory in (False, True):
-            for times in (1, 3) if at == 1 else (1,):
-                driver = FailingDriver(HostDriver())
-                cache, engine = _under_load(model, driver, order)
-                with cache:
-                    with engine:
-                        driver.fail(call, at=at, times=times, out_of_memory=out_of_memory)
-                        for request in LOAD:
-                            engine.submit(request)
-                        tokens, num_raised = [], 0
-                        while engine.has_work and num_raised < 20:
-                            try:
-                                tokens += engine.step()
-                            except Exception:
-                                num_raised += 1  # nothing of ours runs; it is tried again
-                            cache.check_integrity()
-                        assert not engine.has_work
-                        reasons = ends(tokens)
-                        assert reasons.keys() == expected.keys()
-                        for key, found in by_sample(tokens).items():
-                            assert found == expected[key][: len(found)]
-                            assert reasons[key] == "error" or found == expected[key]
-                        for new in tokens:
-                            assert new.error is None or isinstance(new.error, (DriverError, ConfigError))
-                        driver.heal()
-                        again = engine.generate([LOAD[0], LOAD[4]])
-                        assert tokens_of(again) == [expected[0, 0], expected[4, 0]]
-                    stats = cache.stats()
-                    assert stats.num_live_slots == stats.in_use_bytes == 0
-                    assert stats.peak_physical_bytes <= cache.memory_limit
-                    cache.check_integrity()

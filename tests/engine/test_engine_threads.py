@@ -329,9 +329,10 @@ def test_a_signal_at_the_end_of_submit_leaves_no_request_that_nobody_knows(model
     with Engine(model, cache) as engine:
         post = engine._mail.post
 
-        def interrupted(request_id: int, request: Request) -> None:
-            post(request_id, request)
+        def interrupted(request: Request) -> int:
+            request_id = post(request)
             signal.raise_signal(signal.SIGINT)
+            return request_id
 
         engine._mail.post = interrupted  # type: ignore[method-assign]
         with pytest.raises(KeyboardInterrupt):

@@ -55,11 +55,19 @@ def bench(args: argparse.Namespace) -> None:
     """Run experiments in their order; print their tables last.
 
     Raises:
-        ConfigError: no experiments here, or none of a name.
+        ConfigError: no experiments here, none of a name, or a whole run of all of them that nobody asked for.
         VattnError: an experiment failed; the others were run.
     """
     root = _folder(args.folder)
-    chosen = _named([Experiment(path.parent) for path in sorted(root.glob("*/run.py"))], args.names)
+    found = [Experiment(path.parent) for path in sorted(root.glob("*/run.py"))]
+    if args.names and args.all:
+        raise ConfigError("give names of experiments or --all, not both")
+    if not (args.names or args.all or args.quick):
+        raise ConfigError(
+            f"a run writes records, tables and plots in {one_line(root)} anew: give --all for that, or names out of "
+            f"{one_line(', '.join(each.name for each in found))}, or --quick, which changes none of them"
+        )
+    chosen = _named(found, args.names)
     done: list[Experiment] = []
     failed: list[Experiment] = []
     skipped: list[str] = []

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from ..engine import Engine, Request, Sampling
 from ..errors import ConfigError
-from .generate import require_text
+from .generate import require_sampling, require_text
 from .model import loaded_model, opened_cache, place_for
 from .report import Meter, format_bytes
 from .text import one_line, printable
@@ -33,6 +33,7 @@ def chat(args: argparse.Namespace) -> None:
     if sys.stdin is None:
         raise ConfigError("stdin is closed: there are no messages to read")
     require_text("--system", args.system or "")
+    require_sampling(args)
     place = place_for(args)
 
     from vattn.models.loader import load_tokenizer

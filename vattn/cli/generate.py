@@ -67,6 +67,7 @@ def generate(args: argparse.Namespace) -> None:
         ConfigError: an argument, prompt, model, device or limit that cannot work; before any text is written.
     """
     prompts = _prompts(args)
+    require_sampling(args)
     place = place_for(args)
 
     from vattn.models.loader import load_tokenizer
@@ -138,6 +139,16 @@ def require_text(what: str, text: str) -> None:
     """An argument that is not valid UTF-8 comes with halves of surrogate pairs for its bytes."""
     if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
         raise ConfigError(f"{what} is not valid UTF-8")
+
+
+def require_sampling(args: argparse.Namespace) -> None:
+    """Refuse filters of a draw where the most likely token is taken: somebody forgot the temperature."""
+    if args.temperature == 0 and (args.top_k > 1 or args.top_p < 1):
+        option = f"--top-k {args.top_k}" if args.top_k > 1 else f"--top-p {args.top_p:g}"
+        raise ConfigError(
+            f"{option} has no effect at temperature 0, which takes the most likely token: leave it out, or give a "
+            "temperature, as --temperature 1"
+        )
 
 
 def _encode(tokenizer: Tokenizer, prompt: str, args: argparse.Namespace) -> list[int]:

@@ -141,7 +141,8 @@ def parser() -> argparse.ArgumentParser:
         description="Run the repository's experiments, and write their tables and plots anew.",
     )
     add = bench.add_argument
-    add("names", nargs="*", metavar="NAME", help="as capacity or 05 (default: all that this machine can run)")
+    add("names", nargs="*", metavar="NAME", help="as capacity or 05")
+    add("--all", action="store_true", help="all that this machine can run")
     add("--quick", action="store_true", help="fewer cases and repeats; prints tables and changes no record")
     add("--folder", metavar="FOLDER", help="of the experiments (default: ./experiments, or that beside the package)")
 
@@ -165,8 +166,8 @@ def _add_sampling(command: argparse.ArgumentParser, seeds: str, max_new_tokens: 
     for option, kind, default, letter, text in (
         ("--max-new-tokens", _whole(1), max_new_tokens, "N", "of each answer (default: %(default)s)"),
         ("--temperature", temperature, 0.0, "T", "0 takes the most likely token (default: 0)"),
-        ("--top-p", top_p, 1.0, "P", "sample from this share of the mass (default: 1)"),
-        ("--top-k", top_k, 0, "K", "sample from this many of the likeliest tokens (default: 0, all)"),
+        ("--top-p", top_p, 1.0, "P", "sample from this share of the mass, at a temperature above 0 (default: 1)"),
+        ("--top-k", top_k, 0, "K", "sample from this many of the likeliest tokens, as --top-p (default: 0, all)"),
         ("--seed", _whole(0), 0, "N", f"{seeds} (default: 0)"),
     ):
         command.add_argument(option, type=kind, default=default, metavar=letter, help=text)

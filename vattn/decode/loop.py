@@ -322,7 +322,7 @@ class DecodeLoop:
             self._drain(0)  # sequences that have ended give their pages back
             launched = self._launch(slots, compute, beside)
         self._drain(1 if launched else 0)
-        return self._report()
+        return self._progress.report()
 
     @for_one_thread
     def capture_beside(self, others: Callable[[int], Iterable[CapturableCompute]]) -> None:
@@ -365,7 +365,7 @@ class DecodeLoop:
         """Report the tokens of every step launched so far; waits for them."""
         self._require_open()
         self._drain(0)
-        return self._report()
+        return self._progress.report()
 
     @property
     def graphs(self) -> tuple[GraphReport, ...]:
@@ -454,9 +454,6 @@ class DecodeLoop:
     def _drain(self, keep: int) -> None:
         """Read the ring up to the newest ``keep`` steps."""
         self._progress.drain(keep, self._step.read)
-
-    def _report(self) -> list[DecodedToken]:
-        return self._progress.report()
 
     def _check(self, slot: int, max_new_tokens: int) -> int:
         """ConfigError unless the slot can take so many more; returns its rows."""

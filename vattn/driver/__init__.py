@@ -1,4 +1,7 @@
-"""Virtual-memory systems behind one interface. The only room that talks to one."""
+"""Drivers of virtual memory: of CUDA, of the operating system, and a simulated one.
+
+All calls to a virtual-memory system are in this folder.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +20,13 @@ __all__ = ["CudaDriver", "Driver", "DriverStatus", "Fence", "HostDriver", "Ledge
 
 
 def open_driver(device: str | torch.device) -> Driver:
-    """The driver for ``"cpu"``, ``"cuda"`` or ``"cuda:i"``.
+    """Open the driver of a device.
+
+    Args:
+        device: ``"cpu"``, ``"cuda"`` or ``"cuda:i"``.
 
     Raises:
-        ConfigError: the device does not exist, or cannot be used here; says why.
+        ConfigError: the device does not exist, or it cannot be used here. The message says why.
     """
     if not sys.platform.startswith("linux"):
         raise ConfigError(f"vattn runs on Linux only, not on {sys.platform}")
@@ -37,7 +43,16 @@ def open_driver(device: str | torch.device) -> Driver:
 
 @dataclass(frozen=True, slots=True)
 class DriverStatus:
-    """What ``vattn info`` says of a driver; ``reason`` is why it is not available."""
+    """What ``vattn info`` prints about a driver.
+
+    Attributes:
+        name: ``"cuda"`` or ``"host"``.
+        available: whether it can be opened here.
+        reason: why it cannot; None where it can.
+        granularity_bytes: every size and every address is a multiple of this.
+        device: the device that it would use, as ``"cuda:0"``.
+        detail: further facts, by name.
+    """
 
     name: str
     available: bool
@@ -48,7 +63,7 @@ class DriverStatus:
 
 
 def probe() -> list[DriverStatus]:
-    """The state of every driver on this machine."""
+    """The status of the CUDA driver and of the host driver on this machine."""
     return [_probe_cuda(), _probe_host()]
 
 

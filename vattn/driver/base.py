@@ -15,34 +15,37 @@ from .rules import Handle, RuleBook
 
 @runtime_checkable
 class Fence(Protocol):
-    """A point in a stream's work.
+    """A point in the work submitted to a stream.
+
+    Of two fences in one stream, the later one covers the earlier one.
 
     Attributes:
-        stream: which stream, as a number that no other stream ever has, not even after this one was destroyed; of two
-            fences in one stream the later covers the earlier.
+        stream: a number that identifies the stream. No other stream ever has the same number, not even after this one
+            was destroyed.
     """
 
     stream: int
 
     def done(self) -> bool:
-        """Whether the work before the point has ended; never waits."""
+        """Whether all work before the point has ended. Does not wait."""
 
     def wait(self) -> None:
-        """Block the host until the work before the point has ended."""
+        """Block the host until all work before the point has ended."""
 
 
 @runtime_checkable
 class Driver(Protocol):
-    """Virtual memory as the CUDA driver knows it. Every failed call raises ``DriverError`` and changes nothing.
+    """Virtual memory with the operations that the CUDA driver has.
 
-    Addresses and handles are ints, sizes are bytes. One driver belongs to one cache, whose lock guards it.
+    A call that fails raises ``DriverError`` and changes nothing. Addresses and handles are ints. Sizes are in bytes. A
+    driver belongs to one cache, and the cache's lock guards it.
 
     Attributes:
         name: ``"cuda"``, ``"host"`` or ``"ledger"``.
-        device: where tensors over its addresses live.
-        granularity_bytes: every size and address is a multiple of this.
-        default_page_bytes: the handle size to use when the user names none.
-        counts: calls that succeeded.
+        device: the device of tensors over its addresses.
+        granularity_bytes: every size and every address is a multiple of this.
+        default_page_bytes: size of a handle where the user gives none.
+        counts: calls that succeeded, by kind.
         log: the newest calls.
     """
 
@@ -54,66 +57,75 @@ class Driver(Protocol):
     log: EventLog
 
     def reserve(self, size_bytes: int) -> int:
-        """Reserve addresses with nothing behind them; returns the first."""
+        """Reserve a range of addresses without memory; returns its first address."""
 
     def free_range(self, address: int, size_bytes: int) -> None:
-        """Give back a reservation, whole and with nothing mapped in it."""
+        """Free a reserved range. It must be the whole range, with nothing mapped in it."""
 
     def create(self, size_bytes: int) -> int:
-        """Take zeroed physical memory; returns its handle."""
+        """Allocate physical memory that is zero; returns its handle."""
 
     def release(self, handle: int) -> None:
-        """Drop a handle; its memory is freed once it is mapped nowhere."""
+        """Release a handle. Its memory is freed when it is mapped nowhere any more."""
 
     def create_pages(self, size_bytes: int, count: int, done: list[int]) -> None:
-        """``create``, ``count`` times; each handle is appended to ``done`` at once, so a failure leaves them there."""
+        """Call ``create`` ``count`` times.
+
+        Each handle is appended to ``done`` as soon as it exists. So after a failure ``done`` has those that were made.
+        """
 
     def map(self, address: int, size_bytes: int, handle: int) -> None:
-        """Put a whole handle behind an address. Not accessible until ``set_access``."""
+        """Map a whole handle at an address. It can be accessed after ``set_access``."""
 
     def map_pages(self, size_bytes: int, addresses: Sequence[int], handles: Sequence[int], done: list[int]) -> None:
-        """``map`` and ``set_access`` for one handle after another, all of one size; stops at the first failure.
+        """Call ``map`` and ``set_access`` for one handle after another. Stops at the first failure.
 
-        Each address is appended to ``done`` once it is mapped, so that a failure leaves there what has to be unmapped;
-        the last of them may lack access then.
+        Args:
+            size_bytes: size of each handle.
+            addresses, handles: the i-th handle is mapped at the i-th address.
+            done: each address is appended when it is mapped. So after a failure it has those to unmap. The last of them
+                may be without access then.
         """
 
     def set_access(self, address: int, size_bytes: int) -> None:
-        """Allow reads and writes on whole mapped handles."""
+        """Allow reads and writes. The range must consist of whole mapped handles."""
 
     def unmap(self, address: int, size_bytes: int) -> None:
-        """Take away whole handles. Does **not** wait for work that may be using them."""
+        """Unmap whole handles. Does **not** wait for work that may still use them."""
 
     def zero(self, address: int, size_bytes: int) -> None:
-        """Fill with zeros, on the current stream."""
+        """Fill a range with zeros, on the current stream."""
 
     def copy(self, target: int, source: int, size_bytes: int) -> None:
-        """Copy between addresses, on the current stream."""
+        """Copy ``size_bytes`` from ``source`` to ``target``, on the current stream."""
 
     def fence(self) -> Fence | None:
-        """A fence behind everything submitted to the current stream, or None where work is never asynchronous."""
+        """A fence after everything submitted to the current stream. None where work is never asynchronous."""
 
     def order_after(self, fence: Fence) -> None:
-        """Make the current stream, not the host, wait for the fence."""
+        """Make the current stream wait for the fence. The host does not wait."""
 
     def synchronize(self) -> None:
-        """Block the host until all work on the device has ended; for the end of a cache's life only."""
+        """Block the host until all work on the device has ended. Used when a cache is closed only."""
 
     def is_capturing(self) -> bool:
-        """Whether the current stream is being captured into a graph."""
+        """Whether the current stream is being captured into a CUDA graph."""
 
     def memory_info(self) -> tuple[int, int]:
-        """(available, total) bytes of the device's memory."""
+        """The device's memory: (available, total) in bytes."""
 
     def allocated_bytes(self) -> int | None:
-        """Physical memory as the system itself counts it for this driver; None where it cannot tell."""
+        """Physical memory of this driver in bytes, as the system counts it. None where the system cannot tell."""
 
     def close(self) -> None:
-        """Drop what the driver keeps open. Idempotent; ``free_range`` still works afterwards."""
+        """Close the driver's files. Idempotent. ``free_range`` works afterwards too."""
 
 
 class RuledDriver(ABC):
-    """Public calls: rule book first, then the system, then the books. Subclasses implement the underscored half."""
+    """The public calls of a driver. Subclasses implement the private ones, which call the system.
+
+    A public call first checks the rules, then calls the system, then updates the books.
+    """
 
     name: str
     device: torch.device
@@ -220,7 +232,7 @@ class RuledDriver(ABC):
         self._copy(target, source, size_bytes)
         self.counts.num_copy += 1
 
-    # -- streams: what holds where work is never asynchronous, and nothing is captured --------------------------------
+    # -- streams: for a system without asynchronous work and without capture ------------------------------------------
     def fence(self) -> Fence | None:
         return None
 
@@ -233,9 +245,13 @@ class RuledDriver(ABC):
     def is_capturing(self) -> bool:
         return False
 
-    # -- the system's half -------------------------------------------------------------------------------------------
+    # -- calls of the system -----------------------------------------------------------------------------------------
     def _after_unmap(self, freed: list[tuple[int, int]]) -> None:  # noqa: B027 - CUDA has done it by itself
-        """Free the memory of handles that were released earlier and are mapped nowhere any more: (handle, size)."""
+        """Free memory of handles that were released before their last mapping went.
+
+        Args:
+            freed: (handle, bytes) of each.
+        """
 
     @abstractmethod
     def _reserve(self, size_bytes: int) -> int: ...

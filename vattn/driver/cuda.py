@@ -1,6 +1,6 @@
-"""CUDA virtual memory management through cuda-python, on the stock driver.
+"""CUDA virtual memory management through cuda-python, with the standard NVIDIA driver.
 
-Importing this module works without CUDA; ``unavailable()`` says why the driver cannot be opened here.
+This module can be imported without CUDA. Then ``unavailable()`` says why the driver cannot be opened.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ except ImportError:  # pragma: no cover - the dependency is declared; this keeps
 
 @lru_cache(maxsize=1)
 def unavailable() -> str | None:
-    """Why there is no CUDA driver to use here, in words; None where there is one. Probed once per process."""
+    """Why CUDA cannot be used here, as a text for the user. None: it can. Looked up once per process."""
     if _cu is None:
         return "cuda-python is not installed: pip install cuda-python"
     if torch.version.cuda is None:
@@ -41,7 +41,10 @@ def unavailable() -> str | None:
 
 @contextmanager
 def _outside_capture() -> Iterator[None]:
-    """Let this thread look at events while another one captures a graph; asking would invalidate its capture."""
+    """Allow this thread to query events while another thread captures a graph.
+
+    Without this, the query would invalidate that capture.
+    """
     mode = _call("cuThreadExchangeStreamCaptureMode", _cu.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED)
     try:
         yield
@@ -50,13 +53,15 @@ def _outside_capture() -> Iterator[None]:
 
 
 def _stream_id(stream: torch.cuda.Stream) -> int:
-    """Never another stream's, as the handle of one that was destroyed comes to be. Not of a stream that is being
-    captured: asking would invalidate the capture."""
+    """A number that no other stream of the process ever has. A handle may be used again after its stream's end.
+
+    Must not be called for a stream that is being captured: it would invalidate the capture.
+    """
     return int(_call("cuStreamGetId", stream.cuda_stream))
 
 
 class CudaFence:
-    """An event behind the work submitted to a stream."""
+    """A CUDA event, recorded after the work submitted to a stream so far."""
 
     __slots__ = ("_event", "stream")
 
@@ -74,13 +79,13 @@ class CudaFence:
             self._event.synchronize()
 
     def order(self, stream: torch.cuda.Stream) -> None:
-        """Make ``stream``, not the host, wait for the fence; no work at all where it is the fence's own."""
+        """Make ``stream`` wait for the fence. Nothing to do where it is the fence's own stream."""
         if _stream_id(stream) != self.stream:
             stream.wait_event(self._event)
 
 
 class CudaDriver(RuledDriver):
-    """Virtual memory of one CUDA device, in its primary context (the one PyTorch uses)."""
+    """Virtual memory of one CUDA device, in its primary context, which PyTorch uses too."""
 
     name = "cuda"
 
@@ -119,8 +124,8 @@ class CudaDriver(RuledDriver):
 
     # -- handles -------------------------------------------------------------------------------------------------
     def _create(self, size_bytes: int) -> int:
-        # Fresh handles read as zeros on every driver that we measured, those recycled within a process included;
-        # the conformance suite checks it.
+        # New handles read as zeros on every driver that we measured, also memory that this process has freed before.
+        # The conformance suite checks it.
         return int(_call("cuMemCreate", size_bytes, self._properties, 0))
 
     def _release(self, handle: int, size_bytes: int, still_mapped: bool) -> None:
@@ -147,7 +152,7 @@ class CudaDriver(RuledDriver):
 
     @contextmanager
     def _current_stream(self) -> Iterator[int]:
-        """The device's current stream as a raw handle; a thread new to CUDA gets the primary context by this."""
+        """The handle of the device's current stream. Inside the block this thread has the device's primary context."""
         with torch.cuda.device(self.device):
             yield torch.cuda.current_stream().cuda_stream
 
@@ -171,14 +176,14 @@ class CudaDriver(RuledDriver):
         return torch.cuda.mem_get_info(self.device)
 
     def allocated_bytes(self) -> int | None:
-        return None  # the device's counters cover every process and PyTorch's own allocator
+        return None  # the device's counters include other processes and PyTorch's allocator
 
     def close(self) -> None:
         pass
 
 
 def _call(name: str, *arguments: Any) -> Any:
-    """Call a function of the driver API; its value, or ``DriverError``."""
+    """Call a function of the driver API and return its value. Raises ``DriverError`` where it fails."""
     result, *values = getattr(_cu, name)(*arguments)
     if result != _cu.CUresult.CUDA_SUCCESS:
         raise DriverError(name, result.name, out_of_memory=result == _cu.CUresult.CUDA_ERROR_OUT_OF_MEMORY)

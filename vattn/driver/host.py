@@ -1,8 +1,9 @@
-"""The operating system's own virtual memory: one memfd for the pages, one reservation of addresses, ``mmap`` between.
+"""Virtual memory of the operating system (Linux): pages in a memfd, mapped with ``mmap`` into reserved addresses.
 
-Real pages and real faults on any Linux machine, so the allocator's tests are real without a GPU. Pages are committed
-when created (``fallocate``), so a shortage is an error there and never a SIGBUS at first touch, and punched out of the
-file when released, so the file's allocated blocks are the physical memory in use.
+Pages and page faults are real, so the allocator can be tested without a GPU.
+
+``fallocate`` allocates a page when it is created. So a shortage of memory is an error of ``create`` and not a SIGBUS at
+the first access. A released page is punched out of the file. So the file's allocated blocks are the memory in use.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from ..errors import ConfigError, DriverError
 from ..machine import available_and_total_bytes
 from .base import RuledDriver
 
-# From Linux's uapi headers; the same on every architecture that PyTorch supports.
+# From Linux's uapi headers. They are the same on every architecture that PyTorch supports.
 _MAP_FIXED = 0x10
 _MAP_NORESERVE = 0x4000
 _FALLOC_FL_KEEP_SIZE = 0x01
@@ -45,16 +46,16 @@ _READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
 _RANGE_ALIGNMENT_BYTES = 2 << 20
 
 
-# Mappings held for no use but to be given up: at the limit of mappings every ``mmap`` fails, that of an ``unmap`` too,
-# and so does the interpreter's next allocation.
+# Spare mappings, removed when the process reaches its limit of mappings. At that limit every ``mmap`` fails, also that
+# of an ``unmap`` and of the interpreter's next allocation.
 _NUM_SPARE = 128
-# Memory never taken: what the rest of the system needs to go on, when fallocate would sooner have a process killed.
+# Memory left to the rest of the system. Without it, fallocate would take all, and the kernel would kill a process.
 _KEEP_FREE_BYTES = 64 << 20
 _BYTES_BETWEEN_CHECKS = 64 << 20
 
 
 def _error(call: str, code: int | None = None) -> DriverError:
-    """For a call that failed, with ``code`` or what the C library says."""
+    """The error of a failed call. ``code`` is its errno; None: ask the C library."""
     code = ctypes.get_errno() if code is None else code
     out_of_memory = code in (errno.ENOMEM, errno.ENOSPC, errno.EFBIG)
     detail = os.strerror(code) + _what_to_change(code)
@@ -62,7 +63,7 @@ def _error(call: str, code: int | None = None) -> DriverError:
 
 
 def _what_to_change(code: int) -> str:
-    """Where the process meets a limit of its own rather than the machine's."""
+    """What the user can change, where it is a limit of the process and not of the machine. Otherwise empty."""
     if code == errno.EMFILE:
         return f"; RLIMIT_NOFILE is {_limit(resource.RLIMIT_NOFILE)}: close files, or raise it (ulimit -n)"
     if code == errno.ENFILE:
@@ -80,7 +81,7 @@ def _what_to_change(code: int) -> str:
 
 
 def _limit(which: int) -> int | None:
-    """The process's soft limit; None for unlimited."""
+    """The process's soft limit. None: unlimited."""
     soft, _ = resource.getrlimit(which)
     return None if soft == resource.RLIM_INFINITY else soft
 
@@ -104,7 +105,7 @@ def _too_many_mappings(call: str) -> DriverError:
 
 
 class HostDriver(RuledDriver):
-    """Virtual memory of the operating system (Linux). Handles are offsets into the memfd, plus one."""
+    """Virtual memory of the operating system (Linux). A handle is an offset in the memfd, plus one."""
 
     name = "host"
     default_page_bytes = 2 << 20
@@ -119,8 +120,8 @@ class HostDriver(RuledDriver):
             raise ConfigError(f"no memory can be had on the CPU: {_refused('memfd_create', error)}") from error
         _DRIVERS.add(self)
         self._end = 0
-        self._holes: dict[int, list[int]] = {}  # size -> offsets punched out, ready for the next handle of that size
-        self._may_take_bytes = 0  # until the system's free memory is looked at again
+        self._holes: dict[int, list[int]] = {}  # size -> offsets that were punched out and can be used again
+        self._may_take_bytes = 0  # so many may be allocated before the system's free memory is read again
         self._spare: int | None = None
         try:
             self._hold_spare("mmap")
@@ -152,7 +153,7 @@ class HostDriver(RuledDriver):
         holes = self._holes.get(size_bytes)
         offset = holes[-1] if holes else self._end
         limit = _limit(resource.RLIMIT_FSIZE)
-        if limit is not None and offset + size_bytes > limit:  # trying could end the process, by SIGXFSZ
+        if limit is not None and offset + size_bytes > limit:  # fallocate could end the process with SIGXFSZ
             raise _error("fallocate", errno.EFBIG)
         try:
             os.posix_fallocate(self._fd, offset, size_bytes)
@@ -196,7 +197,7 @@ class HostDriver(RuledDriver):
                 self._mmap(address, size_bytes, _PROT_NONE, _RESERVED | _MAP_FIXED, -1, 0)
                 return
             except DriverError as error:
-                # Removing a mapping may split another one first, so at the limit even this is refused: make room.
+                # Removing a mapping may split another one, so it fails at the limit. The spare ones make room.
                 if not error.out_of_memory or attempt:
                     raise
                 self._drop_spare()
@@ -216,7 +217,7 @@ class HostDriver(RuledDriver):
             raise _refused("open /proc/meminfo", error) from error
 
     def allocated_bytes(self) -> int | None:
-        """Allocated blocks of the memfd; 0 once closed."""
+        """Bytes in allocated blocks of the memfd. 0 after ``close``."""
         return os.fstat(self._fd).st_blocks * 512 if self._fd >= 0 else 0
 
     def close(self) -> None:
@@ -234,7 +235,7 @@ class HostDriver(RuledDriver):
         result = _libc.mmap(address, size_bytes, prot, flags, fd, offset)
         if result == _MAP_FAILED:
             raise _error("mmap")
-        # A forked child gets none of it: shared pages written there would be written here.
+        # A forked child must not get this mapping: it is shared, so the child's writes would change our data.
         if _libc.madvise(result, size_bytes, _MADV_DONTFORK):
             failure = _error("madvise")
             if not flags & _MAP_FIXED:
@@ -251,17 +252,17 @@ class HostDriver(RuledDriver):
             raise _error("mprotect")
 
     def _hold_spare(self, call: str) -> None:
-        """Hold the spare mappings; refuse ``call`` where the limit leaves no room even for them."""
+        """Make the spare mappings. Raises the error of ``call`` where the limit leaves no room for them."""
         if self._spare is not None:
             return
         with self._at_the_limit(call):
             self._spare = self._mmap(None, _NUM_SPARE * mmap.PAGESIZE, _PROT_NONE, _RESERVED, -1, 0)
-            for index in range(0, _NUM_SPARE, 2):  # neighbours of different protection are mappings of their own
+            for index in range(0, _NUM_SPARE, 2):  # the kernel merges neighbours of equal protection into one mapping
                 self._mprotect(self._spare + index * mmap.PAGESIZE, mmap.PAGESIZE, mmap.PROT_READ)
 
     @contextmanager
     def _at_the_limit(self, call: str) -> Iterator[None]:
-        """Running out of mappings gives up the spare ones, so that the process can go on, and says what to change."""
+        """Where the block reaches the limit of mappings: remove the spare ones, and raise an error that explains it."""
         try:
             yield
         except DriverError as error:
@@ -280,7 +281,7 @@ _DRIVERS: weakref.WeakSet[HostDriver] = weakref.WeakSet()
 
 
 def _begin_in_a_child() -> None:
-    """After a fork: the child's copy of the file would keep all pages in memory when the parent has ended."""
+    """After a fork, close the child's copies of the files: they would keep the pages after the parent's end."""
     for driver in tuple(_DRIVERS):
         driver._close_file()
 

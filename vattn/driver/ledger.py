@@ -1,4 +1,4 @@
-"""The rules and the books with no memory behind them: capacity studies larger than the machine."""
+"""A driver without memory, which keeps the books only: for capacity studies larger than the machine."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ _ADDRESS_END = 1 << 47
 
 
 class LedgerDriver(RuledDriver):
-    """A device of any size that exists on paper: ``KVCache(layout, 1024, driver=LedgerDriver(60 << 30))``.
+    """Simulates a device of any size: ``KVCache(layout, 1024, driver=LedgerDriver(60 << 30))``.
 
-    Its tensors are on the meta device: shapes and strides, no data.
+    Its tensors are on the meta device: they have shapes and strides, and no data.
 
     Args:
-        total_bytes: physical memory that the device has.
-        granularity_bytes: of sizes and addresses, a power of two.
+        total_bytes: physical memory of the simulated device.
+        granularity_bytes: sizes and addresses are multiples of this. A power of two.
 
     Raises:
-        ConfigError: a size that is not positive, or a granularity that is no power of two.
+        ConfigError: ``total_bytes`` is not positive, or ``granularity_bytes`` is no power of two.
     """
 
     name = "ledger"

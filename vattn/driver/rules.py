@@ -1,14 +1,15 @@
-"""CUDA's rules for virtual memory, checked before any call is made.
+"""CUDA's rules for virtual memory, checked before each call.
 
-The CUDA driver enforces most of them itself, yet it unmaps holes without a word and crashes on a handle that was
-already released; ``mmap`` enforces almost none. One rule book in front of every driver makes them behave alike:
+The CUDA driver checks most of them itself. But it unmaps ranges with holes without an error, and it crashes on a handle
+that was released already. ``mmap`` checks almost none. These checks run before every driver's calls, so all drivers
+behave alike:
 
 * sizes and addresses are multiples of the granularity;
 * a handle is mapped whole, at any number of addresses, never over another mapping;
-* access is granted and taken away on whole handles;
-* ``unmap`` names exactly the mappings that it removes;
-* an address range is freed whole, when nothing is mapped in it;
-* a released handle lives on until its last mapping goes, but cannot be mapped again.
+* access is set for whole handles;
+* the range of an ``unmap`` consists of whole mappings;
+* an address range is freed as a whole, when nothing is mapped in it;
+* the memory of a released handle stays until its last mapping is removed, but it cannot be mapped again.
 """
 
 from __future__ import annotations
@@ -39,14 +40,23 @@ class Mapping:
 
 @dataclass(slots=True)
 class RuleBook:
-    """What a driver has reserved, created and mapped, and whether a call on it is allowed."""
+    """What a driver has reserved, created and mapped; and checks of whether a call is allowed.
+
+    A check raises ``DriverError`` with the code ``INVALID_VALUE`` where the call is not allowed.
+
+    Attributes:
+        granularity_bytes: every size and every address is a multiple of this.
+        ranges: bytes of each reserved range, by its first address.
+        handles: those that still have memory.
+        mappings: by address.
+    """
 
     granularity_bytes: int
     ranges: dict[int, int] = field(default_factory=dict)
     handles: dict[int, Handle] = field(default_factory=dict)
     mappings: dict[int, Mapping] = field(default_factory=dict)
-    # A cache maps pages of one size, at multiples of it from the start of their range: then an address is looked up by
-    # rounding it down. After the first mapping that is not so, by looking at each.
+    # A cache maps pages of one size at multiples of that size, counted from the start of their range. As long as this
+    # holds, the mapping of an address is found by rounding the address down. Otherwise all mappings are searched.
     _tile_bytes: int = 0
     _is_tiled: bool = True
 
@@ -108,7 +118,7 @@ class RuleBook:
         return mapping
 
     def whole_mappings(self, call: str, address: int, size_bytes: int) -> list[Mapping]:
-        """The mappings that tile ``[address, address + size_bytes)`` exactly."""
+        """The mappings that make up ``[address, address + size_bytes)``, without gaps and without more."""
         whole = self.mappings.get(address)
         if whole is not None and whole.size_bytes == size_bytes:
             return [whole]
@@ -123,7 +133,7 @@ class RuleBook:
         return found
 
     def unmap(self, mapping: Mapping) -> bool:
-        """Forget a mapping. Returns whether its handle, released earlier, is gone with it."""
+        """Remove a mapping. Returns True if it was the last one of a handle that was released before."""
         del self.mappings[mapping.address]
         entry = self.handles[mapping.handle]
         entry.num_maps -= 1
@@ -133,7 +143,7 @@ class RuleBook:
         return gone
 
     def check_accessible(self, call: str, address: int, size_bytes: int) -> None:
-        """Every byte of the range is mapped and may be read and written."""
+        """Check that every byte of the range is mapped and may be read and written."""
         cursor, end = address, address + size_bytes
         if size_bytes <= 0:
             raise self._refuse(call, f"size {size_bytes} is not positive")
@@ -146,14 +156,14 @@ class RuleBook:
             cursor = mapping.end
 
     def _range_of(self, address: int, size_bytes: int) -> int | None:
-        """The start of the reserved range that ``[address, address + size_bytes)`` lies in."""
+        """First address of the reserved range that contains ``[address, address + size_bytes)``; None if none does."""
         for base, size in self.ranges.items():  # one for each group of layers
             if base <= address and address + size_bytes <= base + size:
                 return base
         return None
 
     def _at(self, address: int) -> Mapping | None:
-        """The mapping that ``address`` lies in."""
+        """The mapping that contains ``address``, or None."""
         if self._is_tiled:
             base, size = self._range_of(address, 1), self._tile_bytes
             return None if base is None or not size else self.mappings.get(address - (address - base) % size)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import sys
 import time
@@ -113,7 +112,6 @@ class Engine:
         self._passes = PrefillPasses(model, self.cache, self.attention, self._loop.stream, self._loop.own_slot)
         self._runner = Runner(self._loop, self._passes, self._scheduler, self._meters, budgets)
         self._room_bytes = self.cache.memory_limit - self._costs.bytes(self.cache.seq_len(self._loop.own_slot))
-        self._ids = itertools.count()
         self._turns = Turns()
         self._mail = Mail()
         self._pid = os.getpid()
@@ -144,7 +142,7 @@ class Engine:
                         "does not fit now; send it again later",
                         max_waiting=limit,
                     )
-                request_id = self._post(checked)
+                request_id = self._mail.post(checked)
         except BaseException:
             if request_id is not None:  # a signal's handler raised, and nobody will know the id
                 self._mail.cancel(request_id)
@@ -248,7 +246,7 @@ class Engine:
             with self._alone():  # so that nobody else takes in who is cancelled
                 with Uninterrupted(), self._mail.lock:
                     for request in checked:
-                        ids.append(self._post(request))
+                        ids.append(self._mail.post(request))
                         answers.update(((ids[-1], index), Answer()) for index in range(request.n))
                 pending = {request_id: request.n for request_id, request in zip(ids, checked, strict=True)}
                 while pending:
@@ -364,11 +362,6 @@ class Engine:
                 self._take_in()
             finally:
                 books.release()
-
-    def _post(self, request: Request) -> int:
-        request_id = next(self._ids)
-        self._mail.post(request_id, request)
-        return request_id
 
     @contextmanager
     def _alone(self, by: object | None = None, even_closed: bool = False) -> Iterator[None]:

@@ -18,7 +18,7 @@ class Mail:
     """New requests, cancellations, and tokens that nobody has collected yet.
 
     Attributes:
-        lock: held for a moment by every method; reentrant, so that ids can be given out under it.
+        lock: held for a moment by every method; reentrant, for callers that do several things under it.
         arrived: set when something was left.
         num_arrived: samples of new requests.
         ended: ids that were cancelled, for an ``AsyncEngine`` to end their streams; None while there is none.
@@ -37,13 +37,15 @@ class Mail:
         self._kept_ids: set[int] = set()  # of requests with tokens in it that are wanted
         self._late: set[int] = set()  # cancelled since tokens were last handed out, which may come back
 
-    def post(self, request_id: int, request: Request) -> None:
-        """A checked request arrives now."""
+    def post(self, request: Request) -> int:
+        """A checked request arrives now, and gets its id."""
         with self.lock:
+            request_id = self._num_posted
             self._requests[request_id] = request, time.monotonic()
             self.num_arrived += request.n
-            self._num_posted = request_id + 1
+            self._num_posted += 1
         self.arrived.set()
+        return request_id
 
     def cancel(self, request_id: int) -> None:
         """Nothing of it is handed out after this."""

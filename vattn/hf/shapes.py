@@ -1,4 +1,4 @@
-"""The shapes of a model's attention layers: those seen, and what the others will be."""
+"""Shapes of K and V of a model's attention layers: those seen so far, and predictions for the other layers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["ConfiguredLayer", "LayerShape", "Shapes"]
 
 @dataclass(frozen=True)
 class LayerShape:
-    """K and V of one layer and token: ``[num_kv_heads, head_dim]`` and ``[num_kv_heads, v_head_dim]``."""
+    """The shape of one token in one layer: K is ``[num_kv_heads, head_dim]``, V is ``[num_kv_heads, v_head_dim]``."""
 
     num_kv_heads: int
     head_dim: int
@@ -21,18 +21,22 @@ class LayerShape:
 
     @classmethod
     def of(cls, k: torch.Tensor, v: torch.Tensor) -> LayerShape:
-        """Of tensors ``[batch, num_kv_heads, tokens, head_dim]``."""
+        """The shape that these tensors have.
+
+        Args:
+            k, v: ``[batch, num_kv_heads, tokens, head_dim]``; ``v`` may have another ``head_dim``.
+        """
         return cls(k.shape[1], k.shape[3], v.shape[3])
 
 
 @dataclass(frozen=True)
 class ConfiguredLayer:
-    """What a config says of an attention layer.
+    """What a model's config says about one attention layer.
 
     Attributes:
-        num_kv_heads, head_dim: only their ratios between layers matter.
-        window: of sliding or chunked attention, else None: how many tokens a query sees, its own included.
-        chunked: whether the window is a chunk.
+        num_kv_heads, head_dim: used as ratios between layers only.
+        window: tokens that a query attends to in sliding or chunked attention, its own included. None: all tokens.
+        chunked: True for chunked attention, False for sliding attention.
     """
 
     num_kv_heads: int
@@ -42,14 +46,17 @@ class ConfiguredLayer:
 
 
 class Shapes:
-    """The shapes of layers not seen yet are predicted from those seen and from the config, which knows them but for
-    what tensor parallelism and a model's own habits make of them.
+    """Known and predicted shapes of a model's layers.
+
+    The config alone is not enough: tensor parallelism divides the heads, and some models store other sizes than their
+    config names. So the shape of a layer that was not seen yet follows from one that was, scaled by the ratio of what
+    the config says about the two.
 
     Args:
-        configured: the attention layers by index.
+        configured: what the config says, by layer index.
 
     Attributes:
-        seen: shapes by layer.
+        seen: shapes of the layers seen so far, by layer index.
     """
 
     def __init__(self, configured: dict[int, ConfiguredLayer]) -> None:
@@ -57,7 +64,10 @@ class Shapes:
         self.seen: dict[int, LayerShape] = {}
 
     def predict(self, layer: int) -> LayerShape:
-        """As the nearest layer seen whose config is the same, or scaled from the nearest by what the configs say."""
+        """The shape expected of a layer. At least one layer must have been seen.
+
+        The source is the nearest seen layer with the same config, or else the nearest one, scaled.
+        """
         mine = self.configured[layer]
 
         def distance(other: int) -> tuple[bool, int]:
@@ -73,7 +83,12 @@ class Shapes:
         )
 
     def layout(self, max_length: int, dtype: torch.dtype) -> KVLayout:
-        """Of all layers, those alike in shape and window in one group."""
+        """A layout of all layers. Layers with the same shape and window are one group.
+
+        Args:
+            max_length: tokens per sequence at most.
+            dtype: of K and V.
+        """
         groups: dict[tuple[LayerShape, int | None], list[int]] = {}
         for layer in self.configured:
             shape = self.seen.get(layer) or self.predict(layer)

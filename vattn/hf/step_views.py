@@ -1,7 +1,8 @@
-"""The views that a forward pass takes of K and V, cut for all layers of a kind at once.
+"""Views of K and V for a forward pass, made for all layers of the same shape at once.
 
-Cutting a view of a tensor costs the host two or three microseconds; a pass takes four of every layer, which an eager
-decode step feels. ``unbind`` cuts those of all layers for little more than the price of one.
+Slicing a tensor costs the host two to three microseconds. A forward pass needs four slices per layer, which is a
+noticeable part of an eager decode step. One ``unbind`` makes the slices of all layers for little more than the cost of
+one.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ __all__ = ["Cuts", "StepViews"]
 
 
 class Cuts:
-    """Views of rows of all layers of a kind, made together and handed out one layer at a time.
+    """Slices of K and V, made for all layers together and returned one layer at a time.
 
     Args:
-        k, v: ``[layers, batch, num_kv_heads, max_length, head_dim]``.
+        k, v: all layers' K and V, ``[layers, batch, num_kv_heads, max_length, head_dim]``.
     """
 
     def __init__(self, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -26,28 +27,36 @@ class Cuts:
         self._views: list[tuple[torch.Tensor, torch.Tensor] | None] = []
 
     def cut(self, position: int, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V of the ``position``-th layer's tokens from ``start`` to ``end``, ``[batch, num_kv_heads, tokens,
-        head_dim]``."""
+        """K and V of tokens ``start`` to ``end`` of one layer.
+
+        Args:
+            position: index of the layer in ``k`` and ``v``.
+            start, end: the first token, and the first one after the last.
+
+        Returns:
+            Views of K and V, each ``[batch, num_kv_heads, end - start, head_dim]``.
+        """
         key = (start, end, torch.is_inference_mode_enabled())
         if self._key != key or self._views[position] is None:
             with torch.no_grad():
                 views = [x.narrow(3, start, end - start).unbind() for x in (self._k, self._v)]
             self._key, self._views = key, list(zip(*views, strict=True))
-        # Handed out once and not kept: what is read carries a reference to its layer, and so to this object.
+        # A view is returned once and not kept here: callers attach a reference to its layer, and so to this object.
         pair, self._views[position] = self._views[position], None
         assert pair is not None
         return pair
 
 
 class StepViews:
-    """Views of the K and V of layers that lie at equal distances in one range of addresses.
+    """Slices of K and V of layers that are stored at equal distances in one address range.
 
     Args:
-        pairs: K and V of each layer, ``[batch, max_length, num_kv_heads, head_dim]``, alike but for their place.
+        pairs: K and V of each layer, each ``[batch, max_length, num_kv_heads, head_dim]``. They differ in their address
+            only.
 
     Attributes:
-        written: cuts what a pass adds.
-        read: cuts what it attends to.
+        written: slices of the rows that a pass writes.
+        read: slices of the rows that it attends to.
     """
 
     def __init__(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
@@ -57,7 +66,7 @@ class StepViews:
 
 
 def _stack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """One tensor over all of them, where they lie: ``[layers, batch, num_kv_heads, max_length, head_dim]``."""
+    """A view of all of them as one tensor: ``[layers, batch, num_kv_heads, max_length, head_dim]``."""
     first, *others = tensors
     offsets = [tensor.storage_offset() for tensor in tensors]
     distance = offsets[1] - offsets[0] if others else 0

@@ -1,4 +1,8 @@
-"""Whether a model's own eager attention is the usual one, which vattn can compute in its place: it is tried."""
+"""Decides whether vattn may replace a model's own eager attention function.
+
+It may where that function computes ordinary softmax attention. The function is run once on random input, and its output
+is compared with the formula.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +26,20 @@ def is_usual(
     scaling: float | None,
     options: dict[str, Any],
 ) -> bool:
-    """Whether an attention function of transformers' models computes softmax attention of scaled, perhaps capped scores
-    and perhaps with sinks, and nothing else, for this module.
+    """Whether ``function`` computes ordinary softmax attention for this module.
 
-    A function that comes from elsewhere may steer heads, or watch them: it is not tried, and not replaced.
+    Ordinary means: scores are scaled, may be capped, and may include sinks. Nothing else is done to them. The result is
+    kept for each module and kind of input.
+
+    Only functions defined in transformers are run. One from elsewhere may have side effects, so the answer is False.
+    While a CUDA graph is captured nothing can be compared. Then the answer is False unless it is known already.
 
     Args:
-        query, key, value: ``[batch, heads, tokens, head_dim]``, as the function would be given them.
+        function: an eager attention function with the signature that transformers uses.
+        module: the attention module that calls it.
+        query, key, value: ``[batch, heads, tokens, head_dim]``. Only their shapes, dtype and device matter.
+        scaling: factor of the scores. None: ``head_dim ** -0.5``.
+        options: further keyword arguments of ``function``, among them ``softcap`` and ``s_aux`` (sinks).
     """
     if not getattr(function, "__module__", "").startswith("transformers.") or hasattr(function, "__wrapped__"):
         return False
@@ -37,7 +48,7 @@ def is_usual(
     case = (function, query.dtype, query.device, scaling, softcap, sinks is None)
     if case not in tried:
         if query.is_cuda and torch.cuda.is_current_stream_capturing():
-            return False  # the answer has to be waited for
+            return False  # comparing needs a result from the GPU
         tried[case] = _try(function, module, query, key, value, scaling, options)
     return tried[case]
 
@@ -52,7 +63,7 @@ def _try(
     scaling: float | None,
     options: dict[str, Any],
 ) -> bool:
-    """Two queries of the function's over three tokens, against the formula."""
+    """Compare the function with the formula on two queries over three tokens."""
     draw = torch.Generator().manual_seed(0)
 
     def random(like: torch.Tensor, tokens: int) -> torch.Tensor:

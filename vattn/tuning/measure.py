@@ -1,5 +1,9 @@
-"""Timing kernels for ``tuning``: products and attention of a decode step, cold, inside a graph as a loop runs them; and
-attention of a prefill."""
+"""Timing of kernels for ``vattn tune``.
+
+Three kinds of kernels are timed: matrix products of a decode step, attention of a decode step, and attention of a
+prefill. Those of a decode step are timed inside a CUDA graph, as the decode loop runs them. Their data is not in the L2
+cache.
+"""
 
 from __future__ import annotations
 
@@ -22,17 +26,17 @@ from .table import dtype_name
 __all__ = ["candidates", "graph_us", "measure_attention", "measure_linear", "measure_prefill", "replays_us"]
 
 PREFILL_BACKENDS = ("flash-attn-3", "flash-attn-2", "torch-varlen")
-_BUSY_CYCLES = 2_000_000  # of waiting on the GPU, about a millisecond, while the host launches what is timed
-_MIN_GAIN = 1.01  # a kernel has to beat cuBLAS by this much: measurements have noise
-_COLD_BYTES = 400 << 20  # of weights to go through, so that none are left in the L2 cache
+_BUSY_CYCLES = 2_000_000  # the GPU waits so long, about a millisecond, while the host launches what is timed
+_MIN_GAIN = 1.01  # a kernel must be faster than cuBLAS by this factor, because timings are noisy
+_COLD_BYTES = 400 << 20  # weights used in turn; they are more than the L2 cache holds
 
 
 def _dots(*tiles: tuple[int, int, int, int], splits: Sequence[int] = (1, 2, 4)) -> list[LinearConfig]:
     return [LinearConfig(n, k, s, warps, stages) for n, k, warps, stages in tiles for s in splits]
 
 
-# Tiles worth trying, by the most tokens that they are for: the best of a sweep of 300 over the shapes of Llama 8B on an
-# H100, and their neighbours.
+# Configurations to time. The key is the largest number of tokens that they are for. They are the best ones of a sweep
+# of 300 over the shapes of Llama 8B on an H100, and their neighbours.
 _CANDIDATES: dict[int, list[LinearConfig]] = {
     1: [
         *(
@@ -66,14 +70,23 @@ _CANDIDATES: dict[int, list[LinearConfig]] = {
 
 
 def replays_us(launch: Callable[[int], object], count: int, repeats: int) -> list[float]:
-    """Microseconds of one launch: an equal part of each replay of a graph of ``launch(0)`` to ``launch(count - 1)``."""
+    """Time one launch inside a CUDA graph.
+
+    Args:
+        launch: launches the kernel. It is captured as ``launch(0)`` to ``launch(count - 1)``.
+        count: launches in the graph.
+        repeats: replays of the graph.
+
+    Returns:
+        One value per replay: its time in microseconds divided by ``count``.
+    """
     stream = torch.cuda.Stream()
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
         launch(0)  # compiles, and makes workspaces
         stream.synchronize()
-        # Without the collections and emptied caches of torch.cuda.graph, which take longer than the measurement.
+        # Not torch.cuda.graph: it collects garbage and empties caches, which takes longer than the measurement.
         graph.capture_begin(capture_error_mode="thread_local")
         try:
             for i in range(count):
@@ -91,7 +104,7 @@ def replays_us(launch: Callable[[int], object], count: int, repeats: int) -> lis
 
 
 def graph_us(launch: Callable[[int], object], count: int, repeats: int = 5) -> float:
-    """Microseconds of one launch, the median of ``replays_us``."""
+    """The median of ``replays_us``: microseconds of one launch."""
     return median(replays_us(launch, count, repeats))
 
 
@@ -104,11 +117,17 @@ def measure_linear(
     kind: str = "plain",
     report: Callable[[dict[str, Any]], None] = lambda record: None,
 ) -> list[dict[str, Any]]:
-    """Time the kernels for one product, weights coming from memory and not from the cache; a record per token count.
+    """Time the kernels for one matrix product. The weights are read from memory, not from the L2 cache.
 
     Args:
-        kind: ``"plain"``; ``"whole"``, without partial sums; ``"swiglu"``, with SwiGLU behind or in it.
+        outputs, inputs: the weight is ``[outputs, inputs]``.
+        tokens: numbers of tokens to time; ``x`` is ``[tokens, inputs]``.
+        kind: ``"plain"``: any kernel. ``"whole"``: kernels that do not split the sum over ``inputs``. ``"swiglu"``: as
+            ``"whole"``, followed by SwiGLU, which vattn's kernels compute in the same launch.
         report: called with each record.
+
+    Returns:
+        A record for each number of tokens: the best configuration (None: cuBLAS), and microseconds of both.
     """
     weight_bytes = outputs * inputs * dtype.itemsize
     count = max(2, min(16, _COLD_BYTES // weight_bytes))
@@ -132,7 +151,7 @@ def measure_linear(
             try:
                 us = graph_us(launch, count, 3)
             except Exception as error:
-                if "out of resource" not in str(error):  # tiles too large for this GPU's shared memory
+                if "out of resource" not in str(error):  # the tiles do not fit into this GPU's shared memory
                     raise
                 continue
             if us < best_us:
@@ -153,7 +172,13 @@ def measure_linear(
 
 
 def candidates(outputs: int, inputs: int, tokens: int, whole: bool) -> list[LinearConfig]:
-    """Configs worth timing for a product; none beyond 64 tokens, where cuBLAS is good."""
+    """Configurations to time for a product ``[tokens, inputs] x [inputs, outputs]``.
+
+    There are none for more than 64 tokens, where cuBLAS is faster.
+
+    Args:
+        whole: leave out those that split the sum over ``inputs``.
+    """
     limit = next((limit for limit in _CANDIDATES if tokens <= limit), None)
     if limit is None:
         return []
@@ -162,12 +187,12 @@ def candidates(outputs: int, inputs: int, tokens: int, whole: bool) -> list[Line
         for config in _CANDIDATES[limit]
         if inputs >= config.splits * config.block_k
         and not (whole and config.splits > 1)
-        and (config.splits == 1 or outputs // config.block_n * config.splits <= 1056)  # eight to an SM fill it
+        and (config.splits == 1 or outputs // config.block_n * config.splits <= 1056)  # eight programs per SM
     ]
 
 
 def _attention_candidates() -> list[tuple[str, dict[str, Any]]]:
-    """(backend, options) worth timing for captured decode steps."""
+    """(backend, options) to time for captured decode steps."""
     triton = [
         {"block_n": block_n, "num_warps": warps, "num_stages": stages, "fused_combine": fused}
         for block_n, warps, stages in ((64, 4, 3), (64, 4, 2), (128, 4, 2), (128, 8, 2), (32, 2, 4))
@@ -191,12 +216,15 @@ def measure_attention(
     pdl: bool = False,
     report: Callable[[dict[str, Any]], None] = lambda record: None,
 ) -> list[dict[str, Any]]:
-    """Time one layer of decode attention over a cache, K and V interleaved and from memory; a record per case.
+    """Time decode attention of one layer. K and V are in a cache in token order and are read from memory.
 
     Args:
-        cases: (batch, context).
+        cases: pairs (sequences, tokens of each).
         pdl: time vattn's kernel with programmatic dependent launch.
         report: called with each record.
+
+    Returns:
+        A record for each case: the fastest backend, its options, and microseconds of every backend.
     """
     records = []
     for batch, context in cases:
@@ -241,11 +269,14 @@ def measure_prefill(
     cases: Sequence[tuple[int, int]],
     report: Callable[[dict[str, Any]], None] = lambda record: None,
 ) -> list[dict[str, Any]]:
-    """Time one layer of attention of one sequence's new tokens over a cache, backends in turn; a record per case.
+    """Time prefill attention of one layer and one sequence. The backends take turns.
 
     Args:
-        cases: (new tokens, all tokens).
+        cases: pairs (new tokens, all tokens of the sequence).
         report: called with each record.
+
+    Returns:
+        A record for each case with microseconds of every backend.
     """
     records = []
     names = [name for name in PREFILL_BACKENDS if get(name).supports(device, dtype, head_dim) is None]
@@ -278,7 +309,7 @@ def measure_prefill(
 
 
 def _heads(num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> dict[str, Any]:
-    """What every record of attention begins with."""
+    """Fields that every record of attention begins with."""
     return {
         "num_heads": num_heads,
         "num_kv_heads": num_kv_heads,
@@ -288,8 +319,10 @@ def _heads(num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype)
 
 
 def _layers_of(layer_bytes: int, device: torch.device) -> int:
-    """As many layers as a model has, or fit into half of the free memory: those of a token lie side by side, and how
-    far its neighbour is changes what kernels take. Where a layer is small, that also keeps the L2 cache cold.
+    """How many layers the cache of a measurement has: 32, or as many as fit into half of the free memory, at least 4.
+
+    In token order, all layers of a token are neighbours. So their number sets the distance between two tokens of a
+    layer, which changes the time of kernels. Many layers also keep a small layer's K and V out of the L2 cache.
     """
     free_bytes, _ = torch.cuda.mem_get_info(device)
     return max(4, min(32, free_bytes // 2 // layer_bytes))
