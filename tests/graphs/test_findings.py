@@ -93,6 +93,19 @@ def test_a_mask_that_is_filled_is_no_fault():
     assert make_capturable(Fills(), (example(),)).capturable
 
 
+def test_constants_that_change_places_are_found():
+    class Swaps(faults.Counts):
+        def forward(self, x):
+            y = super().forward(x)
+            one, other = (
+                torch.full((8,), float(number)).to(x.device) for number in (self.calls % 2, 1 - self.calls % 2)
+            )
+            return y * one + other
+
+    kinds = [finding.kind for finding in unmended(make_capturable(Swaps(), (example(),)))]
+    assert kinds == ["changes", "state"]
+
+
 def test_a_fault_in_a_loop_is_one_finding():
     class Loop(faults.Linear):
         def forward(self, x):
