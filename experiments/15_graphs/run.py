@@ -1,4 +1,4 @@
-"""Forwards that were not written for capture: as they are, and after make_capturable. See README.md."""
+"""Forwards not written for capture, as they are and after make_capturable. Needs an NVIDIA GPU. See README.md."""
 
 from __future__ import annotations
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import torch
 
 from ..errors import ConfigError
 
-__all__ = ["flatten", "map_tensors"]
+__all__ = ["flatten", "map_tensors", "tensors_in"]
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 
@@ -61,6 +61,17 @@ def map_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> A
         names = [field.name for field in dataclasses.fields(value)]
         return kind(**{name: map_tensors(getattr(value, name), change) for name in names})
     raise ConfigError(f"a {kind.__name__} in the output")
+
+
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors in lists, tuples and dicts, as operations take them."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from tensors_in(item)
+    elif isinstance(value, dict):
+        yield from tensors_in(list(value.values()))
 
 
 def _is_named_tuple(value: object) -> bool:

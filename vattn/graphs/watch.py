@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .constants import Constants
 from .report import ADVICE, Finding, here
+from .trees import tensors_in
 
 __all__ = ["Uncapturable", "Watch"]
 
@@ -34,6 +35,8 @@ _BUILDERS = (torch.tensor, torch.as_tensor, torch.asarray, torch.Tensor.new_tens
 _INDEXERS = (torch.Tensor.__getitem__, torch.Tensor.__setitem__)  # they do so with lists of numbers
 _READERS = (torch.Tensor.cpu, torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__)
 _READ_TAGS = {torch.Tag.data_dependent_output, getattr(torch.Tag, "cudagraph_unsafe", torch.Tag.data_dependent_output)}
+
+_NUMBER = "its value becomes part of the graph"
 
 
 class Uncapturable(Exception):
@@ -96,7 +99,7 @@ class Watch:
         outer = self._called, self._places
         self._called, self._places, self._numbers = function, kwargs.get("device") not in (None, "cpu"), []
         if self._pretends and isinstance(function, FunctionType):  # PyTorch's own Python says device= in its midst
-            self._places = self._places or any(map(self._resides, _tensors(args)))
+            self._places = self._places or any(map(self._resides, tensors_in(args)))
         try:
             if function in _BUILDERS and self._lands_here(function, args, kwargs):
                 return self._build(function, args, kwargs)
@@ -120,7 +123,7 @@ class Watch:
         data = [*args, *kwargs.values()][function is torch.Tensor.new_tensor]
         if isinstance(data, torch.Tensor) and self._resides(data):
             return function(*args, **kwargs)
-        if any(self._resides(tensor) for tensor in _tensors(data)):
+        if any(self._resides(tensor) for tensor in tensors_in(data)):
             self._fault("read", self._name())
         self._places = False
         host = function(*args, **{**kwargs, "device": "cpu"})
@@ -156,9 +159,9 @@ class Watch:
     def operate(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         target = kwargs.get("device")
         lands = self._places if self._pretends else target is not None and target.type == self._device.type
-        if self._own_work or not (lands or any(self._resides(tensor) for tensor in _tensors([args, kwargs]))):
+        if self._own_work or not (lands or any(self._resides(tensor) for tensor in tensors_in([args, kwargs]))):
             result = self._run(function, args, kwargs)
-            self._numbers += [tensor for tensor in _tensors(result) if tensor.dim() == 0]
+            self._numbers += [tensor for tensor in tensors_in(result) if tensor.dim() == 0]
             return result
         where = self._name(function)
         to_host = function is _aten.copy_.default and not self._resides(args[0])
@@ -175,7 +178,7 @@ class Watch:
         self._note((str(function), *map(self._summary, (*args, *kwargs.items()))), where)
         result = self._run(function, args, kwargs)
         if self._pretends:
-            for tensor in _tensors(result):
+            for tensor in tensors_in(result):
                 self._reside(tensor)
         return result
 
@@ -208,31 +211,37 @@ class Watch:
             brought[1] = [index if index is None else self._resident(index, where) for index in args[1]]
         elif function in _COPY:
             brought = [self._resident(a, where) if isinstance(a, torch.Tensor) else a for a in args]
-        elif any(self._resides(tensor) for tensor in _tensors(args)):
-            for tensor in _tensors(args):
+        elif any(self._resides(tensor) for tensor in tensors_in(args)):
+            for tensor in tensors_in(args):
                 if not self._resides(tensor) and all(tensor is not made for made in self._numbers):
                     number = tensor.dim() == 0 or not self._pretends
-                    self._add("host", where, mended="its value becomes part of the graph" if number else "")
+                    self._add("host", where, mended=_NUMBER if number else "")
         return tuple(brought)
 
     def _resident(self, tensor: torch.Tensor, where: str) -> torch.Tensor:
         return tensor if self._resides(tensor) else self._brought(tensor, where)
 
     def _brought(self, host: torch.Tensor, where: str) -> torch.Tensor:
-        """The device's copy of a tensor of the CPU."""
+        """The device's copy of a tensor of the CPU; of a single number one that the device fills."""
+        entry: tuple[Any, ...]
         with self._own():
-            number = self._constants.find(host)
-            if number is None:
-                if not self._learn:
-                    self._fault("changes", where)
-                copy = host.clone() if self._pretends else host.to(self._device)
-                number = self._constants.add(host, copy)
-            copy = self._constants.copies[number]
+            if host.numel() == 1:
+                copy = torch.full(host.shape, host.item(), dtype=host.dtype, device=self._device)
+                entry, mended = ("number", repr(host.item())), _NUMBER
+            else:
+                known = self._constants.find(host)
+                if known is None:
+                    if not self._learn:
+                        self._fault("changes", where)
+                    copy = host.clone() if self._pretends else host.to(self._device)
+                    known = self._constants.add(host, copy)
+                copy = self._constants.copies[known]
+                entry, mended = ("constant", known), "its contents are kept on the device"
         if self._learn:
-            self._add("host", where, mended="its contents are kept on the device")
+            self._add("host", where, mended=mended)
         if self._pretends:
             self._reside(copy)
-        self._note(("constant", number), where)
+        self._note(entry, where)
         return copy
 
     def _note(self, entry: tuple[Any, ...], where: str) -> None:
@@ -338,13 +347,3 @@ class _Operations(TorchDispatchMode):
 
 def _address(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else id(tensor)
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
