@@ -123,6 +123,31 @@ def test_calls_of_the_model_itself_are_its_own(model: PreTrainedModel, plain: Pr
         assert model(prompt(2)).logits.shape == (2, 11, 97)
 
 
+def test_attention_that_is_changed_meanwhile_is_the_models(model: PreTrainedModel, plain: PreTrainedModel) -> None:
+    with accelerate(model, 64) as fast:
+        works(fast, plain)
+        assert model.config._attn_implementation == plain.config._attn_implementation
+        model.set_attn_implementation("eager")
+        works(fast, plain)
+        assert model(prompt(2), output_attentions=True).attentions[0].shape == (2, 4, 11, 11)
+    assert model.config._attn_implementation == "eager"
+
+
+@pytest.mark.slow
+def test_transformers_continuous_batching_runs_beside(model: PreTrainedModel, plain: PreTrainedModel) -> None:
+    inputs = [prompt(1, seed=seed, length=5)[0].tolist() for seed in range(2)]
+
+    def tokens(of: PreTrainedModel) -> list[list[int]]:
+        return [each.generated_tokens for each in of.generate_batch(inputs, max_new_tokens=4).values()]
+
+    wanted = tokens(plain)
+    plain.set_attn_implementation("sdpa")
+    with accelerate(model, 64) as fast:
+        works(fast, plain)
+        assert tokens(model) == wanted
+        works(fast, plain)
+
+
 # -- wrong arguments --------------------------------------------------------------------------------------------------
 def test_twice_is_refused(model: PreTrainedModel) -> None:
     with accelerate(model, 64), pytest.raises(ConfigError, match="accelerated already"):

@@ -106,7 +106,8 @@ class Accelerated:
         self._cache_name = next((name for name in _CACHES if name in parameters), None)
         self._keeps_all_logits = "logits_to_keep" not in parameters
         self._own = {name: vars(model)[name] for name in _SHADOWED if name in vars(model)}
-        self._forward, self._generate = model.forward, model.generate
+        self._forward: Callable[..., Any] = model.forward
+        self._generate: Callable[..., Any] = getattr(model, "generate")  # noqa: B009
         self._shadows = {
             "forward": _Shadow(self._forward, self._on_forward),
             "generate": _Shadow(self._generate, self._on_generate),
@@ -181,10 +182,11 @@ class Accelerated:
         cache = self._new_cache() if given is None else given
         greedy = config.num_beams in (None, 1) and not config.do_sample
         ends, padding = _tokens(config.eos_token_id), _tokens(config.pad_token_id)
-        steps.expect(greedy, ends, (padding or ends or [None])[0])
+        steps.expect(greedy, ends, next(iter(padding or ends), None))
         self._generating, self._trusted = True, False
         result = None
         try:
+            self._attach()
             if given is None:
                 kwargs = {name: value for name, value in kwargs.items() if name not in _CACHES}
                 kwargs[self._cache_name] = cache
@@ -192,6 +194,7 @@ class Accelerated:
             return result
         finally:
             self._generating = self._trusted = False
+            self._detach()
             if given is None and getattr(result, self._cache_name, None) is not cache:
                 cache.give_up()
 
@@ -217,11 +220,17 @@ class Accelerated:
         assert self._cache_name is not None
         with self._lock:
             cache.require_steps()
-            answer = self._answer(cache, kwargs)
+            try:
+                self._attach()
+                answer = self._answer(cache, kwargs)
+            finally:
+                if not self._generating:
+                    self._detach()
             if isinstance(answer, torch.Tensor):
                 result = self._result(logits=answer[:, None], **{self._cache_name: cache})
                 return result.to_tuple() if kwargs.get("return_dict") is False else result
             self._say(answer)
+            self._detach()
             # transformers goes on with the cache that a model returns.
             kwargs[self._cache_name] = cache.dynamic(self.model.config.get_text_config(decoder=True))
         return self._forward(**kwargs)
@@ -263,19 +272,32 @@ class Accelerated:
         if self._known is None or self._known[0] != fingerprint(self.model):
             self._close()
             try:
-                self._hf = TransformersModel(self.model, self._length())
+                self._hf = self._run_by_passes()
                 self._opened()
+                self._detach()
             except ConfigError as error:
                 self._close()
                 reason = str(error)
             self._known = fingerprint(self.model), reason
         return self._known[1]
 
-    def _length(self) -> int | None:
-        """``max_length``, or the model's context where that is shorter."""
+    def _attach(self) -> None:
+        """While the model runs passes; else it has its own attention, whoever asks."""
+        if self._hf is not None:
+            self._hf.attach()
+
+    def _detach(self) -> None:
+        if self._hf is not None:
+            self._hf.detach()
+
+    def _run_by_passes(self) -> TransformersModel:
+        """For texts of ``max_length``, or as long as the model allows where that is shorter."""
         text = self.model.config.get_text_config(decoder=True)
-        context = getattr(text, "max_position_embeddings", None)
-        return min((each for each in (self._max_length, context) if each is not None), default=None)
+        if getattr(text, "max_position_embeddings", None) is None:
+            return TransformersModel(self.model, self._max_length)
+        hf = TransformersModel(self.model)
+        hf.max_seq_len = min(hf.max_seq_len, self._max_length or hf.max_seq_len)
+        return hf
 
     def _opened(self) -> CapturedSteps:
         if self._steps is None:
