@@ -35,7 +35,7 @@ def plain() -> PreTrainedModel:
 
 
 def generate(model: PreTrainedModel, *args: Any, **options: Any) -> Any:
-    args = args or (() if "inputs_embeds" in options else (prompt(2),))
+    args = args or (() if {"inputs", "inputs_embeds"} & options.keys() else (prompt(2),))
     return model.generate(*args, **{"max_new_tokens": NEW, "do_sample": False, **options})
 
 
@@ -529,6 +529,37 @@ def test_a_copy_of_the_returned_cache_goes_its_own_way(model: PreTrainedModel, p
         next_logits(model, mine, prompt(2, seed=8, length=1))
         got, want = next_logits(model, twin, tokens), next_logits(plain, answered(plain)[CACHE], tokens)
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+
+
+def test_copies_keep_their_slots_or_say_that_they_lost_them(model: PreTrainedModel, plain: PreTrainedModel) -> None:
+    tokens = prompt(2, seed=7, length=1)
+    with accelerate(model, 64, max_batch=2):
+        twin = copy.deepcopy(answered(model)[CACHE])
+        generate(model, prompt(2, seed=4))
+        got, want = next_logits(model, twin, tokens), next_logits(plain, answered(plain)[CACHE], tokens)
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+        held = answered(model, inputs=prompt(2, seed=5)), answered(model, inputs=prompt(2, seed=6))
+        with pytest.raises(ConfigError, match="needed the room"):
+            next_logits(model, twin, tokens)
+        del held
+
+
+def test_a_cache_whose_call_was_interrupted_is_not_gone_on_with(model: PreTrainedModel, plain: PreTrainedModel) -> None:
+    with accelerate(model, 64) as fast:
+        cache = answered(model)[CACHE]
+        hf = fast.transformers_model
+        assert hf is not None
+
+        def interrupted(*args: Any) -> Any:
+            raise KeyboardInterrupt
+
+        hf.decode = interrupted  # type: ignore[method-assign]
+        with pytest.raises(KeyboardInterrupt):
+            next_logits(model, cache, prompt(2, length=1))
+        del hf.decode
+        with pytest.raises(ConfigError, match="are gone"):
+            next_logits(model, cache, prompt(2, length=1))
+        works(fast, plain)
 
 
 def test_all_logits_of_several_tokens_are_the_models(model: PreTrainedModel, plain: PreTrainedModel) -> None:

@@ -14,7 +14,6 @@ import functools
 import inspect
 import threading
 import warnings
-import weakref
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
@@ -100,7 +99,6 @@ class Accelerated:
         self._hf: TransformersModel | None = None
         self._steps: CapturedSteps | None = None
         self._known: tuple[Any, str | None] | None = None  # a state of the model, and what is against it
-        self._caches: weakref.WeakSet[GenerationCache] = weakref.WeakSet()
         self._result = result_class(type(model))
         parameters = inspect.signature(model.forward).parameters
         self._cache_name = next((name for name in _CACHES if name in parameters), None)
@@ -163,7 +161,7 @@ class Accelerated:
         config = self._config(call)
         if config is None:  # transformers says what is wrong with it
             return self._generate(*args, **kwargs)
-        ours = isinstance(given, GenerationCache) and given in self._caches
+        ours = isinstance(given, GenerationCache) and given.steps is self._steps is not None
         reason = call_reason(config, call, None if ours else given)
         if self._cache_name is None:
             reason = f"{type(self.model).__name__} takes no cache of K and V"
@@ -179,7 +177,7 @@ class Accelerated:
     def _run(self, given: GenerationCache | None, config: GenerationConfig, args: Any, kwargs: Any) -> Any:
         steps = self._opened()
         assert self._cache_name is not None
-        cache = self._new_cache() if given is None else given
+        cache = GenerationCache(steps) if given is None else given
         greedy = config.num_beams in (None, 1) and not config.do_sample
         ends, padding = _tokens(config.eos_token_id), _tokens(config.pad_token_id)
         steps.expect(greedy, ends, next(iter(padding or ends), None))
@@ -256,12 +254,10 @@ class Accelerated:
             if cache.slots:
                 return f"the batch has become larger than max_batch={steps.max_batch}"
             self._grow(batch)
-            cache.steps = steps = self._opened()
-            self._caches.add(cache)
+            cache.use(self._opened())
         self._trusted = self._generating
         if cache.slots:
             return cache.append(tokens)
-        self._make_room(batch, cache)
         return cache.begin([row[n:] for row, n in zip(tokens.tolist(), padding, strict=True)], padding)
 
     # -- the model as it is now ----------------------------------------------------------------------------------
@@ -313,25 +309,7 @@ class Accelerated:
         while self._max_batch < batch:
             self._max_batch *= 2
 
-    def _new_cache(self) -> GenerationCache:
-        cache = GenerationCache(self._opened())
-        self._caches.add(cache)
-        return cache
-
-    def _make_room(self, batch: int, cache: GenerationCache) -> None:
-        """Free slots: those whose cache nobody has any more, then those of other caches."""
-        steps = self._opened()
-        others = [other for other in self._caches if other is not cache]
-        steps.release_all_but([slot for other in others for slot in other.slots])
-        for other in others:
-            if steps.num_free >= batch:
-                break
-            other.give_up()
-
     def _close_steps(self) -> None:
-        for cache in list(self._caches):
-            cache.steps, cache.slots = None, []
-        self._caches.clear()
         steps, self._steps = self._steps, None
         if steps is not None:
             steps.close()
