@@ -455,13 +455,35 @@ def test_no_memory_is_told_and_leaves_everything_in_order(model: PreTrainedModel
         works(fast, plain)
 
 
-def test_logits_that_are_no_numbers(model: PreTrainedModel) -> None:
+@pytest.mark.parametrize("ahead", [False, True])
+def test_logits_that_are_no_numbers(model: PreTrainedModel, ahead: bool) -> None:
+    """Which would end a sequence of the loop."""
     other = make_model("Llama")
-    with accelerate(model, 64, run_ahead=True) as fast:
+    with accelerate(model, 64, run_ahead=ahead) as fast:
         works(fast, other)
-        for each in (model, other):
-            each.lm_head.weight.data[5] = torch.nan
-        assert generate(model).tolist() == generate(other).tolist()
+        own = [each.lm_head.weight.data.clone() for each in (model, other)]
+
+        def process(of: PreTrainedModel, back: torch.Tensor) -> LogitsProcessorList:
+            """Of some steps, none of the logits is a number."""
+
+            def set_it(tokens: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+                of.lm_head.weight.data[:] = torch.nan if tokens.shape[1] % 3 == 0 else back
+                return scores
+
+            return LogitsProcessorList([set_it])
+
+        got, want = (
+            generate(
+                each,
+                logits_processor=process(each, row),
+                max_new_tokens=20,
+                return_dict_in_generate=True,
+                output_logits=True,
+            )
+            for each, row in zip((model, other), own, strict=True)
+        )
+        assert got.sequences.tolist() == want.sequences.tolist()
+        assert any(each.isnan().any() for each in want.logits)
         assert not fast.reasons
 
 

@@ -37,7 +37,7 @@ class _Launched:
     slots: list[int]
     logits: torch.Tensor
     event: torch.cuda.Event | None
-    tokens: list[int]  # that it was given, where it was launched ahead
+    tokens: Sequence[int | None] = ()  # that it was given, where it was launched ahead
 
 
 class SlotOwner(Protocol):
@@ -176,8 +176,8 @@ class CapturedSteps:
                 self._run_ahead(slots, given)
                 return self._handed_over(ahead)
             self._stop(slots)
-        live = set(self._loop.slots)
-        if live.issuperset(slots):
+        self._loop.drain()  # what ends a sequence there, a NaN, is to be known before its next step
+        if set(self._loop.slots).issuperset(slots):
             self._loop.feed(slots, tokens)
             return self._launch_and_more(slots, given)
         return self._decode(slots, tokens.tolist() if given is None else given)
@@ -280,10 +280,11 @@ class CapturedSteps:
         chunks: list[Chunk] = []
         room = self._budget
         for slot, new in zip(slots, tokens, strict=True):
-            version, start = int(self.cache.versions([slot])[0]), self._rows[slot]
-            for done in _parts(len(new), room, self._budget):
-                chunks.append(Chunk(slot, version, new[done], start + done.stop))
-                room -= done.stop - done.start
+            version, start, done = int(self.cache.versions([slot])[0]), self._rows[slot], 0
+            while done < len(new):
+                part = new[done : done + room]
+                done, room = done + len(part), room - len(part)
+                chunks.append(Chunk(slot, version, part, start + done))
                 if not room:
                     self._passes.launch(chunks)
                     chunks, room = [], self._budget
@@ -315,8 +316,7 @@ class CapturedSteps:
         return self._handed_over(launched)
 
     def _count(self, slots: Sequence[int]) -> None:
-        for slot in slots:
-            self._rows[slot] += 1
+        self._rows.update({slot: self._rows[slot] + 1 for slot in slots})
 
     def _launch(self, slots: list[int]) -> tuple[_Launched, dict[int, Any]]:
         """A step, and what the step before it sampled."""
@@ -328,7 +328,7 @@ class CapturedSteps:
             if logits.is_cuda:
                 event = torch.cuda.Event()
                 event.record()
-        return _Launched(slots, logits, event, []), reported
+        return _Launched(slots, logits, event), reported
 
     def _handed_over(self, launched: _Launched) -> torch.Tensor:
         if launched.event is not None:
@@ -354,7 +354,7 @@ class CapturedSteps:
         except OutOfPages:  # of a row that may not be needed
             self._credit = 0
             return
-        if any(sampled[slot].finish_reason is not None for slot in slots):  # a NaN, which ends a sequence of the loop
+        if any(sampled[slot].finish_reason is not None for slot in slots):  # a NaN
             for slot in slots:
                 self._loop.cancel(slot)
             return
@@ -362,7 +362,7 @@ class CapturedSteps:
         self._ahead = _Launched(slots, launched.logits, launched.event, tokens)
 
     def _was_right(self, ahead: _Launched, given: list[int]) -> bool:
-        if given == ahead.tokens:
+        if given == list(ahead.tokens):
             self.num_hits += 1
             self._credit = min(self._credit + 1, _MOST_CREDIT)
             return True
@@ -372,11 +372,3 @@ class CapturedSteps:
             if expected != token:
                 self._repeats.pop(slot, None)
         return False
-
-
-def _parts(count: int, room: int, size: int) -> list[slice]:
-    """Cut ``count`` tokens: the first part of at most ``room``, the others of at most ``size``."""
-    edges = [0]
-    while edges[-1] < count:
-        edges.append(min(count, edges[-1] + (room if len(edges) == 1 else size)))
-    return [slice(start, stop) for start, stop in itertools.pairwise(edges)]
