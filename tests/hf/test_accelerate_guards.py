@@ -457,33 +457,37 @@ def test_no_memory_is_told_and_leaves_everything_in_order(model: PreTrainedModel
 
 @pytest.mark.parametrize("ahead", [False, True])
 def test_logits_that_are_no_numbers(model: PreTrainedModel, ahead: bool) -> None:
-    """Which would end a sequence of the loop."""
+    """Which would end a sequence of the loop: a token of one row brings them."""
     other = make_model("Llama")
     with accelerate(model, 64, run_ahead=ahead) as fast:
         works(fast, other)
-        own = [each.lm_head.weight.data.clone() for each in (model, other)]
-
-        def process(of: PreTrainedModel, back: torch.Tensor) -> LogitsProcessorList:
-            """Of some steps, none of the logits is a number."""
-
-            def set_it(tokens: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-                of.lm_head.weight.data[:] = torch.nan if tokens.shape[1] % 3 == 0 else back
-                return scores
-
-            return LogitsProcessorList([set_it])
-
-        got, want = (
-            generate(
-                each,
-                logits_processor=process(each, row),
-                max_new_tokens=20,
-                return_dict_in_generate=True,
-                output_logits=True,
-            )
-            for each, row in zip((model, other), own, strict=True)
-        )
+        token = int(generate(other)[0, -4])
+        for each in (model, other):
+            each.get_input_embeddings().weight.data[token] = torch.nan
+        options: dict[str, Any] = {"max_new_tokens": 20, "return_dict_in_generate": True, "output_logits": True}
+        got, want = generate(model, **options), generate(other, **options)
         assert got.sequences.tolist() == want.sequences.tolist()
-        assert any(each.isnan().any() for each in want.logits)
+        assert any(each.isnan().all(1).any() for each in want.logits)
+        assert not want.logits[-1].isnan().all()
+        assert not fast.reasons
+
+
+def test_logits_that_are_no_numbers_for_a_while(model: PreTrainedModel) -> None:
+    other = make_model("Llama")
+
+    def process(of: PreTrainedModel) -> LogitsProcessorList:
+        head = of.lm_head.weight.data.clone()
+
+        def set_it(tokens: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            of.lm_head.weight.data[:] = torch.nan if tokens.shape[1] % 3 == 0 else head
+            return scores
+
+        return LogitsProcessorList([set_it])
+
+    with accelerate(model, 64) as fast:
+        works(fast, other)
+        got, want = (generate(each, logits_processor=process(each), max_new_tokens=20) for each in (model, other))
+        assert got.tolist() == want.tolist()
         assert not fast.reasons
 
 
