@@ -118,14 +118,14 @@ def processed(generate: Generate) -> Any:
 def continued(generate: Generate) -> Any:
     """A later call goes on with the cache of an earlier one."""
     said = generate(prompt(2), return_dict_in_generate=True)
-    text = torch.cat([said.sequences, prompt(2, seed=9, length=4)], dim=1)
+    text = torch.cat([said.sequences.cpu(), prompt(2, seed=9, length=4)], dim=1)
     # Without a mask, transformers takes tokens in the text that happen to be 0 for padding.
     return said.sequences, generate(text, attention_mask=torch.ones_like(text), **{CACHE: said[CACHE]})
 
 
 def continued_padded(generate: Generate) -> Any:
     said = generate(**left_padded(), return_dict_in_generate=True)
-    text = torch.cat([said.sequences, prompt(3, seed=9, length=4)], dim=1)
+    text = torch.cat([said.sequences.cpu(), prompt(3, seed=9, length=4)], dim=1)
     mask = torch.cat([left_padded()["attention_mask"], torch.ones(3, text.shape[1] - PROMPT_LENGTH).long()], dim=1)
     return generate(text, attention_mask=mask, **{CACHE: said[CACHE]})
 
@@ -166,7 +166,11 @@ def run(model: PreTrainedModel, column: str) -> Any:
     def generate(*args: Any, **options: Any) -> Any:
         if "generation_config" not in options:
             options = {"max_new_tokens": NEW, "do_sample": False, **options}
-        return model.generate(*args, **options)
+        moved = [each.to(model.device) if isinstance(each, torch.Tensor) else each for each in args]
+        for name, each in options.items():
+            options[name] = each.to(model.device) if isinstance(each, torch.Tensor) else each
+        found = model.generate(*moved, **options)
+        return found.cpu() if isinstance(found, torch.Tensor) else found
 
     return COLUMNS[column](generate)
 
@@ -175,6 +179,7 @@ def same(got: Any, want: Any) -> None:
     """Tokens equal, scores and logits close, and what is no tensor equal."""
     if isinstance(want, torch.Tensor):
         assert got.dtype == want.dtype
+        assert got.device == want.device
         if want.dtype.is_floating_point:
             torch.testing.assert_close(got, want, rtol=2e-3, atol=2e-3)
         else:
@@ -299,8 +304,8 @@ REFUSED = {
     "Falcon": "computes attention by itself",
     "Falcon, ALiBi": "computes attention by itself",
     "MPT": "takes no position_ids",
-    "Llama 4, chunks": "max_seq_len",  # of this test: longer than a chunk
-    "Qwen3-Next": "conv state",
+    "Llama 4, chunks": "longer than max_length=16",  # a chunk
+    "Qwen3-Next": "recurrent state",
 }
 SOME = ("greedy", "padded on the left", "beams", "sampling", "prompt in chunks", "cache gone on with, padded")
 
@@ -317,6 +322,5 @@ def test_all_other_families(name: str) -> None:
             same(run(model, column), run(plain, column))
     if name in REFUSED:
         assert REFUSED[name] in fast.reasons[0]
-        assert fast.kv_cache is None
     else:
         assert not fast.reasons

@@ -35,7 +35,7 @@ def plain() -> PreTrainedModel:
 
 
 def generate(model: PreTrainedModel, *args: Any, **options: Any) -> Any:
-    args = args or (() if "inputs_embeds" in options else (prompt(2),))
+    args = args or (() if {"inputs", "inputs_embeds"} & options.keys() else (prompt(2),))
     return model.generate(*args, **{"max_new_tokens": NEW, "do_sample": False, **options})
 
 
@@ -121,6 +121,31 @@ def test_calls_of_the_model_itself_are_its_own(model: PreTrainedModel, plain: Pr
             got, want = model(tokens, **with_cache(mine)), plain(tokens, **with_cache(other))
             torch.testing.assert_close(got.logits, want.logits)
         assert model(prompt(2)).logits.shape == (2, 11, 97)
+
+
+def test_attention_that_is_changed_meanwhile_is_the_models(model: PreTrainedModel, plain: PreTrainedModel) -> None:
+    with accelerate(model, 64) as fast:
+        works(fast, plain)
+        assert model.config._attn_implementation == plain.config._attn_implementation
+        model.set_attn_implementation("eager")
+        works(fast, plain)
+        assert model(prompt(2), output_attentions=True).attentions[0].shape == (2, 4, 11, 11)
+    assert model.config._attn_implementation == "eager"
+
+
+@pytest.mark.slow
+def test_transformers_continuous_batching_runs_beside(model: PreTrainedModel, plain: PreTrainedModel) -> None:
+    inputs = [prompt(1, seed=seed, length=5)[0].tolist() for seed in range(2)]
+
+    def tokens(of: PreTrainedModel) -> list[list[int]]:
+        return [each.generated_tokens for each in of.generate_batch(inputs, max_new_tokens=4).values()]
+
+    wanted = tokens(plain)
+    plain.set_attn_implementation("sdpa")
+    with accelerate(model, 64) as fast:
+        works(fast, plain)
+        assert tokens(model) == wanted
+        works(fast, plain)
 
 
 # -- wrong arguments --------------------------------------------------------------------------------------------------
@@ -430,13 +455,39 @@ def test_no_memory_is_told_and_leaves_everything_in_order(model: PreTrainedModel
         works(fast, plain)
 
 
-def test_logits_that_are_no_numbers(model: PreTrainedModel) -> None:
+@pytest.mark.parametrize("ahead", [False, True])
+def test_logits_that_are_no_numbers(model: PreTrainedModel, ahead: bool) -> None:
+    """Which would end a sequence of the loop: a token of one row brings them."""
     other = make_model("Llama")
-    with accelerate(model, 64, run_ahead=True) as fast:
+    with accelerate(model, 64, run_ahead=ahead) as fast:
         works(fast, other)
+        token = int(generate(other)[0, -4])
         for each in (model, other):
-            each.lm_head.weight.data[5] = torch.nan
-        assert generate(model).tolist() == generate(other).tolist()
+            each.get_input_embeddings().weight.data[token] = torch.nan
+        options: dict[str, Any] = {"max_new_tokens": 20, "return_dict_in_generate": True, "output_logits": True}
+        got, want = generate(model, **options), generate(other, **options)
+        assert got.sequences.tolist() == want.sequences.tolist()
+        assert any(each.isnan().all(1).any() for each in want.logits)
+        assert not want.logits[-1].isnan().all()
+        assert not fast.reasons
+
+
+def test_logits_that_are_no_numbers_for_a_while(model: PreTrainedModel) -> None:
+    other = make_model("Llama")
+
+    def process(of: PreTrainedModel) -> LogitsProcessorList:
+        head = of.lm_head.weight.data.clone()
+
+        def set_it(tokens: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            of.lm_head.weight.data[:] = torch.nan if tokens.shape[1] % 3 == 0 else head
+            return scores
+
+        return LogitsProcessorList([set_it])
+
+    with accelerate(model, 64) as fast:
+        works(fast, other)
+        got, want = (generate(each, logits_processor=process(each), max_new_tokens=20) for each in (model, other))
+        assert got.tolist() == want.tolist()
         assert not fast.reasons
 
 
@@ -504,6 +555,37 @@ def test_a_copy_of_the_returned_cache_goes_its_own_way(model: PreTrainedModel, p
         next_logits(model, mine, prompt(2, seed=8, length=1))
         got, want = next_logits(model, twin, tokens), next_logits(plain, answered(plain)[CACHE], tokens)
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+
+
+def test_copies_keep_their_slots_or_say_that_they_lost_them(model: PreTrainedModel, plain: PreTrainedModel) -> None:
+    tokens = prompt(2, seed=7, length=1)
+    with accelerate(model, 64, max_batch=2):
+        twin = copy.deepcopy(answered(model)[CACHE])
+        generate(model, prompt(2, seed=4))
+        got, want = next_logits(model, twin, tokens), next_logits(plain, answered(plain)[CACHE], tokens)
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+        held = answered(model, inputs=prompt(2, seed=5)), answered(model, inputs=prompt(2, seed=6))
+        with pytest.raises(ConfigError, match="needed the room"):
+            next_logits(model, twin, tokens)
+        del held
+
+
+def test_a_cache_whose_call_was_interrupted_is_not_gone_on_with(model: PreTrainedModel, plain: PreTrainedModel) -> None:
+    with accelerate(model, 64) as fast:
+        cache = answered(model)[CACHE]
+        hf = fast.transformers_model
+        assert hf is not None
+
+        def interrupted(*args: Any) -> Any:
+            raise KeyboardInterrupt
+
+        hf.decode = interrupted  # type: ignore[method-assign]
+        with pytest.raises(KeyboardInterrupt):
+            next_logits(model, cache, prompt(2, length=1))
+        del hf.decode
+        with pytest.raises(ConfigError, match="are gone"):
+            next_logits(model, cache, prompt(2, length=1))
+        works(fast, plain)
 
 
 def test_all_logits_of_several_tokens_are_the_models(model: PreTrainedModel, plain: PreTrainedModel) -> None:

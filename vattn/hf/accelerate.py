@@ -14,7 +14,6 @@ import functools
 import inspect
 import threading
 import warnings
-import weakref
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
@@ -103,13 +102,13 @@ class Accelerated:
         self._hf: TransformersModel | None = None
         self._steps: CapturedSteps | None = None
         self._known: tuple[Any, str | None] | None = None  # a state of the model, and what is against it
-        self._caches: weakref.WeakSet[GenerationCache] = weakref.WeakSet()
         self._result = result_class(type(model))
         parameters = inspect.signature(model.forward).parameters
         self._cache_name = next((name for name in _CACHES if name in parameters), None)
         self._keeps_all_logits = "logits_to_keep" not in parameters
         self._own = {name: vars(model)[name] for name in _SHADOWED if name in vars(model)}
-        self._forward, self._generate = model.forward, model.generate
+        self._forward: Callable[..., Any] = model.forward
+        self._generate: Callable[..., Any] = getattr(model, "generate")  # noqa: B009
         self._shadows = {
             "forward": _Shadow(self._forward, self._on_forward),
             "generate": _Shadow(self._generate, self._on_generate),
@@ -165,7 +164,7 @@ class Accelerated:
         config = self._config(call)
         if config is None:  # transformers says what is wrong with it
             return self._generate(*args, **kwargs)
-        ours = isinstance(given, GenerationCache) and given in self._caches
+        ours = isinstance(given, GenerationCache) and given.steps is self._steps is not None
         reason = call_reason(config, call, None if ours else given)
         if self._cache_name is None:
             reason = f"{type(self.model).__name__} takes no cache of K and V"
@@ -181,13 +180,14 @@ class Accelerated:
     def _run(self, given: GenerationCache | None, config: GenerationConfig, args: Any, kwargs: Any) -> Any:
         steps = self._opened()
         assert self._cache_name is not None
-        cache = self._new_cache() if given is None else given
+        cache = GenerationCache(steps) if given is None else given
         greedy = config.num_beams in (None, 1) and not config.do_sample
         ends, padding = _tokens(config.eos_token_id), _tokens(config.pad_token_id)
-        steps.expect(greedy, ends, (padding or ends or [None])[0])
+        steps.expect(greedy, ends, next(iter(padding or ends), None))
         self._generating, self._trusted = True, False
         result = None
         try:
+            self._attach()
             if given is None:
                 kwargs = {name: value for name, value in kwargs.items() if name not in _CACHES}
                 kwargs[self._cache_name] = cache
@@ -195,6 +195,7 @@ class Accelerated:
             return result
         finally:
             self._generating = self._trusted = False
+            self._detach()
             if given is None and getattr(result, self._cache_name, None) is not cache:
                 cache.give_up()
 
@@ -220,11 +221,17 @@ class Accelerated:
         assert self._cache_name is not None
         with self._lock:
             cache.require_steps()
-            answer = self._answer(cache, kwargs)
+            try:
+                self._attach()
+                answer = self._answer(cache, kwargs)
+            finally:
+                if not self._generating:
+                    self._detach()
             if isinstance(answer, torch.Tensor):
                 result = self._result(logits=answer[:, None], **{self._cache_name: cache})
                 return result.to_tuple() if kwargs.get("return_dict") is False else result
             self._say(answer)
+            self._detach()
             # transformers goes on with the cache that a model returns.
             kwargs[self._cache_name] = cache.dynamic(self.model.config.get_text_config(decoder=True))
         return self._forward(**kwargs)
@@ -250,12 +257,10 @@ class Accelerated:
             if cache.slots:
                 return f"the batch has become larger than max_batch={steps.max_batch}"
             self._grow(batch)
-            cache.steps = steps = self._opened()
-            self._caches.add(cache)
+            cache.use(self._opened())
         self._trusted = self._generating
         if cache.slots:
             return cache.append(tokens)
-        self._make_room(batch, cache)
         return cache.begin([row[n:] for row, n in zip(tokens.tolist(), padding, strict=True)], padding)
 
     # -- the model as it is now ----------------------------------------------------------------------------------
@@ -266,19 +271,32 @@ class Accelerated:
         if self._known is None or self._known[0] != fingerprint(self.model):
             self._close()
             try:
-                self._hf = TransformersModel(self.model, self._length(), fuse=self._fuse)
+                self._hf = self._run_by_passes()
                 self._opened()
+                self._detach()
             except ConfigError as error:
                 self._close()
                 reason = str(error)
             self._known = fingerprint(self.model), reason
         return self._known[1]
 
-    def _length(self) -> int | None:
-        """``max_length``, or the model's context where that is shorter."""
+    def _attach(self) -> None:
+        """While the model runs passes; else it has its own attention, whoever asks."""
+        if self._hf is not None:
+            self._hf.attach()
+
+    def _detach(self) -> None:
+        if self._hf is not None:
+            self._hf.detach()
+
+    def _run_by_passes(self) -> TransformersModel:
+        """For texts of ``max_length``, or as long as the model allows where that is shorter."""
         text = self.model.config.get_text_config(decoder=True)
-        context = getattr(text, "max_position_embeddings", None)
-        return min((each for each in (self._max_length, context) if each is not None), default=None)
+        if getattr(text, "max_position_embeddings", None) is None:
+            return TransformersModel(self.model, self._max_length, fuse=self._fuse)
+        hf = TransformersModel(self.model, fuse=self._fuse)
+        hf.max_seq_len = min(hf.max_seq_len, self._max_length or hf.max_seq_len)
+        return hf
 
     def _opened(self) -> CapturedSteps:
         if self._steps is None:
@@ -294,25 +312,7 @@ class Accelerated:
         while self._max_batch < batch:
             self._max_batch *= 2
 
-    def _new_cache(self) -> GenerationCache:
-        cache = GenerationCache(self._opened())
-        self._caches.add(cache)
-        return cache
-
-    def _make_room(self, batch: int, cache: GenerationCache) -> None:
-        """Free slots: those whose cache nobody has any more, then those of other caches."""
-        steps = self._opened()
-        others = [other for other in self._caches if other is not cache]
-        steps.release_all_but([slot for other in others for slot in other.slots])
-        for other in others:
-            if steps.num_free >= batch:
-                break
-            other.give_up()
-
     def _close_steps(self) -> None:
-        for cache in list(self._caches):
-            cache.steps, cache.slots = None, []
-        self._caches.clear()
         steps, self._steps = self._steps, None
         if steps is not None:
             steps.close()

@@ -8,10 +8,11 @@ tokens they are compared. Where they differ, the step ahead is taken back and an
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -19,7 +20,7 @@ from ..decode import DecodeLoop, Start
 from ..decode.graphs import GraphReport
 from ..engine.opening import BUDGETS, TYPICAL_LEN, attention_for_prompts, opened_cache
 from ..engine.prefill import Chunk, PrefillPasses, RuntimeModel
-from ..errors import OutOfPages
+from ..errors import OutOfPages, OutOfSlots
 from ..interrupts import Uninterrupted
 from ..memory.tensors import upload
 
@@ -36,7 +37,17 @@ class _Launched:
     slots: list[int]
     logits: torch.Tensor
     event: torch.cuda.Event | None
-    tokens: list[int]  # that it was given, where it was launched ahead
+    tokens: Sequence[int | None] = ()  # that it was given, where it was launched ahead
+
+
+class SlotOwner(Protocol):
+    """Who has sequences here."""
+
+    slots: list[int]
+
+    def give_up(self) -> None:
+        """Release them, for good."""
+        ...
 
 
 class CapturedSteps:
@@ -75,6 +86,8 @@ class CapturedSteps:
         self._budget = BUDGETS[model.device.type][1]
         prompts = attention_for_prompts(model, self.cache, self._budget)
         self._passes = PrefillPasses(model, self.cache, prompts, self._loop.stream, self._loop.own_slot)
+        self._owners: weakref.WeakValueDictionary[int, SlotOwner] = weakref.WeakValueDictionary()  # oldest first
+        self._numbers = itertools.count()
         self._rows: dict[int, int] = {}  # of each slot, the step ahead not counted
         self._may_run_ahead = run_ahead
         self._ahead: _Launched | None = None
@@ -85,11 +98,6 @@ class CapturedSteps:
     def max_seq_len(self) -> int:
         """Rows of a sequence."""
         return self._loop.max_seq_len
-
-    @property
-    def num_free(self) -> int:
-        """Slots that nobody has."""
-        return self.cache.max_slots - 1 - len(self._rows)
 
     @property
     def graphs(self) -> tuple[GraphReport, ...]:
@@ -168,8 +176,8 @@ class CapturedSteps:
                 self._run_ahead(slots, given)
                 return self._handed_over(ahead)
             self._stop(slots)
-        live = set(self._loop.slots)
-        if live.issuperset(slots):
+        self._loop.drain()  # what ends a sequence there, a NaN, is to be known before its next step
+        if set(self._loop.slots).issuperset(slots):
             self._loop.feed(slots, tokens)
             return self._launch_and_more(slots, given)
         return self._decode(slots, tokens.tolist() if given is None else given)
@@ -199,7 +207,10 @@ class CapturedSteps:
         """Another sequence of the same tokens."""
         self._stop([slot])
         with Uninterrupted(), torch.cuda.stream(self._loop.stream):
-            child = self.cache.fork(slot)
+            try:
+                child = self.cache.fork(slot)
+            except OutOfSlots as error:
+                raise OutOfSlots("no room for another sequence: raise accelerate's max_batch") from error
             self._rows[child] = self._rows[slot]
         return child
 
@@ -219,9 +230,20 @@ class CapturedSteps:
                 if self._rows.pop(slot, None) is not None:
                     self._loop.release(slot)
 
-    def release_all_but(self, slots: Sequence[int]) -> None:
-        """``release`` every slot that is not among these."""
-        self.release([slot for slot in self._rows if slot not in slots])
+    def add(self, owner: SlotOwner) -> None:
+        """Note who has slots: once nobody has the owner any more, they are free."""
+        self._owners[next(self._numbers)] = owner
+
+    def make_room(self, count: int) -> None:
+        """Have so many free slots; where that takes slots of owners, those that came first give theirs up."""
+        owners = list(self._owners.values())
+        owned = {slot for owner in owners for slot in owner.slots}
+        self.release([slot for slot in self._rows if slot not in owned])
+        for owner in owners:
+            if self.cache.max_slots - 1 - len(self._rows) >= count:
+                break
+            if owner.slots:
+                owner.give_up()
 
     def kept(self, slot: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of a layer, ``[rows, num_kv_heads, head_dim]``, views that are ready on the current stream."""
@@ -231,8 +253,9 @@ class CapturedSteps:
         return self.cache.rows(slot, layer)
 
     def close(self) -> None:
-        """Free everything. Idempotent."""
-        self._ahead = None
+        """Free everything, and have every owner give up its slots. Idempotent."""
+        for owner in list(self._owners.values()):
+            owner.give_up()
         self._loop.close()
         self._rows.clear()
         self.cache.close()
@@ -257,10 +280,11 @@ class CapturedSteps:
         chunks: list[Chunk] = []
         room = self._budget
         for slot, new in zip(slots, tokens, strict=True):
-            version, start = int(self.cache.versions([slot])[0]), self._rows[slot]
-            for done in _parts(len(new), room, self._budget):
-                chunks.append(Chunk(slot, version, new[done], start + done.stop))
-                room -= done.stop - done.start
+            version, start, done = int(self.cache.versions([slot])[0]), self._rows[slot], 0
+            while done < len(new):
+                part = new[done : done + room]
+                done, room = done + len(part), room - len(part)
+                chunks.append(Chunk(slot, version, part, start + done))
                 if not room:
                     self._passes.launch(self._passes.prepare(chunks))
                     chunks, room = [], self._budget
@@ -292,8 +316,7 @@ class CapturedSteps:
         return self._handed_over(launched)
 
     def _count(self, slots: Sequence[int]) -> None:
-        for slot in slots:
-            self._rows[slot] += 1
+        self._rows.update({slot: self._rows[slot] + 1 for slot in slots})
 
     def _launch(self, slots: list[int]) -> tuple[_Launched, dict[int, Any]]:
         """A step, and what the step before it sampled."""
@@ -305,7 +328,7 @@ class CapturedSteps:
             if logits.is_cuda:
                 event = torch.cuda.Event()
                 event.record()
-        return _Launched(slots, logits, event, []), reported
+        return _Launched(slots, logits, event), reported
 
     def _handed_over(self, launched: _Launched) -> torch.Tensor:
         if launched.event is not None:
@@ -331,7 +354,7 @@ class CapturedSteps:
         except OutOfPages:  # of a row that may not be needed
             self._credit = 0
             return
-        if any(sampled[slot].finish_reason is not None for slot in slots):  # a NaN, which ends a sequence of the loop
+        if any(sampled[slot].finish_reason is not None for slot in slots):  # a NaN
             for slot in slots:
                 self._loop.cancel(slot)
             return
@@ -339,7 +362,7 @@ class CapturedSteps:
         self._ahead = _Launched(slots, launched.logits, launched.event, tokens)
 
     def _was_right(self, ahead: _Launched, given: list[int]) -> bool:
-        if given == ahead.tokens:
+        if given == list(ahead.tokens):
             self.num_hits += 1
             self._credit = min(self._credit + 1, _MOST_CREDIT)
             return True
@@ -349,11 +372,3 @@ class CapturedSteps:
             if expected != token:
                 self._repeats.pop(slot, None)
         return False
-
-
-def _parts(count: int, room: int, size: int) -> list[slice]:
-    """Cut ``count`` tokens: the first part of at most ``room``, the others of at most ``size``."""
-    edges = [0]
-    while edges[-1] < count:
-        edges.append(min(count, edges[-1] + (room if len(edges) == 1 else size)))
-    return [slice(start, stop) for start, stop in pairwise(edges)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import typing
 from typing import Any
 
@@ -59,10 +60,6 @@ def model_reason(model: PreTrainedModel) -> str | None:
         return "the model is in training mode (call model.eval())"
     if torch.is_autocast_enabled(model.device.type):
         return "autocast is on"
-    if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
-        return "the model is quantised"
-    if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
-        return "the model is on several devices"
     for name, module in model.named_modules():
         if type(module).__module__.partition(".")[0] == "peft":
             return f"{name} is of PEFT, which may switch adapters (merge them: merge_and_unload())"
@@ -133,13 +130,13 @@ def padding_of(call: dict[str, Any], columns: int, known: list[int]) -> list[int
     return padding
 
 
-def result_class(model: type) -> type[ModelOutput]:
+def result_class(model: type[torch.nn.Module]) -> type[ModelOutput]:
     """What a model's forward says that it returns, if that can hold logits; else what most do."""
     try:
         found = typing.get_type_hints(model.forward).get("return")
     except Exception:  # an annotation that only a type checker can read
         found = None
     for kind in (found, *typing.get_args(found)):
-        if isinstance(kind, type) and issubclass(kind, ModelOutput) and "logits" in kind.__dataclass_fields__:
+        if isinstance(kind, type) and issubclass(kind, ModelOutput) and "logits" in inspect.signature(kind).parameters:
             return kind
     return CausalLMOutputWithPast

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ class GenerationCache(Cache):
 
     def __init__(self, steps: CapturedSteps) -> None:
         super().__init__(layers=[])
-        self.steps: CapturedSteps | None = steps
+        self.use(steps)
         self.slots: list[int] = []
         self.padding: list[int] = []
         self.num_columns = 0
@@ -50,20 +51,28 @@ class GenerationCache(Cache):
             )
         return self.steps
 
+    def use(self, steps: CapturedSteps) -> None:
+        """Have these compute its rows, before there are any."""
+        self.steps: CapturedSteps | None = steps
+        steps.add(self)
+
     def begin(self, prompts: Sequence[Sequence[int]], padding: list[int]) -> torch.Tensor:
         """Take slots for a batch, as ``CapturedSteps.begin``, of prompts without their padding."""
-        self.slots, logits = self.require_steps().begin(prompts)
+        steps = self.require_steps()
+        steps.make_room(len(prompts))
+        self.slots, logits = steps.begin(prompts)
         self.padding, self.num_columns = padding, padding[0] + len(prompts[0])
         return logits
 
     def append(self, tokens: torch.Tensor) -> torch.Tensor:
         """Append ``[batch, new]`` tokens to every row; returns the logits ``[batch, vocab_size]`` behind them."""
         steps = self.require_steps()
-        if tokens.shape[1] == 1:
-            logits = steps.step(self.slots, tokens[:, 0])
-        else:
-            logits = steps.extend(self.slots, tokens.tolist())
-        self.num_columns += tokens.shape[1]
+        with self._whole():
+            if tokens.shape[1] == 1:
+                logits = steps.step(self.slots, tokens[:, 0])
+            else:
+                logits = steps.extend(self.slots, tokens.tolist())
+            self.num_columns += tokens.shape[1]
         return logits
 
     def give_up(self) -> None:
@@ -171,10 +180,11 @@ class GenerationCache(Cache):
                 f"cropped to {columns} tokens, a row would have none but its padding of {max(self.padding)}"
             )
         steps = self.require_steps()
-        for slot, padding in zip(self.slots, self.padding, strict=True):
-            if steps.rows(slot) > columns - padding:
-                steps.truncate(slot, columns - padding)
-        self.num_columns = columns
+        with self._whole():
+            for slot, padding in zip(self.slots, self.padding, strict=True):
+                if steps.rows(slot) > columns - padding:
+                    steps.truncate(slot, columns - padding)
+            self.num_columns = columns
 
     def reset(self) -> None:
         """Forget every token. Afterwards the batch may be of another size."""
@@ -208,9 +218,19 @@ class GenerationCache(Cache):
         if not sources or any(not -len(self.slots) <= each < len(self.slots) for each in sources):
             raise ConfigError(f"expected rows of a batch of {len(self.slots)}, got {sources}")
         sources = [each % len(self.slots) for each in sources]
-        slots, self.slots = self.slots, []  # whatever fails: these slots are not to be used again
-        self.slots = self.require_steps().regroup(slots, sources)
-        self.padding = [self.padding[source] for source in sources]
+        with self._whole():
+            slots, self.slots = self.slots, []  # of which some are going to be others'
+            self.slots = self.require_steps().regroup(slots, sources)
+            self.padding = [self.padding[source] for source in sources]
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """What is not done to the end leaves nothing to go on with."""
+        try:
+            yield
+        except BaseException:
+            self.give_up()
+            raise
 
 
 def _padded(rows: torch.Tensor, columns: int) -> torch.Tensor:

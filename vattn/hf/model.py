@@ -64,7 +64,7 @@ class TransformersModel:
         self.ops = default_ops(self._device, model.dtype) if ops is None else ops
         # transformers looks tokens up itself: what the loop brings along is one column of zeros.
         self.embedding = torch.zeros(1, 1, device=self._device).expand(self.config.vocab_size, 1)
-        self._closed, self._changes_experts = False, False
+        self._closed, self._attached, self._changes_experts = False, True, False
         self._fusion: Fusion | None = None
         try:
             with torch.inference_mode():
@@ -213,12 +213,28 @@ class TransformersModel:
     def close(self) -> None:
         """Give the model its own attention back. Does nothing the second time."""
         if not self._closed:
+            self.detach()
             self._closed = True
             if self._fusion is not None:
                 self._fusion.undo()
+
+    def detach(self) -> None:
+        """Give the model its own attention back until ``attach``. Passes are refused meanwhile; replays of captured
+        steps are none, and go on. Does nothing the second time."""
+        if self._attached:
+            self._attached = False
             self.model.set_attn_implementation(self._own_implementation)
             if self._changes_experts:
                 self.model.set_experts_implementation(self._own_experts)
+
+    def attach(self) -> None:
+        """Put vattn's attention in the place of what the model's is by now. Does nothing the second time."""
+        if not self._attached:
+            self._own_implementation = implementations(self.model)
+            self._own_experts = self.model.get_experts_implementation()
+            self._attached = True
+            self._changes_experts = capturable_experts(self.model)
+            self._set_implementation()
 
     def __enter__(self) -> TransformersModel:
         return self
@@ -254,6 +270,8 @@ class TransformersModel:
     def _require_usable(self) -> None:
         if self._closed:
             raise ConfigError("this TransformersModel is closed: make a new one")
+        if not self._attached:
+            raise ConfigError("this TransformersModel is detached: attach() it")
         if self.model.training:
             raise ConfigError("the model is in training mode: call model.eval()")
 
