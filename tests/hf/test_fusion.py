@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -19,7 +20,7 @@ from vattn.ops.triton_support import unavailable
 
 WHOLE = {"layer": 4, "attention": 4, "mlp": 4, "norm": 9, "output": 1}
 SANDWICH = {**WHOLE, "norm": 17}
-EXPERTS = {"layer": 4, "attention": 4, "norm": 9, "output": 1}
+EXPERTS = {"layer": 4, "attention": 4, "experts": 4, "norm": 9, "output": 1}
 # Family -> (changes of its config, what is fused of four layers).
 FAMILIES = {
     "Llama": ({}, WHOLE),
@@ -122,7 +123,7 @@ def test_logits_in_bfloat16_are_as_near_as_the_models_own(name):
 
 
 @pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
-@pytest.mark.parametrize("name", ["Llama", "Qwen3", "Gemma 3", "Phi-3", "OLMo-2"])
+@pytest.mark.parametrize("name", ["Llama", "Qwen3", "Gemma 3", "Phi-3", "OLMo-2", "Mixtral"])
 def test_triton_kernels(name):
     """In the interpreter where there is no GPU."""
     one = {"num_hidden_layers": 1, **({"layer_types": ["sliding_attention"]} if name == "Gemma 3" else {})}
@@ -130,6 +131,22 @@ def test_triton_kernels(name):
     got, report = forced(make(name, **one), skinny(make(name, **one)), steps=2)
     assert report.fused == {kind: -(-count // 4) for kind, count in FAMILIES[name][1].items()}, str(report)
     torch.testing.assert_close(got, own, rtol=1e-4, atol=1e-4)
+
+
+def test_experts_of_many_tokens_are_the_models_own(monkeypatch):
+    model = make("Qwen3-MoE")
+    own, _ = forced(make("Qwen3-MoE"), fuse=False)
+    calls = []
+
+    def counted(*args, **kwargs):
+        calls.append(args[1].numel())
+        return reference_ops().experts(*args, **kwargs)
+
+    monkeypatch.setattr("vattn.hf.fused_parts.MOST_PAIRS", 16)
+    got, report = forced(model, replace(reference_ops(), experts=counted))
+    assert report.fused == EXPERTS
+    torch.testing.assert_close(got, own, rtol=1e-4, atol=1e-4)
+    assert max(calls) == 16  # of 84 in the prompts' pass
 
 
 @pytest.mark.parametrize("name", ["Llama", "Gemma 3", "Phi-3", "Qwen2", "Qwen3-MoE"])

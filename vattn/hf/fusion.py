@@ -20,7 +20,7 @@ from ..errors import ConfigError
 from ..ops.merge import adopt
 from ..ops.ops_table import Ops
 from .fused_layers import Attention, Layer
-from .fused_parts import Mlp, Norm, Output, Unfit, require_plain
+from .fused_parts import Experts, Mlp, Norm, Output, Unfit, require_plain
 from .fusion_check import Call, Oracle, Probe
 from .passes import Pass, current
 
@@ -30,10 +30,11 @@ _DIFFERS = "it computes something else than its fused form"
 _DRAWS = 3
 _CANDIDATES: dict[str, Callable[[nn.Module, Ops], Iterator[Any]]] = {
     "mlp": Mlp.candidates,
+    "experts": Experts.candidates,
     "norm": Norm.candidates,
     "output": Output.candidates,
 }
-_KINDS = ("layer", "attention", "mlp", "norm", "output")
+_KINDS = ("layer", "attention", "mlp", "experts", "norm", "output")
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,8 @@ class FusionReport:
     """What of a model was fused.
 
     Attributes:
-        fused: kind of part ("layer", "attention", "mlp", "norm", "output") -> how many. In a fused layer the sums
-            between its parts are fused too; the parts of one that is left are fused by themselves.
+        fused: kind of part ("layer", "attention", "mlp", "experts", "norm", "output") -> how many. In a fused layer the
+            sums between its parts are fused too; the parts of one that is left are fused by themselves.
         left: kind -> why -> how many stay the model's.
     """
 
@@ -161,7 +162,7 @@ class Fusion:
             if _kind(module, child) == kind:
                 parts[name] = self._part(kind, child)
                 inside |= set(child.modules()) if parts[name] else set()
-            elif kind == "mlp":
+            elif kind == "mlp" and not any(Experts.fits(each) for each in child.modules()):
                 self._left["mlp"]["its projections have other names"] += 1
         try:
             layer = self._whole(module, names, parts)
@@ -278,6 +279,8 @@ def _kind(model: nn.Module, module: nn.Module) -> str | None:
         return "attention"
     if Mlp.fits(module):
         return "mlp"
+    if Experts.fits(module):
+        return "experts"
     if Norm.fits(module):
         return "norm"
     outputs = getattr(model, "get_output_embeddings", lambda: None)()
