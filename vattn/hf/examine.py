@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,7 +17,16 @@ from .pass_attention import Recording
 from .passes import IMPLEMENTATIONS
 from .shapes import ConfiguredLayer, Shapes
 
-__all__ = ["Plan", "attention_layers", "checked", "implementations", "learnt", "positions", "refusing"]
+__all__ = [
+    "Plan",
+    "attention_layers",
+    "checked",
+    "implementations",
+    "learnt",
+    "positions",
+    "refusing",
+    "require_positions",
+]
 
 _HOLDER = "TransformersModel"
 LEAST_POSITIONS = 8  # more than are tried before the first pass
@@ -69,9 +77,15 @@ def checked(model: Any) -> PreTrainedConfig:
         )
     if not isinstance(getattr(text, "vocab_size", None), int):
         raise ConfigError(f"{type(text).__name__} has no vocab_size: it is of no model that generates tokens")
-    if "position_ids" not in inspect.signature(model.forward).parameters:
-        raise ConfigError(f"{name} takes no position_ids, so its sequences cannot share a pass: {_INSTEAD}")
+    if model.get_output_embeddings() is None:
+        raise ConfigError(f"{name} has no head that returns logits: load it with AutoModelForCausalLM")
     return text
+
+
+def require_positions(name: str, parameters: Mapping[str, Any]) -> None:
+    """ConfigError unless a model can be told where each token stands, by the parameters of its forward."""
+    if "position_ids" not in parameters:
+        raise ConfigError(f"{name} takes no position_ids, so its sequences cannot share a pass: {_INSTEAD}")
 
 
 def attention_layers(name: str, config: PreTrainedConfig) -> tuple[int, dict[int, ConfiguredLayer]]:

@@ -16,7 +16,7 @@ from ..layout import KVLayout
 from ..ops.ops_table import Ops
 from ..tuning import default_ops
 from .capturable import FixedRopes, capturable_experts
-from .examine import Plan, attention_layers, checked, implementations, learnt, positions, refusing
+from .examine import Plan, attention_layers, checked, implementations, learnt, positions, refusing, require_positions
 from .fusion import Fusion, FusionReport
 from .pass_attention import Recording, implementation_for, pass_layers
 from .passes import Pass, running
@@ -57,6 +57,7 @@ class TransformersModel:
         self._device = model.device
         num_layers, configured = attention_layers(self._name, self.config)
         self._parameters = inspect.signature(model.forward).parameters
+        require_positions(self._name, self._parameters)
         layers = pass_layers(num_layers, configured)
         self._cache = Cache(layers=list(layers))
         self._own_implementation, self._own_experts = implementations(model), model.get_experts_implementation()
@@ -67,7 +68,8 @@ class TransformersModel:
         self._fusion: Fusion | None = None
         try:
             with torch.inference_mode():
-                wanted = own_logits(model, self.config.vocab_size)
+                with refusing(self._name):
+                    wanted = own_logits(model, self.config.vocab_size)
                 self._ropes = FixedRopes(model)
                 self.max_seq_len = positions(self.config, max_seq_len, configured, self._ropes.limit)
                 self._changes_experts = capturable_experts(model)

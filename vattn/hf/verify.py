@@ -93,7 +93,7 @@ def _require_capturable(model: TransformersModel, step: Callable[[], object]) ->
                 raise
     except Exception as error:
         raise ConfigError(
-            f"a CUDA graph cannot capture {type(model.model).__name__}: {(raised or [error])[0]}; a layer waits for the "
-            "GPU or reads on the host, as those of some quantised weights do: load other weights, or use "
+            f"a CUDA graph cannot capture {type(model.model).__name__}: {(raised or [error])[0]}; a layer waits for "
+            "the GPU or reads on the host, as those of some quantised weights do: load other weights, or use "
             "vattn.hf.VirtualCache with its generate()"
         ) from error
