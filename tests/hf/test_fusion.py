@@ -219,6 +219,22 @@ def test_a_model_that_was_converted_is_refused():
             made.require_fit(cache)
 
 
+def test_a_hook_that_would_be_passed_over_is_refused():
+    """One of a fused layer itself, or of a module that is still called, runs."""
+    model = make("Qwen3-MoE")
+    layer, seen = model.model.layers[2], []
+    with TransformersModel(model, 128) as made:
+        for module in (layer, layer.mlp, layer.mlp.experts):
+            module.register_forward_pre_hook(lambda module, args: seen.append(module))
+        greedy(made)
+        assert set(seen) == {layer, layer.mlp, layer.mlp.experts}
+        hook = layer.self_attn.register_forward_hook(lambda module, args, out: (out[0] * 2, None))
+        with pytest.raises(ConfigError, match="Qwen3MoeAttention has hooks since it was fused"):
+            greedy(made)
+        hook.remove()
+        greedy(made)
+
+
 # -- what is left ----------------------------------------------------------------------------------------------------
 class Eps(nn.Module):
     """A norm with its epsilon outside of the root."""

@@ -19,7 +19,7 @@ from ..ops.merge import merge
 from ..ops.ops_table import Ops
 from ..ops.swiglu import ACTIVATIONS
 
-__all__ = ["Experts", "Merged", "Mlp", "Norm", "Output", "Unfit", "linears", "packed", "require_plain"]
+__all__ = ["Experts", "Merged", "Mlp", "Norm", "Output", "Unfit", "altered", "linears", "packed", "require_plain"]
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 

@@ -19,10 +19,10 @@ from .passes import Pass, running
 __all__ = ["Call", "Oracle", "Probe"]
 
 # Modules with more bytes of weights than this are not widened: what is computed in their own dtype is the measure.
-_WIDENED_BYTES = 1 << 29
+_WIDENED_BYTES = 1 << 27
 # Roundings of the largest number, in the module's dtype and in float32, that another order of sums may make where
 # nothing more exact is known.
-_ROUNDINGS = 8, 64
+_ROUNDINGS = 4, 64
 
 
 class _Rows:
