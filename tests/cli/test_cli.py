@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -276,7 +277,8 @@ def test_on_the_gpu(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
         (["--model", "MODEL", "fox", "--device", "cuda:99"], "(?i)cuda"),
         (["--model", "EMPTY", "fox"], "holds no weights"),
         (["--model", "ABSENT", "--attention", "torch-varlen", "fox"], "needs an NVIDIA GPU"),  # before the model
-        (["--model", "GPT2", "fox"], r"unknown architecture .*supported: llama"),
+        (["--model", "GPT2", "fox"], r"gpt2: the weights lack, or have in another shape, transformer\.h\.0\."),
+        (["--model", "ODD", "fox"], r"unknown architecture .*supported: llama"),
         (["--model", "ABSENT", "fox"], "no model at"),
         (["--dtype", "int3", "fox"], "invalid choice"),
         (["--frobnicate"], "unrecognized arguments"),
@@ -294,11 +296,14 @@ def test_exit_code_2_and_one_line(
     hf_llama().save_pretrained(tmp_path / "gpt2")
     config = json.loads((tmp_path / "gpt2" / "config.json").read_text())
     (tmp_path / "gpt2" / "config.json").write_text(json.dumps({**config, "model_type": "gpt2"}))
+    shutil.copytree(folder, tmp_path / "odd")
+    (tmp_path / "odd" / "config.json").write_text(json.dumps({**config, "model_type": "none-such"}))
     places = {
         "MODEL": folder,
         "ENDLESS": endless,
         "EMPTY": tmp_path / "empty",
         "GPT2": tmp_path / "gpt2",
+        "ODD": tmp_path / "odd",
         "ABSENT": tmp_path / "absent",
     }
     capfd.readouterr()  # saving the model above draws a progress bar

@@ -7,7 +7,7 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 from helpers.hf_families import MODELS, MORE  # noqa: E402
-from helpers.hf_models import make_model, prompt  # noqa: E402
+from helpers.hf_models import CACHE, MOVED, make_model, prompt  # noqa: E402
 
 from vattn import ConfigError, Engine, KVCache, Request  # noqa: E402
 from vattn.hf import TransformersModel  # noqa: E402
@@ -54,6 +54,10 @@ def together(engine, prompts=PROMPTS, new=NEW_TOKENS):
 def test_every_family(name):
     """Prompts of many lengths, whole and in parts, beside steps that decode, and with too little memory for all."""
     model = make_model(name, **CHANGES.get(name, {}))
+    if name in MOVED and CACHE != "cache":
+        with pytest.raises(ConfigError, match="computes attention by itself"):
+            TransformersModel(model)
+        return
     wanted = alone(model)
     assert len({token for tokens in wanted for token in tokens}) > 8, "these tokens say little"
     with TransformersModel(model) as ours:

@@ -264,7 +264,7 @@ BAD = {
     "own positions": (other(positions_of_its_own), "its logits over a cache are off by"),
     "encoder-decoder": (encoder_decoder, "is an encoder-decoder, TransformersModel takes decoder-only models"),
     "encoder": (lambda: make_encoder(), "says is_decoder=False"),
-    "recurrent": (recurrent, "no attention layers"),
+    "recurrent": (recurrent, "no attention layers|takes no cache"),
     "no head": (headless, "LlamaModel has no head"),
 }
 

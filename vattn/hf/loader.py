@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging
 
 from ..arguments import escaped
 from ..errors import ConfigError
@@ -32,15 +35,16 @@ def load(folder: Path, device: torch.device, dtype: torch.dtype, refused: Config
     if not known:
         raise refused
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype,
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
+        with _without_progress_bar():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
         model, loading = loaded
         missing = sorted(loading["missing_keys"]) + sorted(map(str, loading["mismatched_keys"]))
     except Exception as error:
@@ -48,3 +52,15 @@ def load(folder: Path, device: torch.device, dtype: torch.dtype, refused: Config
     if missing:  # transformers makes them up
         raise ConfigError(f"{folder}: the weights lack, or have in another shape, {escaped(', '.join(missing), 500)}")
     return TransformersModel(model.to(device).eval())
+
+
+@contextmanager
+def _without_progress_bar() -> Iterator[None]:
+    """What a command prints is its own."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
