@@ -338,6 +338,24 @@ def test_an_altered_module_is_left(alter, kind, reason, dtype):
         assert line in str(report).splitlines()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_module_too_large_to_be_widened_is_measured_by_itself(dtype, monkeypatch):
+    monkeypatch.setattr("vattn.hf.fusion_check._WIDENED_BYTES", 0)
+    for name in ("Llama", "Gemma 3"):
+        with TransformersModel(make(name).to(dtype), 128) as made:
+            assert made.report.fused == FAMILIES[name][1], str(made.report)
+    model = make("Granite", residual_multiplier=0.5).to(dtype)
+    for alter in (multiplier, eps):
+        alter(model)
+    with TransformersModel(model, 128) as made:
+        reason = "it computes something else than its fused form"
+        assert made.report.left == {
+            "layer": {reason: 3, "its input_layernorm is left, a Eps": 1},
+            "attention": {reason: 1},
+            "norm": {reason: 1},
+        }
+
+
 def test_a_multiplier_of_the_residual_leaves_the_layer_and_fuses_its_parts():
     model = make("Granite", residual_multiplier=0.3, embedding_multiplier=3.0)
     own, _ = forced(model, fuse=False)

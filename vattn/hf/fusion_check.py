@@ -22,7 +22,7 @@ __all__ = ["Call", "Oracle", "Probe"]
 _WIDENED_BYTES = 1 << 27
 # Roundings of the largest number, in the module's dtype and in float32, that another order of sums may make where
 # nothing more exact is known.
-_ROUNDINGS = 4, 64
+_ROUNDINGS = 8, 64
 
 
 class _Rows:
