@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from itertools import product
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ from vattn.ops.triton_support import unavailable
 
 WHOLE = {"layer": 4, "attention": 4, "mlp": 4, "norm": 9, "output": 1}
 SANDWICH = {**WHOLE, "norm": 17}
-EXPERTS = {"layer": 4, "attention": 4, "norm": 9, "output": 1}
+EXPERTS = {"layer": 4, "attention": 4, "experts": 4, "norm": 9, "output": 1}
 # Family -> (changes of its config, what is fused of four layers).
 FAMILIES = {
     "Llama": ({}, WHOLE),
@@ -49,16 +49,11 @@ def prompts():
     return [prompt(1, seed=i, length=length)[0].tolist() for i, length in enumerate(LENGTHS)]
 
 
-def skinny(model):
-    """Triton kernels, each product cut into tiles and partial sums where that is allowed."""
-    entries = {}
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            outputs, inputs = module.weight.shape
-            entries[outputs, inputs, False] = {16: LinearConfig(16, 32, 1 if outputs == model.config.vocab_size else 2)}
-    for outputs, gated in product((64, 96, 128, 192, 256, 768), (False, True)):
-        entries.setdefault((outputs, 64, gated), {16: LinearConfig(16, 32, 1 if gated else 2)})
-    return fused_ops(LinearTable(entries))
+class Skinny(LinearTable):
+    """A Triton kernel for every product of few tokens, in partial sums where that is allowed."""
+
+    def find(self, outputs, inputs, tokens, swiglu=False):
+        return LinearConfig(16, 32, 1 if swiglu else 2) if tokens <= 16 else None
 
 
 @torch.inference_mode()
@@ -122,14 +117,32 @@ def test_logits_in_bfloat16_are_as_near_as_the_models_own(name):
 
 
 @pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
-@pytest.mark.parametrize("name", ["Llama", "Qwen3", "Gemma 3", "Phi-3", "OLMo-2"])
-def test_triton_kernels(name):
+@pytest.mark.parametrize("name", ["Llama", "Qwen3", "Gemma 3", "Phi-3", "OLMo-2", "Mixtral"])
+def test_triton_kernels(name, monkeypatch):
     """In the interpreter where there is no GPU."""
-    one = {"num_hidden_layers": 1, **({"layer_types": ["sliding_attention"]} if name == "Gemma 3" else {})}
-    own, _ = forced(make(name, **one), fuse=False, steps=2)
-    got, report = forced(make(name, **one), skinny(make(name, **one)), steps=2)
+    monkeypatch.setattr("vattn.hf.fused_parts.MOST_PAIRS", 16)  # the interpreter is slow
+    small = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 40, "num_attention_heads": 2}
+    small |= {"num_key_value_heads": 1} | ({"layer_types": ["sliding_attention"]} if name == "Gemma 3" else {})
+    own, _ = forced(make(name, **small), fuse=False, steps=2)
+    got, report = forced(make(name, **small), fused_ops(Skinny({})), steps=2)
     assert report.fused == {kind: -(-count // 4) for kind, count in FAMILIES[name][1].items()}, str(report)
     torch.testing.assert_close(got, own, rtol=1e-4, atol=1e-4)
+
+
+def test_experts_of_many_tokens_are_the_models_own(monkeypatch):
+    model = make("Qwen3-MoE")
+    own, _ = forced(make("Qwen3-MoE"), fuse=False)
+    calls = []
+
+    def counted(*args, **kwargs):
+        calls.append(args[1].numel())
+        return reference_ops().experts(*args, **kwargs)
+
+    monkeypatch.setattr("vattn.hf.fused_parts.MOST_PAIRS", 16)
+    got, report = forced(model, replace(reference_ops(), experts=counted))
+    assert report.fused == EXPERTS
+    torch.testing.assert_close(got, own, rtol=1e-4, atol=1e-4)
+    assert max(calls) == 16  # of 84 in the prompts' pass
 
 
 @pytest.mark.parametrize("name", ["Llama", "Gemma 3", "Phi-3", "Qwen2", "Qwen3-MoE"])
@@ -204,6 +217,22 @@ def test_a_model_that_was_converted_is_refused():
         model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
         with pytest.raises(ConfigError, match="make a new"):
             made.require_fit(cache)
+
+
+def test_a_hook_that_would_be_passed_over_is_refused():
+    """One of a fused layer itself, or of a module that is still called, runs."""
+    model = make("Qwen3-MoE")
+    layer, seen = model.model.layers[2], []
+    with TransformersModel(model, 128) as made:
+        for module in (layer, layer.mlp, layer.mlp.experts):
+            module.register_forward_pre_hook(lambda module, args: seen.append(module))
+        greedy(made)
+        assert set(seen) == {layer, layer.mlp, layer.mlp.experts}
+        hook = layer.self_attn.register_forward_hook(lambda module, args, out: (out[0] * 2, None))
+        with pytest.raises(ConfigError, match="Qwen3MoeAttention has hooks since it was fused"):
+            greedy(made)
+        hook.remove()
+        greedy(made)
 
 
 # -- what is left ----------------------------------------------------------------------------------------------------
@@ -307,6 +336,24 @@ def test_an_altered_module_is_left(alter, kind, reason, dtype):
     assert report.fused["layer"] >= 3
     for line in (f"{kind}: {WHOLE[kind] - 1} fused, 1 left", f"  1 left: {reason}"):
         assert line in str(report).splitlines()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_module_too_large_to_be_widened_is_measured_by_itself(dtype, monkeypatch):
+    monkeypatch.setattr("vattn.hf.fusion_check._WIDENED_BYTES", 0)
+    for name in ("Llama", "Gemma 3"):
+        with TransformersModel(make(name).to(dtype), 128) as made:
+            assert made.report.fused == FAMILIES[name][1], str(made.report)
+    model = make("Granite", residual_multiplier=0.5).to(dtype)
+    for alter in (multiplier, eps):
+        alter(model)
+    with TransformersModel(model, 128) as made:
+        reason = "it computes something else than its fused form"
+        assert made.report.left == {
+            "layer": {reason: 3, "its input_layernorm is left, a Eps": 1},
+            "attention": {reason: 1},
+            "norm": {reason: 1},
+        }
 
 
 def test_a_multiplier_of_the_residual_leaves_the_layer_and_fuses_its_parts():

@@ -89,7 +89,7 @@ def test_another_thread_runs_the_model_meanwhile(model, ours):
 
 def test_a_pass_that_fails_leaves_the_model_to_others(model, ours):
     wanted = logits(model, TEXT)
-    hook = model.model.layers[2].mlp.register_forward_pre_hook(lambda *_: 1 / 0)
+    hook = model.model.layers[2].register_forward_pre_hook(lambda *_: 1 / 0)
     with Engine(ours, max_batch=2) as engine:
         (failed,) = engine.generate([Request(TEXT[0].tolist(), max_new_tokens=3)])
     hook.remove()

@@ -1,4 +1,4 @@
-"""Norms and products of a transformers model as a pass computes them: fused operations over merged weights.
+"""Norms, products and experts of a transformers model as a pass computes them: fused operations over merged weights.
 
 Parts are found by the names that checkpoints fix (``q_proj``, ``gate_up_proj``, ``input_layernorm``, …). What such a
 module computes beside that is not read from its code: ``candidates`` gives what it may be, and ``vattn.hf.fusion``
@@ -7,18 +7,19 @@ takes one that gives what the module gives.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..ops.experts import MOST_PAIRS
 from ..ops.merge import merge
 from ..ops.ops_table import Ops
 from ..ops.swiglu import ACTIVATIONS
 
-__all__ = ["Merged", "Mlp", "Norm", "Output", "Unfit", "linears", "packed", "require_plain"]
+__all__ = ["Experts", "Merged", "Mlp", "Norm", "Output", "Unfit", "altered", "linears", "packed", "require_plain"]
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -204,3 +205,41 @@ class Mlp:
     def gated(self, x: torch.Tensor) -> torch.Tensor:
         """``[T, intermediate]``, what the last projection takes."""
         return self.ops.linear_swiglu(x, self.gate_up.weight, self.gate_up.bias, self.activation)
+
+
+# -- experts ---------------------------------------------------------------------------------------------------------
+@dataclass
+class Experts:
+    """What the experts give that a router chose; for many tokens the model's own."""
+
+    ops: Ops
+    gate_up: torch.Tensor
+    down: torch.Tensor
+    activation: str
+    own: Callable[..., torch.Tensor]
+
+    @staticmethod
+    def fits(module: nn.Module) -> bool:
+        """Whether it has the weights of all experts as two tensors."""
+        weights = (getattr(module, name, None) for name in ("gate_up_proj", "down_proj"))
+        return all(isinstance(weight, nn.Parameter) and weight.dim() == 3 for weight in weights)
+
+    @classmethod
+    def candidates(cls, module: nn.Module, ops: Ops) -> Iterator[Experts]:
+        """One for each activation."""
+        gate_up, down = module.get_parameter("gate_up_proj"), module.get_parameter("down_proj")
+        _require_weight("gate_up_proj", gate_up)
+        _require_weight("down_proj", down)
+        count, hidden, size = down.shape
+        if gate_up.shape != (count, 2 * size, hidden) or len(list(module.parameters())) > 2:
+            raise Unfit("its experts have biases, or weights of other shapes than [experts, outputs, inputs]")
+        for activation in ACTIVATIONS:
+            yield cls(ops, gate_up.detach(), down.detach(), activation, module.forward)
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """In place of the module's."""
+        if top_k_index.numel() > MOST_PAIRS:
+            return self.own(hidden_states, top_k_index, top_k_weights)
+        return self.ops.experts(hidden_states, top_k_index, top_k_weights, self.gate_up, self.down, self.activation)

@@ -20,7 +20,7 @@ from ..errors import ConfigError
 from ..ops.merge import adopt
 from ..ops.ops_table import Ops
 from .fused_layers import Attention, Layer
-from .fused_parts import Mlp, Norm, Output, Unfit, require_plain
+from .fused_parts import Experts, Mlp, Norm, Output, Unfit, altered, require_plain
 from .fusion_check import Call, Oracle, Probe
 from .passes import Pass, current
 
@@ -30,10 +30,11 @@ _DIFFERS = "it computes something else than its fused form"
 _DRAWS = 3
 _CANDIDATES: dict[str, Callable[[nn.Module, Ops], Iterator[Any]]] = {
     "mlp": Mlp.candidates,
+    "experts": Experts.candidates,
     "norm": Norm.candidates,
     "output": Output.candidates,
 }
-_KINDS = ("layer", "attention", "mlp", "norm", "output")
+_KINDS = ("layer", "attention", "mlp", "experts", "norm", "output")
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,8 @@ class FusionReport:
     """What of a model was fused.
 
     Attributes:
-        fused: kind of part ("layer", "attention", "mlp", "norm", "output") -> how many. In a fused layer the sums
-            between its parts are fused too; the parts of one that is left are fused by themselves.
+        fused: kind of part ("layer", "attention", "mlp", "experts", "norm", "output") -> how many. In a fused layer the
+            sums between its parts are fused too; the parts of one that is left are fused by themselves.
         left: kind -> why -> how many stay the model's.
     """
 
@@ -87,6 +88,7 @@ class Fusion:
         self._ops = ops
         self._overridden: list[nn.Module] = []
         self._addresses: dict[nn.Module, dict[str, int]] = {}
+        self._skipped: set[nn.Module] = set()
         self._fused: Counter[str] = Counter()
         self._left: dict[str, Counter[str]] = {kind: Counter() for kind in _KINDS}
         device = next(model.parameters()).device
@@ -99,19 +101,27 @@ class Fusion:
         except BaseException:
             self.undo()
             raise
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # what the checks took is wanted for K and V, which are not torch's
         self.report = FusionReport(
             {kind: self._fused[kind] for kind in _KINDS if self._fused[kind]},
             {kind: dict(reasons) for kind, reasons in self._left.items() if reasons},
         )
 
-    def require_unmoved(self) -> None:
-        """Refuse a model whose weights are others than those that were merged.
+    def require_unchanged(self) -> None:
+        """Refuse a model whose weights are others than those that were fused, or whose parts were altered since.
 
         Raises:
-            ConfigError: it was moved, converted or loaded anew.
+            ConfigError: it was moved, converted or loaded anew; a part that is not called any more got a hook.
         """
         if any(_addresses(module) != addresses for module, addresses in self._addresses.items()):
             raise ConfigError("the model was moved, converted or loaded since its parts were fused; make a new one")
+        for module in self._skipped:
+            if reason := altered(module):
+                raise ConfigError(
+                    f"a {type(module).__name__} {reason} since it was fused into what it is a part of, which does not "
+                    "call it; make a new one"
+                )
 
     def undo(self) -> None:
         """Give every module its own forward back. Parameters stay views of merged weights, of the same values."""
@@ -119,6 +129,7 @@ class Fusion:
             vars(module).pop("forward", None)
         self._overridden.clear()
         self._addresses.clear()
+        self._skipped.clear()
 
     # -- one after the other ---------------------------------------------------------------------------------------
     def _fuse(self, model: nn.Module, tokens: torch.Tensor, forward: Callable[[torch.Tensor, Pass], Any]) -> None:
@@ -142,6 +153,7 @@ class Fusion:
         if unknown := len(probe.asked) - self._fused["attention"] - self._left["attention"].total():
             self._left["attention"]["its projections have other names"] += unknown
         del self._calls
+        self._addresses = {module: _addresses(module) for module in self._overridden}
 
     def _note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if module in self._calls:
@@ -161,7 +173,7 @@ class Fusion:
             if _kind(module, child) == kind:
                 parts[name] = self._part(kind, child)
                 inside |= set(child.modules()) if parts[name] else set()
-            elif kind == "mlp":
+            elif kind == "mlp" and not any(Experts.fits(each) for each in child.modules()):
                 self._left["mlp"]["its projections have other names"] += 1
         try:
             layer = self._whole(module, names, parts)
@@ -253,7 +265,8 @@ class Fusion:
             return own(*args, **kwargs) if current() is None else part.forward(*args, **kwargs)
 
         self._overridden.append(module)
-        self._addresses[module] = _addresses(module)
+        called = {child for each in vars(part).values() if isinstance(each, nn.Module) for child in each.modules()}
+        self._skipped |= set(module.modules()) - called - {module}
         module.forward = forward
 
 
@@ -278,6 +291,8 @@ def _kind(model: nn.Module, module: nn.Module) -> str | None:
         return "attention"
     if Mlp.fits(module):
         return "mlp"
+    if Experts.fits(module):
+        return "experts"
     if Norm.fits(module):
         return "norm"
     outputs = getattr(model, "get_output_embeddings", lambda: None)()

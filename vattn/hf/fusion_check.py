@@ -19,9 +19,10 @@ from .passes import Pass, running
 __all__ = ["Call", "Oracle", "Probe"]
 
 # Modules with more bytes of weights than this are not widened: what is computed in their own dtype is the measure.
-_WIDENED_BYTES = 1 << 29
-# Roundings of the largest number that another order of sums may make, where nothing more exact is known.
-_ROUNDINGS = 8
+_WIDENED_BYTES = 1 << 27
+# Roundings of the largest number, in the module's dtype and in float32, that another order of sums may make where
+# nothing more exact is known.
+_ROUNDINGS = 8, 64
 
 
 class _Rows:
@@ -201,11 +202,11 @@ class Oracle:
         except Exception:  # it expects other arguments than this module gets
             return False
         exact = self.own if self.exact is None else self.exact
-        roundings = 1 if self.exact is not None else _ROUNDINGS
+        roundings = (1, 4) if self.exact is not None else _ROUNDINGS
         return all(_near(*each, roundings) for each in zip(got, self.own, exact, strict=True))
 
 
-def _near(got: torch.Tensor, own: torch.Tensor, exact: torch.Tensor, roundings: int) -> bool:
+def _near(got: torch.Tensor, own: torch.Tensor, exact: torch.Tensor, roundings: tuple[int, int]) -> bool:
     if got.shape != own.shape or got.dtype != own.dtype:
         return False
     exact = exact.to(torch.promote_types(exact.dtype, torch.float32))
@@ -213,6 +214,6 @@ def _near(got: torch.Tensor, own: torch.Tensor, exact: torch.Tensor, roundings: 
     size = exact.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(exact.dtype).tiny)
     error, allowed = ((each.to(exact.dtype) - exact).abs() / size for each in (got, own))
     # Where the module's own error happens to be nothing, a last rounding and those of float32 are not refused.
-    rounding = roundings * torch.finfo(got.dtype).eps + 4 * torch.finfo(torch.float32).eps
+    rounding = roundings[0] * torch.finfo(got.dtype).eps + roundings[1] * torch.finfo(torch.float32).eps
     largest = error.amax() <= 2 * allowed.amax() + rounding
     return bool((largest & (error.mean() <= 1.5 * allowed.mean() + rounding / 8)).item())

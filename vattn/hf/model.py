@@ -142,7 +142,7 @@ class TransformersModel:
         if now != self._device:
             raise ConfigError(f"the model was moved from {self._device} to {now}: make a new TransformersModel")
         if self._fusion is not None:
-            self._fusion.require_unmoved()
+            self._fusion.require_unchanged()
         if self._device != cache.device:
             raise ConfigError(f"the model is on {self._device}, the cache on {cache.device}")
 

@@ -12,6 +12,7 @@ import torch
 from .add_rms_norm import add_rms_norm, add_rms_norm_reference
 from .advance import advance, advance_reference
 from .begin_step import begin_step, begin_step_reference
+from .experts import experts, experts_reference
 from .host_linear import host_linear
 from .host_sampling import sample_tokens_eager
 from .rope_append import rope_append, rope_append_reference
@@ -42,6 +43,7 @@ class Ops:
     linear: Callable[..., torch.Tensor]
     linear_add: Callable[..., None]
     linear_swiglu: Callable[..., torch.Tensor]
+    experts: Callable[..., torch.Tensor]
     sample_tokens: Callable[..., None]
     advance: Callable[..., None]
     name: str
@@ -122,6 +124,7 @@ def reference_ops() -> Ops:
         linear=_linear_reference,
         linear_add=_linear_add_reference,
         linear_swiglu=_linear_swiglu_reference,
+        experts=experts_reference,
         sample_tokens=sample_tokens_eager,
         advance=advance_reference,
         name="reference",
@@ -146,6 +149,7 @@ def fused_ops(table: LinearTable | None = None) -> Ops:
         linear=table.linear,
         linear_add=_linear_add,
         linear_swiglu=table.linear_swiglu,
+        experts=option(experts),
         sample_tokens=sample_tokens,
         advance=advance,
         name="fused",
