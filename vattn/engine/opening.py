@@ -59,16 +59,28 @@ def attention_for_prompts(model: RuntimeModel, cache: KVCache, new: int) -> Atte
 
 
 def opened_cache(
-    model: RuntimeModel, attention: AttentionBackend | None, max_batch: int, memory_limit: int | None
+    model: RuntimeModel,
+    attention: AttentionBackend | None,
+    max_batch: int,
+    memory_limit: int | None,
+    max_over_read: int | None = None,
 ) -> KVCache:
     """For so many sequences of the model's whole context, and the slot that a decode loop takes; with the margin that
-    ``attention`` wants, or what is fastest for prompts and for decode."""
+    ``attention`` wants, or what is fastest for prompts and for decode, of what reads ``max_over_read`` rows past the
+    end at most."""
     layout, device, features = model.kv_layout(), model.device, features_of(model)
     if attention is None:
         wanted = [
-            default_attention(layout, device, model.num_heads, new=BUDGETS[device.type][1], features=features),
+            default_attention(
+                *(layout, device, model.num_heads),
+                new=BUDGETS[device.type][1],
+                max_over_read=max_over_read,
+                features=features,
+            ),
             default_decode(
-                *(layout, device, max_batch, min(TYPICAL_LEN, layout.max_seq_len), model.num_heads), features=features
+                *(layout, device, max_batch, min(TYPICAL_LEN, layout.max_seq_len), model.num_heads),
+                max_over_read=max_over_read,
+                features=features,
             ),
         ]
     else:

@@ -26,6 +26,7 @@ from ..memory.tensors import upload
 
 __all__ = ["CapturedSteps"]
 
+_PASS_TOKENS = 4096  # of prompts; more make a pass hardly faster, and its intermediate results take memory
 # A miss costs up to a step; a hit gains what the host takes between two steps, a tenth of a large model's step.
 _MISS, _FIRST_CREDIT, _MOST_CREDIT = 8, 12, 32
 
@@ -70,7 +71,8 @@ class CapturedSteps:
     def __init__(self, model: RuntimeModel, max_batch: int, memory_limit: int | None, run_ahead: bool) -> None:
         self.model, self.max_batch = model, max_batch
         on_gpu = model.device.type == "cuda"
-        self.cache = opened_cache(model, None, 2 * max_batch, memory_limit)
+        # A margin behind every sequence would take more memory than faster attention over prompts is worth here.
+        self.cache = opened_cache(model, None, 2 * max_batch, memory_limit, max_over_read=0)
         try:
             self._loop = DecodeLoop(
                 model,
@@ -83,7 +85,7 @@ class CapturedSteps:
         except BaseException:
             self.cache.close()
             raise
-        self._budget = BUDGETS[model.device.type][1]
+        self._budget = min(BUDGETS[model.device.type][1], _PASS_TOKENS)
         prompts = attention_for_prompts(model, self.cache, self._budget)
         self._passes = PrefillPasses(model, self.cache, prompts, self._loop.stream, self._loop.own_slot)
         self._owners: weakref.WeakValueDictionary[int, SlotOwner] = weakref.WeakValueDictionary()  # oldest first
