@@ -10,7 +10,6 @@ Only the model that was given changes, by two attributes of the object, ``forwar
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
 import threading
 import warnings
@@ -29,6 +28,7 @@ from .captured_steps import CapturedSteps
 from .examine_generation import call_reason, fingerprint, model_reason, padding_of, result_class
 from .generation_cache import GenerationCache
 from .model import TransformersModel
+from .shadow import Shadow
 
 __all__ = ["Accelerated", "accelerate"]
 
@@ -88,7 +88,7 @@ class Accelerated:
             raise ConfigError(f"accelerate takes a model of transformers that generates, got a {type(model).__name__}")
         if getattr(model.config, "is_encoder_decoder", False):
             raise ConfigError(f"{type(model).__name__} is an encoder-decoder, accelerate takes decoders")
-        if any(isinstance(vars(model).get(name), _Shadow) for name in _SHADOWED):
+        if any(isinstance(vars(model).get(name), Shadow) for name in _SHADOWED):
             raise ConfigError(f"this {type(model).__name__} is accelerated already: restore() that first")
         self._max_length = None if max_length is None else require_int("max_length", max_length, 1)
         self._max_batch = require_int("max_batch", max_batch, 1)
@@ -110,8 +110,8 @@ class Accelerated:
         self._forward: Callable[..., Any] = model.forward
         self._generate: Callable[..., Any] = getattr(model, "generate")  # noqa: B009
         self._shadows = {
-            "forward": _Shadow(self._forward, self._on_forward),
-            "generate": _Shadow(self._generate, self._on_generate),
+            "forward": Shadow(self._forward, self._on_forward),
+            "generate": Shadow(self._generate, self._on_generate),
         }
         for name, shadow in self._shadows.items():
             setattr(model, name, shadow)
@@ -328,25 +328,6 @@ class Accelerated:
         if reason not in self.reasons:
             self.reasons.append(reason)
             warnings.warn(f"accelerate: the model's own forward decodes here, because {reason}", stacklevel=5)
-
-
-class _Shadow:
-    """Stands for a method of a model, on the object alone. A copy of the model gets the method itself."""
-
-    def __init__(self, method: Callable[..., Any], call: Callable[..., Any]) -> None:
-        functools.update_wrapper(self, method)
-        self.on = True
-        self._method, self._call = method, call
-
-    @functools.partial(torch.compiler.disable, recursive=False)  # what is compiled inside stays so
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return (self._call if self.on else self._method)(*args, **kwargs)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return copy.deepcopy(self._method, memo)
-
-    def __reduce__(self) -> Any:
-        raise ConfigError("an accelerated model cannot be pickled: restore() it first, or use save_pretrained")
 
 
 def _tokens(ids: Any) -> list[int]:

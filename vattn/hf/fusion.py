@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import wraps
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from .fused_layers import Attention, Layer
 from .fused_parts import Experts, Mlp, Norm, Output, Unfit, altered, require_plain
 from .fusion_check import Call, Oracle, Probe
 from .passes import Pass, current
+from .shadow import Shadow
 
 __all__ = ["Fusion", "FusionReport"]
 
@@ -260,14 +260,13 @@ class Fusion:
     def _override(self, module: nn.Module, part: Any) -> None:
         own = module.forward
 
-        @wraps(own)
         def forward(*args: Any, **kwargs: Any) -> Any:
             return own(*args, **kwargs) if current() is None else part.forward(*args, **kwargs)
 
         self._overridden.append(module)
         called = {child for each in vars(part).values() if isinstance(each, nn.Module) for child in each.modules()}
         self._skipped |= set(module.modules()) - called - {module}
-        module.forward = forward
+        module.forward = Shadow(own, forward)
 
 
 def _addresses(module: nn.Module) -> dict[str, int]:
