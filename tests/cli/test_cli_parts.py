@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import io
 import os
+import time
+from contextlib import redirect_stdout
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from rich.table import Table
 
+from vattn.cli.display import LineDisplay, LiveDisplay
 from vattn.cli.options import parse_bytes, parse_whole, parser
 from vattn.cli.report import format_bytes, show
 from vattn.cli.text import one_line, printable
 from vattn.cli.threads import num_threads
 from vattn.errors import ConfigError
+from vattn.stats import CacheStats
 
 pytest.importorskip("transformers")
 
@@ -156,3 +162,45 @@ def test_threads_within_affinity_and_quota(
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     assert num_threads(tmp_path) == expected
+
+
+@pytest.mark.parametrize("kind", ["live", "lines"])
+def test_a_long_text_is_shown_in_linear_time(kind: str) -> None:
+    """A step's cost grew with the texts: of 64 prompts of 2,000 tokens it was more than a GPU's decode step."""
+
+    def seconds(num_steps: int) -> float:
+        with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
+            console = Console(file=nowhere, force_terminal=True, width=100, height=50)
+            display = LiveDisplay(console, ["a", "b"]) if kind == "live" else LineDisplay(["a", "b"])
+            stats = CacheStats(**{field.name: 0 for field in fields(CacheStats)})
+            with display:
+                start = time.thread_time()
+                for step in range(num_steps):
+                    for index in range(2):
+                        display.add(index, " word")
+                    display.progress(step, stats)
+                return time.thread_time() - start
+
+    assert min(seconds(30_000) for _ in range(2)) < 40 * min(seconds(3_000) for _ in range(2))
+
+
+def test_what_a_live_display_shows(tmp_path: Path) -> None:
+    with (tmp_path / "screen").open("w+") as file:
+        with LiveDisplay(Console(file=file, force_terminal=True, width=40, height=50), ["one", "two"]) as display:
+            for word in range(500):
+                display.add(0, f" {word}")
+                display.add(1, "\nfox\x1b[2J")
+            rows = display._render()
+            display.finish(0)
+        file.seek(0)
+        written = file.read()
+    screen = Console(width=40)
+    with screen.capture() as capture:
+        screen.print(rows)
+    first, second, status = (line.rstrip() for line in capture.get().splitlines())
+    assert first.startswith("1 …")
+    assert first.endswith(" 497 498 499")
+    assert second.endswith("fox�[2J fox�[2J")
+    assert status == "waiting for the first token"
+    assert " ".join(map(str, range(8))) in written
+    assert "\x1b[2J" not in written

@@ -27,6 +27,7 @@ __all__ = ["Display", "LineDisplay", "LiveDisplay", "display_for"]
 
 # Signals that end or stop a process by default: of kill, a closed terminal, Ctrl-\, Ctrl-Z. Ctrl-C is an exception.
 _ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP)
+_TAIL_CHARACTERS = 2000  # of a text, kept to draw its end: more than a line of any terminal
 
 
 class Display:
@@ -57,7 +58,7 @@ class LineDisplay(Display):
     def __init__(self, prompts: Sequence[str], quiet: bool = False) -> None:
         self._prompts = prompts
         self._quiet = quiet
-        self._partial = [""] * len(prompts)
+        self._partial: list[list[str]] = [[] for _ in prompts]  # pieces of the line that is not complete
 
     def __enter__(self) -> Self:
         if len(self._prompts) > 1 and not self._quiet:
@@ -66,31 +67,40 @@ class LineDisplay(Display):
         return self
 
     def add(self, index: int, piece: str) -> None:
-        *lines, self._partial[index] = (self._partial[index] + printable(piece)).split("\n")
+        more, *lines = printable(piece).split("\n")
+        self._partial[index].append(more)
         for line in lines:
-            self._print(index, line)
+            self._end_line(index)
+            self._partial[index].append(line)
 
     def finish(self, index: int) -> None:
-        if self._partial[index]:
-            self._print(index, self._partial[index])
-            self._partial[index] = ""
+        if any(self._partial[index]):
+            self._end_line(index)
+
+    def _end_line(self, index: int) -> None:
+        self._print(index, "".join(self._partial[index]))
+        self._partial[index].clear()
 
     def _print(self, index: int, line: str) -> None:
         print(f"[{index + 1}] {line}".rstrip() if len(self._partial) > 1 else line, flush=True)
 
 
 class LiveDisplay(Display):
-    """The last words of every running prompt, above a line of figures. Completed texts scroll away above both."""
+    """The last words of every running prompt, above a line of figures. Completed texts scroll away above both.
+
+    It is drawn a few times a second. What is told of tokens and steps in between costs the same however long the texts.
+    """
 
     def __init__(self, console: Console, prompts: Sequence[str]) -> None:
         self._console = console
         self._prompts = prompts
-        self._texts = [""] * len(prompts)
+        self._pieces: list[list[str]] = [[] for _ in prompts]
+        self._tails = [""] * len(prompts)
         self._running: set[int] = set()
         self._num_done = 0
         self._start = time.perf_counter()
-        self._status = Text("waiting for the first token", style="dim")
-        self._live = Live(self._render(), console=console, refresh_per_second=8, transient=True)
+        self._latest: tuple[int, CacheStats] | None = None
+        self._live = Live(get_renderable=self._render, console=console, refresh_per_second=8, transient=True)
         self._exit = ExitStack()
 
     def __enter__(self) -> Self:
@@ -104,36 +114,44 @@ class LiveDisplay(Display):
         self._exit.close()
 
     def add(self, index: int, piece: str) -> None:
-        self._texts[index] += printable(piece)
+        shown = printable(piece)
+        self._pieces[index].append(shown)
+        self._tails[index] = (self._tails[index] + shown)[-_TAIL_CHARACTERS:]
         self._running.add(index)
 
     def finish(self, index: int) -> None:
         self._running.discard(index)
         self._num_done += 1
         self._console.print(Rule(Text(one_line(self._prompts[index], 60), style="bold"), align="left"))
-        self._console.print(Text(self._texts[index].strip()), end="\n\n")
+        self._console.print(Text("".join(self._pieces[index]).strip()), end="\n\n")
 
     def progress(self, num_tokens: int, stats: CacheStats) -> None:
+        self._latest = num_tokens, stats
+
+    def _status(self) -> Text:
+        if self._latest is None:
+            return Text("waiting for the first token", style="dim")
+        num_tokens, stats = self._latest
         seconds = time.perf_counter() - self._start
         num_waiting = len(self._prompts) - len(self._running) - self._num_done
-        self._status = Text(
+        return Text(
             f"{num_tokens} tokens, {num_tokens / seconds:.1f} tok/s · "
             f"{len(self._running)} running, {num_waiting} waiting, {self._num_done} done · "
             f"mapped {format_bytes(stats.mapped_bytes)} of {format_bytes(stats.reserved_bytes)} reserved, "
             f"wasted {format_bytes(stats.waste_bytes)}",
             style="cyan",
         )
-        self._live.update(self._render())
 
     def _render(self) -> Group:
+        """In the thread that draws, too."""
         table = Table.grid(padding=(0, 1))
         table.add_column(style="dim", justify="right")
         table.add_column(overflow="ellipsis", no_wrap=True)
         width = max(20, self._console.width - 6)
         shown = sorted(self._running)[: max(1, self._console.height - 3)]
         for index in shown:
-            table.add_row(str(index + 1), Text(one_line(self._texts[index], width, tail=True)))
-        return Group(table, self._status)
+            table.add_row(str(index + 1), Text(one_line(self._tails[index], width, tail=True)))
+        return Group(table, self._status())
 
 
 def display_for(prompts: Sequence[str], *, quiet: bool) -> Display:

@@ -46,13 +46,13 @@ class _Answer:
     prompt: str
     prompt_tokens: list[int]
     tokens: list[int] = field(default_factory=list)
-    text: str = ""
+    pieces: list[str] = field(default_factory=list)
     finish_reason: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return {
             "prompt": self.prompt,
-            "text": self.text,
+            "text": "".join(self.pieces),
             "num_prompt_tokens": len(self.prompt_tokens),
             "num_new_tokens": len(self.tokens),
             "tokens": self.tokens,
@@ -199,7 +199,7 @@ def _run(
             piece = stream.push(new.token)
             if new.finish_reason is not None:
                 piece += stream.finish()
-            answer.text += piece
+            answer.pieces.append(piece)
             display.add(new.request_id, piece)
             if new.finish_reason is not None:
                 answer.finish_reason = new.finish_reason
