@@ -163,19 +163,22 @@ def run_case(records: Records, name: str, model: PreTrainedModel, batch: int, re
 
         records.add(label, "vattn-virtual-cache", "generate_step", "ms", over_virtual_cache())
     for system, fuse in (("vattn-capture-only", False), ("vattn", True)):
-        with records.going_on(f"{label} {system}"), Memory() as memory:
-            with accelerate(model, CONTEXT + NEW, max_batch=batch, fuse=fuse) as fast:
-                records.add(label, system, "generate_step", "ms", step_ms(case, repeats))
-                if on_gpu:
-                    graphs = sum(each.device_bytes for each in fast.graphs)
-                    assert fast.kv_cache is not None
-                    pages = fast.kv_cache.stats().peak_physical_bytes
-                    records.add(label, system, "peak_memory", "MiB", [memory.most(pages)])
-                    records.add(label, system, "graph_memory", "MiB", [graphs / MIB])
-                hits, misses = fast.num_ahead
-                print(f"{hits} steps ahead were right, {misses} were not; {fast.reasons}", flush=True)
-                if fuse and fast.transformers_model is not None:
-                    print(fast.transformers_model.report, flush=True)
+        with (
+            records.going_on(f"{label} {system}"),
+            Memory() as memory,
+            accelerate(model, CONTEXT + NEW, max_batch=batch, fuse=fuse) as fast,
+        ):
+            records.add(label, system, "generate_step", "ms", step_ms(case, repeats))
+            if on_gpu:
+                graphs = sum(each.device_bytes for each in fast.graphs)
+                assert fast.kv_cache is not None
+                pages = fast.kv_cache.stats().peak_physical_bytes
+                records.add(label, system, "peak_memory", "MiB", [memory.most(pages)])
+                records.add(label, system, "graph_memory", "MiB", [graphs / MIB])
+            hits, misses = fast.num_ahead
+            print(f"{hits} steps ahead were right, {misses} were not; {fast.reasons}", flush=True)
+            if fuse and fast.transformers_model is not None:
+                print(fast.transformers_model.report, flush=True)
     if on_gpu:
         add_limit(records, label, model, batch)
     if on_gpu and name in COMPILED:
