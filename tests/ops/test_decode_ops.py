@@ -44,6 +44,17 @@ def test_begin_step(device, dtype, batch, hidden):
         assert fed[i] == tokens[slot]
 
 
+def test_begin_step_without_embeddings(device):
+    """A column of zeros for a model that looks tokens up itself: one number, expanded."""
+    slots, tokens, lengths = (
+        torch.tensor(each, dtype=torch.int32, device=device) for each in ([2, 0], [5, 6, 7], [1, 2, 3])
+    )
+    rows, ends, fed = torch.full((3, 2), -5, dtype=torch.int32, device=device)
+    residual = torch.full((2, 1), NAN, device=device)
+    begin_step(slots, tokens, lengths, torch.zeros(1, 1, device=device).expand(50, 1), residual, rows, ends, fed)
+    assert [each.tolist() for each in (rows, ends, fed, residual)] == [[3, 1], [4, 2], [7, 5], [[0.0], [0.0]]]
+
+
 # -- advance ---------------------------------------------------------------------------------------------------------
 def advance_by_hand(sampled, slots, tokens, lengths, remaining, stop_tokens, flags, counts, counter, ring):
     step = counter[0] % len(ring)

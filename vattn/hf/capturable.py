@@ -42,11 +42,12 @@ class FixedRopes:
                 continue
             fixed = dict.fromkeys(kinds, "default") if isinstance(kinds, dict) else "default"
             self._values.append((module, "rope_type", fixed))
-            self._values += [
-                (module, name, buffer.clone())
-                for name, buffer in module.named_buffers(recurse=False)
-                if name.endswith("inv_freq")
-            ]
+            with torch.inference_mode(False):  # transformers may write to them in place, outside of it
+                self._values += [
+                    (module, name, buffer.clone())
+                    for name, buffer in module.named_buffers(recurse=False)
+                    if name.endswith("inv_freq")
+                ]
             limits.append(_first_context(module))
         self.limit: int | None = min(limits, default=None)
 
