@@ -119,7 +119,7 @@ def test_a_model_that_the_engine_was_given(model):
     with pytest.raises(ConfigError, match="open the cache with"):
         Engine(model, KVCache(KVLayout(2, 2, 16, 64, torch.float32), 3, "cpu"))
     assert model.config._attn_implementation == implementation
-    with pytest.raises(ConfigError, match="or as transformers loads it, not a dict"):
+    with pytest.raises(ConfigError, match=r"as transformers loads it or .* not a dict"):
         Engine({})
 
 

@@ -169,17 +169,25 @@ def test_rope_append(draw, device, dtype, order, norms, heads, kv_heads, head_di
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("norms", [False, True])
 @pytest.mark.parametrize(("head_dim", "rotary_dim", "many"), [(64, 64, False), (80, 32, False), (24, 6, True)])
-def test_rope_append_with_angles_of_each_token(draw, device, dtype, norms, head_dim, rotary_dim, many, monkeypatch):
-    """As transformers hands them in, for a part of the dimensions perhaps, with norms whose weights lack one."""
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rope_append_with_angles_of_each_token(
+    draw, device, dtype, norms, head_dim, rotary_dim, many, interleaved, monkeypatch
+):
+    """For a part of the dimensions perhaps, with norms whose weights lack one."""
     monkeypatch.setattr(rope_module, "_MANY_TOKENS", 1 if many else 10**9)
     slots, rows = torch.tensor([[1, 0, 1], [5, 6, 0]], device=device)
     qkv = draw(2, 3, 7 * head_dim)  # two partial sums of three tokens
-    angles = draw(3, rotary_dim // 2).repeat(1, 2)
-    table = (angles.cos().to(dtype), angles.sin().to(dtype))
+    half = rotary_dim // 2
+    angles = draw(3, half)
+    cos, sin = (each.to(dtype) for each in (angles.cos(), angles.sin()))
+    # Views of what transformers has: each angle twice, one half after the other or side by side.
+    table = (cos.repeat(1, 2)[:, :half], sin.repeat(1, 2)[:, :half])
+    if interleaved:
+        table = (cos.repeat_interleave(2, 1)[:, ::2], sin.repeat_interleave(2, 1)[:, ::2])
     norm = [draw(head_dim, dtype=dtype) if norms else None for _ in range(2)]
     caches = [torch.full((2, 8, 2, head_dim), 7.0).to(device, dtype) for _ in range(4)]
-    got = rope_append(qkv, table, slots, rows, *caches[:2], *norm, 1e-5, 1.0)
-    expected = rope_append_reference(qkv, table, slots, rows, *caches[2:], *norm, 1e-5, 1.0)
+    got = rope_append(qkv, table, slots, rows, *caches[:2], *norm, 1e-5, 1.0, interleaved)
+    expected = rope_append_reference(qkv, table, slots, rows, *caches[2:], *norm, 1e-5, 1.0, interleaved)
     close(got, expected)
     for one, other in zip(caches[:2], caches[2:], strict=True):
         close(one, other)
@@ -189,9 +197,21 @@ def test_rope_append_with_angles_of_each_token(draw, device, dtype, norms, head_
     if norms:
         wide = torch.nn.functional.rms_norm(wide, (head_dim,), 1 + norm[0].double(), 1e-5)
     turned, rest = wide.split((rotary_dim, head_dim - rotary_dim), -1)
-    half = torch.cat((-turned[..., rotary_dim // 2 :], turned[..., : rotary_dim // 2]), -1)
-    turned = turned * table[0].double()[:, None] + half * table[1].double()[:, None]
+    cos, sin = ((each.repeat_interleave(2, 1) if interleaved else each.repeat(1, 2)) for each in (cos, sin))
+    other = torch.cat((-turned[..., half:], turned[..., :half]), -1)
+    if interleaved:
+        other = torch.stack((-turned[..., 1::2], turned[..., ::2]), -1).flatten(-2)
+    turned = turned * cos.double()[:, None] + other * sin.double()[:, None]
     close(expected, torch.cat((turned, rest), -1).to(dtype))
+
+
+@pytest.mark.parametrize("shape", [(2, 9), (3, 8), (2, 1, 8)])
+def test_angles_that_do_not_fit_are_refused(shape):
+    slots, rows = torch.zeros(2, 2, dtype=torch.int64)
+    k, v = torch.zeros(2, 1, 4, 1, 16)
+    for function in (rope_append, rope_append_reference):
+        with pytest.raises(ConfigError, match=r"cosines and sines \[2, at most 8\]"):
+            function(torch.ones(2, 48), (torch.ones(shape), torch.ones(shape)), slots, rows, k, v)
 
 
 def test_rope_is_a_rotation_by_the_position():

@@ -42,7 +42,7 @@ def runtime_of(model: Any, made: ExitStack) -> RuntimeModel:
         if (foreign := make(model)) is not None:
             return made.enter_context(foreign)
     raise ConfigError(
-        "an engine takes a model, as vattn.models.load(...)[0] gives it or as transformers loads it, not a "
+        "an engine takes a model, as transformers loads it or as vattn.models.load(...)[0] gives it, not a "
         f"{type(model).__name__}"
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,13 @@ __all__ = ["Asked", "Attention", "Layer"]
 
 # Products of more tokens than skinny kernels take are added to the residual stream by cuBLAS itself.
 _MANY_TOKENS = 128
+# How a layer takes its angles' cosines and sines: of dimensions half a rotation apart, or of pairs side by side.
+_ANGLES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "halves": lambda given: given[:, : given.shape[-1] // 2],  # given twice, one after the other: Llama
+    "halves, given once": lambda given: given,  # GPT-OSS
+    "pairs": lambda given: given[:, : given.shape[-1] // 2],  # GLM
+    "pairs, given side by side": lambda given: given[:, ::2],  # Cohere
+}
 # Names of the norms before attention, after it, before the MLP, after it; None where a layer has none.
 _NORMS = (
     ("input_layernorm", None, "post_attention_layernorm", None),
@@ -55,12 +62,12 @@ class Attention:
     qkv: Merged
     o: Merged
     norms: tuple[Norm, Norm] | None
-    rotates: bool
+    angles: str | None
     num_outputs: int = 2
     still: tuple[torch.Tensor, torch.Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
-        shape = (1, self.asked.head_dim)
+        shape = (1, self.asked.head_dim // 2)
         self.still = self.qkv.weight.new_ones(shape), self.qkv.weight.new_zeros(shape)
 
     @property
@@ -91,11 +98,14 @@ class Attention:
         pairs: list[tuple[Norm, Norm] | None] = [None]
         if isinstance(q_norm, nn.Module) and isinstance(k_norm, nn.Module):
             pairs = list(zip(Norm.candidates(q_norm, ops), Norm.candidates(k_norm, ops), strict=True))
-            if pairs[0] and pairs[0][0].eps != pairs[0][1].eps:
+            first = pairs[0]
+            if first and first[0].eps != first[1].eps:
                 raise Unfit("its q_norm and k_norm have different epsilons")
+            if first and [len(norm.weight) for norm in first] not in ([asked.head_dim] * 2, sizes[:2]):
+                raise Unfit("its q_norm and k_norm are neither of a head nor of all heads")
         for norms in pairs:
-            for rotates in (True, False):
-                yield cls(ops, asked, qkv, out, norms, rotates)
+            for angles in (*_ANGLES, None):
+                yield cls(ops, asked, qkv, out, norms, angles)
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor | None, ...]:
         """In place of the module's."""
@@ -107,13 +117,13 @@ class Attention:
 
         Args:
             x: ``[T, hidden]``.
-            position_embeddings: cosines and sines ``[1, T, rotary_dim]``.
+            position_embeddings: cosines and sines ``[1, T, …]``.
         """
         this, asked = _pass(), self.asked
-        if self.rotates:
-            angles = (position_embeddings[0].squeeze(0), position_embeddings[1].squeeze(0))
+        if self.angles is None:
+            angles = tuple(each.expand(len(x), -1) for each in self.still)
         else:
-            angles = (self.still[0].expand(len(x), -1), self.still[1].expand(len(x), -1))
+            angles = tuple(_ANGLES[self.angles](each.squeeze(0)) for each in position_embeddings)
         norms, by_head = self.norms, self.norms is None or len(self.norms[0].weight) == asked.head_dim
         qkv = self.ops.linear(x, self.qkv.weight, self.qkv.bias, whole=not by_head)
         weights: tuple[torch.Tensor | None, ...] = (None, None)
@@ -127,7 +137,8 @@ class Attention:
                 norm(part, out=part)
                 start += len(norm.weight)
         k, v = this.cache.k(asked.layer), this.cache.v(asked.layer)
-        q = self.ops.rope_append(qkv, angles, this.slots, this.rows, k, v, *weights, eps, offset)
+        interleaved = self.angles is not None and self.angles.startswith("pairs")
+        q = self.ops.rope_append(qkv, angles, this.slots, this.rows, k, v, *weights, eps, offset, interleaved)
         out = this.attend(
             asked.layer,
             q,

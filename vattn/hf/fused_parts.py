@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..errors import ConfigError
 from ..ops.experts import MOST_PAIRS
 from ..ops.merge import merge
 from ..ops.ops_table import Ops
@@ -137,6 +138,8 @@ class Norm:
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """``[T, hidden]`` of the same."""
+        if x.shape[-1] != len(self.weight):
+            raise ConfigError(f"this norm is of {len(self.weight)} numbers, got {x.shape[-1]}")
         return self.ops.add_rms_norm(None, x, self.weight, self.eps, self.offset, out=out)
 
 
