@@ -48,19 +48,20 @@ def prompts():
 def forced(model, ops=None, fuse=True, steps=6):
     """Logits of a fixed text after prompts of several lengths, by decode steps: ``[steps, batch, vocab]``."""
     texts = [prompt(1, seed=20 + i, length=length + steps)[0] for i, length in enumerate(LENGTHS)]
-    attention, logits = get("reference"), []
+    attention, logits, device = get("reference"), [], model.device
+    page_bytes = 4096 if device.type == "cpu" else None
     with (
         TransformersModel(model, 128, ops, fuse=fuse) as made,
-        KVCache(made.kv_layout(), 3, "cpu", page_bytes=4096) as cache,
+        KVCache(made.kv_layout(), 3, device, memory_limit=1 << 28, page_bytes=page_bytes) as cache,
     ):
         slots = [cache.acquire() for _ in texts][::-1]
         cache.ensure_batch(slots, [len(text) for text in texts])
-        tokens = torch.cat([text[:-steps] for text in texts])
-        made.prefill(tokens, AttentionBatch.build(slots, LENGTHS, LENGTHS, "cpu"), cache, attention)
+        tokens = torch.cat([text[:-steps] for text in texts]).to(device)
+        made.prefill(tokens, AttentionBatch.build(slots, LENGTHS, LENGTHS, device), cache, attention)
         for step in range(steps):
-            rows = torch.tensor(LENGTHS, dtype=torch.int32) + step
-            new = torch.stack([text[step - steps] for text in texts]).int()
-            batch = DecodeBatch(torch.tensor(slots, dtype=torch.int32), rows, rows + 1, 128, new)
+            rows = torch.tensor(LENGTHS, dtype=torch.int32, device=device) + step
+            new = torch.stack([text[step - steps] for text in texts]).int().to(device)
+            batch = DecodeBatch(torch.tensor(slots, dtype=torch.int32, device=device), rows, rows + 1, 128, new)
             logits.append(made.decode(new, batch, cache, attention).float())
         cache.check_integrity()
     return torch.stack(logits), made.report

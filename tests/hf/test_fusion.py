@@ -7,6 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+
+pytest.importorskip("transformers")
 from helpers.hf_fused import EXPERTS, FAMILIES, NEW_TOKENS, SANDWICH, forced, greedy, make, prompts
 from helpers.hf_models import prompt
 
@@ -59,15 +61,15 @@ def test_logits_in_bfloat16_are_as_near_as_the_models_own(name):
 
 @pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
 @pytest.mark.parametrize("name", ["Llama", "Qwen3", "Gemma 3", "Phi-3", "OLMo-2", "Glm4", "Cohere2", "Mixtral"])
-def test_triton_kernels(name, monkeypatch):
+def test_triton_kernels(name, device, monkeypatch):
     """In the interpreter where there is no GPU."""
     monkeypatch.setattr("vattn.hf.fused_parts.MOST_PAIRS", 16)  # the interpreter is slow
     small = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 40, "num_attention_heads": 2}
     small |= {"num_key_value_heads": 1} | (
         {"layer_types": ["sliding_attention"]} if name in ("Gemma 3", "Cohere2") else {}
     )
-    own, _ = forced(make(name, **small), fuse=False, steps=2)
-    got, report = forced(make(name, **small), fused_ops(Skinny({})), steps=2)
+    own, _ = forced(make(name, **small).to(device), fuse=False, steps=2)
+    got, report = forced(make(name, **small).to(device), fused_ops(Skinny({})), steps=2)
     assert report.fused == {kind: -(-count // 4) for kind, count in FAMILIES[name][1].items()}, str(report)
     torch.testing.assert_close(got, own, rtol=1e-4, atol=1e-4)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+
+pytest.importorskip("transformers")
 from helpers.hf_fused import FAMILIES, WHOLE, forced, make
 from helpers.hf_models import MODELS
 from torch import nn
