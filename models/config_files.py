@@ -48,7 +48,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen2": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "sliding_window": 4096},
     "qwen3": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "sliding_window": 4096, "head_dim": 128},
 }
-_ELSEWHERE = "other models run through transformers, with vattn.hf.VirtualCache as their cache"
+_ELSEWHERE = "other models run as transformers loads them: vattn.Engine(model), or vattn.hf.VirtualCache as their cache"
 _HF_SUPPORTED = f"supported: {', '.join(_DEFAULTS)}; {_ELSEWHERE}"
 
 # Keys of config.json that, if set, mean arithmetic that this code does not do.
