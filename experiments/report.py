@@ -42,7 +42,8 @@ def results(_: list[Record]) -> str:
             marked(f"{fits} vattn .0f"),
             f"blocks of 16 tokens {blocks}, pages of one layer {layers}",
         ],
-        *(_prefill(*total) for total in ((65536, "mapping included"), (8192, "the worst of four lengths"))),
+        _serving(),
+        _prefill(8192, "the worst of four lengths"),
     ]
     return markdown(["what", "vattn", "instead"], rows)
 
@@ -57,6 +58,17 @@ def _step(shape: str, batch: int) -> list[str]:
         f"{vattn} ms ({share} of the limit)",
         f"torch.compile {compiled}, transformers compiled, static cache {static}"
         + (f", the same loop over blocks {blocks}" if blocks != "–" else ""),
+    ]
+
+
+def _serving() -> list[str]:
+    """The trace, and what a long prompt takes beside others and makes them wait."""
+    metrics = (("trace_tokens_per_s", ",.0f"), ("prompt_beside", ".0f"), ("longest_silence", ".0f"))
+    vattn, vllm = ([marked(f"13 {metric} {system} {form}") for metric, form in metrics] for system in ("vattn", "vllm"))
+    return [
+        "serving, 8B: 256 requests; a prompt of 16,384 tokens beside 8 sequences, and their longest silence",
+        f"{vattn[0]} tokens/s; {vattn[1]} ms, {vattn[2]} ms",
+        f"vLLM {vllm[0]} tokens/s; {vllm[1]} ms, {vllm[2]} ms",
     ]
 
 

@@ -59,6 +59,31 @@ def test_links_lead_somewhere(page):
             assert (page.parent / target).exists(), target
 
 
+def test_the_families_are_those_that_are_compared():
+    """Rows of docs/huggingface.md, against what the tests of ``accelerate`` and of the engine compare."""
+    pytest.importorskip("transformers")
+    from helpers.hf_families import MORE
+    from hf import test_accelerate, test_transformers_model
+
+    def names(cell):
+        return [name.split(",")[0].split(" with ")[0] for name in cell.split(", ")]
+
+    page = (ROOT / "docs" / "huggingface.md").read_text()
+    table = page.partition("## Which families")[2].partition("The six ways")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("|")]
+    by_state = {(accelerated, engine): names(family) for family, accelerated, engine in rows[2:]}
+
+    def known(models):
+        return sorted({model.split(",")[0] for model in models})
+
+    ways = len(test_accelerate.COLUMNS), len(test_accelerate.SOME)
+    assert sorted(by_state[f"same, in {ways[0]} ways to generate", "same"]) == known(test_accelerate.FAMILIES)
+    assert (f"same, in {ways[1]} ways to generate", "same") in by_state
+    assert sorted(set(by_state["not compared", "same"])) == known(MORE)
+    assert sorted(by_state["same, by their own forward", "refused"]) == known(test_transformers_model.REFUSED)
+    assert {*known(test_transformers_model.REFUSED), "Llama 4"} == set(known(test_accelerate.REFUSED))
+
+
 def test_the_readme_stays_short():
     assert len((ROOT / "README.md").read_text().split()) <= 900
 
