@@ -108,7 +108,7 @@ def processed(generate: Generate) -> Any:
         return scores
 
     def stop(tokens: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        return torch.full((len(tokens),), tokens.shape[1] >= PROMPT_LENGTH + 9)
+        return torch.full((len(tokens),), tokens.shape[1] >= PROMPT_LENGTH + 9, device=tokens.device)
 
     return generate(
         prompt(2), logits_processor=LogitsProcessorList([process]), stopping_criteria=StoppingCriteriaList([stop])

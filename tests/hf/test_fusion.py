@@ -1,4 +1,4 @@
-"""Fused parts of transformers' models: the same numbers as the models' own, in every family; what is left, and why."""
+"""Fused parts of transformers' models: the same numbers as the models' own, in every family."""
 
 from __future__ import annotations
 
@@ -7,49 +7,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.hf_models import MODELS, make_model, prompt
-from torch import nn
+
+pytest.importorskip("transformers")
+from helpers.hf_fused import EXPERTS, FAMILIES, NEW_TOKENS, SANDWICH, forced, greedy, make, prompts
+from helpers.hf_models import prompt
 
 from vattn import ConfigError, Engine, KVCache, Request
-from vattn.attention import AttentionBatch, DecodeBatch, get
 from vattn.hf import TransformersModel
 from vattn.ops.ops_table import LinearTable, fused_ops, reference_ops
 from vattn.ops.skinny_linear import LinearConfig
 from vattn.ops.triton_support import unavailable
-
-WHOLE = {"layer": 4, "attention": 4, "mlp": 4, "norm": 9, "output": 1}
-SANDWICH = {**WHOLE, "norm": 17}
-EXPERTS = {"layer": 4, "attention": 4, "experts": 4, "norm": 9, "output": 1}
-# Family -> (changes of its config, what is fused of four layers).
-FAMILIES = {
-    "Llama": ({}, WHOLE),
-    "Mistral, window 16": ({}, WHOLE),
-    "Qwen2": ({}, WHOLE),
-    "Qwen3": ({}, WHOLE),
-    "Gemma 2": ({}, SANDWICH),
-    "Gemma 3": ({}, SANDWICH),
-    "Gemma": ({}, WHOLE),
-    "Phi-3": ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}, WHOLE),
-    "OLMo-2": ({}, WHOLE),
-    "SmolLM3": ({}, WHOLE),  # some layers do not rotate
-    "Granite": ({}, WHOLE),
-    "Glm4": ({}, SANDWICH),  # pairs side by side, a part of them
-    "Cohere2": ({}, {"attention": 4, "mlp": 4, "output": 1}),  # angles side by side; one norm, other than ours
-    "GPT-OSS": ({}, {"layer": 4, "attention": 4, "norm": 9, "output": 1}),  # sinks; experts with biases
-    "StableLM": ({}, {"attention": 4, "mlp": 4, "output": 1}),  # other norms
-    "Qwen3-MoE": ({}, EXPERTS),
-    "Mixtral": ({}, EXPERTS),
-    "Olmoe": ({}, EXPERTS),
-}
-NEW_TOKENS, LENGTHS = 24, (11, 30, 1)
-
-
-def make(name, **changes):
-    return make_model(name, **{**FAMILIES.get(name, ({}, {}))[0], **changes})
-
-
-def prompts():
-    return [prompt(1, seed=i, length=length)[0].tolist() for i, length in enumerate(LENGTHS)]
 
 
 class Skinny(LinearTable):
@@ -59,33 +26,6 @@ class Skinny(LinearTable):
         return LinearConfig(16, 32, 1 if swiglu else 2) if tokens <= 16 else None
 
 
-@torch.inference_mode()
-def forced(model, ops=None, fuse=True, steps=6):
-    """Logits of a fixed text after prompts of several lengths, by decode steps: ``[steps, batch, vocab]``."""
-    texts = [prompt(1, seed=20 + i, length=length + steps)[0] for i, length in enumerate(LENGTHS)]
-    attention, logits = get("reference"), []
-    with (
-        TransformersModel(model, 128, ops, fuse=fuse) as made,
-        KVCache(made.kv_layout(), 3, "cpu", page_bytes=4096) as cache,
-    ):
-        slots = [cache.acquire() for _ in texts][::-1]
-        cache.ensure_batch(slots, [len(text) for text in texts])
-        tokens = torch.cat([text[:-steps] for text in texts])
-        made.prefill(tokens, AttentionBatch.build(slots, LENGTHS, LENGTHS, "cpu"), cache, attention)
-        for step in range(steps):
-            rows = torch.tensor(LENGTHS, dtype=torch.int32) + step
-            new = torch.stack([text[step - steps] for text in texts]).int()
-            batch = DecodeBatch(torch.tensor(slots, dtype=torch.int32), rows, rows + 1, 128, new)
-            logits.append(made.decode(new, batch, cache, attention).float())
-        cache.check_integrity()
-    return torch.stack(logits), made.report
-
-
-def greedy(made):
-    with Engine(made, memory_limit=64 << 20) as engine:
-        return [list(done.tokens) for done in engine.generate([Request(each, NEW_TOKENS) for each in prompts()])]
-
-
 @pytest.mark.parametrize("name", FAMILIES)
 def test_token_for_token_in_float32(name):
     model = make(name)
@@ -93,7 +33,7 @@ def test_token_for_token_in_float32(name):
     for each in prompts():
         tokens = torch.tensor([each])
         expected.append(model.generate(tokens, max_new_tokens=NEW_TOKENS, do_sample=False)[0, len(each) :].tolist())
-    with TransformersModel(model, 128) as made:
+    with TransformersModel(model, 128, fuse=True) as made:
         assert made.report.fused == FAMILIES[name][1], str(made.report)
         assert greedy(made) == expected
     assert any(len(set(tokens)) > 4 for tokens in expected)  # it says something
@@ -121,15 +61,15 @@ def test_logits_in_bfloat16_are_as_near_as_the_models_own(name):
 
 @pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
 @pytest.mark.parametrize("name", ["Llama", "Qwen3", "Gemma 3", "Phi-3", "OLMo-2", "Glm4", "Cohere2", "Mixtral"])
-def test_triton_kernels(name, monkeypatch):
+def test_triton_kernels(name, device, monkeypatch):
     """In the interpreter where there is no GPU."""
     monkeypatch.setattr("vattn.hf.fused_parts.MOST_PAIRS", 16)  # the interpreter is slow
     small = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 40, "num_attention_heads": 2}
     small |= {"num_key_value_heads": 1} | (
         {"layer_types": ["sliding_attention"]} if name in ("Gemma 3", "Cohere2") else {}
     )
-    own, _ = forced(make(name, **small), fuse=False, steps=2)
-    got, report = forced(make(name, **small), fused_ops(Skinny({})), steps=2)
+    own, _ = forced(make(name, **small).to(device), fuse=False, steps=2)
+    got, report = forced(make(name, **small).to(device), fused_ops(Skinny({})), steps=2)
     assert report.fused == {kind: -(-count // 4) for kind, count in FAMILIES[name][1].items()}, str(report)
     torch.testing.assert_close(got, own, rtol=1e-4, atol=1e-4)
 
@@ -139,7 +79,7 @@ def test_a_prompt_of_many_tokens(name):
     """Of more than skinny products take: the last of a layer is added to the stream by itself."""
     model, text = make(name), prompt(1, seed=3, length=200)
     expected = model.generate(text, max_new_tokens=NEW_TOKENS, do_sample=False)[0, 200:].tolist()
-    with TransformersModel(model, 256) as made, Engine(made, memory_limit=64 << 20) as engine:
+    with TransformersModel(model, 256, fuse=True) as made, Engine(made, memory_limit=64 << 20) as engine:
         assert made.report.fused["layer"] == 4
         (done,) = engine.generate([Request(text[0].tolist(), NEW_TOKENS)])
         assert list(done.tokens) == expected
@@ -168,7 +108,7 @@ def test_closing_leaves_nothing(name):
     with torch.no_grad():
         before = model(prompt(2)).logits
     state = {key: value.clone() for key, value in model.state_dict().items()}
-    with TransformersModel(model, 128) as made:
+    with TransformersModel(model, 128, fuse=True) as made:
         assert made.report.fused["layer"] == 4
         inside = [module for module in model.modules() if "forward" in vars(module)]
         assert inside
@@ -185,7 +125,7 @@ def test_closing_leaves_nothing(name):
     assert all(
         each.grad is not None for each in (model.model.layers[0].self_attn.o_proj.weight, *model.lm_head.parameters())
     )
-    with TransformersModel(model, 128) as again:
+    with TransformersModel(model, 128, fuse=True) as again:
         assert again.report == made.report
 
 
@@ -194,12 +134,14 @@ def test_without_fusing_the_model_is_captured_as_it_is():
     with TransformersModel(model, 128, fuse=False) as made:
         assert not any("forward" in vars(module) for module in model.modules())
         assert (made.report.fused, str(made.report)) == ({}, "nothing was fused")
+    with TransformersModel(model, 128) as made:  # references of a CPU are no faster
+        assert bool(made.report.fused) == (made.ops.name == "fused")
 
 
 def test_merged_weights_take_no_more_memory():
     model = make("Llama")
     layer = model.model.layers[1]
-    with TransformersModel(model, 128):
+    with TransformersModel(model, 128, fuse=True):
         storages = {
             each.weight.untyped_storage().data_ptr()
             for each in layer.self_attn.children()
@@ -214,13 +156,22 @@ def test_merged_weights_take_no_more_memory():
         assert sum(total.values()) == sum(each.nbytes for each in model.parameters())
 
 
+def test_tied_embeddings_stay_tied():
+    model = make("Gemma 2", tie_word_embeddings=True)
+    own, _ = forced(make("Gemma 2", tie_word_embeddings=True), fuse=False)
+    got, report = forced(model)
+    assert report.fused == SANDWICH
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    torch.testing.assert_close(got, own, rtol=1e-4, atol=1e-4)
+
+
 def test_weights_that_change_in_place_are_used():
     """Also where weights are added to one, as Gemma's."""
     for name in ("Llama", "Gemma 3"):
         model, other = make(name), make(name, seed=7)
-        with TransformersModel(other, 128) as made:
+        with TransformersModel(other, 128, fuse=True) as made:
             expected = greedy(made)
-        with TransformersModel(model, 128) as made:
+        with TransformersModel(model, 128, fuse=True) as made:
             assert greedy(made) != expected
             model.load_state_dict(other.state_dict())
             assert greedy(made) == expected
@@ -228,7 +179,7 @@ def test_weights_that_change_in_place_are_used():
 
 def test_a_model_that_was_converted_is_refused():
     model = make("Llama")
-    with TransformersModel(model, 128) as made, KVCache(made.kv_layout(), 2, "cpu") as cache:
+    with TransformersModel(model, 128, fuse=True) as made, KVCache(made.kv_layout(), 2, "cpu") as cache:
         made.require_fit(cache)
         model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
         with pytest.raises(ConfigError, match="make a new"):
@@ -239,7 +190,7 @@ def test_a_hook_that_would_be_passed_over_is_refused():
     """One of a fused layer itself, or of a module that is still called, runs."""
     model = make("Qwen3-MoE")
     layer, seen = model.model.layers[2], []
-    with TransformersModel(model, 128) as made:
+    with TransformersModel(model, 128, fuse=True) as made:
         for module in (layer, layer.mlp, layer.mlp.experts):
             module.register_forward_pre_hook(lambda module, args: seen.append(module))
         greedy(made)
@@ -249,147 +200,3 @@ def test_a_hook_that_would_be_passed_over_is_refused():
             greedy(made)
         hook.remove()
         greedy(made)
-
-
-# -- what is left ----------------------------------------------------------------------------------------------------
-class Eps(nn.Module):
-    """A norm with its epsilon outside of the root."""
-
-    def __init__(self, norm):
-        super().__init__()
-        self.weight, self.variance_epsilon = norm.weight, norm.variance_epsilon
-
-    def forward(self, x):
-        return self.weight * (x / (x.square().mean(-1, keepdim=True).sqrt() + self.variance_epsilon**0.5))
-
-
-class Adapter(nn.Module):
-    """As adapters wrap a projection."""
-
-    def __init__(self, base):
-        super().__init__()
-        self.base, self.down, self.up = base, nn.Linear(base.in_features, 2), nn.Linear(2, base.out_features)
-
-    def forward(self, x):
-        return self.base(x) + self.up(self.down(x))
-
-
-class Int8(nn.Linear):
-    """As quantised projections derive from Linear."""
-
-    def forward(self, x):
-        return nn.functional.linear(x, self.weight.round(decimals=1), self.bias)
-
-
-def hook(model):
-    model.model.layers[1].mlp.up_proj.register_forward_hook(lambda module, args, out: out * 1.5)
-
-
-def pre_hook(model):
-    model.model.layers[1].register_forward_pre_hook(lambda module, args: (args[0] * 1.5,))
-
-
-def adapter(model):
-    layer = model.model.layers[1].self_attn
-    layer.v_proj = Adapter(layer.v_proj).to(model.dtype)
-
-
-def quantised(model):
-    mlp = model.model.layers[1].mlp
-    mlp.down_proj.__class__ = Int8
-
-
-def own_forward(model):
-    attention = model.model.layers[1].self_attn
-    forward = attention.forward
-    attention.forward = lambda *args, **kwargs: (forward(*args, **kwargs)[0] * 1.5, None)
-
-
-def eps(model):
-    layer = model.model.layers[1]
-    layer.input_layernorm = Eps(layer.input_layernorm)
-
-
-def multiplier(model):
-    attention = model.model.layers[1].self_attn
-    attention.__class__ = type("Scaled", (type(attention),), {})
-    inside = attention.__class__.__mro__[1].forward
-    attention.__class__.forward = lambda self, *args, **kwargs: (inside(self, *args, **kwargs)[0] * 1.1, None)
-
-
-def bias(model):
-    k_proj = model.model.layers[1].self_attn.k_proj
-    k_proj.bias = nn.Parameter(torch.randn(k_proj.out_features, dtype=model.dtype))
-
-
-@pytest.mark.parametrize(
-    ("alter", "kind", "reason"),
-    [
-        (hook, "mlp", "its up_proj has hooks"),
-        (pre_hook, "layer", "it has hooks"),
-        (adapter, "attention", "its v_proj is a Adapter, not a torch.nn.Linear"),
-        (quantised, "mlp", "its down_proj is a Int8, not a torch.nn.Linear"),
-        (own_forward, "attention", "it has a forward of its own"),
-        (eps, "norm", "it computes something else than its fused form"),
-        (multiplier, "attention", "it computes something else than its fused form"),
-        (bias, "attention", "only some of its projections have a bias"),
-    ],
-)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_altered_module_is_left(alter, kind, reason, dtype):
-    model = make("Llama").to(dtype)
-    alter(model)
-    if dtype == torch.float32:
-        expected, _ = forced(model, fuse=False)
-        got, report = forced(model)
-        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
-    else:
-        with TransformersModel(model, 128) as made:
-            report = made.report
-    assert reason in report.left[kind], str(report)
-    assert report.left[kind][reason] == 1
-    assert report.fused[kind] == WHOLE[kind] - 1
-    assert report.fused["layer"] >= 3
-    for line in (f"{kind}: {WHOLE[kind] - 1} fused, 1 left", f"  1 left: {reason}"):
-        assert line in str(report).splitlines()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_module_too_large_to_be_widened_is_measured_by_itself(dtype, monkeypatch):
-    monkeypatch.setattr("vattn.hf.fusion_check._WIDENED_BYTES", 0)
-    for name in ("Llama", "Gemma 3"):
-        with TransformersModel(make(name).to(dtype), 128) as made:
-            assert made.report.fused == FAMILIES[name][1], str(made.report)
-    model = make("Granite", residual_multiplier=0.5).to(dtype)
-    for alter in (multiplier, eps):
-        alter(model)
-    with TransformersModel(model, 128) as made:
-        reason = "it computes something else than its fused form"
-        assert made.report.left == {
-            "layer": {reason: 3, "its input_layernorm is left, a Eps": 1},
-            "attention": {reason: 1},
-            "norm": {reason: 1},
-        }
-
-
-def test_a_multiplier_of_the_residual_leaves_the_layer_and_fuses_its_parts():
-    model = make("Granite", residual_multiplier=0.3, embedding_multiplier=3.0)
-    own, _ = forced(model, fuse=False)
-    got, report = forced(model)
-    torch.testing.assert_close(got, own, rtol=1e-4, atol=1e-4)
-    assert report.fused == {"attention": 4, "mlp": 4, "norm": 9, "output": 1}
-    assert report.left == {"layer": {"it computes something else than its fused form": 4}}
-
-
-@pytest.mark.parametrize("name", ["Gemma 4, shared K and V", "GPT-2", "HunYuanDenseV1", "BitNet"])
-def test_other_structures_stay_the_models(name):
-    """Shared K and V, projections with other names, norms of heads after the rotation, norms within attention."""
-    assert name in MODELS
-    own, _ = forced(make(name), fuse=False)
-    got, report = forced(make(name))
-    torch.testing.assert_close(got, own, rtol=1e-4, atol=1e-4)
-    assert sum(report.left["attention"].values()) == 4
-
-
-def test_references_and_defaults_are_the_same_on_a_cpu():
-    assert torch.equal(forced(make("Llama"))[0], forced(make("Llama"), reference_ops())[0])

@@ -60,7 +60,7 @@ def test_every_family(name):
         return
     wanted = alone(model)
     assert len({token for tokens in wanted for token in tokens}) > 8, "these tokens say little"
-    with TransformersModel(model) as ours:
+    with TransformersModel(model, fuse=True) as ours:
         cache_of = {"max_slots": 5, "device": "cpu", "page_bytes": 4096}
         with KVCache(ours.kv_layout(), **cache_of) as cache, Engine(ours, cache, max_step_tokens=7) as engine:
             assert together(engine) == wanted

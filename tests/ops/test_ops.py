@@ -212,6 +212,8 @@ def test_angles_that_do_not_fit_are_refused(shape):
     for function in (rope_append, rope_append_reference):
         with pytest.raises(ConfigError, match=r"cosines and sines \[2, at most 8\]"):
             function(torch.ones(2, 48), (torch.ones(shape), torch.ones(shape)), slots, rows, k, v)
+        with pytest.raises(ConfigError, match=r"of torch\.complex64"):
+            function(torch.ones(2, 48), (torch.ones(2, 8).to(torch.complex64),) * 2, slots, rows, k, v)
 
 
 def test_rope_is_a_rotation_by_the_position():

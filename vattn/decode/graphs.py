@@ -11,7 +11,7 @@ import torch
 
 from ..arguments import require_int
 from ..errors import ConfigError
-from ..interrupts import FinalisersWait, Uninterrupted
+from ..graphs.capture import captured
 
 __all__ = ["GraphReport", "StepGraphs", "buckets_beside", "default_buckets"]
 
@@ -144,7 +144,7 @@ class StepGraphs:
         """
         known = self._by_key.get(key)
         if known is True:
-            known = self._by_key[key] = self._captured(run) or False
+            known = self._by_key[key] = _captured(run, self._pool) or False
         if isinstance(known, torch.cuda.CUDAGraph):
             known.replay()
             return
@@ -163,7 +163,7 @@ class StepGraphs:
             return
         if not compiled:
             run()
-        if (graph := self._captured(run)) is not None:
+        if (graph := _captured(run, self._pool)) is not None:
             self._by_key[key] = graph
 
     def release(self) -> None:
@@ -178,13 +178,7 @@ class StepGraphs:
         torch.cuda.synchronize(self.device)
         torch.cuda.empty_cache()  # capturing does so too, which would hide what it takes
         free, pooled = torch.cuda.mem_get_info(self.device)[0], torch.cuda.memory_reserved(self.device)
-        graph = torch.cuda.CUDAGraph()
-        # Other threads may allocate and map meanwhile; this one runs no finaliser of ours and no signal handler.
-        capturing = torch.cuda.graph(
-            graph, pool=self._pool, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"
-        )
-        with Uninterrupted(), FinalisersWait(), capturing:
-            self._run(bucket)
+        graph = captured(lambda: self._run(bucket), self._pool)
         graph.replay()  # the first one uploads it
         torch.cuda.synchronize(self.device)
         report = GraphReport(
@@ -202,24 +196,6 @@ class StepGraphs:
                 del self._graphs[bucket]
         return report
 
-    def _captured(self, run: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
-        """A graph of what runs already; None where it cannot be captured.
-
-        Work under way goes on, as ``torch.cuda.graph`` would not let it: that waits for the device, and frees what
-        torch keeps for the next launch.
-        """
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with Uninterrupted(), FinalisersWait():
-                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-                try:
-                    run()
-                finally:
-                    graph.capture_end()
-        except Exception:  # the launch that follows shows what was wrong, if it was not the capture
-            return None
-        return graph
-
     def _time(self, launch: Callable[[], None], repeats: int = 5) -> float:
         """Microseconds of a step, the median, launches and waiting included as a loop would see them."""
         samples = []
@@ -230,3 +206,11 @@ class StepGraphs:
             torch.cuda.synchronize(self.device)
             samples.append((perf_counter() - start) * 1e6)
         return sorted(samples)[repeats // 2]
+
+
+def _captured(run: Callable[[], None], pool: Any) -> torch.cuda.CUDAGraph | None:
+    """None where it cannot be; the launch that follows shows what was wrong, if it was not the capture."""
+    try:
+        return captured(run, pool)
+    except Exception:
+        return None

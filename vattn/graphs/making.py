@@ -21,8 +21,9 @@ from .watch import Uncapturable, Watch
 __all__ = ["Graph", "Inputs", "Making"]
 
 # Largest difference of a graph's outputs from the forward's, over the largest output. Nearly always they are the same
-# bits; operations that add in no fixed order, and convolutions that are chosen anew, are not.
-TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
+# bits; operations that add in no fixed order, and convolutions that are chosen anew, are not: a ViT's pooled output of
+# bfloat16 is off by 0.025 (probe, H100, 2026-11-27).
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 8e-2}
 WAITS = ("read", "shape")
 
 

@@ -43,7 +43,7 @@ def accelerate(
     max_batch: int = 8,
     memory_limit: int | None = None,
     run_ahead: bool | None = None,
-    fuse: bool = True,
+    fuse: bool | None = None,
 ) -> Accelerated:
     """Make ``model.generate(...)`` decode by captured steps, from now until ``restore`` or the end of a ``with`` block.
 
@@ -57,7 +57,7 @@ def accelerate(
         memory_limit: bytes for K and V; None: 90 % of what is free at the first ``generate``.
         run_ahead: whether a step may be launched before transformers has chosen its tokens, with the likeliest ones;
             None: on a GPU. What ``generate`` returns does not depend on it.
-        fuse: as for ``TransformersModel``; without it the model's own forward is captured as it is.
+        fuse: as for ``TransformersModel``; False: the model's own forward is captured as it is.
 
     Raises:
         ConfigError: an argument is wrong, or this model is accelerated already.
@@ -82,7 +82,7 @@ class Accelerated:
         max_batch: int,
         memory_limit: int | None,
         run_ahead: bool | None,
-        fuse: bool,
+        fuse: bool | None,
     ) -> None:
         if not isinstance(model, PreTrainedModel) or not hasattr(model, "generate"):
             raise ConfigError(f"accelerate takes a model of transformers that generates, got a {type(model).__name__}")

@@ -239,9 +239,11 @@ class Fusion:
         candidates = list(Attention.candidates(module, self._ops, asked[0]))
         for part in candidates:
             part.num_outputs = oracle.num_outputs
-        return self._agreeing(module, candidates)
+        return self._agreeing(module, candidates, oracle=oracle)
 
-    def _agreeing(self, module: nn.Module, candidates: Iterable[Any], norm: bool = False) -> Any:
+    def _agreeing(
+        self, module: nn.Module, candidates: Iterable[Any], norm: bool = False, oracle: Oracle | None = None
+    ) -> Any:
         """The first of the candidates that gives what the module gives, for one of a few random inputs.
 
         One input is not enough: a rounding may decide to which expert a router sends a token, or what a row of few
@@ -251,10 +253,11 @@ class Fusion:
         scales = torch.logspace(0, -4, len(self._positions), device=self._positions.device) if norm else None
         candidates = list(candidates)
         for _ in range(_DRAWS):
-            oracle = Oracle(module, self._calls[module].fresh(scales), self._positions)
+            oracle = oracle or Oracle(module, self._calls[module].fresh(scales), self._positions)
             for part in candidates:
                 if oracle.agrees(part.forward):
                     return part
+            oracle = None
         raise Unfit(_DIFFERS)
 
     def _override(self, module: nn.Module, part: Any) -> None:

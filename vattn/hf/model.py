@@ -37,7 +37,8 @@ class TransformersModel:
         max_seq_len: tokens of a sequence; None: the model's context.
         ops: the loop's own operations; None: fused on a GPU, else their references.
         fuse: compute the parts of its layers that vattn knows by fused operations, where they give the same numbers;
-            their weights are merged in place. False: the model's own forward as it is, captured.
+            their weights are merged in place. False: the model's own forward as it is, captured. None: where fused
+            operations are kernels, as on a GPU; the references of a CPU are no faster than the model's own.
 
     Attributes:
         model: as given.
@@ -49,7 +50,12 @@ class TransformersModel:
     """
 
     def __init__(
-        self, model: PreTrainedModel, max_seq_len: int | None = None, ops: Ops | None = None, *, fuse: bool = True
+        self,
+        model: PreTrainedModel,
+        max_seq_len: int | None = None,
+        ops: Ops | None = None,
+        *,
+        fuse: bool | None = None,
     ) -> None:
         self.config = checked(model)
         self.model = model
@@ -77,7 +83,7 @@ class TransformersModel:
                 self._plan = self._record()
                 for layer in self._plan.late:
                     layers[layer % len(layers)].is_late = True
-            if fuse:
+            if self.ops.name == "fused" if fuse is None else fuse:
                 self._fusion = Fusion(model, self.ops, self._forward, self.config.vocab_size, self.max_seq_len)
             with torch.inference_mode():
                 verify(self, wanted)

@@ -36,11 +36,13 @@ def rope_table(frequencies: torch.Tensor, max_positions: int) -> torch.Tensor:
 
 def _require_angles(table: torch.Tensor | tuple[torch.Tensor, torch.Tensor], tokens: int, head_dim: int) -> None:
     """A kernel would write past a head, or read past the tokens."""
-    if isinstance(table, tuple) and any(
-        each.dim() != 2 or each.shape[0] != tokens or 2 * each.shape[1] > head_dim for each in table
+    if isinstance(table, tuple) and not all(
+        each.is_floating_point() and each.dim() == 2 and each.shape[0] == tokens and 2 * each.shape[1] <= head_dim
+        for each in table
     ):
         raise ConfigError(
-            f"expected cosines and sines [{tokens}, at most {head_dim // 2}], got {[[*each.shape] for each in table]}"
+            f"expected cosines and sines [{tokens}, at most {head_dim // 2}], got {[[*each.shape] for each in table]} "
+            f"of {table[0].dtype}"
         )
 
 

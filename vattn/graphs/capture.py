@@ -1,0 +1,59 @@
+"""A capture that leaves PyTorch as it was, also where it fails."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import torch
+
+from ..interrupts import FinalisersWait, Uninterrupted
+
+__all__ = ["captured"]
+
+
+def captured(run: Callable[[], object], pool: Any = None) -> torch.cuda.CUDAGraph:
+    """A graph of what ``run`` launches on the current stream, which must not be the default one.
+
+    Other threads may allocate and map meanwhile; this one runs no finaliser of ours and no signal handler. Work under
+    way goes on, as ``torch.cuda.graph`` would not let it: that waits for the device, and frees what torch keeps for the
+    next launch.
+
+    Args:
+        run: has run before, so that kernels are compiled and workspaces made.
+        pool: of another graph, or a handle; None for one of its own.
+
+    Raises:
+        Exception: what ``run`` raises, or RuntimeError where CUDA refuses the capture.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with Uninterrupted(), FinalisersWait():
+        _begin(graph, pool)
+        failed = True
+        try:
+            run()
+            failed = False
+        finally:
+            try:
+                graph.capture_end()
+            except RuntimeError:
+                _recover()
+                if not failed:  # else what ``run`` raised says more
+                    raise
+    return graph
+
+
+def _begin(graph: torch.cuda.CUDAGraph, pool: Any = None) -> None:
+    graph.capture_begin(**({} if pool is None else {"pool": pool}), capture_error_mode="thread_local")
+
+
+def _recover() -> None:
+    """CUDA gave a capture up, and PyTorch's random numbers are as under one until another ends well."""
+    another = torch.cuda.CUDAGraph()
+    with suppress(RuntimeError):
+        _begin(another)
+        try:
+            torch.zeros(1, device="cuda")
+        finally:
+            another.capture_end()
