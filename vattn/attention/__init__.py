@@ -9,7 +9,8 @@ from .base import (
     bind,
     declared,
 )
-from .batch import AttentionBatch, DecodeBatch, PromptBatch
+from .batch import AttentionBatch
+from .captured_batch import DecodeBatch, PromptBatch
 from .choice import (
     Needs,
     backends,
