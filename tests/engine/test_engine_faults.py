@@ -208,7 +208,7 @@ def test_a_preempted_request_comes_back_when_it_fits(model: Llama) -> None:
         wanted = Request([4, 6], 4)
         short = engine.submit(wanted)
         tokens = [new for _ in range(3) for new in engine.step()]
-        engine._runner._preempt(OutOfPages("as if there were no page for a moment"))
+        engine._samples.preempt(OutOfPages("as if there were no page for a moment"))
         assert (engine.num_running, engine.num_waiting, engine.stats().num_preemptions) == (1, 1, 1)
         for _ in range(6):
             tokens += engine.step()

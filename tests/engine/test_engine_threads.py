@@ -254,14 +254,14 @@ def test_a_step_waits_for_a_cancellation_of_another_thread(
     with Engine(model, cache) as engine:
         doomed, other = (engine.submit(Request([3 + i], 9)) for i in range(2))
         engine.step()
-        cancel = engine._runner.cancel
+        cancel = engine._samples.cancel
 
         def slow(request_id: int) -> None:
             inside.set()
             time.sleep(0.1)
             cancel(request_id)
 
-        monkeypatch.setattr(engine._runner, "cancel", slow)
+        monkeypatch.setattr(engine._samples, "cancel", slow)
         thread = threading.Thread(target=engine.cancel, args=(doomed,))
         thread.start()
         assert inside.wait(30)

@@ -25,6 +25,7 @@ from .mail import Mail, Turns, nobody
 from .opening import BUDGETS, TYPICAL_LEN, attention_for_prompts, opened_cache, runtime_of
 from .prefill import PrefillPasses
 from .runner import Runner
+from .samples import Samples
 from .scheduler import Scheduler
 from .stats import EngineStats, Meters
 
@@ -110,7 +111,8 @@ class Engine:
         self._meters = Meters()
         self._scheduler = Scheduler(self._costs, max_batch)
         self._passes = PrefillPasses(model, self.cache, self.attention, self._loop.stream, self._loop.own_slot)
-        self._runner = Runner(self._loop, self._passes, self._scheduler, self._meters, budgets)
+        self._samples = Samples(self._loop, self._scheduler, self._meters)
+        self._runner = Runner(self._samples, self._loop, self._passes, self._scheduler, self._meters, budgets)
         self._room_bytes = self.cache.memory_limit - self._costs.bytes(self.cache.seq_len(self._loop.own_slot))
         self._turns = Turns()
         self._mail = Mail()
@@ -167,7 +169,7 @@ class Engine:
         """Whether a request waits or runs, or ``step`` has tokens to report."""
         mail, scheduler = self._mail, self._scheduler
         waits = scheduler.num_waiting or mail.num_arrived
-        return bool(scheduler.running or waits or mail.has_kept or self._runner.reported)
+        return bool(scheduler.running or waits or mail.has_kept or self._samples.reported)
 
     @property
     def num_running(self) -> int:
@@ -220,7 +222,7 @@ class Engine:
                 except (OutOfPages, OutOfSlots):
                     if not self._mail.has_kept:
                         raise
-                tokens = self._mail.reportable(self._runner.collect())
+                tokens = self._mail.reportable(self._samples.collect())
         except BaseException:
             self._mail.keep(tokens)
             raise
@@ -254,7 +256,7 @@ class Engine:
                         for request_id in self._take_in():
                             pending.pop(request_id, None)
                         self._runner.advance(time.monotonic())
-                        tokens = self._mail.reportable(self._runner.collect(), with_kept=False)
+                        tokens = self._mail.reportable(self._samples.collect(), with_kept=False)
                         self._mail.keep([new for new in tokens if (new.request_id, new.index) not in answers])
                         for new in tokens:
                             if (answer := answers.get((new.request_id, new.index))) is not None:
@@ -303,7 +305,7 @@ class Engine:
             if not self._closed:
                 self._closed = True
                 self._take_in()
-                self._runner.cancel_all()
+                self._samples.cancel_all()
                 self._passes.settle()
                 self.wake()
 
@@ -344,14 +346,14 @@ class Engine:
     # -- inside --------------------------------------------------------------------------------------------------
     def _take_in(self) -> list[int]:
         """What other threads have left: new requests, then cancellations, which are returned."""
-        if self._runner.reported:  # of a step that raised
-            self._mail.keep(self._runner.collect())
+        if self._samples.reported:  # of a step that raised
+            self._mail.keep(self._samples.collect())
         with self._mail.lock:  # ``submit`` counts who waits
             arrived, cancelled = self._mail.take()
             for request_id, request, arrived_s in arrived:
-                self._runner.add(request_id, request, arrived_s)
+                self._samples.add(request_id, request, arrived_s)
         for request_id in cancelled:
-            self._runner.cancel(request_id)
+            self._samples.cancel(request_id)
         return cancelled
 
     def _take_in_cancelled(self) -> None:
