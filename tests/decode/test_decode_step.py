@@ -10,6 +10,7 @@ import torch
 from helpers.llama import open_cache, random_tokens, run, small_model
 
 from vattn import ConfigError
+from vattn.decode.graphs import StepGraphs
 from vattn.decode.state import DecodedToken, DecodeState, Start
 from vattn.decode.step import RING, DecodeStep
 from vattn.models import FusedLlama
@@ -253,3 +254,32 @@ def test_a_sequence_of_which_no_token_may_come_ends(bench):
 def test_masks_that_are_none(bench, mask):
     with pytest.raises(ConfigError, match="allowed tokens"):
         bench.step.allow(0, mask)
+
+
+def test_captures_that_fail_are_no_steps(bench, monkeypatch):
+    """What ran on the device before something failed does not count: later steps are read where they are written."""
+
+    class Beside:
+        def __init__(self, fails: bool) -> None:
+            self.fails = fails
+
+        def fit(self, batch: int) -> str:
+            if self.fails:
+                raise MemoryError
+            return "all"
+
+        def __call__(self, residual, batch, attention):
+            return bench.step.model.decode(residual, batch, bench.cache, attention)
+
+    if bench.stream is None:
+        bench.step._graphs.mode = "always"
+        monkeypatch.setattr(StepGraphs, "_captured", lambda graphs, run: run())
+    prompt = random_tokens(9, VOCAB)
+    expected = by_hand(bench.model, prompt, 12, Sampling())
+    slot = bench.start(prompt)
+    found = bench.tokens([slot], 3)[0]
+    with pytest.raises(MemoryError), torch.inference_mode(), torch.cuda.stream(bench.stream):
+        bench.step.capture_beside(lambda rows: [Beside(False), Beside(True)])
+    with pytest.raises(ConfigError, match="no logits"):
+        bench.step.logits()
+    assert [each.token for each in found + bench.tokens([slot], 9)[0]] == expected

@@ -550,6 +550,18 @@ def test_prompts_are_computed_in_the_passes_of_those_who_decode(model: Llama) ->
         assert 64 < max(sizes) <= 256  # while several wait for one or two who decode
 
 
+@pytest.mark.parametrize(
+    ("budget", "beside", "room"),
+    [(1024, 16, 1008), (1024, 64, 960), (256, 5, 251), (16, 16, 16), (17, 16, 17), (128, 100, 128), (4096, 16, 4096)],
+)
+def test_prompt_tokens_fill_a_captured_pass(model: Llama, cache: KVCache, budget: int, beside: int, room: int) -> None:
+    """With the rows that decode; there is one of 128 rows at least, and no pass of a few tokens for the sake of it."""
+    with Engine(model, cache) as engine:
+        assert engine._passes.room(budget, beside) == budget
+        engine._passes._captures = True
+        assert engine._passes.room(budget, beside) == room
+
+
 def test_a_model_without_mixed_passes(model: Llama, cache: KVCache) -> None:
     """What rides is computed before the decode step, then."""
 

@@ -12,7 +12,7 @@ from helpers.engine import Faulty, alone, by_sample, cache_of, ends, requests_of
 from helpers.llama import SMALL, open_cache, random_tokens
 
 from vattn import Engine, KVCache, Request, Sampling
-from vattn.errors import ConfigError, OutOfPages
+from vattn.errors import ConfigError, DriverError, OutOfPages
 from vattn.models import Llama
 
 
@@ -141,6 +141,49 @@ def test_what_is_no_error_of_a_request_comes_out_of_the_step(
         assert sorted(by_sample(tokens).items()) == [((i, 0), c.tokens) for i, (c,) in enumerate(alone(model, wanted))]
 
 
+def test_what_a_callback_raises_that_is_no_error_comes_out_of_the_step(model: Llama, cache: KVCache) -> None:
+    """The prompt was to be computed in the pass of its first token: it is computed in the next one."""
+    wanted = Request(random_tokens(40, 128), 8)
+    calls = iter(range(1000))
+
+    def interrupt(answer: Any) -> None:
+        if next(calls) == 0:
+            raise KeyboardInterrupt
+
+    with Engine(model, cache) as engine:
+        engine.submit(replace(wanted, allowed_tokens=interrupt))
+        with pytest.raises(KeyboardInterrupt):
+            engine.step()
+        assert by_sample(run_out(engine)) == {(0, 0): alone(model, [wanted])[0][0].tokens}
+
+
+def test_a_slot_that_cannot_be_cut_after_a_pass_that_was_not_launched(
+    model: Llama, cache: KVCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where rows past the end are to be wiped and that fails: the sequence is computed again."""
+    wanted = [Request(random_tokens(n, 128, seed=n), 20) for n in (3, 17)]
+    faulty, step, failures = Faulty(model), cache.step, []
+
+    def refuse(packed: tuple[int, ...]) -> None:
+        if not failures:
+            monkeypatch.setattr(cache, "step", no_page)
+            raise DriverError("launch", "INJECTED")
+
+    def no_page(slots: Any, **versions: Any) -> Any:
+        monkeypatch.setattr(cache, "step", step)
+        failures.append(slots)
+        raise OutOfPages("no page to copy what is shared past the end to")
+
+    with Engine(faulty, cache) as engine:
+        engine.submit(wanted[0])
+        tokens = engine.step()
+        engine.submit(wanted[1])
+        faulty.on_prefill = refuse
+        tokens += run_out(engine)
+        assert len(failures) == 1
+        assert by_sample(tokens) == {(i, 0): c.tokens for i, (c,) in enumerate(alone(model, wanted))}
+
+
 # -- who waits for whom ----------------------------------------------------------------------------------------------
 def test_an_arrival_a_step_leaves_those_who_decode_their_tokens(model: Llama, cache: KVCache) -> None:
     """Prompts went first: with one arrival a step nobody decoded, 0 tokens in 400 steps."""
@@ -266,6 +309,59 @@ def test_a_slot_that_is_changed_behind_its_back(model: Llama, cache: KVCache, ch
         assert [found[ids[i], 0] for i in others] == [expected[i] for i in others]
         assert reasons[ids[victim], 0] == "error"
         if change != "release" and slot in cache._slots.with_state(1):
+            cache.release(slot)
+
+
+@pytest.mark.parametrize("change", ["take", "truncate"])
+def test_a_slot_that_is_changed_between_the_start_and_the_launch(model: Llama, cache: KVCache, change: str) -> None:
+    """A prompt whose pass is not launched is not taken for what somebody else has made of its slot."""
+    wanted = [Request(random_tokens(n, 128, seed=n), 20) for n in (3, 40)]
+    with Engine(model, cache) as engine:
+        engine.submit(wanted[0])
+        tokens = engine.step()
+        slots: list[int] = []
+
+        def change_slot(answer: Any) -> None:
+            if slots:
+                return
+            slots.extend(sample.slot for sample in engine._scheduler.running if sample.request_id == 1)
+            if change == "truncate":
+                cache.truncate(slots[0], 3)
+            else:
+                cache.release(slots[0])
+                cache.acquire(slots[0])
+                cache.ensure(slots[0], 64)
+            for tensor in cache.rows(slots[0], 0):
+                tensor.fill_(7.0)
+
+        engine.submit(replace(wanted[1], allowed_tokens=change_slot))
+        tokens += run_out(engine)
+        assert by_sample(tokens)[0, 0] == alone(model, wanted[:1])[0][0].tokens
+        assert ends(tokens) == {(0, 0): "length", (1, 0): "error"}
+        assert cache.seq_len(slots[0]) == (3 if change == "truncate" else 64)
+        assert all((tensor == 7).all() for tensor in cache.rows(slots[0], 0))
+        cache.release(slots[0])
+
+
+@pytest.mark.parametrize("phase", ["decoding", "prefilling"])
+@pytest.mark.parametrize("length", [1, 9])
+def test_a_slot_that_is_released_behind_its_back_and_taken_by_the_next_request(
+    model: Llama, cache: KVCache, phase: str, length: int
+) -> None:
+    """Whoever lost it ends with an error, and only that one."""
+    lost, late = Request(random_tokens(3 if phase == "decoding" else 60, 128), 30), Request([5] * length, 10)
+    with Engine(model, cache, max_step_tokens=8) as engine:
+        engine.submit(lost)
+        tokens = engine.step() + engine.step()
+        held = [cache.acquire() for _ in range(3)]
+        (sample,) = engine._scheduler.running
+        cache.release(sample.slot)
+        engine.submit(late)
+        tokens += engine.step()
+        tokens += run_out(engine)
+        assert ends(tokens) == {(0, 0): "error", (1, 0): "length"}
+        assert by_sample(tokens)[1, 0] == alone(model, [late])[0][0].tokens
+        for slot in held:
             cache.release(slot)
 
 

@@ -24,6 +24,12 @@ def test_a_hundred_random_requests(model: Llama, seed: int) -> None:
     walk(model, 100, seed)
 
 
+@pytest.mark.parametrize("seed", range(3, 6))
+def test_a_hundred_random_requests_in_passes_of_fixed_sizes(model: Llama, seed: int) -> None:
+    """As on a GPU, where they are captured: filled up with rows that are nobody's, in tensors that are used again."""
+    walk(model, 100, seed, fixed_sizes=True)
+
+
 @pytest.mark.slow
 def test_ten_thousand_random_requests(model: Llama) -> None:
     walk(model, 10_000, seed=99)
@@ -38,7 +44,7 @@ def test_a_thousand_random_requests_on_the_gpu(seed: int) -> None:
     walk(small_model().to("cuda"), NUM_ON_THE_GPU, seed)
 
 
-def walk(model: Llama, num_requests: int, seed: int) -> None:
+def walk(model: Llama, num_requests: int, seed: int, fixed_sizes: bool = False) -> None:
     """Nothing is lost, nothing comes twice, nobody waits for ever, and memory stays within its limit."""
     rng = random.Random(seed)
     kinds = [any_request(rng) for _ in range(min(num_requests, 300) // 2)]
@@ -47,6 +53,9 @@ def walk(model: Llama, num_requests: int, seed: int) -> None:
     num_pages = (12 if order == "token" else 20) + rng.randrange(10)
     with cache_of(model, max_slots=rng.choice((4, 7)), num_pages=num_pages, order=order) as cache:
         with Engine(model, cache, max_step_tokens=rng.choice((7, 32, 256))) as engine:
+            if fixed_sizes:
+                cache.ensure(engine._loop.own_slot, 1)
+                engine._passes._captures = True
             fates: dict[tuple[int, int], Fate] = {}
             open_requests: set[int] = set()
             num_open: dict[int, int] = {}  # samples, by request
@@ -102,6 +111,7 @@ def walk(model: Llama, num_requests: int, seed: int) -> None:
             assert {"stop", "length", "deadline"} == set(reasons)
             stats = engine.stats()
             assert num_cancelled
+            assert not fixed_sizes or engine._passes._fixed
             # On a GPU a page of 2 MiB holds thousands of this model's rows: memory does not run short.
             assert stats.num_preemptions or num_requests < 1000 or model.device.type == "cuda"
             if held is not None:

@@ -7,7 +7,8 @@ which the host reads while the next step runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
@@ -145,7 +146,8 @@ class DecodeStep:
         self._logits = None
         place, bucket = self._num_launched % RING, self._graphs.bucket_for(len(slots))
         if compute is None and self._graphs.awaits_capture(bucket):
-            self._capture(bucket)
+            with self._on_scratch():
+                self._graphs.capture_one(bucket)
         if slots != self._order:
             self._order = []
             padded = np.full(self.max_batch, self._scratch, np.int32)
@@ -176,15 +178,12 @@ class DecodeStep:
         Args:
             others: rows of a step -> the work to be captured with it, of all sizes.
         """
-        self._order = []
-        self._slots.fill_(self._scratch)
-        for wide in reversed(self._beside):
-            for i, compute in enumerate(others(wide)):
-                if (kind := compute.fit(wide)) is not None:
-                    key = wide, kind
-                    self._graphs.capture_now(key, partial(self._run, wide, compute, key), compiled=i > 0)
-        self._logits = None
-        self._counter.fill_(self._num_launched)  # those that ran were no steps of ours
+        with self._on_scratch():
+            for wide in reversed(self._beside):
+                for i, compute in enumerate(others(wide)):
+                    if (kind := compute.fit(wide)) is not None:
+                        key = wide, kind
+                        self._graphs.capture_now(key, partial(self._run, wide, compute, key), compiled=i > 0)
 
     def _submit(self, batch: int, compute: Compute | None) -> Hashable:
         """Replay a step or launch it; the key of the graph that it has, if there is one."""
@@ -247,13 +246,16 @@ class DecodeStep:
         """Free the graphs. No step may be under way."""
         self._graphs.release()
 
-    def _capture(self, bucket: int) -> None:
-        """Between steps; on rows that are no sequence's, as at the beginning."""
+    @contextmanager
+    def _on_scratch(self) -> Iterator[None]:
+        """Between steps: what runs in the block does so on rows that are no sequence's, and was no step."""
         self._order = []
         self._slots.fill_(self._scratch)
-        self._graphs.capture_one(bucket)
-        self._counter.fill_(self._num_launched)
-        self._logits = None
+        try:
+            yield
+        finally:  # a step whose number the device does not agree with would be read in another's place
+            self._counter.fill_(self._num_launched)
+            self._logits, self._newest = None, (None, 0)
 
     def _run(self, bucket: int, compute: Compute | None = None, key: Hashable = None) -> None:
         """The step itself: what is captured. ``key``: of its graph, if that is not the bucket."""

@@ -202,8 +202,10 @@ class PrefillPasses:
             yield PromptPass(self, [], rows - beside)
 
     def room(self, budget: int, beside: int) -> int:
-        """Prompt tokens of a pass that takes ``budget`` at most, beside so many decode rows: to fill a captured one."""
-        return budget - beside if self._captures and beside < budget <= _MOST_ROWS else budget
+        """Prompt tokens of a pass that takes ``budget`` at most, beside so many decode rows: to fill a captured one,
+        but for passes that would have few of them."""
+        room = min(budget, _rounded(budget) - beside)
+        return room if self._captures and budget <= _MOST_ROWS and 2 * room >= budget else budget
 
     def fixed(self, num_tokens: int, num_sequences: int, beside: int) -> PromptBatch | None:
         """What a captured pass of so many prompt tokens and decode rows reads; None: it is not going to be captured."""

@@ -156,7 +156,11 @@ class Runner:
         while True:
             prompts, parts = self._next_pass() if may_ride else (None, [])
             begun = self._begin(parts)
-            slots = self._slots_to_step()
+            try:
+                slots = self._slots_to_step()
+            except BaseException:  # out of ``allowed_tokens``; no error of a request
+                self._withdraw(begun)
+                raise
             if any(sample.slot < 0 for sample, _ in parts):  # ended or preempted meanwhile
                 self._withdraw(begun)
                 continue
@@ -209,13 +213,19 @@ class Runner:
     def _withdraw(self, begun: list[Sample]) -> None:
         """The pass was not launched that ``_begin`` let them decode in."""
         for sample in begun:
-            if sample.phase is Phase.DECODING and self._decoding.get(sample.slot) is sample:
-                with suppress(ConfigError):  # its slot was released behind our back, of which the next step tells
-                    self._loop.cancel(sample.slot)
+            if not self._decodes_no_more(sample):  # it has ended, or was preempted
+                continue
+            is_lost = bool(self._lost([sample]))  # of which the next pass tells: the version there is not ours
+            try:
+                self._loop.cancel(sample.slot)
+            except (OutOfPages, DriverError):  # of the row that it was to decode: all of its rows go
+                self._give_back(sample)
+                self._scheduler.requeue(sample)
+                continue
+            if not is_lost:
+                with suppress(ConfigError):  # the cache is closed
                     sample.version = int(self._cache.versions([sample.slot])[0])
-                del self._decoding[sample.slot]
-                self._grammars.pop(sample, None)
-                self._scheduler.prefill(sample)
+            self._scheduler.prefill(sample)
 
     def _rest(self) -> list[DecodedToken]:
         """Of steps that are launched already, after something was raised; none where the device has failed."""
@@ -317,6 +327,9 @@ class Runner:
         except Exception as error:
             self._fail([sample], error)
             return False
+        if (former := self._decoding.get(slot)) is not None:  # its slot was released behind our back
+            self._loop.cancel(slot)
+            self._fail([former], ConfigError(_CHANGED), gone=True)
         if sample.phase is Phase.FOLLOWING:
             self._scheduler.lead_no_more(sample)
         sample.slot, sample.computed = slot, computed
@@ -411,7 +424,7 @@ class Runner:
             if sample.phase is not Phase.ENDED:
                 followers = self._scheduler.followers(sample)
                 if gone:
-                    self._decoding.pop(sample.slot, None)
+                    self._decodes_no_more(sample)
                     sample.slot = -1
                 self._end(sample, "error", error)
                 self._fail(followers, error)
@@ -431,12 +444,12 @@ class Runner:
 
     def _give_back(self, sample: Sample) -> None:
         """Its slot, if it has one."""
+        decodes = self._decodes_no_more(sample)
         slot, sample.slot = sample.slot, -1
-        self._grammars.pop(sample, None)
         if slot < 0:
             return
         with suppress(ConfigError):  # the cache is closed, or the slot is somebody else's by now
-            if self._decoding.pop(slot, None) is None:
+            if not decodes:
                 if self._cache.versions([slot])[0] == sample.version:
                     self._cache.release(slot)
                 return
@@ -444,3 +457,10 @@ class Runner:
                 self._loop.release(slot)
             except (OutOfPages, DriverError):  # of what lies past the end of its rows
                 self._cache.release(slot)
+
+    def _decodes_no_more(self, sample: Sample) -> bool:
+        """For the books of this; whether it did. Another one decodes in its slot where somebody has released that."""
+        self._grammars.pop(sample, None)
+        if decodes := self._decoding.get(sample.slot) is sample:
+            del self._decoding[sample.slot]
+        return decodes

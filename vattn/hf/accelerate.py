@@ -14,7 +14,7 @@ import inspect
 import threading
 import warnings
 from collections.abc import Callable
-from types import TracebackType
+from types import MethodType, TracebackType
 from typing import Any
 
 import torch
@@ -107,7 +107,6 @@ class Accelerated:
         self._cache_name = next((name for name in _CACHES if name in parameters), None)
         self._keeps_all_logits = "logits_to_keep" not in parameters
         self._own = {name: vars(model)[name] for name in _SHADOWED if name in vars(model)}
-        self._forward: Callable[..., Any] = model.forward
         self._generate: Callable[..., Any] = getattr(model, "generate")  # noqa: B009
         self._shadows = {
             "forward": Shadow(self._forward, self._on_forward),
@@ -211,6 +210,11 @@ class Accelerated:
             return None
 
     # -- forward -------------------------------------------------------------------------------------------------
+    @property
+    def _forward(self) -> Callable[..., Any]:
+        """The model's own, of the class that it has by now."""
+        return self._own.get("forward") or MethodType(type(self.model).forward, self.model)
+
     def _on_forward(self, *args: Any, **kwargs: Any) -> Any:
         if args:
             kwargs = {**inspect.signature(self._forward).bind_partial(*args).arguments, **kwargs}
@@ -221,9 +225,13 @@ class Accelerated:
         assert self._cache_name is not None
         with self._lock:
             cache.require_steps()
+            # Within generate the model is as it was when that began.
+            answer: torch.Tensor | str | None = None if self._generating else self._ready()
+            cache.require_steps()  # gone where the model has changed
             try:
-                self._attach()
-                answer = self._answer(cache, kwargs)
+                if answer is None:
+                    self._attach()
+                    answer = self._answer(cache, kwargs)
             finally:
                 if not self._generating:
                     self._detach()

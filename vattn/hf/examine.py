@@ -15,6 +15,7 @@ from ..errors import ConfigError, OutOfPages
 from .configs import decoder_config, layers_of
 from .pass_attention import Recording
 from .passes import IMPLEMENTATIONS
+from .shadow import Shadow
 from .shapes import ConfiguredLayer, Shapes
 
 __all__ = [
@@ -62,8 +63,12 @@ def checked(model: Any) -> PreTrainedConfig:
         raise ConfigError(f"TransformersModel takes a model of transformers, got a {type(model).__name__}")
     name = type(model).__name__
     text = decoder_config(model.config, _HOLDER)
-    if text._attn_implementation in IMPLEMENTATIONS:
-        raise ConfigError(f"another TransformersModel runs this {name}: close it first, or use that one")
+    # accelerate() makes its own with the model's forward overridden, but none of its parts'.
+    fused = any(isinstance(vars(part).get("forward"), Shadow) for part in model.modules() if part is not model)
+    if fused or text._attn_implementation in IMPLEMENTATIONS:
+        raise ConfigError(
+            f"another TransformersModel runs this {name}, perhaps accelerate's: close it first, or use that one"
+        )
     if model.training:
         raise ConfigError(f"this {name} is in training mode: call model.eval()")
     checkpointing = "is_activation_checkpointing"  # its name from 5.24 on

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import typing
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -84,10 +85,21 @@ def _nothing(*args: Any) -> None:
 
 
 def fingerprint(model: PreTrainedModel) -> tuple[Any, ...]:
-    """What differs where a model was moved, converted, or given other modules or weights; not where values changed."""
-    modules = tuple((id(module), id(vars(module).get("forward"))) for module in model.modules())
+    """What differs where a model was moved, converted, or given other modules, weights or settings; not where weights
+    changed their values. Fused parts and captured steps keep settings as they were."""
+    modules = tuple((id(module), id(type(module).forward), *_settings(module)) for module in model.modules())
     tensors = [*model.parameters(), *model.buffers()]
-    return modules, tuple((each.data_ptr(), each.dtype, each.device, each.shape) for each in tensors)
+    places = tuple((each.data_ptr(), each.dtype, each.device, each.shape) for each in tensors)
+    return modules, places, str(model.config.to_dict())
+
+
+def _settings(module: torch.nn.Module) -> Iterator[Any]:
+    """Plain attributes of a module, and its own forward if it has one."""
+    for name, value in vars(module).items():
+        if name == "forward":
+            yield id(value)
+        elif value is None or type(value) in (bool, int, float, str):
+            yield name, value
 
 
 def padding_of(call: dict[str, Any], columns: int, known: list[int]) -> list[int] | str:

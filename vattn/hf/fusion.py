@@ -86,7 +86,7 @@ class Fusion:
         max_seq_len: int,
     ) -> None:
         self._ops = ops
-        self._overridden: list[nn.Module] = []
+        self._overridden: dict[nn.Module, Shadow] = {}
         self._addresses: dict[nn.Module, dict[str, int]] = {}
         self._skipped: set[nn.Module] = set()
         self._fused: Counter[str] = Counter()
@@ -124,9 +124,14 @@ class Fusion:
                 )
 
     def undo(self) -> None:
-        """Give every module its own forward back. Parameters stay views of merged weights, of the same values."""
-        for module in self._overridden:
-            vars(module).pop("forward", None)
+        """Give every module its own forward back. Parameters stay views of merged weights, of the same values.
+
+        A forward that somebody put over ours since stays.
+        """
+        for module, shadow in self._overridden.items():
+            shadow.on = False  # what was put over it may call it
+            if vars(module).get("forward") is shadow:
+                del module.forward
         self._overridden.clear()
         self._addresses.clear()
         self._skipped.clear()
@@ -266,10 +271,9 @@ class Fusion:
         def forward(*args: Any, **kwargs: Any) -> Any:
             return own(*args, **kwargs) if current() is None else part.forward(*args, **kwargs)
 
-        self._overridden.append(module)
         called = {child for each in vars(part).values() if isinstance(each, nn.Module) for child in each.modules()}
         self._skipped |= set(module.modules()) - called - {module}
-        module.forward = Shadow(own, forward)
+        module.forward = self._overridden[module] = Shadow(own, forward)
 
 
 def _addresses(module: nn.Module) -> dict[str, int]:

@@ -19,7 +19,7 @@ from .capturable import FixedRopes, capturable_experts
 from .examine import Plan, attention_layers, checked, implementations, learnt, positions, refusing, require_positions
 from .fusion import Fusion, FusionReport
 from .pass_attention import Recording, implementation_for, pass_layers
-from .passes import Pass, running
+from .passes import IMPLEMENTATIONS, Pass, running
 from .verify import own_logits, verify
 
 __all__ = ["TransformersModel"]
@@ -278,6 +278,11 @@ class TransformersModel:
             raise ConfigError("this TransformersModel is closed: make a new one")
         if not self._attached:
             raise ConfigError("this TransformersModel is detached: attach() it")
+        if self.config._attn_implementation not in IMPLEMENTATIONS:
+            raise ConfigError(
+                "the model's attention was set to another implementation while a TransformersModel runs it: close that "
+                "first, and make a new one"
+            )
         if self.model.training:
             raise ConfigError("the model is in training mode: call model.eval()")
 

@@ -1,0 +1,143 @@
+"""``accelerate`` while a model's code and settings change: the tokens of its own forward by then."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from tests.helpers.hf_models import CACHE, make_model, prompt, with_cache
+from tests.hf.test_accelerate_guards import generate, works
+from vattn import ConfigError, Engine, Request
+from vattn.hf import TransformersModel, accelerate
+
+
+@pytest.fixture
+def model() -> PreTrainedModel:
+    return make_model("Llama")
+
+
+@pytest.fixture
+def other() -> PreTrainedModel:
+    return make_model("Llama")
+
+
+def doubled_layer(model: PreTrainedModel) -> None:
+    layer = model.model.layers[0]
+    layer.forward = lambda *args, **kwargs: type(layer).forward(layer, *args, **kwargs) * 2
+
+
+def wrapped_layer(model: PreTrainedModel) -> None:
+    layer = model.model.layers[0]
+    own = layer.forward
+    layer.forward = lambda *args, **kwargs: own(*args, **kwargs) * 2
+
+
+def another_class(model: PreTrainedModel) -> None:
+    kind = type(model)
+
+    class Negative(kind):  # type: ignore[misc,valid-type]
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            out = super().forward(*args, **kwargs)
+            out.logits = -out.logits
+            return out
+
+    model.__class__ = Negative
+
+
+def scales(model: PreTrainedModel) -> None:
+    for layer in model.model.layers:
+        layer.self_attn.scaling = 0.9
+
+
+def epsilons(model: PreTrainedModel) -> None:
+    for module in model.modules():
+        if hasattr(module, "variance_epsilon"):
+            module.variance_epsilon = 0.5
+
+
+CHANGES: dict[str, Callable[[PreTrainedModel], None]] = {
+    "a layer's forward": doubled_layer,
+    "a layer's forward, around": wrapped_layer,
+    "class": another_class,
+    "scales": scales,
+    "epsilons": epsilons,
+    "a window in the config": lambda model: setattr(model.config, "sliding_window", 4),
+    "a smaller vocabulary in the config": lambda model: setattr(model.config, "vocab_size", 50),
+}
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+@pytest.mark.parametrize("change", CHANGES)
+def test_code_and_settings(model: PreTrainedModel, other: PreTrainedModel, change: str, fuse: bool) -> None:
+    with accelerate(model, 64, fuse=fuse) as fast:
+        works(fast, other)
+        for each in (model, other):
+            CHANGES[change](each)
+        wanted = generate(other).tolist()
+        assert generate(model).tolist() == wanted
+    assert generate(model).tolist() == wanted
+
+
+def test_a_forward_of_every_instance(
+    model: PreTrainedModel, other: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As libraries replace those of transformers' classes."""
+    kind = type(model.model.layers[0].mlp)
+    own = kind.forward
+    with accelerate(model, 64, fuse=True) as fast:
+        works(fast, other)
+        before = generate(model).tolist()
+        monkeypatch.setattr(kind, "forward", lambda mlp, x: own(mlp, x) * 3)
+        assert generate(model).tolist() == generate(other).tolist() != before
+
+
+def test_settings_that_stay_open_nothing_anew(model: PreTrainedModel, other: PreTrainedModel) -> None:
+    with accelerate(model, 64) as fast:
+        works(fast, other)
+        cache = fast.kv_cache
+        model.train().eval()
+        model.generation_config.repetition_penalty = other.generation_config.repetition_penalty = 1.2
+        model.set_attn_implementation("eager")
+        works(fast, other)
+        assert fast.kv_cache is cache
+
+
+def test_a_returned_cache_is_of_the_model_as_it_was(model: PreTrainedModel) -> None:
+    with accelerate(model, 64):
+        cache = generate(model, return_dict_in_generate=True)[CACHE]
+        model.to(torch.float64)
+        with pytest.raises(ConfigError, match="the model changed"):
+            model(prompt(2, length=1), **with_cache(cache))
+
+
+def test_a_returned_cache_goes_on_in_training_mode(model: PreTrainedModel, other: PreTrainedModel) -> None:
+    with accelerate(model, 64), torch.no_grad():
+        mine, default = (generate(each, return_dict_in_generate=True)[CACHE] for each in (model, other))
+        model.train()
+        with pytest.warns(UserWarning, match="training mode"):
+            got = model(prompt(2, length=1), **with_cache(mine)).logits
+        torch.testing.assert_close(got, other(prompt(2, length=1), **with_cache(default)).logits, rtol=1e-3, atol=1e-3)
+
+
+# -- other users of the same model ------------------------------------------------------------------------------------
+def test_a_transformers_model_of_an_accelerated_one(model: PreTrainedModel, other: PreTrainedModel) -> None:
+    with accelerate(model, 64, fuse=True) as fast:
+        works(fast, other)
+        with pytest.raises(ConfigError, match="perhaps accelerate's"):
+            TransformersModel(model)
+        works(fast, other)
+    TransformersModel(model).close()
+
+
+def test_attention_that_is_changed_under_an_engine(model: PreTrainedModel) -> None:
+    """It would compute a pass as a text of its own."""
+    with TransformersModel(model, fuse=False) as ours, Engine(ours) as engine:
+        assert engine.generate([Request([1, 2, 3], max_new_tokens=2)])[0].finish_reason == "length"
+        model.set_attn_implementation("eager")
+        completion = engine.generate([Request([1, 2, 3, 4], max_new_tokens=2)])[0]
+        assert completion.finish_reason == "error"
+        assert "attention was set" in str(completion.error)
