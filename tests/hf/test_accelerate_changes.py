@@ -96,6 +96,17 @@ def test_a_forward_of_every_instance(
         assert generate(model).tolist() == generate(other).tolist() != before
 
 
+def test_hooks_of_all_modules_are_called(model: PreTrainedModel, other: PreTrainedModel) -> None:
+    calls = []
+    with accelerate(model, 64, fuse=True) as fast:
+        works(fast, other)
+        handle = torch.nn.modules.module.register_module_forward_hook(lambda module, *_: calls.append(module))
+        with handle, pytest.warns(UserWarning, match="hooks of all modules"):
+            generate(model)
+        assert model.model.layers[0].mlp.act_fn in calls
+        works(fast, other)
+
+
 def test_settings_that_stay_open_nothing_anew(model: PreTrainedModel, other: PreTrainedModel) -> None:
     with accelerate(model, 64) as fast:
         works(fast, other)
