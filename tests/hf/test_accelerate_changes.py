@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -95,6 +96,17 @@ def test_a_forward_of_every_instance(
         assert generate(model).tolist() == generate(other).tolist() != before
 
 
+def test_hooks_of_all_modules_are_called(model: PreTrainedModel, other: PreTrainedModel) -> None:
+    calls = []
+    with accelerate(model, 64, fuse=True) as fast:
+        works(fast, other)
+        handle = torch.nn.modules.module.register_module_forward_hook(lambda module, *_: calls.append(module))
+        with handle, pytest.warns(UserWarning, match="hooks of all modules"):
+            generate(model)
+        assert model.model.layers[0].mlp.act_fn in calls
+        works(fast, other)
+
+
 def test_settings_that_stay_open_nothing_anew(model: PreTrainedModel, other: PreTrainedModel) -> None:
     with accelerate(model, 64) as fast:
         works(fast, other)
@@ -141,3 +153,47 @@ def test_attention_that_is_changed_under_an_engine(model: PreTrainedModel) -> No
         completion = engine.generate([Request([1, 2, 3, 4], max_new_tokens=2)])[0]
         assert completion.finish_reason == "error"
         assert "attention was set" in str(completion.error)
+
+
+@pytest.mark.parametrize("how", ["wrapped", "in place"])
+def test_a_compiled_model(model: PreTrainedModel, other: PreTrainedModel, how: str) -> None:
+    """``torch.compile`` reaches into what its model calls."""
+    with accelerate(model, 64) as fast, torch.no_grad():
+        compiled: Any = torch.compile(model, backend="eager") if how == "wrapped" else model
+        if how == "in place":
+            model.compile(backend="eager")
+        for _ in range(2):
+            assert generate(compiled).tolist() == generate(other).tolist()
+            torch.testing.assert_close(compiled(prompt(2)).logits, other(prompt(2)).logits)
+        assert not fast.reasons
+
+
+def test_other_threads_run_the_model_while_its_parts_are_fused(model: PreTrainedModel, other: PreTrainedModel) -> None:
+    with torch.no_grad():
+        wanted = other(prompt(2)).logits
+    ended, wrong = threading.Event(), []
+
+    @torch.no_grad()
+    def run() -> None:
+        try:
+            while not ended.is_set():
+                if not torch.equal(model(prompt(2)).logits, wanted):
+                    wrong.append("logits")
+        except Exception as error:
+            wrong.append(str(error))
+
+    with accelerate(model, 64, fuse=True) as fast:
+        threads = [threading.Thread(target=run) for _ in range(2)]
+        for each in threads:
+            each.start()
+        try:
+            works(fast, other)
+        finally:
+            ended.set()
+            for each in threads:
+                each.join()
+        assert fast.transformers_model is not None
+        report = fast.transformers_model.report
+    assert not wrong
+    assert report.fused["layer"] == 4
+    assert not report.left

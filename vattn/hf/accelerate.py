@@ -14,6 +14,7 @@ import inspect
 import threading
 import warnings
 from collections.abc import Callable
+from functools import partial
 from types import MethodType, TracebackType
 from typing import Any
 
@@ -215,13 +216,19 @@ class Accelerated:
         """The model's own, of the class that it has by now."""
         return self._own.get("forward") or MethodType(type(self.model).forward, self.model)
 
+    @partial(torch.compiler.disable, recursive=False)  # the model's own may be compiled
     def _on_forward(self, *args: Any, **kwargs: Any) -> Any:
+        result, call = self._served(args, kwargs)
+        return self._forward(**call) if result is None else result
+
+    @torch.compiler.disable
+    def _served(self, args: tuple[Any, ...], call: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """What captured steps return, or None and the arguments that the model's own forward gets instead."""
         if args:
-            kwargs = {**inspect.signature(self._forward).bind_partial(*args).arguments, **kwargs}
-            args = ()
-        cache = kwargs.get(self._cache_name or "")
+            call = {**inspect.signature(self._forward).bind_partial(*args).arguments, **call}
+        cache = call.get(self._cache_name or "")
         if not isinstance(cache, GenerationCache):
-            return self._forward(**kwargs)
+            return None, call
         assert self._cache_name is not None
         with self._lock:
             cache.require_steps()
@@ -231,18 +238,17 @@ class Accelerated:
             try:
                 if answer is None:
                     self._attach()
-                    answer = self._answer(cache, kwargs)
+                    answer = self._answer(cache, call)
             finally:
                 if not self._generating:
                     self._detach()
             if isinstance(answer, torch.Tensor):
                 result = self._result(logits=answer[:, None], **{self._cache_name: cache})
-                return result.to_tuple() if kwargs.get("return_dict") is False else result
+                return (result.to_tuple() if call.get("return_dict") is False else result), call
             self._say(answer)
             self._detach()
             # transformers goes on with the cache that a model returns.
-            kwargs[self._cache_name] = cache.dynamic(self.model.config.get_text_config(decoder=True))
-        return self._forward(**kwargs)
+            return None, {**call, self._cache_name: cache.dynamic(self.model.config.get_text_config(decoder=True))}
 
     def _answer(self, cache: GenerationCache, call: dict[str, Any]) -> torch.Tensor | str:
         """The logits ``[batch, vocab_size]`` behind the last tokens, or why captured steps cannot compute them."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils.hooks import RemovableHandle
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -61,17 +63,19 @@ def model_reason(model: PreTrainedModel) -> str | None:
         return "the model is in training mode (call model.eval())"
     if torch.is_autocast_enabled(model.device.type):
         return "autocast is on"
+    if _has_hooks(register_module_forward_hook, register_module_forward_pre_hook):
+        return "torch has forward hooks of all modules, which a captured step would not call"
     for name, module in model.named_modules():
         if type(module).__module__.partition(".")[0] == "peft":
             return f"{name} is of PEFT, which may switch adapters (merge them: merge_and_unload())"
-        if _has_hooks(module):
+        if _has_hooks(module.register_forward_hook, module.register_forward_pre_hook):
             return f"{name or 'the model'} has a forward hook, which a captured step would not call"
     return None
 
 
-def _has_hooks(module: torch.nn.Module) -> bool:
-    """Whether forward hooks are registered, other than those with which transformers collects outputs."""
-    for register in (module.register_forward_hook, module.register_forward_pre_hook):
+def _has_hooks(*registers: Callable[[Callable[..., None]], RemovableHandle]) -> bool:
+    """Whether hooks were registered by these, other than those with which transformers collects outputs."""
+    for register in registers:
         handle = register(_nothing)  # what it returns knows the others
         hooks = handle.hooks_dict_ref()
         handle.remove()

@@ -161,6 +161,8 @@ class Fusion:
         self._addresses = {module: _addresses(module) for module in self._overridden}
 
     def _note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if current() is None:  # another thread runs the model
+            return
         if module in self._calls:
             self._calls[module].count += 1
         else:

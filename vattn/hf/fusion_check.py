@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -170,9 +171,11 @@ class Oracle:
         state = _in_dtype({**dict(module.named_parameters()), **dict(module.named_buffers())}, dtype)
 
         def wide(*args: Any, **kwargs: Any) -> Any:
-            return functional_call(module, state, args, kwargs)
+            return functional_call(twin, state, args, kwargs)
 
         try:
+            # A copy without weights of its own: another thread may be running the module.
+            twin = copy.deepcopy(module, {id(each): each for each in (*module.parameters(), *module.buffers())})
             return self._run(wide, self.call.in_dtype(dtype), Probe(self.positions))[1]
         except torch.OutOfMemoryError:
             raise
