@@ -27,9 +27,8 @@ def overview(_: list[Record]) -> str:
 
 def results(_: list[Record]) -> str:
     """vattn's figure beside those of what one would take instead, losses among them."""
-    memory, fits = "03 peak_memory:B=8:L=32768", "05 sequences:driver=ledger:shape=8B:trace=log-normal"
+    memory = "03 peak_memory:B=8:L=32768"
     dynamic, static = (marked(f"{memory} transformers-{name}") for name in ("dynamic", "static"))
-    blocks, layers = (marked(f"{fits} {name} .0f") for name in ("paged-16", "layer-major"))
     rows = [
         *(_step(*case) for case in (("8B", 1), ("8B", 8), ("8B", 64), ("1B", 1))),
         [
@@ -37,11 +36,7 @@ def results(_: list[Record]) -> str:
             f"{marked(f'{memory} vattn')} MiB",
             f"dynamic cache {dynamic}, static cache {static}",
         ],
-        [
-            "sequences in 60 GiB, 8B, log-normal lengths",
-            marked(f"{fits} vattn .0f"),
-            f"blocks of 16 tokens {blocks}, pages of one layer {layers}",
-        ],
+        _generate(),
         _serving(),
         _prefill(8192, "the worst of four lengths"),
     ]
@@ -58,6 +53,21 @@ def _step(shape: str, batch: int) -> list[str]:
         f"{vattn} ms ({share} of the limit)",
         f"torch.compile {compiled}, transformers compiled, static cache {static}"
         + (f", the same loop over blocks {blocks}" if blocks != "–" else ""),
+    ]
+
+
+def _generate() -> list[str]:
+    """A step of ``accelerate``, and what it costs at first."""
+
+    def found(system: str) -> list[str]:
+        steps = [marked(f"14 generate_step:8B:B={batch}:L=1024 {system} .1f") for batch in (1, 8)]
+        return [*steps, marked(f"14 first_token {system} .1f")]
+
+    vattn, dynamic, compiled = map(found, ("vattn", "hf-dynamic", "hf-static-compile"))
+    return [
+        "`generate`, 8B, batch 1 and 8: a step; a process's first token",
+        f"{vattn[0]}, {vattn[1]} ms; {vattn[2]} s",
+        f"as it is {dynamic[0]}, {dynamic[1]}; {dynamic[2]} s; compiled, static cache {compiled[0]}, {compiled[1]}",
     ]
 
 
