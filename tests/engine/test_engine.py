@@ -507,6 +507,27 @@ def test_captured_passes_give_the_same_tokens() -> None:
         assert tokens_of(engine.generate(requests)) == rounds[0]
 
 
+@pytest.mark.gpu
+def test_passes_that_cannot_be_captured_are_launched() -> None:
+    """CUDA gives the first capture up; nothing else is captured, and torch's random numbers are as before."""
+
+    class Waiting(FusedLlama):
+        def prefill_and_decode(self, tokens: torch.Tensor, *others: Any) -> torch.Tensor:
+            assert tokens.sum().item() >= 0
+            return super().prefill_and_decode(tokens, *others)
+
+    shape = replace(SMALL, num_heads=8, num_kv_heads=2, head_dim=64, max_position_embeddings=2048)
+    model = Llama.random(shape, seed=0, std=0.1).to("cuda", torch.bfloat16)
+    requests = [Request(random_tokens(n, 128, seed=n), 20, Sampling(0.7, seed=n)) for n in (300, 3, 90)]
+    with Engine(Waiting(model), max_batch=8, max_step_tokens=256, memory_limit=256 << 20) as engine:
+        rounds = [tokens_of(engine.generate(requests)) for _ in range(3)]
+        assert rounds[1:] == rounds[:1] * 2
+        held = engine._loop._step._graphs._by_key.values()
+        assert not any(isinstance(each, torch.cuda.CUDAGraph) for each in held)
+        assert torch.rand(3, device="cuda").isfinite().all()
+        engine.cache.check_integrity()
+
+
 def test_warm_up_changes_nothing(model: Llama, cache: KVCache) -> None:
     wanted = requests_of(4)
     with Engine(model, cache) as engine:

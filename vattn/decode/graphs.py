@@ -11,7 +11,7 @@ import torch
 
 from ..arguments import require_int
 from ..errors import ConfigError
-from ..graphs.capture import captured
+from ..graphs.capture import CaptureFailed, captured
 
 __all__ = ["GraphReport", "StepGraphs", "buckets_beside", "default_buckets"]
 
@@ -92,6 +92,7 @@ class StepGraphs:
         self._run = run
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._by_key: dict[Hashable, torch.cuda.CUDAGraph | bool] = {}  # True: it came once; False: it cannot be
+        self._failed = False  # whether other work could not be captured
         self._pool: Any = None
         self.reports: tuple[GraphReport, ...] = tuple(GraphReport(bucket, False) for bucket in self.buckets)
 
@@ -144,7 +145,7 @@ class StepGraphs:
         """
         known = self._by_key.get(key)
         if known is True:
-            known = self._by_key[key] = _captured(run, self._pool) or False
+            known = self._by_key[key] = self._captured(run) or False
         if isinstance(known, torch.cuda.CUDAGraph):
             known.replay()
             return
@@ -163,7 +164,7 @@ class StepGraphs:
             return
         if not compiled:
             run()
-        if (graph := _captured(run, self._pool)) is not None:
+        if (graph := self._captured(run)) is not None:
             self._by_key[key] = graph
 
     def release(self) -> None:
@@ -196,6 +197,21 @@ class StepGraphs:
                 del self._graphs[bucket]
         return report
 
+    def _captured(self, run: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
+        """None where it cannot be; the launch that follows shows what was wrong, if it was not the capture.
+
+        Where CUDA gave one up, no other work is captured either: it would fail alike, and each failure keeps memory.
+        """
+        if self._failed:
+            return None
+        try:
+            return captured(run, self._pool)
+        except CaptureFailed:
+            self._failed, self._pool = True, torch.cuda.graph_pool_handle()
+        except Exception:  # what the launch raises again, or what PyTorch refuses before CUDA would
+            pass
+        return None
+
     def _time(self, launch: Callable[[], None], repeats: int = 5) -> float:
         """Microseconds of a step, the median, launches and waiting included as a loop would see them."""
         samples = []
@@ -206,11 +222,3 @@ class StepGraphs:
             torch.cuda.synchronize(self.device)
             samples.append((perf_counter() - start) * 1e6)
         return sorted(samples)[repeats // 2]
-
-
-def _captured(run: Callable[[], None], pool: Any) -> torch.cuda.CUDAGraph | None:
-    """None where it cannot be; the launch that follows shows what was wrong, if it was not the capture."""
-    try:
-        return captured(run, pool)
-    except Exception:
-        return None

@@ -10,7 +10,14 @@ import torch
 
 from ..interrupts import FinalisersWait, Uninterrupted
 
-__all__ = ["captured"]
+__all__ = ["CaptureFailed", "captured"]
+
+# Captures that CUDA gave up. torch's allocator asks them for ever whether an allocation is theirs.
+_GIVEN_UP: list[torch.cuda.CUDAGraph] = []
+
+
+class CaptureFailed(RuntimeError):
+    """CUDA gave a capture up, as where the host waits for the device in it. Its pool takes no other one."""
 
 
 def captured(run: Callable[[], object], pool: Any = None) -> torch.cuda.CUDAGraph:
@@ -25,22 +32,26 @@ def captured(run: Callable[[], object], pool: Any = None) -> torch.cuda.CUDAGrap
         pool: of another graph, or a handle; None for one of its own.
 
     Raises:
-        Exception: what ``run`` raises, or RuntimeError where CUDA refuses the capture.
+        CaptureFailed: says what ``run`` raised, if it did.
+        Exception: what ``run`` raises by itself.
     """
     graph = torch.cuda.CUDAGraph()
     with Uninterrupted(), FinalisersWait():
         _begin(graph, pool)
-        failed = True
+        raised: BaseException | None = None
         try:
             run()
-            failed = False
+        except BaseException as error:
+            raised = error
+            raise
         finally:
             try:
                 graph.capture_end()
-            except RuntimeError:
+            except RuntimeError as error:
+                _GIVEN_UP.append(graph)
                 _recover()
-                if not failed:  # else what ``run`` raised says more
-                    raise
+                if raised is None or isinstance(raised, Exception):
+                    raise CaptureFailed(str(raised or error)) from (raised or error)
     return graph
 
 
