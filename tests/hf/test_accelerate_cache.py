@@ -88,6 +88,29 @@ def test_copies_keep_their_slots_or_say_that_they_lost_them(model: PreTrainedMod
         del held
 
 
+@pytest.mark.parametrize("operation", ["copied", "repeated"])
+def test_copies_that_nobody_has_any_more_make_room(
+    model: PreTrainedModel, plain: PreTrainedModel, operation: str
+) -> None:
+    """As where many questions go on from one beginning."""
+
+    def go_on(of: PreTrainedModel, beginning: Any, seed: int) -> Any:
+        cache = copy.deepcopy(beginning[CACHE])
+        text = torch.cat([beginning.sequences, prompt(2, seed=seed, length=3)], dim=1)
+        if operation == "repeated":
+            cache.batch_repeat_interleave(2)
+            text = text.repeat_interleave(2, dim=0)
+        return generate(of, text, attention_mask=torch.ones_like(text), **with_cache(cache)).tolist()
+
+    with accelerate(model, 64, max_batch=4) as fast:
+        mine, other = answered(model), answered(plain)
+        for seed in range(6):
+            assert go_on(model, mine, seed) == go_on(plain, other, seed)
+        assert not fast.reasons
+        assert fast.kv_cache is not None
+        fast.kv_cache.check_integrity()
+
+
 def test_a_cache_whose_call_was_interrupted_is_not_gone_on_with(model: PreTrainedModel, plain: PreTrainedModel) -> None:
     with accelerate(model, 64) as fast:
         cache = answered(model)[CACHE]

@@ -236,15 +236,19 @@ class CapturedSteps:
         """Note who has slots: once nobody has the owner any more, they are free."""
         self._owners[next(self._numbers)] = owner
 
-    def make_room(self, count: int) -> None:
-        """Have so many free slots; where that takes slots of owners, those that came first give theirs up."""
+    def make_room(self, count: int, keep: SlotOwner | None = None) -> None:
+        """Have so many free slots; where that takes slots of owners, those that came first give theirs up.
+
+        Args:
+            keep: an owner that does not.
+        """
         owners = list(self._owners.values())
         owned = {slot for owner in owners for slot in owner.slots}
         self.release([slot for slot in self._rows if slot not in owned])
         for owner in owners:
             if self.cache.max_slots - 1 - len(self._rows) >= count:
                 break
-            if owner.slots:
+            if owner.slots and owner is not keep:
                 owner.give_up()
 
     def kept(self, slot: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -197,6 +197,7 @@ class GenerationCache(Cache):
     def __deepcopy__(self, memo: dict[int, Any]) -> GenerationCache:
         """The same tokens in other slots, as for continuing one prompt in several ways; whole pages are shared."""
         steps = self.require_steps()
+        steps.make_room(len(self.slots), keep=self)
         other = GenerationCache(steps)
         for slot in self.slots:
             other.slots.append(steps.fork(slot))
@@ -218,6 +219,8 @@ class GenerationCache(Cache):
         if not sources or any(not -len(self.slots) <= each < len(self.slots) for each in sources):
             raise ConfigError(f"expected rows of a batch of {len(self.slots)}, got {sources}")
         sources = [each % len(self.slots) for each in sources]
+        if len(sources) > len(self.slots):
+            self.require_steps().make_room(len(sources) - len(self.slots), keep=self)
         with self._whole():
             slots, self.slots = self.slots, []  # of which some are going to be others'
             self.slots = self.require_steps().regroup(slots, sources)
