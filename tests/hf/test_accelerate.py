@@ -307,6 +307,8 @@ REFUSED = {
     "Llama 4, chunks": "longer than max_length=16",  # a chunk
     "Qwen3-Next": "recurrent state",
 }
+if CACHE != "cache":  # before transformers 5.24
+    REFUSED["GPT-J"] = "computes attention by itself"
 SOME = ("greedy", "padded on the left", "beams", "sampling", "prompt in chunks", "cache gone on with, padded")
 
 

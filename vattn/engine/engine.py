@@ -272,7 +272,7 @@ class Engine:
         return [answer.completion(*key) for key, answer in answers.items()]
 
     def warm_up(self) -> None:
-        """Capture passes of every size before any request comes, as a server does; it takes about a second.
+        """Capture passes of every size before any request comes, as a server does; it takes a few seconds at most.
 
         Without it each size is launched kernel by kernel the first time, and captured the second time.
 
