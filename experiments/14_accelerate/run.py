@@ -1,6 +1,6 @@
 """transformers' ``generate`` as it is, compiled, over a ``VirtualCache``, and accelerated.
 
-See README.md. The large shapes need an NVIDIA GPU with 80 GB; ``--quick`` tries everything on a tiny model, anywhere.
+See README.md. Needs an NVIDIA GPU with 80 GB; ``--quick`` tries everything on a tiny model, on a CPU too.
 """
 
 from __future__ import annotations
