@@ -343,6 +343,36 @@ def test_a_slot_that_is_changed_between_the_start_and_the_launch(model: Llama, c
         cache.release(slots[0])
 
 
+def test_a_slot_that_is_taken_right_before_it_decodes(
+    model: Llama, cache: KVCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As another thread may do it: whoever has the slot by then does not decode, and the other request goes on."""
+    wanted = [Request(random_tokens(n, 128, seed=n), 20) for n in (3, 40)]
+    with Engine(model, cache) as engine:
+        start_batch, taken = engine._loop.start_batch, []
+
+        def start(starts: Any, versions: Any = None) -> None:
+            if not taken:
+                taken.append(starts[-1].slot)
+                rows = cache.seq_len(taken[0])
+                cache.release(taken[0])
+                assert cache.acquire(taken[0]) == taken[0]
+                cache.ensure(taken[0], rows)
+            start_batch(starts, versions)
+
+        monkeypatch.setattr(engine._loop, "start_batch", start)
+        for request in wanted:
+            engine.submit(request)
+        tokens = run_out(engine)
+        reasons = {request_id: reason for (request_id, _), reason in ends(tokens).items()}
+        assert sorted(reasons.values()) == ["error", "length"]
+        (other,) = (request_id for request_id, reason in reasons.items() if reason == "length")
+        assert by_sample(tokens)[other, 0] == alone(model, [wanted[other]])[0][0].tokens
+        assert taken[0] not in engine._loop.slots
+        cache.release(taken[0])
+        cache.check_integrity()
+
+
 @pytest.mark.parametrize("phase", ["decoding", "prefilling"])
 @pytest.mark.parametrize("length", [1, 9])
 def test_a_slot_that_is_released_behind_its_back_and_taken_by_the_next_request(

@@ -148,8 +148,12 @@ class DecodeLoop:
         )
 
     @for_one_thread
-    def start_batch(self, starts: Iterable[Start]) -> None:
-        """``start`` for several at once, all or nothing, with one upload."""
+    def start_batch(self, starts: Iterable[Start], versions: Sequence[int] | None = None) -> None:
+        """``start`` for several at once, all or nothing, with one upload.
+
+        Args:
+            versions: of their slots, as ``KVCache.versions`` said: ConfigError where another sequence is there by now.
+        """
         self._require_open()
         starts = list(starts)
         for each in starts:
@@ -167,9 +171,9 @@ class DecodeLoop:
         if num_live > self.max_batch:
             raise ConfigError(f"{num_live} sequences exceed max_batch, {self.max_batch}")
         with Uninterrupted():
-            versions = self.cache.versions(slots)
+            known = self.cache.versions(slots) if versions is None else np.array(versions, np.int64)
             # What a page shared with another sequence takes to become private, it takes here, before any step is open.
-            self.cache.ensure_batch(slots, [n + 1 for n in rows], versions=versions)
+            self.cache.ensure_batch(slots, [n + 1 for n in rows], versions=known)
             try:
                 if self.stream is not None:
                     self.stream.wait_stream(torch.cuda.current_stream(self.cache.device))
@@ -179,7 +183,7 @@ class DecodeLoop:
                 for slot, n in zip(slots, rows, strict=True):
                     self.cache.truncate(slot, n)
                 raise
-            for n, start, version in zip(rows, checked, versions.tolist(), strict=True):
+            for n, start, version in zip(rows, checked, known.tolist(), strict=True):
                 self._progress.begin(start.slot, n, n + start.max_new_tokens, version)
 
     @for_one_thread

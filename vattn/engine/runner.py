@@ -111,14 +111,17 @@ class Runner:
             ready = [sample for sample in ready if sample.phase is Phase.PREFILLING]
         while ready:
             try:
-                self._loop.start_batch([self._start_of(sample) for sample in ready])
+                self._loop.start_batch(
+                    [self._start_of(sample) for sample in ready], [sample.version for sample in ready]
+                )
                 break
             except OutOfPages as error:
                 self._samples.preempt(error)
                 ready = [sample for sample in ready if sample.phase is Phase.PREFILLING]
             except Exception as error:
-                self._samples.fail(ready, error)
-                return []
+                lost = self._samples.lost(ready)
+                self._samples.fail(lost or ready, error, gone=bool(lost))
+                ready = [sample for sample in ready if sample.phase is Phase.PREFILLING]
         for sample in ready:
             self._scheduler.decode(sample)
             self._samples.decoding[sample.slot] = sample
