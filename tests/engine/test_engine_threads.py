@@ -309,7 +309,7 @@ def test_stats_print_on_a_line(model: Llama, cache: KVCache) -> None:
 
 def test_what_load_returns_is_named_where_it_is_not_taken_apart(model: Llama) -> None:
     with pytest.raises(
-        ConfigError, match=r"vattn\.models\.load\(\.\.\.\)\[0\] gives it or as transformers loads it, not a tuple"
+        ConfigError, match=r"as transformers loads it or as vattn\.models\.load\(\.\.\.\)\[0\] gives it, not a tuple"
     ):
         Engine((model, None))
 
