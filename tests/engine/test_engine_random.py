@@ -6,13 +6,14 @@ import os
 import random
 from contextlib import suppress
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from helpers.engine import Fate, alone, any_request, cache_of
 from helpers.llama import small_model
 
-from vattn import Engine
+from vattn import Engine, KVCache
 from vattn.errors import OutOfPages
 from vattn.models import Llama
 
@@ -44,6 +45,22 @@ def test_a_thousand_random_requests_on_the_gpu(seed: int) -> None:
     walk(small_model().to("cuda"), NUM_ON_THE_GPU, seed)
 
 
+def take_pages_at_random(cache: KVCache, rng: random.Random) -> list[OutOfPages]:
+    """Now and then the pages that sequences are about to grow by are somebody else's for a moment: admission leaves room
+    for growth, so that this alone makes preemption happen often. Returns a list of the errors to come."""
+    errors: list[OutOfPages] = []
+    ensure_batch = cache.ensure_batch
+
+    def ensure_or_not(*args: Any, wait: bool = True, **options: Any) -> None:
+        if wait and rng.random() < 0.05:
+            errors.append(OutOfPages("the last pages are gone"))
+            raise errors[-1]
+        ensure_batch(*args, wait=wait, **options)
+
+    cache.ensure_batch = ensure_or_not  # type: ignore[method-assign]
+    return errors
+
+
 def walk(model: Llama, num_requests: int, seed: int, fixed_sizes: bool = False) -> None:
     """Nothing is lost, nothing comes twice, nobody waits for ever, and memory stays within its limit."""
     rng = random.Random(seed)
@@ -56,6 +73,7 @@ def walk(model: Llama, num_requests: int, seed: int, fixed_sizes: bool = False) 
             if fixed_sizes:
                 cache.ensure(engine._loop.own_slot, 1)
                 engine._passes._captures = True
+            taken_away = take_pages_at_random(cache, rng)
             fates: dict[tuple[int, int], Fate] = {}
             open_requests: set[int] = set()
             num_open: dict[int, int] = {}  # samples, by request
@@ -91,12 +109,14 @@ def walk(model: Llama, num_requests: int, seed: int, fixed_sizes: bool = False) 
                                 cache.ensure(held, rows)
                                 break
                             rows //= 2
+                num_taken_away = len(taken_away)
                 try:
                     tokens = engine.step()
                 except OutOfPages:
-                    assert held is not None, "nobody else holds memory"
-                    cache.release(held)
-                    held = None
+                    assert held is not None or len(taken_away) > num_taken_away, "nobody else holds memory"
+                    if held is not None:
+                        cache.release(held)
+                        held = None
                     continue
                 for new in tokens:
                     fates[new.request_id, new.index].add(new)  # KeyError: of a cancelled request
@@ -112,8 +132,7 @@ def walk(model: Llama, num_requests: int, seed: int, fixed_sizes: bool = False) 
             stats = engine.stats()
             assert num_cancelled
             assert not fixed_sizes or engine._passes._fixed
-            # On a GPU a page of 2 MiB holds thousands of this model's rows: memory does not run short.
-            assert stats.num_preemptions or num_requests < 1000 or model.device.type == "cuda"
+            assert stats.num_preemptions > num_requests / 300 or num_requests < 300
             if held is not None:
                 cache.release(held)
         end = cache.stats()
