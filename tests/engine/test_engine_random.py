@@ -46,8 +46,8 @@ def test_a_thousand_random_requests_on_the_gpu(seed: int) -> None:
 
 
 def take_pages_at_random(cache: KVCache, rng: random.Random) -> list[OutOfPages]:
-    """Now and then the pages that sequences are about to grow by are somebody else's for a moment. Admission leaves room
-    for growth, so this alone makes preemption happen often. Returns a list of the errors to come."""
+    """Now and then the pages that sequences are about to grow by are somebody else's for a moment. Admission leaves
+    room for growth, so this alone makes preemption happen often. Returns a list of the errors to come."""
     errors: list[OutOfPages] = []
     ensure_batch = cache.ensure_batch
 
