@@ -69,9 +69,9 @@ class Driver(Protocol):
         """Release a handle. Its memory is freed when it is mapped nowhere any more."""
 
     def create_pages(self, size_bytes: int, count: int, done: list[int]) -> None:
-        """Call ``create`` ``count`` times.
+        """Call ``create`` ``count`` times. Stops at the first failure.
 
-        Each handle is appended to ``done`` as soon as it exists. So after a failure ``done`` has those that were made.
+        The handles are appended to ``done``: after a failure, those that were made before it.
         """
 
     def map(self, address: int, size_bytes: int, handle: int) -> None:
@@ -83,8 +83,11 @@ class Driver(Protocol):
         Args:
             size_bytes: size of each handle.
             addresses, handles: the i-th handle is mapped at the i-th address.
-            done: each address is appended when it is mapped. So after a failure it has those to unmap. The last of them
-                may be without access then.
+            done: the addresses that were mapped are appended. So after a failure it has those to unmap. The last of
+                them may be without access then.
+
+        Raises:
+            ValueError: there are not as many addresses as handles. Nothing is mapped.
         """
 
     def set_access(self, address: int, size_bytes: int) -> None:
@@ -125,12 +128,16 @@ class RuledDriver(ABC):
     """The public calls of a driver. Subclasses implement the private ones, which call the system.
 
     A public call first checks the rules, then calls the system, then updates the books.
+
+    Attributes:
+        why_not_native: why batches of calls are made from Python. None: the library of ``native/`` makes them.
     """
 
     name: str
     device: torch.device
     granularity_bytes: int
     default_page_bytes: int
+    why_not_native: str | None = "this driver makes no calls"
 
     def __init__(self) -> None:
         self.counts = CallCounts()
@@ -166,15 +173,13 @@ class RuledDriver(ABC):
 
     def create_pages(self, size_bytes: int, count: int, done: list[int]) -> None:
         self.book.check_create(size_bytes)
-        create, handles, first = self._create, self.book.handles, len(done)
-        try:
-            for _ in range(count):
-                handle = create(size_bytes)
-                handles[handle] = Handle(size_bytes)
-                done.append(handle)
-        finally:
-            self.counts.num_create += len(done) - first
-            self.log.extend(("create", None, size_bytes, handle) for handle in done[first:])
+        handles, error = self._create_batch(size_bytes, count)
+        self.book.handles.update([(handle, Handle(size_bytes)) for handle in handles])
+        done += handles
+        self.counts.num_create += len(handles)
+        self.log.extend([("create", None, size_bytes, handle) for handle in handles])
+        if error is not None:
+            raise error
 
     def map(self, address: int, size_bytes: int, handle: int) -> None:
         self.book.check_map(address, size_bytes, handle)
@@ -184,25 +189,32 @@ class RuledDriver(ABC):
         self.log.add("map", address, size_bytes, handle)
 
     def map_pages(self, size_bytes: int, addresses: Sequence[int], handles: Sequence[int], done: list[int]) -> None:
-        book, map_, set_access = self.book, self._map, self._set_access
-        num_mapped = num_accessible = 0
-        try:
-            for address, handle in zip(addresses, handles, strict=True):
+        book, mappings = self.book, []
+        log: list[tuple[str, int | None, int | None, int | None]] = []
+        error: BaseException | None = None
+        for address, handle in list(zip(addresses, handles, strict=True)):
+            try:
                 book.check_map(address, size_bytes, handle)
-                map_(address, size_bytes, handle)
-                mapping = book.map(address, size_bytes, handle)
-                done.append(address)
-                num_mapped += 1
-                set_access(address, size_bytes)
+            except DriverError as refusal:  # of this one; those before it are mapped
+                error = refusal
+                break
+            mappings.append(book.map(address, size_bytes, handle))
+        allowed = len(mappings)
+        num_calls, failure = self._map_batch(size_bytes, addresses[:allowed], handles[:allowed])
+        num_mapped, num_accessible = (num_calls + 1) // 2, num_calls // 2
+        for mapping in mappings[num_mapped:]:
+            book.unmap(mapping)
+        for mapping in mappings[:num_mapped]:
+            done.append(mapping.address)
+            log.append(("map", mapping.address, size_bytes, mapping.handle))
+            if len(log) < num_calls:
                 mapping.accessible = True
-                num_accessible += 1
-        finally:
-            self.counts.num_map += num_mapped
-            self.counts.num_set_access += num_accessible
-            for index in range(num_mapped):
-                self.log.add("map", addresses[index], size_bytes, handles[index])
-                if index < num_accessible:
-                    self.log.add("set_access", addresses[index], size_bytes)
+                log.append(("set_access", mapping.address, size_bytes, None))
+        self.counts.num_map += num_mapped
+        self.counts.num_set_access += num_accessible
+        self.log.extend(log)
+        if error := failure or error:
+            raise error
 
     def set_access(self, address: int, size_bytes: int) -> None:
         mappings = self.book.whole_mappings("set_access", address, size_bytes)
@@ -246,6 +258,34 @@ class RuledDriver(ABC):
         return False
 
     # -- calls of the system -----------------------------------------------------------------------------------------
+    def _create_batch(self, size_bytes: int, count: int) -> tuple[list[int], BaseException | None]:
+        """``_create`` so many times, up to the first failure. Returns the handles and what failed then."""
+        handles: list[int] = []
+        try:
+            for _ in range(count):
+                handles.append(self._create(size_bytes))  # noqa: PERF401 - those before a failure count
+        except BaseException as error:  # the caller notes what was done before it raises this
+            return handles, error
+        return handles, None
+
+    def _map_batch(
+        self, size_bytes: int, addresses: Sequence[int], handles: Sequence[int]
+    ) -> tuple[int, BaseException | None]:
+        """``_map`` and ``_set_access`` for one handle after another, up to the first failure.
+
+        Returns how many of these calls succeeded, both kinds counted, and what failed then.
+        """
+        num_calls = 0
+        try:
+            for address, handle in zip(addresses, handles, strict=True):
+                self._map(address, size_bytes, handle)
+                num_calls += 1
+                self._set_access(address, size_bytes)
+                num_calls += 1
+        except BaseException as error:
+            return num_calls, error
+        return num_calls, None
+
     def _after_unmap(self, freed: list[tuple[int, int]]) -> None:  # noqa: B027 - CUDA has done it by itself
         """Free memory of handles that were released before their last mapping went.
 

@@ -14,7 +14,7 @@ import mmap
 import os
 import resource
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,6 +22,7 @@ import torch
 
 from ..errors import ConfigError, DriverError
 from ..machine import available_and_total_bytes
+from . import native
 from .base import RuledDriver
 
 # From Linux's uapi headers. They are the same on every architecture that PyTorch supports.
@@ -113,6 +114,8 @@ class HostDriver(RuledDriver):
     def __init__(self) -> None:
         self.device = torch.device("cpu")
         self.granularity_bytes = mmap.PAGESIZE
+        self.why_not_native = native.why_not()
+        self._batches = None if self.why_not_native else native.HostBatches()
         super().__init__()
         try:
             self._fd = os.memfd_create("vattn", os.MFD_CLOEXEC)
@@ -144,27 +147,61 @@ class HostDriver(RuledDriver):
 
     # -- handles -------------------------------------------------------------------------------------------------
     def _create(self, size_bytes: int) -> int:
+        self._num_allowed(size_bytes)
+        (handle,) = self._unused(size_bytes, 1)
+        try:
+            os.posix_fallocate(self._fd, handle - 1, size_bytes)
+        except OSError as error:
+            raise _refused("fallocate", error) from error
+        self._note_created(size_bytes, 1)
+        return handle
+
+    def _create_batch(self, size_bytes: int, count: int) -> tuple[list[int], BaseException | None]:
+        if self._batches is None:
+            return super()._create_batch(size_bytes, count)
+        made: list[int] = []
+        try:
+            while len(made) < count:
+                handles = self._unused(size_bytes, min(count - len(made), self._num_allowed(size_bytes)))
+                num_made, failure = self._batches.create(self._fd, size_bytes, handles)
+                self._note_created(size_bytes, num_made)
+                made += handles[:num_made]
+                if failure:
+                    raise _error(*failure)
+        except BaseException as error:
+            return made, error
+        return made, None
+
+    def _num_allowed(self, size_bytes: int) -> int:
+        """How many pages, one at least, may be created before the system's free memory is read again."""
         if size_bytes > self._may_take_bytes:
             spare_bytes = self.memory_info()[0] - _KEEP_FREE_BYTES
             if size_bytes > spare_bytes:
                 detail = f"the system has {max(spare_bytes, 0)} bytes to spare"
                 raise DriverError("fallocate", "ENOMEM", detail, out_of_memory=True)
             self._may_take_bytes = max(size_bytes, min(spare_bytes, _BYTES_BETWEEN_CHECKS))
-        holes = self._holes.get(size_bytes)
-        offset = holes[-1] if holes else self._end
+        return self._may_take_bytes // size_bytes
+
+    def _unused(self, size_bytes: int, count: int) -> list[int]:
+        """The handles that the next pages get, ``count`` of them; fewer where a file may not be that large."""
+        holes = self._holes.get(size_bytes, [])
+        offsets = holes[: -count - 1 : -1]
+        offsets += range(self._end, self._end + (count - len(offsets)) * size_bytes, size_bytes)
         limit = _limit(resource.RLIMIT_FSIZE)
-        if limit is not None and offset + size_bytes > limit:  # fallocate could end the process with SIGXFSZ
-            raise _error("fallocate", errno.EFBIG)
-        try:
-            os.posix_fallocate(self._fd, offset, size_bytes)
-        except OSError as error:
-            raise _refused("fallocate", error) from error
-        self._may_take_bytes -= size_bytes
-        if holes:
-            holes.pop()
-        else:
-            self._end += size_bytes
-        return offset + 1
+        if limit is not None:  # fallocate could end the process with SIGXFSZ
+            within = [offset + size_bytes <= limit for offset in offsets]
+            if not within[0]:
+                raise _error("fallocate", errno.EFBIG)
+            offsets = offsets[: within.index(False)] if False in within else offsets
+        return [offset + 1 for offset in offsets]
+
+    def _note_created(self, size_bytes: int, count: int) -> None:
+        """The first so many of ``_unused`` are pages now."""
+        holes = self._holes.get(size_bytes, [])
+        num_holes = min(count, len(holes))
+        del holes[len(holes) - num_holes :]
+        self._end += (count - num_holes) * size_bytes
+        self._may_take_bytes -= count * size_bytes
 
     def _release(self, handle: int, size_bytes: int, still_mapped: bool) -> None:
         if not still_mapped:
@@ -186,6 +223,22 @@ class HostDriver(RuledDriver):
         flags = mmap.MAP_SHARED | _MAP_FIXED
         with self._at_the_limit("mmap"):
             self._mmap(address, size_bytes, _PROT_NONE, flags, self._fd, handle - 1)
+
+    def _map_batch(
+        self, size_bytes: int, addresses: Sequence[int], handles: Sequence[int]
+    ) -> tuple[int, BaseException | None]:
+        if self._batches is None:
+            return super()._map_batch(size_bytes, addresses, handles)
+        num_calls = 0
+        try:
+            self._hold_spare("mmap")
+            num_calls, failure = self._batches.map(self._fd, size_bytes, addresses, handles)
+            if failure:
+                with self._at_the_limit(failure[0]):
+                    raise _error(*failure)
+        except BaseException as error:
+            return num_calls, error
+        return num_calls, None
 
     def _set_access(self, address: int, size_bytes: int) -> None:
         with self._at_the_limit("mprotect"):
