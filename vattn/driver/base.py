@@ -90,11 +90,38 @@ class Driver(Protocol):
             ValueError: there are not as many addresses as handles. Nothing is mapped.
         """
 
-    def set_access(self, address: int, size_bytes: int) -> None:
-        """Allow reads and writes. The range must consist of whole mapped handles."""
+    def set_access(self, address: int, size_bytes: int, writable: bool = True) -> None:
+        """Allow reads, and writes unless ``writable`` is False. The range must consist of whole mapped handles.
+
+        A write to memory that may only be read ends the process on the CPU, and its CUDA context on a GPU.
+        """
 
     def unmap(self, address: int, size_bytes: int) -> None:
         """Unmap whole handles. Does **not** wait for work that may still use them."""
+
+    def export_handle(self, handle: int) -> int:
+        """A file descriptor that stands for a handle, for another process of this machine.
+
+        The caller sends it over a Unix socket (``socket.send_fds``) and closes it. On the host driver the first export
+        moves the bytes into a file of their own, which shows nothing else: nobody may write to the handle meanwhile.
+
+        Raises:
+            DriverError: the handle is not live, or the system cannot do this (``NOT_SUPPORTED``).
+        """
+
+    def import_handle(self, fd: int, size_bytes: int) -> int:
+        """A new handle of memory that a driver of the same kind exported, in another process or in this one.
+
+        It is mapped, with or without write access, and released as any other. The memory stays until every process has
+        released it, whoever made it, and does not count into ``allocated_bytes``. The caller closes ``fd``, at once if
+        it likes.
+
+        Args:
+            size_bytes: size of the exported handle.
+
+        Raises:
+            DriverError: ``fd`` is no exported handle of that size. CUDA may say so of the size only when it is mapped.
+        """
 
     def zero(self, address: int, size_bytes: int) -> None:
         """Fill a range with zeros, on the current stream."""
@@ -208,7 +235,7 @@ class RuledDriver(ABC):
             done.append(mapping.address)
             log.append(("map", mapping.address, size_bytes, mapping.handle))
             if len(log) < num_calls:
-                mapping.accessible = True
+                mapping.accessible = mapping.writable = True
                 log.append(("set_access", mapping.address, size_bytes, None))
         self.counts.num_map += num_mapped
         self.counts.num_set_access += num_accessible
@@ -216,11 +243,11 @@ class RuledDriver(ABC):
         if error := failure or error:
             raise error
 
-    def set_access(self, address: int, size_bytes: int) -> None:
+    def set_access(self, address: int, size_bytes: int, writable: bool = True) -> None:
         mappings = self.book.whole_mappings("set_access", address, size_bytes)
-        self._set_access(address, size_bytes)
+        self._set_access(address, size_bytes, writable)
         for mapping in mappings:
-            mapping.accessible = True
+            mapping.accessible, mapping.writable = True, writable
         self.counts.num_set_access += 1
         self.log.add("set_access", address, size_bytes)
 
@@ -233,13 +260,28 @@ class RuledDriver(ABC):
         if freed:
             self._after_unmap(freed)
 
+    def export_handle(self, handle: int) -> int:
+        entry = self.book.handles.get(handle)
+        if entry is None or entry.released:
+            raise DriverError("export_handle", "INVALID_VALUE", f"handle {handle:#x} is not live")
+        fd = self._export(handle, entry.size_bytes)
+        self.log.add("export", None, entry.size_bytes, handle)
+        return fd
+
+    def import_handle(self, fd: int, size_bytes: int) -> int:
+        self.book.check_size("import_handle", size_bytes)
+        handle = self._import(fd, size_bytes)
+        self.book.handles[handle] = Handle(size_bytes)
+        self.log.add("import", None, size_bytes, handle)
+        return handle
+
     def zero(self, address: int, size_bytes: int) -> None:
         self.book.check_accessible("zero", address, size_bytes)
         self._zero(address, size_bytes)
         self.counts.num_zero += 1
 
     def copy(self, target: int, source: int, size_bytes: int) -> None:
-        self.book.check_accessible("copy", source, size_bytes)
+        self.book.check_accessible("copy", source, size_bytes, writing=False)
         self.book.check_accessible("copy", target, size_bytes)
         self._copy(target, source, size_bytes)
         self.counts.num_copy += 1
@@ -280,7 +322,7 @@ class RuledDriver(ABC):
             for address, handle in zip(addresses, handles, strict=True):
                 self._map(address, size_bytes, handle)
                 num_calls += 1
-                self._set_access(address, size_bytes)
+                self._set_access(address, size_bytes, True)
                 num_calls += 1
         except BaseException as error:
             return num_calls, error
@@ -304,9 +346,13 @@ class RuledDriver(ABC):
     @abstractmethod
     def _map(self, address: int, size_bytes: int, handle: int) -> None: ...
     @abstractmethod
-    def _set_access(self, address: int, size_bytes: int) -> None: ...
+    def _set_access(self, address: int, size_bytes: int, writable: bool) -> None: ...
     @abstractmethod
     def _unmap(self, address: int, size_bytes: int) -> None: ...
+    @abstractmethod
+    def _export(self, handle: int, size_bytes: int) -> int: ...
+    @abstractmethod
+    def _import(self, fd: int, size_bytes: int) -> int: ...
     @abstractmethod
     def _zero(self, address: int, size_bytes: int) -> None: ...
     @abstractmethod

@@ -101,14 +101,14 @@ class CudaBatches(_Batches):
     """Of the CUDA driver.
 
     Args:
-        create, map_, set_access: addresses of ``cuMemCreate``, ``cuMemMap`` and ``cuMemSetAccess``.
+        functions: addresses of ``cuMemCreate``, ``cuMemMap`` and ``cuMemSetAccess``.
         properties, access: addresses of the ``CUmemAllocationProp`` and the ``CUmemAccessDesc`` that they are called
             with. The caller keeps both alive.
     """
 
-    def __init__(self, create: int, map_: int, set_access: int, properties: int, access: int) -> None:
+    def __init__(self, functions: Sequence[int], properties: int, access: int) -> None:
         super().__init__()
-        self._cuda = _Cuda(create, map_, set_access)
+        self._cuda = _Cuda(*functions)
         self._functions = ctypes.addressof(self._cuda)
         self._properties, self._access = properties, access
 
