@@ -120,7 +120,8 @@ class Driver(Protocol):
             size_bytes: size of the exported handle.
 
         Raises:
-            DriverError: ``fd`` is no exported handle of that size. CUDA may say so of the size only when it is mapped.
+            DriverError: ``fd`` is no exported handle of that size (CUDA says so of the size when it is mapped), or this
+                driver has that memory already and the system cannot tell the two apart.
         """
 
     def zero(self, address: int, size_bytes: int) -> None:
@@ -270,6 +271,8 @@ class RuledDriver(ABC):
 
     def import_handle(self, fd: int, size_bytes: int) -> int:
         self.book.check_size("import_handle", size_bytes)
+        if fd < 0:
+            raise DriverError("import_handle", "INVALID_VALUE", f"{fd} is no file descriptor")
         handle = self._import(fd, size_bytes)
         self.book.handles[handle] = Handle(size_bytes)
         self.log.add("import", None, size_bytes, handle)
