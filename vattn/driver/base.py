@@ -217,31 +217,30 @@ class RuledDriver(ABC):
         self.log.add("map", address, size_bytes, handle)
 
     def map_pages(self, size_bytes: int, addresses: Sequence[int], handles: Sequence[int], done: list[int]) -> None:
-        book, mappings = self.book, []
-        log: list[tuple[str, int | None, int | None, int | None]] = []
-        error: BaseException | None = None
-        for address, handle in list(zip(addresses, handles, strict=True)):
-            try:
+        if len(addresses) != len(handles):
+            raise ValueError(f"map_pages got {len(addresses)} addresses, {len(handles)} handles: one list is shorter")
+        book, log, mappings = self.book, self.log.add, []
+        refusal: DriverError | None = None
+        try:
+            for address, handle in zip(addresses, handles, strict=True):
                 book.check_map(address, size_bytes, handle)
-            except DriverError as refusal:  # of this one; those before it are mapped
-                error = refusal
-                break
-            mappings.append(book.map(address, size_bytes, handle))
-        allowed = len(mappings)
-        num_calls, failure = self._map_batch(size_bytes, addresses[:allowed], handles[:allowed])
-        num_mapped, num_accessible = (num_calls + 1) // 2, num_calls // 2
-        for mapping in mappings[num_mapped:]:
-            book.unmap(mapping)
-        for mapping in mappings[:num_mapped]:
-            done.append(mapping.address)
-            log.append(("map", mapping.address, size_bytes, mapping.handle))
-            if len(log) < num_calls:
+                mappings.append(book.map(address, size_bytes, handle))
+        except DriverError as error_of_next:  # those before it are mapped
+            refusal = error_of_next
+            addresses, handles = addresses[: len(mappings)], handles[: len(mappings)]
+        num_calls, failure = self._map_batch(size_bytes, addresses, handles)
+        num_accessible, num_mapped = num_calls // 2, (num_calls + 1) // 2
+        while len(mappings) > num_mapped:
+            book.unmap(mappings.pop())
+        done += addresses[:num_mapped]
+        for index, mapping in enumerate(mappings):
+            log("map", mapping.address, size_bytes, mapping.handle)
+            if index < num_accessible:
                 mapping.accessible = mapping.writable = True
-                log.append(("set_access", mapping.address, size_bytes, None))
+                log("set_access", mapping.address, size_bytes)
         self.counts.num_map += num_mapped
         self.counts.num_set_access += num_accessible
-        self.log.extend(log)
-        if error := failure or error:
+        if error := failure or refusal:
             raise error
 
     def set_access(self, address: int, size_bytes: int, writable: bool = True) -> None:
