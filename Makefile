@@ -1,6 +1,7 @@
 # make demo    a real model writes text through memory mapped page by page
 # make test    the test suite, without a GPU and without the tests marked slow; WORKERS=2 processes at once
 # make test-all    the slow ones too; CI runs it
+# make native    the native library, into the clone; installing builds it too, where there is a C++ compiler
 # make lint    ruff and mypy
 # make test-oldest, make test-newest    as test-all, on either end of the supported versions; PYTHON=python3.13 takes that Python
 # make test-transformers    of make test, what touches transformers, on its newest release; CI runs it
@@ -33,7 +34,11 @@ ALL := -m "not gpu"
 # The oldest torch wants Triton 3.6, whose interpreter fails on NumPy 2.4.
 OLDEST := torch==2.11.0 transformers==5.17.0 'numpy<2.4'
 
-.PHONY: demo test test-all lint lock test-oldest test-newest test-transformers gpu-test sanitize fuzz soak clean
+# Suites that run with the native library and without it.
+NATIVE_TESTS := tests/conformance tests/driver tests/memory tests/test_kv_cache.py
+NATIVE_LIBRARY := vattn/driver/_native.abi3.so
+
+.PHONY: demo native test test-all lint lock test-oldest test-newest test-transformers gpu-test sanitize fuzz soak clean
 
 # One environment; the demo needs less than the tests, so it does not wait for their tools.
 $(VENV)/.demo: pyproject.toml constraints.txt Makefile
@@ -56,6 +61,13 @@ test: $(VENV)/.dev
 
 test-all: $(VENV)/.dev
 	$(TEST) $(BIN)/python $(PYTEST) $(ALL)
+	VATTN_NATIVE=0 $(TEST) $(BIN)/python $(PYTEST) $(ALL) $(NATIVE_TESTS)
+
+native: $(NATIVE_LIBRARY)
+
+# As pyproject.toml has it, with warnings.
+$(NATIVE_LIBRARY): $(wildcard native/*.cpp native/*.h)
+	$(CXX) -std=c++17 -O2 -Wall -Wextra -fPIC -shared -fvisibility=hidden $(filter %.cpp,$^) -o $@
 
 # Plain versions, those of Python 3.11 on x86-64. They serve PyTorch's CUDA build and its CPU build, which takes
 # Triton from the dev extra and nothing of NVIDIA's.
@@ -109,4 +121,4 @@ soak: $(if $(SYSTEM),,$(VENV)/.dev)
 	PYTHONPATH=. $(GPU_PYTHON) tests/soak.py --minutes $(MINUTES) --device $(DEVICE) --seed $(SEED)
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest $(VENV)-transformers build dist *.egg-info
+	rm -rf $(NATIVE_LIBRARY) $(VENV) $(VENV)-oldest $(VENV)-newest $(VENV)-transformers build dist *.egg-info

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import vattn
-from vattn.driver import CudaDriver, Driver, HostDriver, LedgerDriver
+from vattn.driver import CudaDriver, Driver, HostDriver, LedgerDriver, native
 from vattn.driver.base import RuledDriver
 from vattn.driver.cuda import unavailable
 from vattn.errors import DriverError
@@ -106,19 +106,25 @@ def _no_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
 # -- drivers ---------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class DriverCase:
-    """A driver, the handle size to test it with, and whether there is memory behind its addresses."""
+    """A driver, the handle size to test it with, and whether there is memory behind its addresses.
+
+    ``native``: whether its batches are those of the library of ``native/``.
+    """
 
     open: Callable[[], Driver]
     unit_of: Callable[[Driver], int] = lambda driver: driver.granularity_bytes
     has_memory: bool = True
     needs_cuda: bool = False
+    native: bool = False
 
 
 DRIVER_CASES = {
     "host": DriverCase(HostDriver),
     "host-2MiB": DriverCase(HostDriver, lambda driver: driver.default_page_bytes),
+    "host-native": DriverCase(HostDriver, native=True),
     "ledger": DriverCase(LedgerDriver, has_memory=False),
     "cuda": DriverCase(lambda: CudaDriver(torch.device("cuda")), needs_cuda=True),
+    "cuda-native": DriverCase(lambda: CudaDriver(torch.device("cuda")), needs_cuda=True, native=True),
 }
 
 
@@ -145,9 +151,12 @@ def clear(driver: Driver) -> None:
         for name, case in DRIVER_CASES.items()
     ]
 )
-def driver_case(request: pytest.FixtureRequest) -> DriverCase:
+def driver_case(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> DriverCase:
     if request.param.needs_cuda:
         _skip_without_cuda()
+    monkeypatch.setenv("VATTN_NATIVE", "1" if request.param.native else "0")
+    if request.param.native and (reason := native.why_not()):
+        pytest.skip(f"without the native library: {reason}")
     return request.param
 
 

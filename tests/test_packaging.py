@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -13,20 +15,27 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("wheel")
+LIBRARY = "vattn/driver/_native.abi3.so"
+
+
+def build(folder: Path, **environment: str) -> Path:
+    """The wheel, built from a copy of the sources: building in place would leave files behind in them."""
     source = folder / "source"
-    # A copy: building in place would leave files behind in the sources.
     source.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE", "vattn", "models"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "vattn", "models", "native"):
         subprocess.run(["cp", "-r", ROOT / name, source], check=True)
+    (source / LIBRARY).unlink(missing_ok=True)
     # The source archive first, and the wheel from what that holds.
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, source]
-    subprocess.run(command, check=True, capture_output=True)
+    subprocess.run(command, check=True, capture_output=True, env={**os.environ, **environment})
     assert len(list(folder.glob("vattn-*.tar.gz"))) == 1
     (built,) = folder.glob("*.whl")
     return built
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("wheel"))
 
 
 def test_the_wheel_holds_every_module_and_the_type_marker(wheel):
@@ -36,6 +45,20 @@ def test_the_wheel_holds_every_module_and_the_type_marker(wheel):
     assert sources <= names
     assert {"vattn/py.typed", "vattn/tuning/tuned/NVIDIA_H100_80GB_HBM3.json"} <= names
     assert not any(name.startswith(("tests", "models/", "experiments")) for name in names)
+
+
+def test_the_wheel_holds_the_native_library_where_there_is_a_compiler(wheel):
+    if not shutil.which("c++"):
+        pytest.skip("there is no C++ compiler")
+    assert LIBRARY in zipfile.ZipFile(wheel).namelist()
+
+
+def test_the_wheel_is_built_without_a_compiler(tmp_path):
+    (tmp_path / "bin").mkdir()
+    built = build(tmp_path, PATH=str(tmp_path / "bin"), CC="no-compiler", CXX="no-compiler")
+    names = zipfile.ZipFile(built).namelist()
+    assert "vattn/driver/native.py" in names
+    assert LIBRARY not in names
 
 
 def test_an_installed_wheel_works_away_from_its_sources(wheel, tmp_path):
@@ -57,3 +80,5 @@ def test_an_installed_wheel_works_away_from_its_sources(wheel, tmp_path):
         [sys.executable, "-m", "vattn", "info", "--json"], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert info.returncode == 0, info.stderr
+    (host,) = [driver for driver in json.loads(info.stdout)["drivers"] if driver["name"] == "host"]
+    assert (host["detail"]["native"] == "library used") == (LIBRARY in zipfile.ZipFile(wheel).namelist())

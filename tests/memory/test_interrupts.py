@@ -35,9 +35,9 @@ class InterruptingDriver(StreamDriver):
             self.during = None
             os.kill(os.getpid(), signal.SIGINT)
 
-    def _map(self, *arguments):
+    def _map_batch(self, *arguments):
         self._interrupt("map")
-        super()._map(*arguments)
+        return super()._map_batch(*arguments)
 
     def fence(self):
         self._interrupt("fence")
@@ -169,12 +169,12 @@ class CollectingDriver(StreamDriver):
 
     during: str | None = None
 
-    def _map(self, *arguments):
+    def _map_batch(self, *arguments):
         if self.during == "map":
             self.during = None
             assert gc.isenabled(), "the collector is every thread's: nobody may put it off"
             gc.collect()
-        super()._map(*arguments)
+        return super()._map_batch(*arguments)
 
 
 class Finalised:

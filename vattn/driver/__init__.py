@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..errors import ConfigError, VattnError
-from .base import Driver, Fence
+from .base import Driver, Fence, RuledDriver
 from .cuda import CudaDriver, unavailable
 from .host import HostDriver
 from .ledger import LedgerDriver
@@ -78,7 +78,7 @@ def _probe_host() -> DriverStatus:
         return DriverStatus("host", False, str(error))
     finally:
         driver.close()
-    detail = {"available_bytes": str(available), "total_bytes": str(total)}
+    detail = {"available_bytes": str(available), "total_bytes": str(total), "native": _native(driver)}
     return DriverStatus("host", True, None, driver.granularity_bytes, "cpu", detail)
 
 
@@ -95,5 +95,11 @@ def _probe_cuda() -> DriverStatus:
         "available_bytes": str(free),
         "total_bytes": str(total),
         "num_devices": str(torch.cuda.device_count()),
+        "native": _native(driver),
     }
     return DriverStatus("cuda", True, None, driver.granularity_bytes, str(driver.device), detail)
+
+
+def _native(driver: Driver) -> str:
+    assert isinstance(driver, RuledDriver)
+    return f"library not used ({driver.why_not_native})" if driver.why_not_native else "library used"

@@ -69,9 +69,9 @@ class Driver(Protocol):
         """Release a handle. Its memory is freed when it is mapped nowhere any more."""
 
     def create_pages(self, size_bytes: int, count: int, done: list[int]) -> None:
-        """Call ``create`` ``count`` times.
+        """Call ``create`` ``count`` times. Stops at the first failure.
 
-        Each handle is appended to ``done`` as soon as it exists. So after a failure ``done`` has those that were made.
+        The handles are appended to ``done``: after a failure, those that were made before it.
         """
 
     def map(self, address: int, size_bytes: int, handle: int) -> None:
@@ -83,15 +83,46 @@ class Driver(Protocol):
         Args:
             size_bytes: size of each handle.
             addresses, handles: the i-th handle is mapped at the i-th address.
-            done: each address is appended when it is mapped. So after a failure it has those to unmap. The last of them
-                may be without access then.
+            done: the addresses that were mapped are appended. So after a failure it has those to unmap. The last of
+                them may be without access then.
+
+        Raises:
+            ValueError: there are not as many addresses as handles. Nothing is mapped.
         """
 
-    def set_access(self, address: int, size_bytes: int) -> None:
-        """Allow reads and writes. The range must consist of whole mapped handles."""
+    def set_access(self, address: int, size_bytes: int, writable: bool = True) -> None:
+        """Allow reads, and writes unless ``writable`` is False. The range must consist of whole mapped handles.
+
+        A write to memory that may only be read ends the process on the CPU, and its CUDA context on a GPU.
+        """
 
     def unmap(self, address: int, size_bytes: int) -> None:
         """Unmap whole handles. Does **not** wait for work that may still use them."""
+
+    def export_handle(self, handle: int) -> int:
+        """A file descriptor that stands for a handle, for another process of this machine.
+
+        The caller sends it over a Unix socket (``socket.send_fds``) and closes it. On the host driver the first export
+        moves the bytes into a file of their own, which shows nothing else: nobody may write to the handle meanwhile.
+
+        Raises:
+            DriverError: the handle is not live, or the system cannot do this (``NOT_SUPPORTED``).
+        """
+
+    def import_handle(self, fd: int, size_bytes: int) -> int:
+        """A new handle of memory that a driver of the same kind exported, in another process or in this one.
+
+        It is mapped, with or without write access, and released as any other. The memory stays until every process has
+        released it, whoever made it, and does not count into ``allocated_bytes``. The caller closes ``fd``, at once if
+        it likes.
+
+        Args:
+            size_bytes: size of the exported handle.
+
+        Raises:
+            DriverError: ``fd`` is no exported handle of that size (CUDA says so of the size when it is mapped), or this
+                driver has that memory already and the system cannot tell the two apart.
+        """
 
     def zero(self, address: int, size_bytes: int) -> None:
         """Fill a range with zeros, on the current stream."""
@@ -125,12 +156,16 @@ class RuledDriver(ABC):
     """The public calls of a driver. Subclasses implement the private ones, which call the system.
 
     A public call first checks the rules, then calls the system, then updates the books.
+
+    Attributes:
+        why_not_native: why batches of calls are made from Python. None: the library of ``native/`` makes them.
     """
 
     name: str
     device: torch.device
     granularity_bytes: int
     default_page_bytes: int
+    why_not_native: str | None = "this driver makes no calls"
 
     def __init__(self) -> None:
         self.counts = CallCounts()
@@ -166,15 +201,13 @@ class RuledDriver(ABC):
 
     def create_pages(self, size_bytes: int, count: int, done: list[int]) -> None:
         self.book.check_create(size_bytes)
-        create, handles, first = self._create, self.book.handles, len(done)
-        try:
-            for _ in range(count):
-                handle = create(size_bytes)
-                handles[handle] = Handle(size_bytes)
-                done.append(handle)
-        finally:
-            self.counts.num_create += len(done) - first
-            self.log.extend(("create", None, size_bytes, handle) for handle in done[first:])
+        handles, error = self._create_batch(size_bytes, count)
+        self.book.handles.update([(handle, Handle(size_bytes)) for handle in handles])
+        done += handles
+        self.counts.num_create += len(handles)
+        self.log.extend([("create", None, size_bytes, handle) for handle in handles])
+        if error is not None:
+            raise error
 
     def map(self, address: int, size_bytes: int, handle: int) -> None:
         self.book.check_map(address, size_bytes, handle)
@@ -184,31 +217,37 @@ class RuledDriver(ABC):
         self.log.add("map", address, size_bytes, handle)
 
     def map_pages(self, size_bytes: int, addresses: Sequence[int], handles: Sequence[int], done: list[int]) -> None:
-        book, map_, set_access = self.book, self._map, self._set_access
-        num_mapped = num_accessible = 0
+        if len(addresses) != len(handles):
+            raise ValueError(f"map_pages got {len(addresses)} addresses, {len(handles)} handles: one list is shorter")
+        book, log, mappings = self.book, self.log.add, []
+        refusal: DriverError | None = None
         try:
             for address, handle in zip(addresses, handles, strict=True):
                 book.check_map(address, size_bytes, handle)
-                map_(address, size_bytes, handle)
-                mapping = book.map(address, size_bytes, handle)
-                done.append(address)
-                num_mapped += 1
-                set_access(address, size_bytes)
-                mapping.accessible = True
-                num_accessible += 1
-        finally:
-            self.counts.num_map += num_mapped
-            self.counts.num_set_access += num_accessible
-            for index in range(num_mapped):
-                self.log.add("map", addresses[index], size_bytes, handles[index])
-                if index < num_accessible:
-                    self.log.add("set_access", addresses[index], size_bytes)
+                mappings.append(book.map(address, size_bytes, handle))
+        except DriverError as error_of_next:  # those before it are mapped
+            refusal = error_of_next
+            addresses, handles = addresses[: len(mappings)], handles[: len(mappings)]
+        num_calls, failure = self._map_batch(size_bytes, addresses, handles)
+        num_accessible, num_mapped = num_calls // 2, (num_calls + 1) // 2
+        while len(mappings) > num_mapped:
+            book.unmap(mappings.pop())
+        done += addresses[:num_mapped]
+        for index, mapping in enumerate(mappings):
+            log("map", mapping.address, size_bytes, mapping.handle)
+            if index < num_accessible:
+                mapping.accessible = mapping.writable = True
+                log("set_access", mapping.address, size_bytes)
+        self.counts.num_map += num_mapped
+        self.counts.num_set_access += num_accessible
+        if error := failure or refusal:
+            raise error
 
-    def set_access(self, address: int, size_bytes: int) -> None:
+    def set_access(self, address: int, size_bytes: int, writable: bool = True) -> None:
         mappings = self.book.whole_mappings("set_access", address, size_bytes)
-        self._set_access(address, size_bytes)
+        self._set_access(address, size_bytes, writable)
         for mapping in mappings:
-            mapping.accessible = True
+            mapping.accessible, mapping.writable = True, writable
         self.counts.num_set_access += 1
         self.log.add("set_access", address, size_bytes)
 
@@ -221,13 +260,30 @@ class RuledDriver(ABC):
         if freed:
             self._after_unmap(freed)
 
+    def export_handle(self, handle: int) -> int:
+        entry = self.book.handles.get(handle)
+        if entry is None or entry.released:
+            raise DriverError("export_handle", "INVALID_VALUE", f"handle {handle:#x} is not live")
+        fd = self._export(handle, entry.size_bytes)
+        self.log.add("export", None, entry.size_bytes, handle)
+        return fd
+
+    def import_handle(self, fd: int, size_bytes: int) -> int:
+        self.book.check_size("import_handle", size_bytes)
+        if fd < 0:
+            raise DriverError("import_handle", "INVALID_VALUE", f"{fd} is no file descriptor")
+        handle = self._import(fd, size_bytes)
+        self.book.handles[handle] = Handle(size_bytes)
+        self.log.add("import", None, size_bytes, handle)
+        return handle
+
     def zero(self, address: int, size_bytes: int) -> None:
         self.book.check_accessible("zero", address, size_bytes)
         self._zero(address, size_bytes)
         self.counts.num_zero += 1
 
     def copy(self, target: int, source: int, size_bytes: int) -> None:
-        self.book.check_accessible("copy", source, size_bytes)
+        self.book.check_accessible("copy", source, size_bytes, writing=False)
         self.book.check_accessible("copy", target, size_bytes)
         self._copy(target, source, size_bytes)
         self.counts.num_copy += 1
@@ -246,6 +302,34 @@ class RuledDriver(ABC):
         return False
 
     # -- calls of the system -----------------------------------------------------------------------------------------
+    def _create_batch(self, size_bytes: int, count: int) -> tuple[list[int], BaseException | None]:
+        """``_create`` so many times, up to the first failure. Returns the handles and what failed then."""
+        handles: list[int] = []
+        try:
+            for _ in range(count):
+                handles.append(self._create(size_bytes))  # noqa: PERF401 - those before a failure count
+        except BaseException as error:  # the caller notes what was done before it raises this
+            return handles, error
+        return handles, None
+
+    def _map_batch(
+        self, size_bytes: int, addresses: Sequence[int], handles: Sequence[int]
+    ) -> tuple[int, BaseException | None]:
+        """``_map`` and ``_set_access`` for one handle after another, up to the first failure.
+
+        Returns how many of these calls succeeded, both kinds counted, and what failed then.
+        """
+        num_calls = 0
+        try:
+            for address, handle in zip(addresses, handles, strict=True):
+                self._map(address, size_bytes, handle)
+                num_calls += 1
+                self._set_access(address, size_bytes, True)
+                num_calls += 1
+        except BaseException as error:
+            return num_calls, error
+        return num_calls, None
+
     def _after_unmap(self, freed: list[tuple[int, int]]) -> None:  # noqa: B027 - CUDA has done it by itself
         """Free memory of handles that were released before their last mapping went.
 
@@ -264,9 +348,13 @@ class RuledDriver(ABC):
     @abstractmethod
     def _map(self, address: int, size_bytes: int, handle: int) -> None: ...
     @abstractmethod
-    def _set_access(self, address: int, size_bytes: int) -> None: ...
+    def _set_access(self, address: int, size_bytes: int, writable: bool) -> None: ...
     @abstractmethod
     def _unmap(self, address: int, size_bytes: int) -> None: ...
+    @abstractmethod
+    def _export(self, handle: int, size_bytes: int) -> int: ...
+    @abstractmethod
+    def _import(self, fd: int, size_bytes: int) -> int: ...
     @abstractmethod
     def _zero(self, address: int, size_bytes: int) -> None: ...
     @abstractmethod

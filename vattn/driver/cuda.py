@@ -5,7 +5,7 @@ This module can be imported without CUDA. Then ``unavailable()`` says why the dr
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
@@ -13,12 +13,17 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError, DriverError
+from . import native
 from .base import Fence, RuledDriver
 
 try:
     from cuda.bindings import driver as _cu
 except ImportError:  # pragma: no cover - the dependency is declared; this keeps the message below reachable
     _cu = None
+
+# Of the native library, in the form that they have had since CUDA 10.2.
+_FUNCTIONS = (b"cuMemCreate", b"cuMemMap", b"cuMemSetAccess")
+_CUDA_VERSION = 12000
 
 
 @lru_cache(maxsize=1)
@@ -106,14 +111,33 @@ class CudaDriver(RuledDriver):
         self._properties.type = _cu.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
         self._properties.location.type = _cu.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
         self._properties.location.id = index
-        access = _cu.CUmemAccessDesc()
-        access.location = self._properties.location
-        access.flags = _cu.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
-        self._access = [access]
+        attribute = _cu.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED
+        self._exportable = bool(_call("cuDeviceGetAttribute", attribute, _call("cuDeviceGet", index)))
+        self._file_descriptor = _cu.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
+        if self._exportable:  # only what asks for it when it is created can be exported later
+            self._properties.requestedHandleTypes = self._file_descriptor
+        self._read_write = self._access_of(_cu.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE)
+        self._read_only = self._access_of(_cu.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READ)
         minimum = _cu.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
         self.granularity_bytes = int(_call("cuMemGetAllocationGranularity", self._properties, minimum))
         self.default_page_bytes = self.granularity_bytes
+        self._batches: native.CudaBatches | None = None
+        self.why_not_native = native.why_not() or self._open_batches()
         super().__init__()
+
+    def _access_of(self, flags: Any) -> list[Any]:
+        access = _cu.CUmemAccessDesc()
+        access.location = self._properties.location
+        access.flags = flags
+        return [access]
+
+    def _open_batches(self) -> str | None:
+        """Let the native library make batches of calls. Returns why it cannot; None: it does."""
+        functions = [int(_call("cuGetProcAddress", name, _CUDA_VERSION, 0) or 0) for name in _FUNCTIONS]
+        if not all(functions):
+            return "the NVIDIA driver does not say where its functions are"
+        self._batches = native.CudaBatches(functions, self._properties.getPtr(), self._read_write[0].getPtr())
+        return None
 
     # -- address ranges ------------------------------------------------------------------------------------------
     def _reserve(self, size_bytes: int) -> int:
@@ -128,15 +152,42 @@ class CudaDriver(RuledDriver):
         # The conformance suite checks it.
         return int(_call("cuMemCreate", size_bytes, self._properties, 0))
 
+    def _create_batch(self, size_bytes: int, count: int) -> tuple[list[int], BaseException | None]:
+        if self._batches is None:
+            return super()._create_batch(size_bytes, count)
+        handles: list[int] = []
+        _, failure = self._batches.create(size_bytes, count, handles)
+        return handles, _error(*failure) if failure else None
+
     def _release(self, handle: int, size_bytes: int, still_mapped: bool) -> None:
         _call("cuMemRelease", handle)
+
+    def _export(self, handle: int, size_bytes: int) -> int:
+        if not self._exportable:
+            raise DriverError("export_handle", "NOT_SUPPORTED", f"{self.device} cannot export memory")
+        return int(_call("cuMemExportToShareableHandle", handle, self._file_descriptor, 0))
+
+    def _import(self, fd: int, size_bytes: int) -> int:
+        handle = int(_call("cuMemImportFromShareableHandle", fd, self._file_descriptor))
+        if handle in self.book.handles:  # the driver counts how often it gave a handle; the books do not
+            _call("cuMemRelease", handle)
+            raise DriverError("import_handle", "INVALID_VALUE", f"this driver has that memory as handle {handle:#x}")
+        return handle
 
     # -- mappings ------------------------------------------------------------------------------------------------
     def _map(self, address: int, size_bytes: int, handle: int) -> None:
         _call("cuMemMap", address, size_bytes, 0, handle, 0)
 
-    def _set_access(self, address: int, size_bytes: int) -> None:
-        _call("cuMemSetAccess", address, size_bytes, self._access, 1)
+    def _map_batch(
+        self, size_bytes: int, addresses: Sequence[int], handles: Sequence[int]
+    ) -> tuple[int, BaseException | None]:
+        if self._batches is None:
+            return super()._map_batch(size_bytes, addresses, handles)
+        num_calls, failure = self._batches.map(size_bytes, addresses, handles)
+        return num_calls, _error(*failure) if failure else None
+
+    def _set_access(self, address: int, size_bytes: int, writable: bool) -> None:
+        _call("cuMemSetAccess", address, size_bytes, self._read_write if writable else self._read_only, 1)
 
     def _unmap(self, address: int, size_bytes: int) -> None:
         _call("cuMemUnmap", address, size_bytes)
@@ -186,5 +237,14 @@ def _call(name: str, *arguments: Any) -> Any:
     """Call a function of the driver API and return its value. Raises ``DriverError`` where it fails."""
     result, *values = getattr(_cu, name)(*arguments)
     if result != _cu.CUresult.CUDA_SUCCESS:
-        raise DriverError(name, result.name, out_of_memory=result == _cu.CUresult.CUDA_ERROR_OUT_OF_MEMORY)
+        raise _error(name, result)
     return values[0] if values else None
+
+
+def _error(name: str, code: int) -> DriverError:
+    """The error of a function that returned ``code``, a ``CUresult``."""
+    try:
+        result = _cu.CUresult(code).name
+    except ValueError:  # of a driver that is newer than cuda-bindings
+        result = str(code)
+    return DriverError(name, result, out_of_memory=code == _cu.CUresult.CUDA_ERROR_OUT_OF_MEMORY)

@@ -10,19 +10,23 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import mmap
 import os
 import resource
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from itertools import count
 
 import torch
 
 from ..errors import ConfigError, DriverError
 from ..machine import available_and_total_bytes
+from . import native
 from .base import RuledDriver
+from .host_errors import failed, refused, soft_limit, too_many_mappings
+from .rules import Mapping
 
 # From Linux's uapi headers. They are the same on every architecture that PyTorch supports.
 _MAP_FIXED = 0x10
@@ -52,60 +56,16 @@ _NUM_SPARE = 128
 # Memory left to the rest of the system. Without it, fallocate would take all, and the kernel would kill a process.
 _KEEP_FREE_BYTES = 64 << 20
 _BYTES_BETWEEN_CHECKS = 64 << 20
-
-
-def _error(call: str, code: int | None = None) -> DriverError:
-    """The error of a failed call. ``code`` is its errno; None: ask the C library."""
-    code = ctypes.get_errno() if code is None else code
-    out_of_memory = code in (errno.ENOMEM, errno.ENOSPC, errno.EFBIG)
-    detail = os.strerror(code) + _what_to_change(code)
-    return DriverError(call, errno.errorcode.get(code, str(code)), detail, out_of_memory=out_of_memory)
-
-
-def _what_to_change(code: int) -> str:
-    """What the user can change, where it is a limit of the process and not of the machine. Otherwise empty."""
-    if code == errno.EMFILE:
-        return f"; RLIMIT_NOFILE is {_limit(resource.RLIMIT_NOFILE)}: close files, or raise it (ulimit -n)"
-    if code == errno.ENFILE:
-        return "; close files, or raise the system's limit (sysctl fs.file-max)"
-    if code == errno.EFBIG:
-        return (
-            f"; all pages are one file, and RLIMIT_FSIZE is {_limit(resource.RLIMIT_FSIZE)} bytes: raise it (ulimit -f)"
-            " or lower memory_limit"
-        )
-    if code == errno.ENOMEM and (limit := _limit(resource.RLIMIT_AS)) is not None:
-        return f"; RLIMIT_AS is {limit} bytes: raise it (ulimit -v)"
-    if code in (errno.EPERM, errno.EACCES, errno.ENOSYS):
-        return "; a sandbox forbids it: let its profile (seccomp) allow memfd_create, fallocate, mmap and madvise"
-    return ""
-
-
-def _limit(which: int) -> int | None:
-    """The process's soft limit. None: unlimited."""
-    soft, _ = resource.getrlimit(which)
-    return None if soft == resource.RLIM_INFINITY else soft
-
-
-def _refused(call: str, error: OSError) -> DriverError:
-    return _error(call, error.errno or 0)
-
-
-def _too_many_mappings(call: str) -> DriverError:
-    try:
-        limit = int(Path("/proc/sys/vm/max_map_count").read_text())
-    except OSError:  # no more files may be opened either, say
-        allowed, advice = "", "sysctl vm.max_map_count"
-    else:
-        allowed, advice = f" ({limit})", f"sysctl -w vm.max_map_count={2 * limit}"
-    detail = (
-        f"the process has as many mappings as vm.max_map_count allows{allowed}; "
-        f"raise it ({advice}) or use a larger page_bytes{_what_to_change(errno.ENOMEM)}"
-    )
-    return DriverError(call, "ENOMEM", detail, out_of_memory=True)
+_FIRST_IMPORTED = 1 << 62
+# Of an exported file: nobody can cut it, so that an importer's reads never fail.
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
 class HostDriver(RuledDriver):
-    """Virtual memory of the operating system (Linux). A handle is an offset in the memfd, plus one."""
+    """Virtual memory of the operating system (Linux). A handle is an offset in the memfd, plus one.
+
+    A handle that was exported or imported has a file of its own, since a file descriptor gives away all of its file.
+    """
 
     name = "host"
     default_page_bytes = 2 << 20
@@ -113,14 +73,18 @@ class HostDriver(RuledDriver):
     def __init__(self) -> None:
         self.device = torch.device("cpu")
         self.granularity_bytes = mmap.PAGESIZE
+        self.why_not_native = native.why_not()
+        self._batches = None if self.why_not_native else native.HostBatches()
         super().__init__()
         try:
             self._fd = os.memfd_create("vattn", os.MFD_CLOEXEC)
         except OSError as error:
-            raise ConfigError(f"no memory can be had on the CPU: {_refused('memfd_create', error)}") from error
+            raise ConfigError(f"no memory can be had on the CPU: {refused('memfd_create', error)}") from error
         _DRIVERS.add(self)
         self._end = 0
         self._holes: dict[int, list[int]] = {}  # size -> offsets that were punched out and can be used again
+        self._files: dict[int, int] = {}  # handle -> the file of its own
+        self._imported = count(_FIRST_IMPORTED)  # the next handles of other drivers' memory
         self._may_take_bytes = 0  # so many may be allocated before the system's free memory is read again
         self._spare: int | None = None
         try:
@@ -144,52 +108,159 @@ class HostDriver(RuledDriver):
 
     # -- handles -------------------------------------------------------------------------------------------------
     def _create(self, size_bytes: int) -> int:
+        self._num_allowed(size_bytes)
+        (handle,) = self._unused(size_bytes, 1)
+        try:
+            os.posix_fallocate(self._fd, handle - 1, size_bytes)
+        except OSError as error:
+            raise refused("fallocate", error) from error
+        self._note_created(size_bytes, 1)
+        return handle
+
+    def _create_batch(self, size_bytes: int, count: int) -> tuple[list[int], BaseException | None]:
+        if self._batches is None:
+            return super()._create_batch(size_bytes, count)
+        made: list[int] = []
+        try:
+            while len(made) < count:
+                handles = self._unused(size_bytes, min(count - len(made), self._num_allowed(size_bytes)))
+                num_made, failure = self._batches.create(self._fd, size_bytes, handles)
+                self._note_created(size_bytes, num_made)
+                made += handles[:num_made]
+                if failure:
+                    raise failed(*failure)
+        except BaseException as error:
+            return made, error
+        return made, None
+
+    def _num_allowed(self, size_bytes: int) -> int:
+        """How many pages, one at least, may be created before the system's free memory is read again."""
         if size_bytes > self._may_take_bytes:
             spare_bytes = self.memory_info()[0] - _KEEP_FREE_BYTES
             if size_bytes > spare_bytes:
                 detail = f"the system has {max(spare_bytes, 0)} bytes to spare"
                 raise DriverError("fallocate", "ENOMEM", detail, out_of_memory=True)
             self._may_take_bytes = max(size_bytes, min(spare_bytes, _BYTES_BETWEEN_CHECKS))
-        holes = self._holes.get(size_bytes)
-        offset = holes[-1] if holes else self._end
-        limit = _limit(resource.RLIMIT_FSIZE)
-        if limit is not None and offset + size_bytes > limit:  # fallocate could end the process with SIGXFSZ
-            raise _error("fallocate", errno.EFBIG)
-        try:
-            os.posix_fallocate(self._fd, offset, size_bytes)
-        except OSError as error:
-            raise _refused("fallocate", error) from error
-        self._may_take_bytes -= size_bytes
-        if holes:
-            holes.pop()
-        else:
-            self._end += size_bytes
-        return offset + 1
+        return self._may_take_bytes // size_bytes
+
+    def _unused(self, size_bytes: int, count: int) -> list[int]:
+        """The handles that the next pages get, ``count`` of them; fewer where a file may not be that large."""
+        holes = self._holes.get(size_bytes, [])
+        offsets = holes[: -count - 1 : -1]
+        offsets += range(self._end, self._end + (count - len(offsets)) * size_bytes, size_bytes)
+        limit = soft_limit(resource.RLIMIT_FSIZE)
+        if limit is not None:  # fallocate could end the process with SIGXFSZ
+            within = [offset + size_bytes <= limit for offset in offsets]
+            if not within[0]:
+                raise failed("fallocate", errno.EFBIG)
+            offsets = offsets[: within.index(False)] if False in within else offsets
+        return [offset + 1 for offset in offsets]
+
+    def _note_created(self, size_bytes: int, count: int) -> None:
+        """The first so many of ``_unused`` are pages now."""
+        holes = self._holes.get(size_bytes, [])
+        num_holes = min(count, len(holes))
+        del holes[len(holes) - num_holes :]
+        self._end += (count - num_holes) * size_bytes
+        self._may_take_bytes -= count * size_bytes
 
     def _release(self, handle: int, size_bytes: int, still_mapped: bool) -> None:
         if not still_mapped:
-            self._punch(handle, size_bytes)
+            self._free(handle, size_bytes)
 
     def _after_unmap(self, freed: list[tuple[int, int]]) -> None:
         for handle, size_bytes in freed:
+            self._free(handle, size_bytes)
+
+    def _free(self, handle: int, size_bytes: int) -> None:
+        if (own := self._files.pop(handle, None)) is not None:
+            os.close(own)
+        else:
             self._punch(handle, size_bytes)
+        if handle < _FIRST_IMPORTED:
+            self._holes.setdefault(size_bytes, []).append(handle - 1)
 
     def _punch(self, handle: int, size_bytes: int) -> None:
         mode = _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE
         if _libc.fallocate(self._fd, mode, handle - 1, size_bytes):
-            raise _error("fallocate")
-        self._holes.setdefault(size_bytes, []).append(handle - 1)
+            raise failed("fallocate")
+
+    # -- handles of two processes ----------------------------------------------------------------------------------
+    def _export(self, handle: int, size_bytes: int) -> int:
+        try:
+            if handle not in self._files:
+                self._move_to_own_file(handle, size_bytes)
+            return os.dup(self._files[handle])
+        except OSError as error:
+            raise refused("export_handle", error) from error
+
+    def _move_to_own_file(self, handle: int, size_bytes: int) -> None:
+        """The handle and its mappings stay what they are, on another file. It has its memory twice for a moment."""
+        self._num_allowed(size_bytes)
+        self._may_take_bytes -= size_bytes
+        mappings = [mapping for mapping in self.book.mappings.values() if mapping.handle == handle]
+        own = os.memfd_create("vattn", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.posix_fallocate(own, 0, size_bytes)
+            fcntl.fcntl(own, fcntl.F_ADD_SEALS, _SEALS)
+            num_copied = 0
+            while num_copied < size_bytes:
+                num_copied += os.sendfile(own, self._fd, handle - 1 + num_copied, size_bytes - num_copied)
+            self._remap(mappings, own, 0)
+            self._punch(handle, size_bytes)
+        except BaseException:
+            self._remap(mappings, self._fd, handle - 1)
+            os.close(own)
+            raise
+        self._files[handle] = own
+
+    def _remap(self, mappings: list[Mapping], fd: int, offset: int) -> None:
+        """In one step each: others may be reading there."""
+        for mapping in mappings:
+            prot = _PROT_NONE if not mapping.accessible else _READ_WRITE if mapping.writable else mmap.PROT_READ
+            self._mmap(mapping.address, mapping.size_bytes, prot, mmap.MAP_SHARED | _MAP_FIXED, fd, offset)
+
+    def _import(self, fd: int, size_bytes: int) -> int:
+        try:
+            is_exported = fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _SEALS == _SEALS
+            if not is_exported or os.fstat(fd).st_size != size_bytes:
+                detail = f"file descriptor {fd} is no exported handle of {size_bytes} bytes"
+                raise DriverError("import_handle", "INVALID_VALUE", detail)
+            own = os.dup(fd)
+        except OSError as error:  # EINVAL: a file of another kind
+            raise refused("import_handle", error) from error
+        handle = next(self._imported)
+        self._files[handle] = own
+        return handle
 
     # -- mappings ------------------------------------------------------------------------------------------------
     def _map(self, address: int, size_bytes: int, handle: int) -> None:
         self._hold_spare("mmap")
         flags = mmap.MAP_SHARED | _MAP_FIXED
+        own = self._files.get(handle)
+        fd, offset = (self._fd, handle - 1) if own is None else (own, 0)
         with self._at_the_limit("mmap"):
-            self._mmap(address, size_bytes, _PROT_NONE, flags, self._fd, handle - 1)
+            self._mmap(address, size_bytes, _PROT_NONE, flags, fd, offset)
 
-    def _set_access(self, address: int, size_bytes: int) -> None:
+    def _map_batch(
+        self, size_bytes: int, addresses: Sequence[int], handles: Sequence[int]
+    ) -> tuple[int, BaseException | None]:
+        if self._batches is None or (self._files and not self._files.keys().isdisjoint(handles)):
+            return super()._map_batch(size_bytes, addresses, handles)
+        num_calls = 0
+        try:
+            self._hold_spare("mmap")
+            num_calls, failure = self._batches.map(self._fd, size_bytes, addresses, handles)
+            if failure:
+                with self._at_the_limit(failure[0]):
+                    raise failed(*failure)
+        except BaseException as error:
+            return num_calls, error
+        return num_calls, None
+
+    def _set_access(self, address: int, size_bytes: int, writable: bool) -> None:
         with self._at_the_limit("mprotect"):
-            self._mprotect(address, size_bytes, _READ_WRITE)
+            self._mprotect(address, size_bytes, _READ_WRITE if writable else mmap.PROT_READ)
 
     def _unmap(self, address: int, size_bytes: int) -> None:
         for attempt in range(2):
@@ -214,30 +285,33 @@ class HostDriver(RuledDriver):
         try:
             return available_and_total_bytes()
         except OSError as error:
-            raise _refused("open /proc/meminfo", error) from error
+            raise refused("open /proc/meminfo", error) from error
 
     def allocated_bytes(self) -> int | None:
-        """Bytes in allocated blocks of the memfd. 0 after ``close``."""
-        return os.fstat(self._fd).st_blocks * 512 if self._fd >= 0 else 0
+        """Bytes in allocated blocks of the memfds, but for imported ones. 0 after ``close``."""
+        files = [own for handle, own in self._files.items() if handle < _FIRST_IMPORTED]
+        return sum(os.fstat(fd).st_blocks * 512 for fd in (self._fd, *files) if fd >= 0)
 
     def close(self) -> None:
         if self._fd >= 0:
-            self._close_file()
+            self._close_files()
             self._drop_spare()
 
-    def _close_file(self) -> None:
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
+    def _close_files(self) -> None:
+        files = [self._fd, *self._files.values()]
+        self._fd, self._files = -1, {}
+        for fd in files:
+            if fd >= 0:
+                os.close(fd)
 
     # -- system calls --------------------------------------------------------------------------------------------
     def _mmap(self, address: int | None, size_bytes: int, prot: int, flags: int, fd: int, offset: int) -> int:
         result = _libc.mmap(address, size_bytes, prot, flags, fd, offset)
         if result == _MAP_FAILED:
-            raise _error("mmap")
+            raise failed("mmap")
         # A forked child must not get this mapping: it is shared, so the child's writes would change our data.
         if _libc.madvise(result, size_bytes, _MADV_DONTFORK):
-            failure = _error("madvise")
+            failure = failed("madvise")
             if not flags & _MAP_FIXED:
                 _libc.munmap(result, size_bytes)
             raise failure
@@ -245,11 +319,11 @@ class HostDriver(RuledDriver):
 
     def _munmap(self, address: int, size_bytes: int) -> None:
         if _libc.munmap(address, size_bytes):
-            raise _error("munmap")
+            raise failed("munmap")
 
     def _mprotect(self, address: int, size_bytes: int, prot: int) -> None:
         if _libc.mprotect(address, size_bytes, prot):
-            raise _error("mprotect")
+            raise failed("mprotect")
 
     def _hold_spare(self, call: str) -> None:
         """Make the spare mappings. Raises the error of ``call`` where the limit leaves no room for them."""
@@ -269,7 +343,7 @@ class HostDriver(RuledDriver):
             if not error.out_of_memory:
                 raise
             self._drop_spare()
-            raise _too_many_mappings(call) from error
+            raise too_many_mappings(call) from error
 
     def _drop_spare(self) -> None:
         if self._spare is not None:
@@ -283,7 +357,7 @@ _DRIVERS: weakref.WeakSet[HostDriver] = weakref.WeakSet()
 def _begin_in_a_child() -> None:
     """After a fork, close the child's copies of the files: they would keep the pages after the parent's end."""
     for driver in tuple(_DRIVERS):
-        driver._close_file()
+        driver._close_files()
 
 
 os.register_at_fork(after_in_child=_begin_in_a_child)

@@ -65,7 +65,7 @@ class LedgerDriver(RuledDriver):
     def _map(self, address: int, size_bytes: int, handle: int) -> None:
         pass
 
-    def _set_access(self, address: int, size_bytes: int) -> None:
+    def _set_access(self, address: int, size_bytes: int, writable: bool) -> None:
         pass
 
     def _unmap(self, address: int, size_bytes: int) -> None:
@@ -73,6 +73,12 @@ class LedgerDriver(RuledDriver):
 
     def _after_unmap(self, freed: list[tuple[int, int]]) -> None:
         self._taken_bytes -= sum(size_bytes for _, size_bytes in freed)
+
+    def _export(self, handle: int, size_bytes: int) -> int:
+        raise DriverError("export_handle", "NOT_SUPPORTED", "a ledger has no memory to share")
+
+    def _import(self, fd: int, size_bytes: int) -> int:
+        raise DriverError("import_handle", "NOT_SUPPORTED", "a ledger has no memory to share")
 
     def _zero(self, address: int, size_bytes: int) -> None:
         pass

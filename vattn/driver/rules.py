@@ -7,6 +7,7 @@ behave alike:
 * sizes and addresses are multiples of the granularity;
 * a handle is mapped whole, at any number of addresses, never over another mapping;
 * access is set for whole handles;
+* nothing is written to what may only be read;
 * the range of an ``unmap`` consists of whole mappings;
 * an address range is freed as a whole, when nothing is mapped in it;
 * the memory of a released handle stays until its last mapping is removed, but it cannot be mapped again.
@@ -32,6 +33,7 @@ class Mapping:
     size_bytes: int
     handle: int
     accessible: bool = False
+    writable: bool = False
 
     @property
     def end(self) -> int:
@@ -142,8 +144,8 @@ class RuleBook:
             del self.handles[mapping.handle]
         return gone
 
-    def check_accessible(self, call: str, address: int, size_bytes: int) -> None:
-        """Check that every byte of the range is mapped and may be read and written."""
+    def check_accessible(self, call: str, address: int, size_bytes: int, writing: bool = True) -> None:
+        """Check that every byte of the range is mapped and may be read, and, if ``writing``, written."""
         cursor, end = address, address + size_bytes
         if size_bytes <= 0:
             raise self._refuse(call, f"size {size_bytes} is not positive")
@@ -153,6 +155,8 @@ class RuleBook:
                 raise self._refuse(
                     call, f"address {cursor:#x} is " + ("not mapped" if mapping is None else "not accessible")
                 )
+            if writing and not mapping.writable:
+                raise self._refuse(call, f"address {cursor:#x} may only be read")
             cursor = mapping.end
 
     def _range_of(self, address: int, size_bytes: int) -> int | None:
