@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from types import TracebackType
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from .arguments import is_int, require_int
 from .driver import Driver, open_driver
 from .errors import ConfigError
+from .interrupts import finish
 from .layout import KVLayout
 from .memory.backing import Backing
 from .memory.integrity import cache_stats, check_integrity
@@ -281,7 +283,8 @@ class KVCache:
         """
         opened, dropped = OpenStep(), False
         try:
-            self._enter(slots, versions, opened)
+            if not self._enter(slots, versions, opened):
+                self._enter_in_turn(slots, versions, opened)
             yield
         except GeneratorExit:
             dropped = True
@@ -293,25 +296,54 @@ class KVCache:
                 self._leave(opened, dropped)
                 raise
 
-    @locked(urgent=True, waits_outside=True)
+    @locked(quick=True)
     def _enter(
+        self, slots: Sequence[int] | np.ndarray, versions: Sequence[int] | np.ndarray | None, opened: OpenStep
+    ) -> bool:
+        """False: it takes a turn, to wait for an operation on one of the slots or to wipe rows past their end."""
+        if self._closing:
+            return False
+        state = self._slots
+        state.refuse_capture("step() itself")
+        wanted = state.all_live(slots, versions).copy()  # the caller may change his while the step is open
+        return state.is_clean(wanted) and state.work.enter(opened, wanted)
+
+    @locked(urgent=True, waits_outside=True)
+    def _enter_in_turn(
         self, slots: Sequence[int] | np.ndarray, versions: Sequence[int] | np.ndarray | None, opened: OpenStep
     ) -> None:
         state = self._slots
         state.refuse_capture("step() itself")
-        wanted = state.all_live(slots, versions).copy()  # the caller may change his while the step is open
+        wanted = state.all_live(slots, versions).copy()
         state.clean_over_read(wanted)
         state.work.enter(opened, wanted)
 
-    @locked(urgent=True, from_finaliser=True)
     def _leave(self, opened: OpenStep, dropped: bool) -> None:
+        if dropped:
+            finish(partial(self._leave_forgotten, opened))
+        else:
+            self._leave_now(opened)
+
+    def _leave_forgotten(self, opened: OpenStep) -> None:
+        """Leave a step that was not left, but forgotten: its stream is not known any more."""
+        state = self._slots_or_none
+        if state is not None and os.getpid() == self._pid and opened in state.work.open_steps:
+            self.driver.synchronize()
+        self._leave_now(opened)
+
+    @locked(quick=True, from_finaliser=True)
+    def _leave_now(self, opened: OpenStep) -> None:
         state = self._slots_or_none
         if state is None or os.getpid() != self._pid:
             return
-        if dropped and opened in state.work.open_steps:  # not left, but forgotten: its stream is not known any more
-            self.driver.synchronize()
+        self._lock.left_over = self._finish_deferred
         state.work.leave(opened)
-        state.finish_deferred(wait=False)
+
+    def _finish_deferred(self) -> None:
+        """What had to wait until steps were left."""
+        state = self._slots_or_none
+        if state is not None and not self._closing:
+            state.finish_deferred(wait=False)
 
     # -- looking -------------------------------------------------------------------------------------------------
     @locked
@@ -351,11 +383,12 @@ class KVCache:
         if self._slots_or_none is None or os.getpid() != self._pid:  # a forked child has nothing to free
             return
         slots = self._slots_or_none
-        slots.work.forget_steps()
+        with self._lock.books:
+            slots.work.forget_steps()
+            self._closing = True  # no step is entered any more
         self._k.clear()
         self._v.clear()
         self._backed_rows = BackedRows(None)
-        self._closing = True
         try:
             slots.backing.close()
         finally:
