@@ -39,7 +39,8 @@ class KVCache:
 
     A slot owns a fixed address range for ``layout.max_seq_len`` tokens; physical pages come as its sequence grows, go
     when it is truncated, and after its release stay for the slot's next sequence until they are needed elsewhere. Every
-    method is thread-safe: threads take turns. One that fails leaves everything as it was.
+    method is thread-safe: threads take turns, but for ``step``, which waits only for what is done to its own slots. A
+    method that fails leaves everything as it was.
 
     Args:
         layout: shape of the model's K and V.
@@ -226,7 +227,7 @@ class KVCache:
         slots = self._slots
         return int(slots.seq_len[slots.live(slot)])
 
-    @locked
+    @locked(quick=True)
     def versions(self, slots: Sequence[int] | np.ndarray) -> np.ndarray:
         """Per slot, int64, a number that is another one once its sequence has ended or lost rows; -1 where none is."""
         state = self._slots

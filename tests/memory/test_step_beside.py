@@ -117,7 +117,7 @@ def test_a_step_waits_for_no_operation_elsewhere(cache, driver, operation):
     call, begin = ELSEWHERE[operation]
     with driver.stopped_in(call, begin(cache, slot)) as thread:
         for _ in range(3):
-            with cache.step([mine], versions=[1]), cache.step([mine]):
+            with cache.step([mine], versions=cache.versions([mine])), cache.step([mine]):
                 assert cache._slots.work.is_open(mine)
         assert thread.is_alive()
         assert not driver.go_on.is_set()
