@@ -423,7 +423,9 @@ class KVCache:
         if os.getpid() != self._pid:
             raise ConfigError("this KVCache belongs to the process that opened it; open one of its own after fork")
         if self._closing:
-            raise ConfigError("closing this KVCache failed half-way: call close() again, which is all that it does now")
+            raise ConfigError(
+                "this KVCache is closing; if that failed half-way, call close() again: nothing else works"
+            )
         return slots
 
     def _view(self, views: dict[int, torch.Tensor], layer: int) -> torch.Tensor:

@@ -283,7 +283,7 @@ def test_work_finds_its_pages_whatever_other_threads_do():
     Whatever order they come in: a step of a version that still is has its rows, and their pages are the same when the
     work runs, however late that is.
     """
-    driver, failures, num_ran = ThreadedDriver(), [], [0] * 3
+    driver, failures, num_ran, all_there = ThreadedDriver(), [], [0] * 3, threading.Barrier(5)
     with vattn.KVCache(LAYOUT, 5, memory_limit=24 * PAGE, page_bytes=PAGE, driver=driver) as cache:
         slots = [new(cache, 100) for _ in range(4)]
         address, stride = cache.k(0).data_ptr(), cache.k(0).stride(0) * 4
@@ -301,7 +301,9 @@ def test_work_finds_its_pages_whatever_other_threads_do():
         def launch(number: int) -> None:
             drawn = random.Random(number)
             with driver.stream(1 + number):
-                for _ in range(400):
+                for time_ in range(400):
+                    if time_ == 1:
+                        all_there.wait(_LONG_S)
                     slot = drawn.choice(slots)
                     versions = cache.versions([slot])
                     with suppress(vattn.ConfigError):  # it has no sequence, or has lost rows meanwhile
@@ -316,6 +318,7 @@ def test_work_finds_its_pages_whatever_other_threads_do():
 
         def change(number: int) -> None:
             drawn = random.Random(100 + number)
+            all_there.wait(_LONG_S)  # everybody has launched work by then
             with driver.stream(10 + number):
                 for _ in range(400):
                     slot, rows = drawn.choice(slots), drawn.randint(1, 300)
