@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from types import TracebackType
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from .arguments import is_int, require_int
 from .driver import Driver, open_driver
 from .errors import ConfigError
+from .interrupts import finish
 from .layout import KVLayout
 from .memory.backing import Backing
 from .memory.integrity import cache_stats, check_integrity
@@ -37,7 +39,8 @@ class KVCache:
 
     A slot owns a fixed address range for ``layout.max_seq_len`` tokens; physical pages come as its sequence grows, go
     when it is truncated, and after its release stay for the slot's next sequence until they are needed elsewhere. Every
-    method is thread-safe: threads take turns. One that fails leaves everything as it was.
+    method is thread-safe: threads take turns, but for ``step``, which waits only for what is done to its own slots. A
+    method that fails leaves everything as it was.
 
     Args:
         layout: shape of the model's K and V.
@@ -224,7 +227,7 @@ class KVCache:
         slots = self._slots
         return int(slots.seq_len[slots.live(slot)])
 
-    @locked
+    @locked(quick=True)
     def versions(self, slots: Sequence[int] | np.ndarray) -> np.ndarray:
         """Per slot, int64, a number that is another one once its sequence has ended or lost rows; -1 where none is."""
         state = self._slots
@@ -281,7 +284,8 @@ class KVCache:
         """
         opened, dropped = OpenStep(), False
         try:
-            self._enter(slots, versions, opened)
+            if not self._enter(slots, versions, opened):
+                self._enter_in_turn(slots, versions, opened)
             yield
         except GeneratorExit:
             dropped = True
@@ -293,25 +297,54 @@ class KVCache:
                 self._leave(opened, dropped)
                 raise
 
-    @locked(urgent=True, waits_outside=True)
+    @locked(quick=True)
     def _enter(
+        self, slots: Sequence[int] | np.ndarray, versions: Sequence[int] | np.ndarray | None, opened: OpenStep
+    ) -> bool:
+        """False: it takes a turn, to wait for an operation on one of the slots or to wipe rows past their end."""
+        if self._closing:
+            return False
+        state = self._slots
+        state.refuse_capture("step() itself")
+        wanted = state.all_live(slots, versions).copy()  # the caller may change his while the step is open
+        return state.is_clean(wanted) and state.work.enter(opened, wanted)
+
+    @locked(urgent=True, waits_outside=True)
+    def _enter_in_turn(
         self, slots: Sequence[int] | np.ndarray, versions: Sequence[int] | np.ndarray | None, opened: OpenStep
     ) -> None:
         state = self._slots
         state.refuse_capture("step() itself")
-        wanted = state.all_live(slots, versions).copy()  # the caller may change his while the step is open
+        wanted = state.all_live(slots, versions).copy()
         state.clean_over_read(wanted)
         state.work.enter(opened, wanted)
 
-    @locked(urgent=True, from_finaliser=True)
     def _leave(self, opened: OpenStep, dropped: bool) -> None:
+        if dropped:
+            finish(partial(self._leave_forgotten, opened))
+        else:
+            self._leave_now(opened)
+
+    def _leave_forgotten(self, opened: OpenStep) -> None:
+        """Leave a step that was not left, but forgotten: its stream is not known any more."""
+        state = self._slots_or_none
+        if state is not None and os.getpid() == self._pid and opened in state.work.open_steps:
+            self.driver.synchronize()
+        self._leave_now(opened)
+
+    @locked(quick=True, from_finaliser=True)
+    def _leave_now(self, opened: OpenStep) -> None:
         state = self._slots_or_none
         if state is None or os.getpid() != self._pid:
             return
-        if dropped and opened in state.work.open_steps:  # not left, but forgotten: its stream is not known any more
-            self.driver.synchronize()
+        self._lock.left_over = self._finish_deferred
         state.work.leave(opened)
-        state.finish_deferred(wait=False)
+
+    def _finish_deferred(self) -> None:
+        """What had to wait until steps were left."""
+        state = self._slots_or_none
+        if state is not None and not self._closing:
+            state.finish_deferred(wait=False)
 
     # -- looking -------------------------------------------------------------------------------------------------
     @locked
@@ -351,11 +384,12 @@ class KVCache:
         if self._slots_or_none is None or os.getpid() != self._pid:  # a forked child has nothing to free
             return
         slots = self._slots_or_none
-        slots.work.forget_steps()
+        with self._lock.books:
+            slots.work.forget_steps()
+            self._closing = True  # no step is entered any more
         self._k.clear()
         self._v.clear()
         self._backed_rows = BackedRows(None)
-        self._closing = True
         try:
             slots.backing.close()
         finally:
@@ -389,7 +423,9 @@ class KVCache:
         if os.getpid() != self._pid:
             raise ConfigError("this KVCache belongs to the process that opened it; open one of its own after fork")
         if self._closing:
-            raise ConfigError("closing this KVCache failed half-way: call close() again, which is all that it does now")
+            raise ConfigError(
+                "this KVCache is closing; if that failed half-way, call close() again: nothing else works"
+            )
         return slots
 
     def _view(self, views: dict[int, torch.Tensor], layer: int) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -135,12 +135,14 @@ class Churn:
 
 
 @contextmanager
-def _loop(model: Llama, ops: Ops, batch: int, length: int, steps: int) -> Iterator[tuple[DecodeLoop, list[int]]]:
+def open_loop(
+    model: Llama, ops: Ops, batch: int, length: int, steps: int, open_cache: Callable[..., KVCache] = KVCache
+) -> Iterator[tuple[DecodeLoop, list[int]]]:
     """A loop whose sequences have ``length`` rows, in a cache with slots for others."""
     layout = model.kv_layout(length + steps + WARM_UP + 100)
     fused = FusedLlama(model, layout.max_seq_len, ops=ops)
     attention = default_decode(layout, model.device, batch, length, model.config.num_heads)
-    with KVCache(
+    with open_cache(
         layout,
         batch + 1 + NUM_OTHERS,
         model.device,
@@ -159,7 +161,7 @@ def _loop(model: Llama, ops: Ops, batch: int, length: int, steps: int) -> Iterat
             yield loop, slots
 
 
-def _block(loop: DecodeLoop, slots: Sequence[int], length: int, steps: int) -> list[float]:
+def block_of(loop: DecodeLoop, slots: Sequence[int], length: int, steps: int) -> list[float]:
     """The same steps over again: from the same lengths, with the same pages to be mapped on the way."""
     loop.start_batch([Start(slot, 5 + slot, WARM_UP + steps + 1) for slot in slots])
     samples = step_ms(loop, steps)
@@ -195,20 +197,20 @@ def run_beside(
     rates: dict[str, list[float]] = {system: [] for system in systems}
     others = KVLayout(*SHAPES["8B"], 1024, torch.bfloat16)
     with ExitStack() as stack:
-        loop, slots = stack.enter_context(_loop(model, ops, batch, length, steps))
+        loop, slots = stack.enter_context(open_loop(model, ops, batch, length, steps))
         own = stack.enter_context(KVCache(others, NUM_OTHERS, model.device, memory_limit=2 << 30))
         ledger = stack.enter_context(KVCache(others, NUM_OTHERS, driver=LedgerDriver(1 << 40), memory_limit=2 << 30))
         caches = {"same-cache": loop.cache, "own-cache": own, "ledger": ledger}
-        _block(loop, slots, length, steps)  # makes the pages
+        block_of(loop, slots, length, steps)  # makes the pages
         drawn = records.drawn(case)
         for _ in range(rounds):
             for system in drawn.sample(list(systems), len(systems)):
                 beside = systems[system]
                 if beside is None:
-                    blocks[system].append(_block(loop, slots, length, steps))
+                    blocks[system].append(block_of(loop, slots, length, steps))
                     continue
                 with Churn(caches[beside.where], beside) as churn:
-                    samples = _block(loop, slots, length, steps)
+                    samples = block_of(loop, slots, length, steps)
                 blocks[system].append(samples)
                 rates[system].append(churn.rate)
                 caches[beside.where].trim(keep_bytes=1 << 50)  # the next begins with nothing parked

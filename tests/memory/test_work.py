@@ -249,7 +249,7 @@ def test_whoever_has_a_page_that_is_copied_waits_for_the_copy(cache, driver, cop
 # -- mapping ahead ---------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("how", ["parked", "cut short", "alias"])
 def test_mapping_ahead_does_not_wait(cache, driver, how):
-    """It holds the lock that the next step needs. What it does not get it gets when the GPU is done."""
+    """It has a turn that others wait for. What it does not get it gets when the GPU is done."""
     busy, other = new(cache, 128), cache.acquire()
     if how == "alias":  # its pages are parked twice, once behind work that is under way
         child = cache.fork(busy)

@@ -154,7 +154,7 @@ class MapAhead:
             if not slots.size:
                 return
             try:
-                # The lock of the cache is held meanwhile: waiting for the GPU in there would hold up the next step.
+                # Waiting for the GPU in there would hold up whoever else needs pages, ``require`` for one.
                 self.cache.ensure_batch(slots, rows, wait=False, versions=self._versions[slots])
             except VattnError as failure:
                 if getattr(failure, "undo_incomplete", False):

@@ -38,7 +38,8 @@ class Driver(Protocol):
     """Virtual memory with the operations that the CUDA driver has.
 
     A call that fails raises ``DriverError`` and changes nothing. Addresses and handles are ints. Sizes are in bytes. A
-    driver belongs to one cache, and the cache's lock guards it.
+    driver belongs to one cache, whose lock guards it; but ``fence``, ``order_after`` and ``is_capturing`` are called
+    beside other calls.
 
     Attributes:
         name: ``"cuda"``, ``"host"`` or ``"ledger"``.

@@ -1,4 +1,11 @@
-"""A fair lock: who waits for it comes before who has just had it, and nobody waits for a GPU while holding it."""
+"""Two locks: operations take turns at a fair one, and the books that a step needs have a quick one of their own.
+
+* Who waits for a turn comes before who has just had one, and nobody waits for a GPU while having it.
+* The books say which steps are open, what was submitted, and which slots an operation has to itself (``work``). Their
+  lock is never held across a call that creates, maps or unmaps, nor across waiting. So entering and leaving a step
+  waits for no operation but one on its own slots.
+* Who needs both takes the turn first.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +64,7 @@ class Call:
 
 
 class FairLock:
-    """A lock at which nobody starves; for ``locked``.
+    """A lock at which nobody starves, and the books' beside it; for ``locked``.
 
     Python's own goes to whoever asks first once it is free, which is the thread that gave it up and goes on: one that
     does nothing but map pages kept a decode step waiting through a hundred operations, half a second. So threads that
@@ -66,19 +73,40 @@ class FairLock:
 
     Attributes:
         lock: the lock itself.
-        owner, call: the thread that has it, and its call; None while it is free.
-        waiting, hurrying: the threads that wait for it, and those of them that a GPU waits for.
+        owner: the thread that has it; None while it is free.
+        books: the quick one.
+        waiting, hurrying: the threads that wait for a turn, and those of them that a GPU waits for.
         snapshot: says how things are now that others may change while a call has left the lock.
+        at_end: called at the end of every turn, before the lock is free.
+        left_over: what has to be done in a turn, at the end of the one that goes on or in one of its own; or None.
     """
 
     def __init__(self) -> None:
-        self.lock = threading.RLock()
+        self.snapshot: Callable[[], Any] = lambda: None
+        self.at_end: Callable[[], object] = lambda: None
+        self.begin()
+        _LOCKS.add(self)
+
+    def begin(self) -> None:
+        """Nobody has it, or waits."""
+        self.lock, self.books = threading.RLock(), threading.RLock()
         self.owner: int | None = None
-        self.call: Call | None = None
+        self._bookkeepers: set[int] = set()  # threads that have the books outside of a turn, or wait for them
+        self._call: Call | None = None
         self.waiting: set[int] = set()
         self.hurrying: set[int] = set()
-        self.snapshot: Callable[[], Any] = lambda: None
-        _LOCKS.add(self)
+        self.left_over: Callable[[], object] | None = None
+
+    @property
+    def call(self) -> Call | None:
+        """The call that this thread has a turn for."""
+        return self._call if self.owner == threading.get_ident() else None
+
+    @property
+    def is_mine(self) -> bool:
+        """Whether this thread is in an operation."""
+        thread = threading.get_ident()
+        return thread == self.owner or thread in self._bookkeepers
 
     def wait_for(self, work: _Work, progress: bool = False) -> None:
         """Block until some work has ended; without the lock, if the call can begin again.
@@ -86,9 +114,10 @@ class FairLock:
         Raises:
             MustWait: it can, and the work goes on.
         """
-        if self.call is not None and self.call.leaves_left > 0 and not work.done():
-            if self.call.before is None:
-                self.call.before = self.snapshot()
+        call = self.call
+        if call is not None and call.leaves_left > 0 and not work.done():
+            if call.before is None:
+                call.before = self.snapshot()
             raise MustWait(work, progress)
         work.wait()
 
@@ -102,17 +131,45 @@ class FairLock:
         try:
             self._acquire(urgent, signals)
             try:
-                self.owner, self.call = threading.get_ident(), call
+                self.owner, self._call = threading.get_ident(), call
                 results.append(method())
             finally:
-                self.owner = self.call = None
-                self.lock.release()
+                self._release()
+                self._catch_up()
         except MustWait as busy:
             call.leaves_left -= not busy.progress
             return busy.work
         finally:
             signals.end()
         return None
+
+    def run_quickly(self, method: Callable[[], Any], results: list[Any]) -> None:
+        """``run`` with the books alone: beside the turns of others."""
+        thread = threading.get_ident()
+        with Uninterrupted():
+            try:
+                self._bookkeepers.add(thread)  # first: a finaliser that took a turn with the books could wait for ever
+                with self.books:  # nobody has them for long, so handlers can wait as well
+                    results.append(method())
+            finally:
+                self._bookkeepers.discard(thread)
+            self._catch_up()
+
+    def _release(self) -> None:
+        self.owner = self._call = None
+        self.at_end()
+        self.lock.release()
+
+    def _catch_up(self) -> None:
+        """Do what was left over, unless somebody has a turn: he looks here when it is over, so it is not forgotten."""
+        while self.left_over is not None and self.lock.acquire(blocking=False):
+            try:
+                self.owner = threading.get_ident()
+                work, self.left_over = self.left_over, None
+                if work is not None:
+                    work()
+            finally:
+                self._release()
 
     def _acquire(self, urgent: bool, signals: Uninterrupted) -> None:
         """Take the lock and put signals off. Handlers run while the thread waits, since one of them may join a thread
@@ -147,11 +204,17 @@ def _let_in(others: set[int]) -> None:
 def locked(method: _Method) -> _Method: ...
 @overload
 def locked(
-    *, urgent: bool = ..., waits_outside: bool = ..., from_finaliser: bool = ..., give_back: Any = ...
+    *,
+    quick: bool = ...,
+    urgent: bool = ...,
+    waits_outside: bool = ...,
+    from_finaliser: bool = ...,
+    give_back: Any = ...,
 ) -> Callable[[_Method], _Method]: ...
 def locked(
     method: Any = None,
     *,
+    quick: bool = False,
     urgent: bool = False,
     waits_outside: bool = False,
     from_finaliser: bool = False,
@@ -160,6 +223,7 @@ def locked(
     """Run a method of an object that has a ``FairLock`` as ``_lock`` with that lock, uninterrupted by signals.
 
     Args:
+        quick: with the books alone. The method neither maps nor waits.
         urgent: before those who wait and are not urgent too; otherwise after all who wait.
         waits_outside: where the method has to wait for work on a GPU, leave the lock to others meanwhile and call it
             again. It has done nothing by then that matters. Others may give that GPU new work, so the third time it
@@ -174,7 +238,7 @@ def locked(
         @wraps(method)
         def with_lock(self: Any, *args: Any, **kwargs: Any) -> Any:
             lock: FairLock = self._lock
-            if lock.owner == threading.get_ident():
+            if lock.is_mine:
                 if from_finaliser:
                     return finish(partial(with_lock, self, *args, **kwargs))
                 raise ConfigError(
@@ -188,8 +252,11 @@ def locked(
                 try:
                     this_thread.depth = depth + 1
                     bound = partial(method, self, *args, **kwargs)
-                    while (work := lock.run(call, urgent, bound, results)) is not None:
-                        work.wait()
+                    if quick:
+                        lock.run_quickly(bound, results)
+                    else:
+                        while (work := lock.run(call, urgent, bound, results)) is not None:
+                            work.wait()
                 finally:
                     this_thread.depth = depth
                     finish_all()
@@ -210,8 +277,7 @@ _LOCKS: weakref.WeakSet[FairLock] = weakref.WeakSet()
 def _begin_in_a_child() -> None:
     """After a fork: a thread that is not here may hold a lock. What it guards is refused to a child anyway."""
     for fair in tuple(_LOCKS):
-        fair.lock, fair.owner, fair.call = threading.RLock(), None, None
-        fair.waiting, fair.hurrying = set(), set()
+        fair.begin()
 
 
 os.register_at_fork(after_in_child=_begin_in_a_child)

@@ -32,7 +32,6 @@ class SlotStates:
         self.lock = lock
         self.state = np.zeros(max_slots, np.int8)
         self.seq_len, self.reach, self.generation, self.num_cut = np.zeros((4, max_slots), np.int64)
-        self._marks = np.zeros(max_slots, np.int64)  # scratch, to find a slot that is named twice
         lock.snapshot = self.generation.copy
 
     def with_state(self, state: int) -> list[int]:
@@ -88,9 +87,7 @@ class SlotStates:
         live = (self.state[index] == LIVE) & ~np.asarray(self._changed_hands(index))
         if not live.all():
             raise ConfigError(f"slot {index[~live][0]} holds no sequence: it was released, or never acquired")
-        order = np.arange(index.size)
-        self._marks[index] = order
-        twice = self._marks[index] != order
+        twice = np.bincount(index)[index] > 1
         if twice.any():
             raise ConfigError(f"slot {index[twice][0]} is listed twice")
         if versions is not None:

@@ -60,8 +60,8 @@ class Slots(SlotStates):
 
     def start(self, slot: int) -> None:
         """Begin an empty sequence in a free slot."""
+        self.generation[slot] += 1  # before a step can be entered
         self.state[slot] = LIVE
-        self.generation[slot] += 1
         self.seq_len[slot] = self.reach[slot] = 0
         self._stale_to.pop(slot, None)
 
@@ -134,6 +134,7 @@ class Slots(SlotStates):
                     self.work.wait(list(growth.slots_with_shared), current_stream=True)
                 self._await_parked(growth)
                 stale = [slot for slot in slots if slot in self._stale_to]
+                self.work.hold(stale)  # a step that is entered now would not know of the wiping
                 try:
                     with self._transaction(slots) as undo:
                         submitted = self.table.grow(growth, undo)
@@ -234,6 +235,10 @@ class Slots(SlotStates):
                 self._wipe([slot], undo)
             self.work.submitted([slot])
 
+    def is_clean(self, slots: np.ndarray) -> bool:
+        """Whether ``clean_over_read`` has nothing to do."""
+        return not self._stale_to or self._stale_to.keys().isdisjoint(slots.tolist())
+
     def clean_over_read(self, slots: np.ndarray) -> None:
         """Before kernels run that do not mask what they read past the end: nothing of a longer self may lie there.
 
@@ -286,7 +291,7 @@ class Slots(SlotStates):
         if not self.to_shrink or (not wait and self.driver.is_capturing()):
             return found
         for slot in tuple(self.to_shrink):
-            if self.work.is_open(slot) or not (wait or self.work.done(slot)):
+            if self.work.is_open(slot) if wait else not self.work.done(slot):
                 continue
             try:
                 self._shrink_now(slot, int(self.seq_len[slot]), deferred=True)

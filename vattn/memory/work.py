@@ -11,6 +11,17 @@ up.
 * The host waits for fences only before unmapping; scrubbing and copying are put behind them on the device.
 
 Work that comes later, or belongs to other slots, does not lie before these fences, and nobody waits for it.
+
+Steps are entered and left beside the operations of other threads, with the lock of the books alone. The invariant holds
+because an operation has to ask before it takes a page from under a slot's rows: ``is_open``, and ``fences``, which says
+that it did. Asking and entering both have the books, so one of them is first.
+
+* If entering was first, the step is open: the operation is refused, or left for later.
+* If asking was first, the operation *holds* the slot from there to the end of its turn. A step of the slot waits for
+  that end, and finds what the operation has made of the slot.
+
+An operation that does not ask leaves every row that a slot has where it is, and does no more to slots than it might
+while a step of theirs is open. So a step that is entered in its middle is one that was entered before it.
 """
 
 from __future__ import annotations
@@ -94,8 +105,11 @@ class WorkTracker:
 
     Every step of every slot comes by here, so slots are arrays and a call costs the same for one and for a thousand.
 
+    Its methods are for any thread, with or without a turn.
+
     Attributes:
         open_steps: with the slots of each.
+        held: slots of which no step begins before the turn that goes on is over.
     """
 
     def __init__(self, driver: Driver, max_slots: int, lock: FairLock) -> None:
@@ -104,24 +118,44 @@ class WorkTracker:
         self._lock = lock
         self._streams: dict[int, _Stream] = {}
         self.open_steps: dict[OpenStep, np.ndarray] = {}
+        self.held: set[int] = set()
+        lock.at_end = self.held.clear
 
     def is_open(self, slot: int) -> bool:
-        """Whether a step of this slot has been entered and not left."""
-        return any((slots == slot).any() for slots in self.open_steps.values())
+        """Whether a step of this slot has been entered and not left. If not, the operation that asks holds the slot."""
+        with self._lock.books:
+            if any((slots == slot).any() for slots in self.open_steps.values()):
+                return True
+            self.held.add(slot)
+            return False
 
-    def enter(self, step: OpenStep, slots: np.ndarray) -> None:
-        """A step begins: its work goes to the current stream, behind what other streams did to these slots."""
-        self.order_current_stream(slots)
-        self.open_steps[step] = slots
+    def hold(self, slots: Iterable[int]) -> None:
+        """Let no step of these slots begin before the turn that goes on is over."""
+        with self._lock.books:
+            self.held.update(slots)
+
+    def enter(self, step: OpenStep, slots: np.ndarray) -> bool:
+        """A step begins: its work goes to the current stream, behind what other streams did to these slots.
+
+        Returns:
+            False: another thread's operation holds one of them, and nothing was done.
+        """
+        with self._lock.books:
+            if self._lock.owner != threading.get_ident() and not self.held.isdisjoint(slots.tolist()):
+                return False
+            self.order_current_stream(slots)
+            self.open_steps[step] = slots
+            return True
 
     def leave(self, step: OpenStep) -> None:
         """A step ends: everything it launched lies before this point of the current stream. Without effect on one that
         is not open, so that who was interrupted here can do it again."""
-        if (slots := self.open_steps.get(step)) is not None:
-            try:
-                self.submitted(slots)
-            finally:
-                self.open_steps.pop(step, None)
+        with self._lock.books:
+            if (slots := self.open_steps.get(step)) is not None:
+                try:
+                    self.submitted(slots)
+                finally:
+                    self.open_steps.pop(step, None)
 
     def forget_steps(self) -> None:
         """Before the end. ConfigError if a step is open, but for this thread's while an exception is on its way.
@@ -137,9 +171,10 @@ class WorkTracker:
 
     def submitted(self, slots: Sequence[int] | np.ndarray) -> None:
         """Work on these slots was submitted to the current stream; a copy is work on every slot that has the page."""
-        if fence := self._driver.fence():
-            stream = self._stream(fence)
-            stream.newest[slots] = stream.add(fence)
+        with self._lock.books:  # the later of two fences of a stream gets the larger number
+            if fence := self._driver.fence():
+                stream = self._stream(fence)
+                stream.newest[slots] = stream.add(fence)
 
     def order_current_stream(self, slots: Sequence[int] | np.ndarray) -> None:
         """Make the current stream wait for the work on these slots."""
@@ -152,13 +187,19 @@ class WorkTracker:
             self._driver.order_after(fence)
 
     def fences(self, slot: int) -> Fences:
-        """Behind all the work that can touch the slot's pages as they are now. The slot has no open step."""
+        """Behind all the work that can touch the slot's pages as they are now. The slot has no open step, and the
+        operation holds it."""
         assert not self.is_open(slot), "a step that is still open may launch more work"
         return Fences(tuple(self._behind([slot])))
 
     def done(self, slot: int) -> bool:
-        """Whether no work can touch the slot's pages any more; never waits."""
-        return not self.is_open(slot) and self.fences(slot).done()
+        """Whether no work can touch the slot's pages any more; never waits. If so, the operation holds the slot."""
+        with self._lock.books:
+            was_held = slot in self.held
+            done = not self.is_open(slot) and self.fences(slot).done()
+            if not (done or was_held):
+                self.held.discard(slot)
+            return done
 
     def wait(self, slots: Sequence[int], current_stream: bool) -> None:
         """Block the host until the submitted work on some slots has ended. They have no open step.
@@ -177,8 +218,9 @@ class WorkTracker:
             if call.fence:
                 fences.append(call.fence)
         self._lock.wait_for(Fences(tuple(fences)))
-        for stream in self._streams.values():
-            stream.newest[slots] = 0
+        with self._lock.books:  # no step of these slots has come and gone: they are held
+            for stream in self._streams.values():
+                stream.newest[slots] = 0
 
     def _stream(self, fence: Fence) -> _Stream:
         stream = self._streams.get(fence.stream)
@@ -189,5 +231,6 @@ class WorkTracker:
         return stream
 
     def _behind(self, slots: Sequence[int] | np.ndarray) -> list[Fence]:
-        fences = (stream.behind(slots) for stream in self._streams.values())
+        with self._lock.books:
+            fences = [stream.behind(slots) for stream in self._streams.values()]
         return [fence for fence in fences if fence is not None]
