@@ -52,7 +52,7 @@ class PhysicalPagePool:
 
     Attributes:
         pages: all of them.
-        num_pages: units that they have.
+        num_pages, num_free: units that they have; and those that are mapped nowhere.
         num_owned_maps: mappings that live sequences have. ``gain`` and ``lose`` keep this and the next two up to date,
             so that statistics need not look at each page.
         num_owned: pages that live sequences have.
@@ -66,7 +66,7 @@ class PhysicalPagePool:
         self.page_bytes = page_bytes
         self.limit_bytes = limit_bytes
         self.pages: set[Page] = set()
-        self.num_pages = 0
+        self.num_pages = self.num_free = 0
         self._free: dict[int, list[Page]] = {}  # by size
         self.num_owned_maps = self.num_owned = self.num_shared = 0
         self.peak_pages = self.num_oom = 0
@@ -79,10 +79,6 @@ class PhysicalPagePool:
     def free(self) -> list[Page]:
         """Those that are mapped nowhere."""
         return [page for pages in self._free.values() for page in pages]
-
-    @property
-    def num_free(self) -> int:
-        return sum([size * len(pages) for size, pages in self._free.items()])
 
     @property
     def num_available(self) -> int:
@@ -113,6 +109,7 @@ class PhysicalPagePool:
             free = self._free.get(size, [])
             kept = max(0, len(free) - number)
             reused += free[kept:]
+            self.num_free -= size * (len(free) - kept)
             if number > len(free):
                 missing[size] = number - len(free)
             del free[kept:]
@@ -159,7 +156,7 @@ class PhysicalPagePool:
             fitting = [size for size in sizes if size <= excess]
             pages = self._free[max(fitting) if fitting else min(sizes)]
             self._destroy(pages[-1])
-            pages.pop()
+            self.num_free -= pages.pop().size
 
     def _untake(self, reused: list[Page], created: list[Page]) -> None:
         # A page that is still mapped stays where it is: undoing its mapping failed.
@@ -184,6 +181,7 @@ class PhysicalPagePool:
 
     def _add_free(self, page: Page) -> None:
         self._free.setdefault(page.size, []).append(page)
+        self.num_free += page.size
 
     def out_of_pages(self, count: int, why: str, num_parked: int = 0) -> OutOfPages:
         """The error for ``count`` pages that cannot be had, ``num_parked`` mapped ones that are nobody's included."""
@@ -290,6 +288,7 @@ class PhysicalPagePool:
                     failures.append(error)
         for pages in self._free.values():
             pages[:] = [page for page in pages if page in self.pages]
+        self.num_free = sum(page.size for page in self.free)
         return failures
 
     def check_integrity(self) -> None:
@@ -303,6 +302,7 @@ class PhysicalPagePool:
         sizes = [page.size for page in self.pages]
         assert all(size & (size - 1) == 0 < size for size in sizes), "a page's size is no power of two"
         assert self.num_pages == sum(sizes), "the count of pages is off"
+        assert self.num_free == sum(page.size for page in free), "the count of free pages is off"
         owners = [(page.owners, page.size) for page in self.pages]
         assert self.num_owned_maps == sum(number * size for number, size in owners), (
             "the count of mappings that sequences have is off"
