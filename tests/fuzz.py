@@ -143,10 +143,10 @@ class Fuzz(PatternedRows):
     def _cut(self, slot: int, rows: int, in_step: bool = False) -> None:
         self.cache.truncate(slot, rows)
         mappings = self._mappings()
-        for kept, before in reversed(self.model.truncate(slot, rows, in_step)):
+        for kept, page in self.model.truncate(slot, rows, in_step):
             if mappings[kept.slot, kept.lane, kept.first][1] > self.model.size_at(kept):
                 assert self.fail  # it could not be split now
-                self.model.table = before
+                self.model.unsplit(kept, page)
             else:
                 self.counts["split"] += 1
         del self.tags[slot][rows:]
@@ -224,12 +224,11 @@ class Fuzz(PatternedRows):
         try:
             in_model()
         except DoesNotFit:  # but room was looked for, and pages may have been split
-            try:
-                self._refused(vattn.OutOfPages, in_cache)
-            finally:
-                if self.fail:  # or not all of them
-                    self.model.restore(saved)
-                    self._note_splits()
+            if self.fail:  # or not all of them
+                self.model.restore(saved)
+            self._refused(vattn.OutOfPages, in_cache)
+            if self.fail:
+                self._note_splits()
             return False
         self.model.restore(saved)
         try:

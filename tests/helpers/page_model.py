@@ -223,28 +223,34 @@ class PageModel:
     def size_at(self, kept: Kept) -> int:
         return self.sizes[self.table[kept.slot, kept.lane, kept.first]]
 
-    def split(self, kept: Kept) -> None:
+    def split(self, kept: Kept) -> int:
+        """Returns the page that was there."""
         for unit in range(kept.first, kept.old):
-            del self.table[kept.slot, kept.lane, unit]
+            page = self.table.pop((kept.slot, kept.lane, unit))
         self._put(kept.slot, kept.lane, kept.first, kept.end)
+        return page
+
+    def unsplit(self, kept: Kept, page: int) -> None:
+        self.table |= {(kept.slot, kept.lane, unit): page for unit in range(kept.first, kept.old)}
 
     def _make_room(self, stretches: list[Stretch]) -> bool:
-        """Whether there is room for these; if not, a page that was kept has been split, if there was room for that."""
-        if sum(each.end - each.first for each in stretches) <= self._num_left():
-            return True
-        for kept in self.kept():
-            if kept.end - kept.first <= self._num_left():
-                self.split(kept)
-                return False
-        raise DoesNotFit
+        """Whether there is room for these. If that might leave none to split a page that was kept, one has been."""
+        asked, left, all_kept = sum(each.end - each.first for each in stretches), self._num_left(), self.kept()
+        if asked and asked + max((kept.end - kept.first for kept in all_kept), default=0) > left:
+            for kept in all_kept:
+                if kept.end - kept.first <= left:
+                    self.split(kept)
+                    return False
+        if asked > left:
+            raise DoesNotFit
+        return True
 
-    def _split_where_cut(self, slot: int) -> list[tuple[Kept, dict]]:
+    def _split_where_cut(self, slot: int) -> list[tuple[Kept, int]]:
         done = []
         for kept in self.kept():
             left = self._num_left() - self._num_units(set(self.parked.values()) - set(self.table.values()))
             if kept.slot == slot and kept.end - kept.first <= left:
-                done.append((kept, dict(self.table)))
-                self.split(kept)
+                done.append((kept, self.split(kept)))
         return done
 
     # -- operations ----------------------------------------------------------------------------------------------
@@ -285,8 +291,8 @@ class PageModel:
         self.table |= shared
         self.rows[child] = rows
 
-    def truncate(self, slot: int, rows: int, in_step: bool = False) -> list[tuple[Kept, dict]]:
-        """Returns the pages that were split, each with the table before that."""
+    def truncate(self, slot: int, rows: int, in_step: bool = False) -> list[tuple[Kept, int]]:
+        """Returns where a page was split, and which."""
         if not self.masked and rows < self.rows[slot]:
             self.stale[slot] = max(self.stale.get(slot, 0), self.rows[slot])
         self.rows[slot] = rows

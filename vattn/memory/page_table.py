@@ -77,19 +77,21 @@ class PageTable(Planner):
         new.reservation.map(new.indexes, own, undo)
         submitted = False
         for index, page in zip(new.indexes, own, strict=True):
-            size_bytes = page.size * self.page_bytes
-            kept = max(0, min(copied_to - index * self.page_bytes, size_bytes))
-            if page.dirty and kept < size_bytes:
-                undo.push(self._wait_for_stream)  # before the page is unmapped again
-                self.driver.zero(new.reservation.address_of(index) + kept, size_bytes - kept)
-                submitted = True
+            if page.dirty:
+                size_bytes = page.size * self.page_bytes
+                kept = max(0, min(copied_to - index * self.page_bytes, size_bytes))
+                if kept < size_bytes:
+                    undo.push(self._wait_for_stream)  # before the page is unmapped again
+                    self.driver.zero(new.reservation.address_of(index) + kept, size_bytes - kept)
+                    submitted = True
             page.dirty = True  # its owner may write from now on
         return submitted
 
     def note_growth(self, growth: Growth) -> None:
         """The growth succeeded: its pages are the slots' now."""
         for (lane, slot), num_pages in growth.ends.items():
-            lane.cut(slot, num_pages)
+            if num_pages < lane.ends[slot]:
+                lane.cut(slot, num_pages)
             lane.ends[slot] = num_pages
         self.pool.gain(growth.new_pages)
         for run in growth.adopted:

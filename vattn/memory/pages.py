@@ -5,6 +5,7 @@ Pages are of several sizes (see ``page_sizes``); wherever they are counted, it i
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -101,9 +102,7 @@ class PhysicalPagePool:
         reused: list[Page] = []
         created: list[Page] = []
         undo.push(self._untake, reused, created)
-        wanted: dict[int, int] = {}
-        for size in sizes:
-            wanted[size] = wanted.get(size, 0) + 1
+        wanted: dict[int, int] = {1: asked} if asked == len(sizes) else Counter(sizes)
         missing: dict[int, int] = {}
         for size, number in wanted.items():
             free = self._free.get(size, [])

@@ -52,6 +52,7 @@ class Placed:
     """Pages at some indexes of a reservation; none yet where new ones will be taken, of ``sizes``.
 
     Attributes:
+        num_pages: units of ``sizes``.
         copied_to: before this byte of the reservation a copy fills them.
     """
 
@@ -59,14 +60,17 @@ class Placed:
     indexes: list[int] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
     pages: list[Page] = field(default_factory=list)
+    num_pages: int = 0
     copied_to: int = 0
 
     def cover(self, index: int, sizes: list[int]) -> None:
         """Add new pages, one behind the other."""
+        self.sizes += sizes
+        first = index
         for size in sizes:
             self.indexes.append(index)
             index += size
-        self.sizes += sizes
+        self.num_pages += index - first
 
 
 @dataclass(slots=True)
@@ -111,7 +115,7 @@ class Plan:
     @property
     def num_pages(self) -> int:
         """New pages."""
-        return sum(self.sizes)
+        raise NotImplementedError
 
     @property
     def num_adopted(self) -> int:
@@ -143,6 +147,11 @@ class Growth(Plan):
             sizes += copy.sizes
         return sizes
 
+    @property
+    def num_pages(self) -> int:
+        num_copied = sum(sum(copy.sizes) for copy in self.copies) if self.copies else 0
+        return sum([new.num_pages for new in self.missing.values()]) + num_copied
+
 
 @dataclass(slots=True)
 class Sharing(Plan):
@@ -160,6 +169,10 @@ class Sharing(Plan):
     @property
     def sizes(self) -> list[int]:
         return [size for new in self.own for size in new.sizes]
+
+    @property
+    def num_pages(self) -> int:
+        return sum([new.num_pages for new in self.own])
 
 
 @dataclass(slots=True)
@@ -179,6 +192,11 @@ class Split:
     kept_bytes: int
     page: Page
     new_pages: list[Page] = field(default_factory=list)
+
+    @property
+    def num_pages(self) -> int:
+        """New pages."""
+        return self.end - self.start
 
 
 class Planner:
@@ -225,8 +243,11 @@ class Planner:
                         new.cover(lane.first(slot) + start, self.sizes.cover(start, after))
                     elif len(page.maps) > 1 and start < num_private:
                         end = self._copy_on_write(growth, lane, rows, start, page)
-            if stop > own_end:
-                self._fill(growth, lane, slot, max(first, own_end), stop, new)
+            first = max(first, own_end)
+            if lane.tops[slot] > first:
+                self._fill(growth, lane, slot, first, stop, new)
+            elif stop > first:
+                new.cover(lane.first(slot) + first, self.sizes.cover(first, stop))
             growth.ends[lane, slot] = max(end, stop)
 
     def _copy_on_write(self, growth: Growth, lane: LanePages, rows: Rows, start: int, page: Page) -> int:
@@ -254,7 +275,7 @@ class Planner:
         among these become its own, and new ones go in between. What else is parked there goes."""
         base = lane.first(slot)
         gap = first
-        for start, stop, page in lane.walk(slot, first, end) if lane.tops[slot] > first else ():
+        for start, stop, page in lane.walk(slot, first, end):
             if page is None or start < first:
                 continue
             if stop <= end and self._adopt(plan, slot, lane.reservation, base + start, page):
@@ -262,7 +283,8 @@ class Planner:
                 gap = stop
             else:
                 self._unpark_at(plan, [lane.reservation.address_of(base + start)])
-        new.cover(base + gap, self.sizes.cover(gap, end))
+        if gap < end:
+            new.cover(base + gap, self.sizes.cover(gap, end))
 
     def _unpark_aliases_of_last(self, page: Page, leaving: set[int], growth: Growth) -> bool:
         """Whether the page has one owner left, who keeps it; what is parked of it elsewhere is in that one's way."""

@@ -62,12 +62,9 @@ class Reservation:
             self.driver.map_pages(pages[0].size * page_bytes, addresses, [page.handle for page in pages], mapped)
         finally:
             for page, address in zip(pages, mapped, strict=False):
-                self._note_mapped(page, address)
+                page.maps.append(address)
+            self.num_pages += pages[0].size * len(mapped)
         self.pages.update(zip(indexes, pages, strict=True))
-
-    def _note_mapped(self, page: Page, address: int) -> None:
-        page.maps.append(address)
-        self.num_pages += page.size
 
     def _note_unmapped(self, page: Page, address: int) -> None:
         page.maps.remove(address)
@@ -109,7 +106,8 @@ class Reservation:
             mapped = False
             try:
                 self.driver.map(address, size_bytes, page.handle)
-                self._note_mapped(page, address)
+                page.maps.append(address)
+                self.num_pages += page.size
                 mapped = True
                 self.driver.set_access(address, size_bytes)
                 self.pages[index] = page

@@ -263,8 +263,10 @@ class Slots(SlotStates):
     def _reach_of(self, slot: int, rows: int) -> int:
         if slot in self._stale_to:
             return rows  # growing has to wipe first
-        reach = self.table.private_rows(slot, rows) - self.table.over_read.tokens
-        return max(rows, min(reach, self.max_seq_len))
+        reach = min(self.table.private_rows(slot, rows) - self.table.over_read.tokens, self.max_seq_len)
+        if slot in self.to_shrink:  # what lies past its rows may be taken
+            reach = self.table.rows_of_whole_pages(rows, reach)
+        return max(rows, reach)
 
     def _shrink_now(self, slot: int, rows: int, deferred: bool = False) -> bool:
         """Take whole pages past these rows. Returns whether there were any."""
@@ -288,7 +290,7 @@ class Slots(SlotStates):
         """Have back the units that rows do not need of the page in which they end, if there is room for their copy;
         otherwise that is left until memory is short."""
         for split in self.table.straddling(slot, int(self.seq_len[slot])):
-            if split.end - split.start <= self.pool.num_available:
+            if split.num_pages <= self.pool.num_available:
                 with self.pool.shortage(wait=False):
                     try:
                         self._split(split)
@@ -296,23 +298,25 @@ class Slots(SlotStates):
                         if is_incomplete(error):
                             raise
 
-    def _split_kept(self) -> bool:
-        """Memory is short: split a page that was kept for its first rows. False if there is none, or no room for the
-        copy of its rows."""
-        for slot in sorted(self.to_shrink):
-            if self.work.is_open(slot):
-                continue
-            for split in self.table.straddling(slot, int(self.seq_len[slot])):
-                missing = split.end - split.start - self.pool.num_available
-                if missing > 0 and self.parking.num_pages(enough=missing) < missing:
-                    continue
-                self.work.wait([slot], current_stream=True)
-                if missing > 0:
-                    self.unpark(missing)
-                self._split(split)
-                self._measure_reach(slot)
-                return True
-        return False
+    def _split_kept(self, asked: int) -> bool:
+        """Before so many pages are taken: split a page that was kept for its first rows, if there might be no room for
+        their copy afterwards. Returns whether one was split."""
+        slots = [slot for slot in sorted(self.to_shrink) if not self.work.is_open(slot)]
+        splits = [split for slot in slots for split in self.table.straddling(slot, int(self.seq_len[slot]))]
+        if not splits:
+            return False
+        available = self.pool.num_available
+        enough = asked + max(split.num_pages for split in splits)
+        left = available + (self.parking.num_pages(enough - available) if enough > available else 0)
+        split = next((split for split in splits if split.num_pages <= left), None)
+        if enough <= left or split is None:
+            return False
+        self.work.wait([split.slot], current_stream=True)
+        if split.num_pages > available:
+            self.unpark(split.num_pages - available)
+        self._split(split)
+        self._measure_reach(split.slot)
+        return True
 
     def _split(self, split: Split) -> None:
         """The work on the slot has ended."""
@@ -367,15 +371,15 @@ class Slots(SlotStates):
         pool = self.pool
         if not (wait or all(self.parking.fences[slot].done() for slot in plan.slots_unparked)):
             raise pool.out_of_pages(plan.num_pages, "of which some are still in use by the GPU")
+        asked = plan.num_pages + plan.num_adopted
+        if self.to_shrink and asked and wait and self._split_kept(asked):
+            return False
         if plan.num_pages <= pool.num_available:
             return True
         if self.finish_deferred(wait):
             return False
-        asked = plan.num_pages + plan.num_adopted
         num_parked = self.parking.num_pages(enough=asked - pool.num_available)
         if num_parked < asked - pool.num_available:
-            if wait and self._split_kept():
-                return False
             raise pool.out_of_pages(asked, "which memory_limit does not allow", num_parked)
         if not self.unpark(plan.num_pages - pool.num_available, plan.slots_adopting, wait) and not wait:
             raise pool.out_of_pages(asked, "of which some are still in use by the GPU")
