@@ -13,10 +13,10 @@ from collections import Counter
 
 import torch
 from helpers.failing_driver import FailingDriver
-from helpers.fuzz_cases import LAYOUTS, MAX_SEQ_LEN, VARIANTS, make_layout
+from helpers.fuzz_cases import LARGEST, LAYOUTS, MAX_SEQ_LEN, UNITS, VARIANTS, make_layout
 from helpers.fuzz_readers import FIRST_STREAM, Readers
 from helpers.fuzz_rows import PatternedRows
-from helpers.page_model import DoesNotFit, PageModel
+from helpers.page_model import DoesNotFit, PageModel, Unit
 from helpers.stream_driver import StreamDriver
 
 import vattn
@@ -33,6 +33,7 @@ class Fuzz(PatternedRows):
         fail: also make driver calls fail now and then, and check that nothing changed.
         streams: without a GPU, queue the work of three streams and run it as late as it may.
         readers: with reads of every live row in flight on two more.
+        sizes: with pages of several sizes, and rows enough for them.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class Fuzz(PatternedRows):
         masked: bool = True,
         streams: bool = False,
         readers: bool = False,
+        sizes: bool = False,
     ) -> None:
         self.random = random.Random(f"{seed} {kind}")
         self.fail = fail
@@ -53,7 +55,8 @@ class Fuzz(PatternedRows):
         self.driver = FailingDriver(queued or open_driver(device))
         page_bytes = max(4096, self.driver.granularity_bytes)
         self.over_read, self.masked = over_read, masked
-        self.layout = make_layout(kind, page_bytes)
+        self.layout = make_layout(kind, page_bytes * UNITS[kind] if sizes else page_bytes)
+        largest = LARGEST if sizes else 1
         lanes = [
             lane.row_bytes for group in self.layout.groups for lane in self.layout.plan(group, 1, page_bytes).lanes
         ]
@@ -64,12 +67,13 @@ class Fuzz(PatternedRows):
             self.layout,
             self.max_slots,
             page_bytes=page_bytes,
+            max_page_bytes=largest * page_bytes,
             memory_limit=limit_pages * page_bytes,
             over_read_tokens=over_read,
             over_read_masked=masked,
             driver=self.driver,
         )
-        self.model = PageModel(lanes, page_bytes, limit_pages, over_read, masked)
+        self.model = PageModel(lanes, page_bytes, limit_pages, over_read, masked, largest)
         self.tags, self.past, self.faults = {}, {}, []
         self.next_tag = 1
         self.counts: Counter[str] = Counter()
@@ -134,9 +138,17 @@ class Fuzz(PatternedRows):
                 self.check_over_read(child, num_rows)
 
     def truncate(self, slot: int, in_step: bool = False) -> None:
-        rows = self.random.randint(0, len(self.tags[slot]))
+        self._cut(slot, self.random.randint(0, len(self.tags[slot])), in_step)
+
+    def _cut(self, slot: int, rows: int, in_step: bool = False) -> None:
         self.cache.truncate(slot, rows)
-        self.model.truncate(slot, rows, in_step)
+        mappings = self._mappings()
+        for kept, page in self.model.truncate(slot, rows, in_step):
+            if mappings[kept.slot, kept.lane, kept.first][1] > self.model.size_at(kept):
+                assert self.fail  # it could not be split now
+                self.model.unsplit(kept, page)
+            else:
+                self.counts["split"] += 1
         del self.tags[slot][rows:]
 
     def release(self, slot: int) -> None:
@@ -193,9 +205,7 @@ class Fuzz(PatternedRows):
                 return  # no memory
         rows = self.random.randint(0, min(len(self.tags[slot]) for slot in relatives))
         for slot in relatives:
-            self.cache.truncate(slot, rows)
-            self.model.truncate(slot, rows)
-            del self.tags[slot][rows:]
+            self._cut(slot, rows)
         self.random.shuffle(relatives)
         requests = [(slot, self._length(rows)) for slot in relatives[: self.random.randint(1, len(relatives))]]
         self._ensure_all(requests)
@@ -213,9 +223,12 @@ class Fuzz(PatternedRows):
         saved = self.model.save()
         try:
             in_model()
-        except DoesNotFit:
-            self.model.restore(saved)
+        except DoesNotFit:  # but room was looked for, and pages may have been split
+            if self.fail:  # or not all of them
+                self.model.restore(saved)
             self._refused(vattn.OutOfPages, in_cache)
+            if self.fail:
+                self._note_splits()
             return False
         self.model.restore(saved)
         try:
@@ -223,6 +236,7 @@ class Fuzz(PatternedRows):
         except vattn.OutOfPages:
             assert self._out_of_memory, "it fits in the limit"
             self.counts["device out of memory"] += 1
+            self._note_splits()
             return False
         in_model()  # after what the cache may have taken from other slots
         return True
@@ -235,8 +249,15 @@ class Fuzz(PatternedRows):
         else:
             raise AssertionError(f"{error.__name__} was due")
 
-    def _mappings(self) -> dict[tuple[int, int, int], int]:
-        """(slot, lane, index) -> handle of everything that the driver has mapped."""
+    def _note_splits(self) -> None:
+        """The cache was refused something; before, it may have split pages to make room."""
+        mappings = self._mappings()
+        for kept in self.model.kept():
+            if mappings[kept.slot, kept.lane, kept.first][1] < self.model.size_at(kept):
+                self.model.split(kept)
+
+    def _mappings(self) -> dict[Unit, tuple[int, int]]:
+        """(slot, lane, unit) -> (handle, units that it has) of everything that the driver has mapped."""
         backing, found, number = self.cache._slots.backing, {}, 0
         for reservation, plan in zip(backing.reservations, backing.plans, strict=True):
             for lane in plan.lanes:
@@ -244,7 +265,9 @@ class Fuzz(PatternedRows):
                 for address, mapping in self.driver.book.mappings.items():
                     slot, offset = divmod(address - start, lane.slot_stride_bytes)
                     if 0 <= slot < self.max_slots:
-                        found[slot, number, offset // self.model.page_bytes] = mapping.handle
+                        first, size = offset // self.model.page_bytes, mapping.size_bytes // self.model.page_bytes
+                        for unit in range(first, first + size):
+                            found[slot, number, unit] = mapping.handle, size
                 number += 1
         return found
 
@@ -253,7 +276,7 @@ class Fuzz(PatternedRows):
         self._unparked(slot, taken, tops)
         mappings = self._mappings()
         keys = {key for key in self.model.parked if key[0] == slot and key not in mappings}
-        assert len(keys) == len(taken)
+        assert len(keys) == sum(page.size for page in taken)
         self.model.unparked(keys)
         self.counts["reclaimed"] += len(keys)
 
@@ -270,10 +293,15 @@ class Fuzz(PatternedRows):
         self.counts["parked aliases"] += len(model.parked) - len(set(model.parked.values()) - set(model.table.values()))
         assert mappings.keys() == model.table.keys() | model.parked.keys()
         pages = {**model.table, **model.parked}
-        pairs = {(pages[key], handle) for key, handle in mappings.items()}
+        pairs = {(pages[key], handle) for key, (handle, _) in mappings.items()}
         assert len(pairs) == len({page for page, _ in pairs}) == len({handle for _, handle in pairs}), (
             "who shares a page with whom is not as the model says"
         )
+        assert all(size == model.sizes[pages[key]] for key, (_, size) in mappings.items()), "a page has another size"
+        if any(size > 1 for _, size in mappings.values()):
+            self.counts["large pages"] += 1
+        if model.kept():
+            self.counts["kept"] += 1
 
     def check(self, every_row: bool) -> None:
         assert not self.faults, self.faults
@@ -324,6 +352,7 @@ class Fuzz(PatternedRows):
             if error.result != "INJECTED":
                 raise
             self.counts["DriverError"] += 1
+            self._note_splits()
             self.check(every_row=True)
         finally:
             self.driver.heal()

@@ -9,6 +9,7 @@ import torch
 import vattn
 
 MAX_SEQ_LEN = 90
+LARGEST = 8  # units of a page, where they are of several sizes
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "sound driver": {},
@@ -19,6 +20,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "queued streams, over-read": {"streams": True, "over_read": 45, "masked": False},
     "readers on two streams": {"streams": True, "readers": True},
 }
+SIZES: dict[str, dict[str, Any]] = {
+    "sizes": {},
+    "sizes, failing driver": {"fail": True},
+    "sizes, over-read, failing driver": {"over_read": 7, "masked": False, "fail": True},
+    "sizes, masked over-read": {"over_read": 30},
+    "sizes, queued streams, over-read": {"streams": True, "over_read": 45, "masked": False},
+    "sizes, readers on two streams": {"streams": True, "readers": True},
+}
+VARIANTS |= {name: {**settings, "sizes": True} for name, settings in SIZES.items()}
+# What was a page becomes so many units, for sequences to have 70 to 110 of them.
+UNITS = {"token": 16, "layer": 64, "groups": 16, "row larger than page": 1}
 LAYOUTS = ("token", "layer", "groups", "row larger than page")
 
 

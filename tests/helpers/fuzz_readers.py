@@ -11,6 +11,7 @@ import torch
 
 import vattn
 from helpers.stream_driver import StreamDriver
+from vattn.driver import Driver
 
 FIRST_STREAM = 3  # of two, on the queued driver; those before it are the fuzz's own
 
@@ -18,6 +19,15 @@ FIRST_STREAM = 3  # of two, on the queued driver; those before it are the fuzz's
 def pages_of(view: torch.Tensor) -> range:
     """The addresses of the pages of 4,096 bytes that a view touches."""
     return range(view.data_ptr() // 4096 * 4096, view[-1].data_ptr() + view[-1].nbytes, 4096)
+
+
+def are_mapped(driver: Driver, pages: range) -> bool:
+    """Whether there is memory behind all of these addresses."""
+    try:
+        driver.book.check_accessible("look", pages.start, len(pages) * 4096)
+    except vattn.DriverError:
+        return False
+    return True
 
 
 @dataclass
@@ -89,8 +99,7 @@ class Readers:
 
     def _run_late(self, read: _Read, tags: list[int], views: list[torch.Tensor]) -> None:
         self.counts["late reads"] += self.tags.get(read.slot) is not tags or len(tags) < len(read.tags)
-        mappings = self.cache.driver.book.mappings
-        if all(address in mappings for view in views for address in pages_of(view)):
+        if all(are_mapped(self.cache.driver, pages_of(view)) for view in views):
             self._run(read, views)
         else:
             self.faults.append(f"a read of slot {read.slot} found no pages")

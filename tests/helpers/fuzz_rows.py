@@ -9,7 +9,7 @@ import torch
 
 import vattn
 from helpers.failing_driver import FailingDriver
-from helpers.fuzz_readers import FIRST_STREAM, Readers, pages_of
+from helpers.fuzz_readers import FIRST_STREAM, Readers, are_mapped, pages_of
 from helpers.page_model import PageModel
 from helpers.stream_driver import StreamDriver
 
@@ -130,7 +130,7 @@ class PatternedRows:
                 self.queued.launch(lambda view=view, pages=pages: self._work(view, pages, value))
 
     def _work(self, view: torch.Tensor, pages: range, value: float | None) -> None:
-        if not all(address in self.driver.book.mappings for address in pages):
+        if not are_mapped(self.driver, pages):
             self.faults.append(f"work at {pages} found no pages")
         elif value is not None:
             view.fill_(value)

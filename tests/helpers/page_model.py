@@ -3,63 +3,147 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import count
+
+Unit = tuple[int, int, int]  # slot, lane, which unit of the slot there
 
 
 class DoesNotFit(Exception):
     """The operation takes more pages than the limit leaves."""
 
 
+@dataclass(frozen=True)
+class Stretch:
+    """Units ``[first, end)`` of a slot, which get new pages; on write, in place of a page that goes up to ``old``."""
+
+    slot: int
+    lane: int
+    first: int
+    end: int
+    old: int = 0
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The page in which a sequence ends, of which it needs the units ``[first, end)`` and keeps those to ``old``."""
+
+    slot: int
+    lane: int
+    first: int
+    end: int
+    old: int
+
+
 class PageModel:
-    """Which page backs which (slot, lane, index), by the contract's rules alone; and which a slot's last sequence left.
+    """Which page backs which (slot, lane, unit), by the contract's rules alone; and which a slot's last sequence left.
 
     What is parked never decides whether an operation fits. Which parked pages are taken when memory is short is the
     cache's choice: ``unparked`` is told.
 
     Args:
         lane_row_bytes: bytes per token of every lane.
-        page_bytes: size of a page.
-        limit_pages: pages that may exist at once.
+        page_bytes: size of a unit.
+        limit_pages: units that may exist at once.
         over_read: rows past the end that stay mapped.
         masked: whether those may lie on shared pages.
+        largest: units of a page, at most.
     """
 
     def __init__(
-        self, lane_row_bytes: list[int], page_bytes: int, limit_pages: int, over_read: int = 0, masked: bool = True
+        self,
+        lane_row_bytes: list[int],
+        page_bytes: int,
+        limit_pages: int,
+        over_read: int = 0,
+        masked: bool = True,
+        largest: int = 1,
     ) -> None:
         self.over_read = over_read
         self.masked = masked
         self.lane_row_bytes = lane_row_bytes
         self.page_bytes = page_bytes
         self.limit_pages = limit_pages
-        self.table: dict[tuple[int, int, int], int] = {}
-        self.parked: dict[tuple[int, int, int], int] = {}
+        self.largest = largest
+        self.table: dict[Unit, int] = {}
+        self.parked: dict[Unit, int] = {}
+        self.sizes: dict[int, int] = {}
         self.rows: dict[int, int] = {}
         self.stale: dict[int, int] = {}  # up to which row an older, longer self left something, if that matters
         self._new_id = count(1).__next__
 
+    # -- looking -------------------------------------------------------------------------------------------------
+    def _num_maps(self, table: dict[Unit, int]) -> Counter[int]:
+        """How often each page is there; it begins at a multiple of its size."""
+        return Counter(page for (_, _, unit), page in table.items() if unit % self.sizes[page] == 0)
+
     def _owners(self) -> Counter[int]:
-        return Counter(self.table.values())
+        return self._num_maps(self.table)
+
+    def _num_units(self, pages: set[int]) -> int:
+        return sum(self.sizes[page] for page in pages)
+
+    def _num_left(self) -> int:
+        """What the limit leaves, were nothing parked."""
+        return self.limit_pages - self._num_units(set(self.table.values()))
+
+    def _num_pages(self, lane: int, rows: int) -> int:
+        return -(-(rows + self.over_read) * self.lane_row_bytes[lane] // self.page_bytes) if rows else 0
+
+    def _cover(self, first: int, end: int) -> Iterator[tuple[int, int]]:
+        """(first unit, size) of each new page: a power of two, an eighth of what lies before it at most, at a multiple
+        of its size, and with as much behind it in the stretch."""
+        while first < end:
+            size = 1
+            while (
+                2 * size <= self.largest and first % (2 * size) == 0 and 16 * size <= first and first + 4 * size <= end
+            ):
+                size *= 2
+            yield first, size
+            first += size
 
     def save(self) -> tuple[dict, ...]:
-        return dict(self.table), dict(self.parked), dict(self.rows), dict(self.stale)
+        return dict(self.table), dict(self.parked), dict(self.sizes), dict(self.rows), dict(self.stale)
 
     def restore(self, saved: tuple[dict, ...]) -> None:
-        self.table, self.parked, self.rows, self.stale = map(dict, saved)
+        self.table, self.parked, self.sizes, self.rows, self.stale = map(dict, saved)
 
-    def _replace(self, keys: list[tuple[int, int, int]]) -> None:
-        """Put a page of its own behind every key, if the limit allows: the one parked there, or a new one."""
-        if len(set(self.table.values())) + len(keys) > self.limit_pages:
-            raise DoesNotFit
-        owned = {0, *self.table.values()}
-        taken = {page: key for key in reversed(keys) if (page := self.parked.get(key, 0)) not in owned}
+    # -- new pages -----------------------------------------------------------------------------------------------
+    def _put(self, slot: int, lane: int, first: int, end: int) -> None:
+        for start, size in self._cover(first, end):
+            page = self._new_id()
+            self.sizes[page] = size
+            self.table |= {(slot, lane, unit): page for unit in range(start, start + size)}
+
+    def _replace(self, stretches: list[Stretch]) -> None:
+        """Put pages of its own behind every unit: those parked there which have no others, or new ones."""
+        owned = set(self.table.values())
+        taken: dict[int, tuple[Stretch, int]] = {}
+        gone: set[tuple[int, int, int]] = set()  # where a parked page has to go: slot, lane, page
+        for stretch in stretches:
+            unit = stretch.first
+            while unit < stretch.end:
+                page = self.parked.get((stretch.slot, stretch.lane, unit))
+                stop = unit + (1 if page is None else self.sizes[page])
+                if page is not None and page not in owned and page not in taken and stop <= stretch.end:
+                    taken[page] = stretch, unit
+                elif page is not None:
+                    gone.add((stretch.slot, stretch.lane, page))
+                unit = stop
         self._make_private(set(taken))
-        for key in keys:
-            self.parked.pop(key, None)
-            self.table[key] = self._new_id()
-        self.table |= {key: page for page, key in taken.items()}
+        self.parked = {key: page for key, page in self.parked.items() if (*key[:2], page) not in gone}
+        for stretch in stretches:
+            for unit in range(stretch.first, stretch.old):
+                del self.table[stretch.slot, stretch.lane, unit]
+            first = stretch.first
+            for page, unit in [(page, unit) for page, (there, unit) in taken.items() if there == stretch]:
+                self._put(stretch.slot, stretch.lane, first, unit)
+                first = unit + self.sizes[page]
+                self.table |= {(stretch.slot, stretch.lane, each): page for each in range(unit, first)}
+            self._put(stretch.slot, stretch.lane, first, stretch.end)
 
-    def unparked(self, keys: set[tuple[int, int, int]]) -> None:
+    def unparked(self, keys: set[Unit]) -> None:
         """These parked pages were unmapped to be used elsewhere: the ones furthest from the start of their slot."""
         for key in keys:
             del self.parked[key]
@@ -69,32 +153,49 @@ class PageModel:
 
     def _to_replace(
         self, slot: int, start: int, end: int, owners: Counter[int], sole: set[int], grows: bool = True
-    ) -> list[tuple[int, int, int]]:
-        """The pages to put in place of none or of a shared one; ``owners`` is counted down for the latter.
+    ) -> list[Stretch]:
+        """Where pages go in place of none or of a shared one; ``owners`` is counted down for the latter.
 
         Those that become private as they are, for want of other owners, are added to ``sole``.
         """
-        keys = []
+        found = []
         for lane, row_bytes in enumerate(self.lane_row_bytes):
-            last_private = -(-end * row_bytes // self.page_bytes) - 1
-            for index in range(start * row_bytes // self.page_bytes, self._num_pages(lane, end)):
-                page = self.table.get((slot, lane, index))
-                private = index <= last_private or (grows and not self.masked)
-                if page is None or (private and owners[page] > 1):
-                    keys.append((slot, lane, index))
+            num_private = -(-end * row_bytes // self.page_bytes)
+            unit, stop = start * row_bytes // self.page_bytes, self._num_pages(lane, end)
+            while unit < stop:
+                page = self.table.get((slot, lane, unit))
+                if page is None:  # and so it goes on
+                    found.append(Stretch(slot, lane, unit, stop))
+                    break
+                first = unit - unit % self.sizes[page]
+                unit = first + self.sizes[page]
+                private = first < num_private or (grows and not self.masked)
+                if private and owners[page] > 1:
                     owners[page] -= 1
+                    needed = min(unit, self._num_pages(lane, max(end, self.rows[slot])))
+                    found.append(Stretch(slot, lane, first, needed, unit))
                 elif private:
                     sole.add(page)
-        return keys
+        return found
 
     def _make_private(self, pages: set[int]) -> None:
         """These pages have one owner, and will be written to: nothing parked shows them any more."""
         self.parked = {key: page for key, page in self.parked.items() if page not in pages}
 
+    def _take(self, targets: list[tuple[int, int, int]], grows: bool = True) -> None:
+        """Make rows ``[start, end)`` of each (slot, start, end) backed and private, where the limit allows it."""
+        while True:
+            owners, sole = self._owners(), set[int]()
+            stretches = [each for target in targets for each in self._to_replace(*target, owners, sole, grows)]
+            if self._make_room(stretches):
+                break
+        self._replace(stretches)
+        self._make_private(sole)
+
     def is_shared(self, slot: int, start: int, end: int) -> bool:
         """Whether a page under rows ``[start, end)`` has another owner too, or had one whose work may be under way."""
         owners = self._owners()
-        owners.update(self.parked.values())
+        owners.update(self._num_maps(self.parked))
         return any(
             owners[self.table.get((slot, lane, index))] > 1
             for lane, row_bytes in enumerate(self.lane_row_bytes)
@@ -106,56 +207,102 @@ class PageModel:
         if slot in self.stale and not self.is_shared(slot, self.rows[slot], self.stale[slot]):
             del self.stale[slot]
 
-    def _num_pages(self, lane: int, rows: int) -> int:
-        return -(-(rows + self.over_read) * self.lane_row_bytes[lane] // self.page_bytes) if rows else 0
+    # -- pages that were cut -------------------------------------------------------------------------------------
+    def kept(self) -> list[Kept]:
+        """Pages that are nobody else's, of which sequences need the first units."""
+        owners, found = self._owners(), []
+        for slot, rows in sorted(self.rows.items()):
+            for lane in range(len(self.lane_row_bytes)):
+                end = self._num_pages(lane, rows)
+                page = self.table.get((slot, lane, end))
+                if page is not None and end % self.sizes[page] and owners[page] == 1:
+                    first = end - end % self.sizes[page]
+                    found.append(Kept(slot, lane, first, end, first + self.sizes[page]))
+        return found
 
+    def size_at(self, kept: Kept) -> int:
+        return self.sizes[self.table[kept.slot, kept.lane, kept.first]]
+
+    def split(self, kept: Kept) -> int:
+        """Returns the page that was there."""
+        for unit in range(kept.first, kept.old):
+            page = self.table.pop((kept.slot, kept.lane, unit))
+        self._put(kept.slot, kept.lane, kept.first, kept.end)
+        return page
+
+    def unsplit(self, kept: Kept, page: int) -> None:
+        self.table |= {(kept.slot, kept.lane, unit): page for unit in range(kept.first, kept.old)}
+
+    def _make_room(self, stretches: list[Stretch]) -> bool:
+        """Whether there is room for these. If that might leave none to split a page that was kept, one has been."""
+        asked, left, all_kept = sum(each.end - each.first for each in stretches), self._num_left(), self.kept()
+        if asked and asked + max((kept.end - kept.first for kept in all_kept), default=0) > left:
+            for kept in all_kept:
+                if kept.end - kept.first <= left:
+                    self.split(kept)
+                    return False
+        if asked > left:
+            raise DoesNotFit
+        return True
+
+    def _split_where_cut(self, slot: int) -> list[tuple[Kept, int]]:
+        done = []
+        for kept in self.kept():
+            left = self._num_left() - self._num_units(set(self.parked.values()) - set(self.table.values()))
+            if kept.slot == slot and kept.end - kept.first <= left:
+                done.append((kept, self.split(kept)))
+        return done
+
+    # -- operations ----------------------------------------------------------------------------------------------
     def ensure(self, requests: list[tuple[int, int]]) -> None:
-        owners, sole = self._owners(), set[int]()
-        longer = [(slot, rows) for slot, rows in requests if rows > self.rows[slot]]
-        keys = [key for slot, rows in longer for key in self._to_replace(slot, self.rows[slot], rows, owners, sole)]
-        self._replace(keys)
-        self._make_private(sole)
-        for slot, rows in longer:
+        longer = [(slot, self.rows[slot], rows) for slot, rows in requests if rows > self.rows[slot]]
+        self._take(longer)
+        for slot, _, rows in longer:
             self._wipe(slot)
             self.rows[slot] = rows
 
     def make_writable(self, slot: int, start: int, end: int) -> None:
         if start < end:
-            sole = set[int]()
-            self._replace(self._to_replace(slot, start, end, self._owners(), sole, grows=end >= self.rows[slot]))
-            self._make_private(sole)
+            self._take([(slot, start, end)], grows=end >= self.rows[slot])
             self._wipe(slot)
 
     def step(self, slot: int) -> None:
         """Before a kernel runs that does not mask what it reads past the end, nothing stale may lie there."""
         rows = self.rows[slot]
         if slot in self.stale and rows:
-            sole = set[int]()
-            self._replace(self._to_replace(slot, rows, rows, self._owners(), sole))
-            self._make_private(sole)
+            self._take([(slot, rows, rows)])
             self._wipe(slot)
 
     def fork(self, parent: int, child: int, rows: int) -> None:
-        keys = []
-        for lane, row_bytes in enumerate(self.lane_row_bytes):
-            whole = rows * row_bytes // self.page_bytes
-            keys += [(child, lane, index) for index in range(whole, self._num_pages(lane, rows))]
-        self._replace(keys)
-        for lane, row_bytes in enumerate(self.lane_row_bytes):
-            for index in range(rows * row_bytes // self.page_bytes):
-                self.parked.pop((child, lane, index), None)
-                self.table[child, lane, index] = self.table[parent, lane, index]
+        while True:
+            own, shared = [], {}
+            for lane, row_bytes in enumerate(self.lane_row_bytes):
+                whole, unit = rows * row_bytes // self.page_bytes, 0
+                while unit < whole and unit + self.sizes[self.table[parent, lane, unit]] <= whole:
+                    page = self.table[parent, lane, unit]
+                    shared |= {(child, lane, each): page for each in range(unit, unit + self.sizes[page])}
+                    unit += self.sizes[page]
+                own.append(Stretch(child, lane, unit, self._num_pages(lane, rows)))
+            if self._make_room(own):
+                break
+        hidden = {(*key[:2], self.parked[key]) for key in shared.keys() & self.parked.keys()}
+        self.parked = {key: page for key, page in self.parked.items() if (*key[:2], page) not in hidden}
+        self._replace(own)
+        self.table |= shared
         self.rows[child] = rows
 
-    def truncate(self, slot: int, rows: int, in_step: bool = False) -> None:
+    def truncate(self, slot: int, rows: int, in_step: bool = False) -> list[tuple[Kept, int]]:
+        """Returns where a page was split, and which."""
         if not self.masked and rows < self.rows[slot]:
             self.stale[slot] = max(self.stale.get(slot, 0), self.rows[slot])
         self.rows[slot] = rows
         for key in [key for key in self.table if key[0] == slot]:
-            if key[2] >= self._num_pages(key[1], rows):
+            if key[2] - key[2] % self.sizes[self.table[key]] >= self._num_pages(key[1], rows):
                 del self.table[key]
+        split = [] if in_step else self._split_where_cut(slot)
         if not in_step:
             self._wipe(slot)
+        return split
 
     def release(self, slot: int) -> None:
         for key in [key for key in self.table if key[0] == slot]:
@@ -167,10 +314,10 @@ class PageModel:
         owners = self._owners()
         row_bytes = sum(self.rows.values()) * bytes_per_token
         return {
-            "in_use_bytes": len(owners) * self.page_bytes,
+            "in_use_bytes": self._num_units(set(owners)) * self.page_bytes,
             "mapped_bytes": (len(self.table) + len(self.parked)) * self.page_bytes,
-            "parked_bytes": len(set(self.parked.values()) - owners.keys()) * self.page_bytes,
-            "shared_bytes": sum(1 for maps in owners.values() if maps > 1) * self.page_bytes,
+            "parked_bytes": self._num_units(set(self.parked.values()) - owners.keys()) * self.page_bytes,
+            "shared_bytes": self._num_units({page for page, maps in owners.items() if maps > 1}) * self.page_bytes,
             "row_bytes": row_bytes,
             "waste_bytes": len(self.table) * self.page_bytes - row_bytes,
             "num_live_slots": len(self.rows),

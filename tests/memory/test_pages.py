@@ -26,7 +26,7 @@ def pool(driver) -> PhysicalPagePool:
 def take(pool, count):
     """Pages that are in use, at made-up addresses: the pool only writes them down."""
     with Undo() as undo:
-        pages = pool.take(count, undo)
+        pages = pool.take([1] * count, undo)
     for index, page in enumerate(pages):
         page.maps.append(1000 + index)
     pool.gain(pages)
@@ -35,7 +35,7 @@ def take(pool, count):
 
 def take_and_fail(pool, count):
     with Undo() as undo:
-        pool.take(count, undo)
+        pool.take([1] * count, undo)
         raise KeyError
 
 
@@ -173,11 +173,11 @@ def test_a_failing_trim_loses_nothing(pool, driver):
 
 
 def corrupt_free_twice(pool, pages):
-    pool.free += [pages[0]] * 2
+    pool._free.setdefault(1, []).extend([pages[0]] * 2)
 
 
 def corrupt_mapped_and_free(pool, pages):
-    pool.free.append(pages[0])
+    pool._free.setdefault(1, []).append(pages[0])
 
 
 def corrupt_lost(pool, pages):

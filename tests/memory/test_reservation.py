@@ -34,7 +34,7 @@ def reservation(driver, pool) -> Reservation:
 def fill(reservation, indexes):
     """Map new pages, the content of each its own index plus one."""
     with Undo() as undo:
-        for index, page in zip(indexes, reservation.pool.take(len(indexes), undo), strict=True):
+        for index, page in zip(indexes, reservation.pool.take([1] * len(indexes), undo), strict=True):
             reservation.map([index], [page], undo)
             data_at(reservation, index).fill_(index + 1)
 
@@ -159,7 +159,7 @@ def make_stray(reservation, index):
     """A page that was mapped and whose undo failed."""
     reservation.driver.fail("unmap")
     with pytest.raises(KeyError) as caught:
-        undone(lambda undo: reservation.map([index], reservation.pool.take(1, undo), undo))
+        undone(lambda undo: reservation.map([index], reservation.pool.take([1], undo), undo))
     assert any("unmap failed" in note for note in caught.value.__notes__)
     assert list(reservation.strays) == [index]
 

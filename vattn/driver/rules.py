@@ -16,6 +16,7 @@ behave alike:
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import gcd
 
 from ..errors import DriverError
 
@@ -57,10 +58,11 @@ class RuleBook:
     ranges: dict[int, int] = field(default_factory=dict)
     handles: dict[int, Handle] = field(default_factory=dict)
     mappings: dict[int, Mapping] = field(default_factory=dict)
-    # A cache maps pages of one size at multiples of that size, counted from the start of their range. As long as this
-    # holds, the mapping of an address is found by rounding the address down. Otherwise all mappings are searched.
+    # Every mapping consists of tiles, of the largest size that divides all their sizes and their distances from the
+    # starts of their ranges: a cache's page_bytes. So the mapping of an address is found by rounding the address down:
+    # its first tile is in ``mappings``, the others of a larger mapping are here.
     _tile_bytes: int = 0
-    _is_tiled: bool = True
+    _inner_tiles: dict[int, Mapping] = field(default_factory=dict)
 
     def _refuse(self, call: str, why: str) -> DriverError:
         return DriverError(call, "INVALID_VALUE", why)
@@ -73,7 +75,7 @@ class RuleBook:
     def check_free_range(self, address: int, size_bytes: int) -> None:
         if self.ranges.get(address) != size_bytes:
             raise self._refuse("free_range", f"no range of {size_bytes} bytes is reserved at {address:#x}")
-        if self._touching(address, size_bytes):
+        if any(address <= each < address + size_bytes for each in self.mappings):
             raise self._refuse("free_range", f"pages are still mapped in the range at {address:#x}")
 
     # -- handles -------------------------------------------------------------------------------------------------
@@ -106,16 +108,15 @@ class RuleBook:
         base = self._range_of(address, size_bytes)
         if base is None:
             raise self._refuse("map", f"[{address:#x}, +{size_bytes}) lies in no reserved range")
-        is_tile = self._is_tiled and size_bytes == self._tile_bytes and not (address - base) % size_bytes
-        if address in self.mappings if is_tile else self._touching(address, size_bytes):
+        if self._tile_bytes and self._touching(address, size_bytes, base):
             raise self._refuse("map", f"[{address:#x}, +{size_bytes}) is mapped already")
 
     def map(self, address: int, size_bytes: int, handle: int) -> Mapping:
-        if not self._tile_bytes:
-            self._tile_bytes = size_bytes
-        base = self._range_of(address, size_bytes) or 0
-        self._is_tiled &= size_bytes == self._tile_bytes and not (address - base) % size_bytes
-        mapping = self.mappings[address] = Mapping(address, size_bytes, handle)
+        mapping = Mapping(address, size_bytes, handle)
+        tile_bytes = self._tile_bytes
+        if size_bytes != tile_bytes or (address - (self._range_of(address, size_bytes) or 0)) % tile_bytes:
+            self._lay(mapping)
+        self.mappings[address] = mapping
         self.handles[handle].num_maps += 1
         return mapping
 
@@ -137,6 +138,9 @@ class RuleBook:
     def unmap(self, mapping: Mapping) -> bool:
         """Remove a mapping. Returns True if it was the last one of a handle that was released before."""
         del self.mappings[mapping.address]
+        if mapping.size_bytes != self._tile_bytes:
+            for tile in self._inner(mapping):
+                del self._inner_tiles[tile]
         entry = self.handles[mapping.handle]
         entry.num_maps -= 1
         gone = entry.released and not entry.num_maps
@@ -166,13 +170,35 @@ class RuleBook:
                 return base
         return None
 
+    def _lay(self, mapping: Mapping) -> None:
+        """Note the tiles of a mapping that is not one; smaller ones from now on if it does not consist of them."""
+        base = self._range_of(mapping.address, mapping.size_bytes) or 0
+        tile_bytes = gcd(self._tile_bytes, mapping.size_bytes, mapping.address - base)
+        laid = [mapping]
+        if tile_bytes != self._tile_bytes:
+            self._tile_bytes = tile_bytes
+            self._inner_tiles.clear()
+            laid += self.mappings.values()
+        self._inner_tiles.update((tile, each) for each in laid for tile in self._inner(each))
+
+    def _inner(self, mapping: Mapping) -> range:
+        return range(mapping.address + self._tile_bytes, mapping.end, self._tile_bytes)
+
     def _at(self, address: int) -> Mapping | None:
         """The mapping that contains ``address``, or None."""
-        if self._is_tiled:
-            base, size = self._range_of(address, 1), self._tile_bytes
-            return None if base is None or not size else self.mappings.get(address - (address - base) % size)
-        return next((each for each in self.mappings.values() if each.address <= address < each.end), None)
+        base = self._range_of(address, 1)
+        if base is None or not self._tile_bytes:
+            return None
+        tile = address - (address - base) % self._tile_bytes
+        return self.mappings.get(tile) or self._inner_tiles.get(tile)
 
-    def _touching(self, address: int, size_bytes: int) -> bool:
-        """Whether anything is mapped in ``[address, address + size_bytes)``."""
-        return any(each.address < address + size_bytes and address < each.end for each in self.mappings.values())
+    def _touching(self, address: int, size_bytes: int, base: int) -> bool:
+        """Whether anything is mapped in ``[address, address + size_bytes)``, of the range that begins at ``base``."""
+        tile_bytes = self._tile_bytes
+        if size_bytes == tile_bytes and not (address - base) % tile_bytes:
+            return address in self.mappings or address in self._inner_tiles
+        first = address - (address - base) % tile_bytes
+        return any(
+            tile in self.mappings or tile in self._inner_tiles
+            for tile in range(first, address + size_bytes, tile_bytes)
+        )

@@ -11,6 +11,7 @@ from ..driver import Driver
 from ..errors import ConfigError, DriverError
 from ..interrupts import finish
 from ..layout import GroupPlan, KVLayout
+from .page_sizes import PageSizes
 from .page_table import PageTable
 from .pages import Page, PhysicalPagePool
 from .planner import OverRead
@@ -18,6 +19,7 @@ from .reservation import Reservation
 from .tensors import tensor_from_address
 
 _DEFAULT_MEMORY_SHARE = 0.9
+_DEFAULT_MAX_PAGE_BYTES = 64 << 20
 
 
 def choose_page_bytes(driver: Driver, page_bytes: int | None) -> int:
@@ -30,6 +32,20 @@ def choose_page_bytes(driver: Driver, page_bytes: int | None) -> int:
             f"page_bytes must be a multiple of the {driver.name} driver's {granularity}, got {page_bytes}"
         )
     return page_bytes
+
+
+def choose_page_sizes(page_bytes: int, is_default: bool, max_page_bytes: int | None) -> PageSizes:
+    """Pages of up to ``max_page_bytes``; None: of up to 64 MiB where the page size is the driver's own, else of one
+    size. ConfigError where that is not the page size times a power of two."""
+    if max_page_bytes is None:
+        most = max(1, _DEFAULT_MAX_PAGE_BYTES // page_bytes) if is_default else 1
+        return PageSizes(1 << most.bit_length() - 1)
+    largest, rest = divmod(max_page_bytes, page_bytes)
+    if rest or largest & (largest - 1) or not largest:
+        raise ConfigError(
+            f"max_page_bytes must be page_bytes, {page_bytes}, times a power of two, got {max_page_bytes}"
+        )
+    return PageSizes(largest)
 
 
 def choose_memory_limit(driver: Driver, memory_limit: int | None, page_bytes: int) -> int:
@@ -49,7 +65,8 @@ class Backing:
     more; the addresses only then.
 
     Args:
-        page_bytes, memory_limit: None for the driver's own page size, and for a share of the memory that is free now.
+        page_bytes, max_page_bytes, memory_limit: None for the driver's own page size, for what ``choose_page_sizes``
+            says, and for a share of the memory that is free now.
 
     Raises:
         ConfigError: the driver cannot have such pages, the limit holds none, or there are too few addresses.
@@ -61,11 +78,14 @@ class Backing:
         layout: KVLayout,
         max_slots: int,
         page_bytes: int | None,
+        max_page_bytes: int | None,
         memory_limit: int | None,
         over_read: OverRead,
     ) -> None:
         self.driver = driver
         self.page_bytes = choose_page_bytes(driver, page_bytes)
+        sizes = choose_page_sizes(self.page_bytes, page_bytes is None, max_page_bytes)
+        self.max_page_bytes = sizes.largest * self.page_bytes
         limit_bytes = choose_memory_limit(driver, memory_limit, self.page_bytes)
         self.pool = PhysicalPagePool(driver, self.page_bytes, limit_bytes)
         self.plans: list[GroupPlan] = [
@@ -91,16 +111,22 @@ class Backing:
             for reservation, plan in zip(self.reservations, self.plans, strict=True)
             for lane in plan.lanes
         ]
-        self.table = PageTable(driver, self.pool, lanes, max_slots, over_read)
+        self.table = PageTable(driver, self.pool, lanes, max_slots, sizes, over_read)
+
+    @property
+    def all_reservations(self) -> list[Reservation]:
+        """Of the groups, and where the page table puts a page aside."""
+        aside = self.table.aside
+        return self.reservations if aside is None else [*self.reservations, aside]
 
     @property
     def reserved_bytes(self) -> int:
-        return sum(reservation.size_bytes for reservation in self.reservations)
+        return sum(reservation.size_bytes for reservation in self.all_reservations)
 
     @property
     def num_mapped(self) -> int:
-        """Mappings, each counted."""
-        return sum(len(reservation.pages) + len(reservation.strays) for reservation in self.reservations)
+        """Units of pages, each mapping counted."""
+        return sum(reservation.num_pages for reservation in self.all_reservations)
 
     def views(self, dtype: torch.dtype) -> tuple[dict[int, torch.Tensor], dict[int, torch.Tensor]]:
         """(K, V) by layer, each ``[max_slots, max_seq_len, num_kv_heads, head_dim]``, over the reserved addresses."""
@@ -119,7 +145,7 @@ class Backing:
     # -- looking -------------------------------------------------------------------------------------------------
     def clear_strays(self) -> None:
         """Try again to unmap what failed undos left behind."""
-        for reservation in self.reservations:
+        for reservation in self.all_reservations:
             for index in tuple(reservation.strays):
                 reservation.clear_stray(index)
 
@@ -127,19 +153,28 @@ class Backing:
         """Page table and pool agree, page by page."""
         self.pool.check_integrity()
         maps: dict[Page, set[int]] = {}
-        for reservation in self.reservations:
-            assert not reservation.pages.keys() & reservation.strays.keys(), "a page is both mapped and stray"
-            for table in (reservation.pages, reservation.strays):
-                for index, page in table.items():
-                    maps.setdefault(page, set()).add(reservation.address_of(index))
+        for reservation in self.all_reservations:
+            both = sorted([*reservation.pages.items(), *reservation.strays.items()], key=lambda item: item[0])
+            end = 0
+            for index, page in both:
+                assert index >= end, f"{page} is mapped over another page"
+                end = index + page.size
+                maps.setdefault(page, set()).add(reservation.address_of(index))
+            assert end * self.page_bytes <= reservation.size_bytes, "a page is mapped past the end of its addresses"
+            assert reservation.num_pages == sum(page.size for _, page in both), "the count of mapped pages is off"
+        assert self.table.aside is None or not self.table.aside.pages, "a page was left aside"
         assert maps.keys() <= self.pool.pages, "a page that the pool does not know is mapped"
         for page in self.pool.pages:
             assert set(page.maps) == maps.get(page, set()), f"{page} is mapped at other addresses than it says"
             assert len(set(page.maps)) == len(page.maps), f"{page} lists an address twice"
         book = getattr(self.driver, "book", None)
         if book is not None:
-            assert len(book.mappings) == self.num_mapped, "the driver has mappings that the cache does not know"
+            num_maps = sum(map(len, maps.values()))
+            assert len(book.mappings) == num_maps, "the driver has mappings that the cache does not know"
             assert len(book.handles) == len(self.pool.pages), "the driver has handles that the pool does not know"
+            for page in self.pool.pages:
+                size_bytes = book.handles[page.handle].size_bytes
+                assert size_bytes == page.size * self.page_bytes, f"{page} is a handle of {size_bytes} bytes"
 
     # -- the end -------------------------------------------------------------------------------------------------
     def close(self) -> None:
@@ -153,18 +188,14 @@ class Backing:
         self.driver.synchronize()
         failures: list[DriverError] = []
         for _ in range(2):
-            for reservation in self.reservations:
+            for reservation in self.all_reservations:
                 for table in (reservation.pages, reservation.strays):
                     for index in tuple(table):
-                        self._unmap_finally(reservation, index, table, failures)
-            for page in tuple(self.pool.pages):
-                if not page.maps:
-                    try:
-                        self.driver.release(page.handle)
-                        self.pool.pages.discard(page)
-                    except DriverError as error:
-                        failures.append(error)
-            self.pool.free = [page for page in self.pool.free if page in self.pool.pages]
+                        try:
+                            reservation.unmap_finally(index, table)
+                        except DriverError as error:
+                            failures.append(error)
+            failures += self.pool.release_unmapped()
             if not self.pool.pages:
                 self.closed = True
                 self.driver.close()
@@ -172,18 +203,11 @@ class Backing:
         if failures:
             raise failures[0]
 
-    def _unmap_finally(
-        self, reservation: Reservation, index: int, table: dict[int, Page], failures: list[DriverError]
-    ) -> None:
-        address = reservation.address_of(index)
-        try:
-            self.driver.unmap(address, self.page_bytes)
-        except DriverError as error:
-            failures.append(error)
-            return
-        table.pop(index).maps.remove(address)
-
     def _free_ranges(self) -> None:
+        table: PageTable | None = getattr(self, "table", None)
+        if table is not None and table.aside is not None:
+            table.aside.free()
+            table.aside = None
         while self.reservations:
             self.reservations.pop().free()
 

@@ -22,8 +22,8 @@ def cache_stats(slots: Slots, bytes_per_token: int) -> CacheStats:
         mapped_bytes=backing.num_mapped * page_bytes,
         in_use_bytes=pool.num_owned * page_bytes,
         # What is mapped and no live sequence has: parked, retired slots', and what failed undos left.
-        parked_bytes=(len(pool.pages) - len(pool.free) - pool.num_owned) * page_bytes,
-        free_bytes=len(pool.free) * page_bytes,
+        parked_bytes=(pool.num_pages - pool.num_free - pool.num_owned) * page_bytes,
+        free_bytes=pool.num_free * page_bytes,
         index_bytes=0,
         shared_bytes=pool.num_shared * page_bytes,
         row_bytes=row_bytes,
@@ -50,9 +50,16 @@ def check_integrity(slots: Slots) -> None:
     for slot, state in enumerate(slots.state.tolist()):
         rows, reach = int(slots.seq_len[slot]), int(slots.reach[slot])
         for lane in table.lanes:
-            first, pages = lane.first(slot), lane.pages
-            own = (index for index in range(first, first + lane.ends[slot]) if index in pages)
-            seen.update(map(lane.reservation.address_of, own))
+            first, end, top = lane.first(slot), lane.ends[slot], int(lane.tops[slot])
+            seen.update(
+                lane.reservation.address_of(first + start)
+                for start, stop, page in lane.walk(slot, 0, end)
+                if page is not None
+            )
+            for start, stop, page in lane.walk(slot, 0, max(end, top)):
+                assert page is None or start % page.size == 0, f"{page} does not begin at a multiple of its size"
+                assert page is None or stop <= end or start >= end, f"slot {slot}: {page} is its own only in part"
+                assert page is None or stop <= max(end, top), f"slot {slot}: {page} reaches beyond what is parked"
         seen.update(address for address, _ in parking.pages_of(slot))
         waits = slot in slots.to_shrink
         assert not waits or state == LIVE, "a slot that is not live waits to be shrunk"

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import islice
 
 import numpy as np
 
 from ..driver import Driver
 from ..layout import Lane
+from .page_sizes import PageSizes
 from .pages import Page, PhysicalPagePool
 from .parking import Parking
-from .planner import Copy, Growth, OverRead, Plan, Planner, Sharing
+from .planner import Copy, Growth, OverRead, Placed, Plan, Planner, Sharing, Split
 from .reservation import LanePages, Reservation
 from .undo import Undo
 
@@ -25,7 +26,11 @@ class PageTable(Planner):
         pool: where pages come from and go.
         lanes: each with the reservation that it lies in.
         max_slots: slots of the cache.
+        sizes: of pages.
         over_read: rows past the end of a sequence that have pages too.
+
+    Attributes:
+        aside: addresses for one page, where ``split`` keeps the old one for a moment; reserved when first needed.
     """
 
     def __init__(
@@ -34,50 +39,70 @@ class PageTable(Planner):
         pool: PhysicalPagePool,
         lanes: list[tuple[Reservation, Lane]],
         max_slots: int,
+        sizes: PageSizes,
         over_read: OverRead,
     ) -> None:
         tops = np.zeros((len(lanes), max_slots), np.int64)
-        with_pages = [LanePages(*pair, over_read.tokens, tops[number]) for number, pair in enumerate(lanes)]
-        super().__init__(with_pages, pool.page_bytes, over_read)
+        with_pages = [
+            LanePages(*pair, over_read.tokens, tops[number], sizes.largest) for number, pair in enumerate(lanes)
+        ]
+        super().__init__(with_pages, pool.page_bytes, sizes, over_read)
         self.driver = driver
         self.pool = pool
+        self.aside: Reservation | None = None
         self.parking = Parking(pool, self.lanes, tops)
 
     # -- growing -------------------------------------------------------------------------------------------------
     def grow(self, growth: Growth, undo: Undo) -> bool:
         """Carry ``growth`` out. Returns whether work was submitted to the current stream."""
         # All pages before the first mapping, so that running out of them leaves little to undo.
-        growth.new_pages = self.pool.take(growth.num_pages, undo)
+        growth.new_pages = self.pool.take(growth.sizes, undo)
         pages = iter(growth.new_pages)
         submitted = bool(growth.adopted)
         self._unpark(growth, undo)
-        for reservation, indexes in growth.missing.items():
-            new = list(islice(pages, len(indexes)))
-            reservation.map(indexes, new, undo)
-            for index, page in zip(indexes, new, strict=True):
-                if page.dirty:
-                    submitted |= self._scrub(page, reservation.address_of(index), self.page_bytes, undo)
-                page.dirty = True  # its owner may write from now on
+        for new in growth.missing.values():
+            submitted |= self._map_new(new, pages, undo)
         for copy in growth.copies:
-            self._copy_on_write(copy, next(pages), growth, undo)
+            self._copy_on_write_now(copy, pages, growth, undo)
             submitted = True
         self._scrub_adopted(growth, undo)
+        return submitted
+
+    def _map_new(self, new: Placed, pages: Iterator[Page], undo: Undo, copied_to: int = 0) -> bool:
+        """Map the next of the pages and zero what an earlier owner may have written there, but for what lies before
+        byte ``copied_to`` of the reservation, which a copy will fill. Returns whether work was submitted."""
+        if not new.indexes:
+            return False
+        own = list(islice(pages, len(new.indexes)))
+        new.reservation.map(new.indexes, own, undo)
+        submitted = False
+        for index, page in zip(new.indexes, own, strict=True):
+            if page.dirty:
+                size_bytes = page.size * self.page_bytes
+                kept = max(0, min(copied_to - index * self.page_bytes, size_bytes))
+                if kept < size_bytes:
+                    undo.push(self._wait_for_stream)  # before the page is unmapped again
+                    self.driver.zero(new.reservation.address_of(index) + kept, size_bytes - kept)
+                    submitted = True
+            page.dirty = True  # its owner may write from now on
         return submitted
 
     def note_growth(self, growth: Growth) -> None:
         """The growth succeeded: its pages are the slots' now."""
         for (lane, slot), num_pages in growth.ends.items():
-            lane.ends[slot] = max(lane.ends[slot], num_pages)
+            if num_pages < lane.ends[slot]:
+                lane.cut(slot, num_pages)
+            lane.ends[slot] = num_pages
         self.pool.gain(growth.new_pages)
         for run in growth.adopted:
-            self.pool.gain([run.reservation.pages[index] for index in range(run.first, run.stop)])
+            self.pool.gain(run.reservation.pages_of(run.first, run.stop))
         for page, leaving in growth.leaving.items():
             self.pool.lose([page] * len(leaving))
         self._note_plan(growth)
 
     def _note_plan(self, plan: Plan) -> None:
         self.parking.num_adopted += plan.num_adopted
-        self.parking.num_unparked += len(plan.unparked_pages)
+        self.parking.num_unparked += sum(page.size for page in plan.unparked_pages)
         for page in dict.fromkeys(plan.unparked_pages):  # one may have been parked in two slots
             self.pool.put_back(page)
         for slot in plan.slots_adopting:
@@ -97,32 +122,23 @@ class PageTable(Planner):
             undo.push(self._wait_for_stream)
             self.driver.zero(run.reservation.address_of(run.first), (run.stop - run.first) * self.page_bytes)
 
-    def _scrub(self, page: Page, address: int, size_bytes: int, undo: Undo) -> bool:
-        """Zero ``size_bytes`` of a page if an earlier owner wrote to it; from here on its new owner may."""
-        was_dirty, page.dirty = page.dirty, True
-        if not was_dirty or not size_bytes:
-            return False
-        undo.push(self._wait_for_stream)  # before the page is unmapped again
-        self.driver.zero(address, size_bytes)
-        return True
+    def _copy_on_write_now(self, copy: Copy, pages: Iterator[Page], growth: Growth, undo: Undo) -> None:
+        """Replace a shared page by private copies of its first bytes, zeros after them.
 
-    def _copy_on_write(self, copy: Copy, page: Page, growth: Growth, undo: Undo) -> None:
-        """Replace a shared page by a private copy of its first bytes, zeros after them.
-
-        The old page is still mapped elsewhere, so the copy is made from there once the new page is in its place: from
+        The old page is still mapped elsewhere, so the copy is made from there once the new ones are in its place: from
         an address that it is not about to leave too, because the copy runs later and unmapping does not wait for it.
         The caller has waited for work that may be using this slot's rows.
         """
         reservation, index, keep_bytes = copy.reservation, copy.index, copy.size_bytes
         (shared,) = reservation.unmap(index, index + 1, undo)
-        reservation.map([index], [page], undo)
-        address = reservation.address_of(index)
-        self._scrub(page, address + keep_bytes, self.page_bytes - keep_bytes, undo)
+        new = Placed(reservation)
+        new.cover(index, copy.sizes)
+        self._map_new(new, pages, undo, index * self.page_bytes + keep_bytes)
         if keep_bytes:
             undo.push(self._wait_for_stream)
             leaving = growth.leaving[shared]
             source = next(other for other in shared.maps if other not in leaving and self._is_owned(other))
-            self.driver.copy(address, source, keep_bytes)
+            self.driver.copy(reservation.address_of(index), source, keep_bytes)
 
     def _wait_for_stream(self) -> None:
         if fence := self.driver.fence():
@@ -131,18 +147,13 @@ class PageTable(Planner):
     # -- sharing -------------------------------------------------------------------------------------------------
     def share(self, plan: Sharing, undo: Undo) -> None:
         """Carry ``plan`` out."""
-        plan.new_pages = self.pool.take(plan.num_pages, undo)
+        plan.new_pages = self.pool.take(plan.sizes, undo)
         pages = iter(plan.new_pages)
         self._unpark(plan, undo)
         for aliases in plan.aliases:
             aliases.reservation.map(aliases.indexes, aliases.pages, undo)
-        kept = {(copy.reservation, copy.index): copy.size_bytes for copy in plan.copies}
         for new in plan.own:
-            own = list(islice(pages, len(new.indexes)))
-            new.reservation.map(new.indexes, own, undo)
-            for index, page in zip(new.indexes, own, strict=True):
-                size = kept.get((new.reservation, index), 0)
-                self._scrub(page, new.reservation.address_of(index) + size, self.page_bytes - size, undo)
+            self._map_new(new, pages, undo, new.copied_to)
         self._scrub_adopted(plan, undo)
         for copy in plan.copies:
             undo.push(self._wait_for_stream)
@@ -163,31 +174,37 @@ class PageTable(Planner):
         """
         complete = True
         for lane in self.lanes:
-            base = lane.first(slot)
-            origin = base * self.page_bytes
-            low, high = origin + start * lane.row_bytes, origin + end * lane.row_bytes
-            for index in range(low // self.page_bytes, min(-(-high // self.page_bytes), base + lane.ends[slot])):
-                page = lane.pages.get(index)
+            low, high, page_bytes = start * lane.row_bytes, end * lane.row_bytes, self.page_bytes
+            address = lane.reservation.address_of(lane.first(slot))
+            own_end = min(-(-high // page_bytes), lane.ends[slot])
+            for number, stop, page in lane.walk(slot, low // page_bytes, own_end):
                 if page is not None and page.shared:
                     complete = False
                 elif page is not None:
-                    page_start = index * self.page_bytes
-                    first, last = max(low, page_start), min(high, page_start + self.page_bytes)
+                    first, last = max(low, number * page_bytes), min(high, stop * page_bytes)
                     undo.push(self._wait_for_stream)
-                    self.driver.zero(lane.reservation.address + first, last - first)
+                    self.driver.zero(address + first, last - first)
         return complete
 
     # -- giving back ---------------------------------------------------------------------------------------------
     def has_pages_past(self, slot: int, rows: int) -> bool:
-        """Whether the slot has pages that rows ``[0, rows)`` do not need."""
+        """Whether the slot has pages, or units of one, that rows ``[0, rows)`` do not need."""
         return any(lane.ends[slot] > lane.num_pages(rows) for lane in self.lanes)
+
+    def can_shrink(self, slot: int, rows: int) -> bool:
+        """Whether the slot has whole pages that rows ``[0, rows)`` do not need."""
+        return any(
+            lane.ends[slot] > (end := lane.num_pages(rows)) and lane.ends[slot] > lane.end_of(slot, end)
+            for lane in self.lanes
+        )
 
     def shrink(self, slot: int, rows: int, undo: Undo) -> list[Page]:
         """Unmap the slot's pages that rows ``[0, rows)`` do not need; returns them for ``finish_shrink``."""
         taken: list[Page] = []
         for lane in self.lanes:
-            base = lane.first(slot)
-            taken += lane.reservation.unmap(base + lane.num_pages(rows), base + lane.ends[slot], undo)
+            first, end = lane.first(slot), lane.num_pages(rows)
+            if lane.ends[slot] > end:
+                taken += lane.reservation.unmap(first + lane.end_of(slot, end), first + lane.ends[slot], undo)
         return taken
 
     def finish_shrink(self, slot: int, rows: int, taken: list[Page]) -> None:
@@ -196,10 +213,47 @@ class PageTable(Planner):
         for page in taken:
             self.pool.put_back(page)
         for lane in self.lanes:
-            old = lane.ends[slot]
-            lane.ends[slot] = min(old, lane.num_pages(rows))
-            if lane.tops[slot] <= old:  # nothing is parked past what was taken, so nothing is there
-                lane.tops[slot] = min(int(lane.tops[slot]), lane.ends[slot])
+            if lane.ends[slot] > (end := lane.num_pages(rows)):
+                lane.cut(slot, lane.end_of(slot, end))
+
+    def straddling(self, slot: int, rows: int) -> Iterator[Split]:
+        """The pages of which rows ``[0, rows)`` need a part, and nobody else any. Whole pages past that are gone."""
+        for lane in self.lanes:
+            end = lane.num_pages(rows)
+            if lane.ends[slot] > end > 0 and (found := lane.at(slot, end - 1)):
+                start, page = found
+                if page.owners == 1 and start + page.size == lane.ends[slot]:
+                    kept = min(rows * lane.row_bytes - start * self.page_bytes, (end - start) * self.page_bytes)
+                    yield Split(lane, slot, start, end, max(0, kept), page)
+
+    def split(self, split: Split, undo: Undo) -> None:
+        """Put smaller pages in the place of one, for the units that are needed, with their rows' copy.
+
+        The old page is moved aside meanwhile. The caller has waited for the work on the slot.
+        """
+        lane, page = split.lane, split.page
+        new = Placed(lane.reservation)
+        index = lane.first(split.slot) + split.start
+        new.cover(index, self.sizes.cover(split.start, split.end))
+        split.new_pages = self.pool.take(new.sizes, undo)
+        if self.aside is None:
+            self.aside = Reservation(self.driver, self.pool, self.sizes.largest * self.page_bytes)
+        undo.push(self.pool.put_back_lost, page)
+        self.aside.map([0], [page], undo)
+        lane.reservation.unmap(index, index + 1, undo)
+        self._map_new(new, iter(split.new_pages), undo, index * self.page_bytes + split.kept_bytes)
+        if split.kept_bytes:
+            undo.push(self._wait_for_stream)
+            self.driver.copy(lane.reservation.address_of(index), self.aside.address, split.kept_bytes)
+        self._wait_for_stream()
+        self.aside.unmap(0, 1, undo)
+
+    def note_split(self, split: Split) -> None:
+        """It succeeded: the old page is nobody's now."""
+        split.lane.cut(split.slot, split.end)
+        self.pool.gain(split.new_pages)
+        self.pool.lose([split.page])
+        self.pool.put_back(split.page)
 
     def disown(self, slot: int) -> None:
         """The slot's sequence has ended: its pages are not in use any more, though they stay where they are."""
@@ -217,20 +271,21 @@ class PageTable(Planner):
         """Up to which row the slot could grow from ``rows`` without a driver call; at least ``rows``."""
         reach = []
         for lane in self.lanes:
-            base, index, end = lane.first(slot), rows * lane.row_bytes // self.page_bytes, lane.ends[slot]
-            while index < end and (page := lane.pages.get(base + index)) and len(page.maps) == 1:
-                index += 1
-            reach.append(index * self.page_bytes // lane.row_bytes)
+            end = rows * lane.row_bytes // self.page_bytes
+            for start, stop, page in lane.walk(slot, end, lane.ends[slot]):
+                if page is None or len(page.maps) > 1:
+                    end = max(end, start)
+                    break
+                end = stop
+            reach.append(end * self.page_bytes // lane.row_bytes)
         return max(rows, min(reach))
 
     def backed_rows(self, slot: int) -> int:
         """Rows from 0 on that every lane has pages for, found by looking."""
         backed = []
         for lane in self.lanes:
-            base, index = lane.first(slot), 0
-            while index < lane.ends[slot] and base + index in lane.pages:
-                index += 1
-            backed.append(index * self.page_bytes // lane.row_bytes)
+            end = next((start for start, _, page in lane.walk(slot, 0, lane.ends[slot]) if not page), lane.ends[slot])
+            backed.append(end * self.page_bytes // lane.row_bytes)
         return min(backed)
 
     def owned(self, slots: Iterable[int]) -> list[Page]:

@@ -79,44 +79,49 @@ class Parking:
             wait_for: called with fences that the host has to wait for, and whether any page was unmapped before; None
                 where it may not wait.
         """
-        free, sparing = self.pool.free, set(sparing)
-        target = len(free) + count
+        pool, sparing = self.pool, set(sparing)
+        target = pool.num_free + count
         found = False
         for busy, spared in (
             ((False, False), (True, False), (True, True)) if wait_for else ((False, False), (False, True))
         ):
             for slot, fences in tuple(self.fences.items()):
-                if len(free) >= target:
+                if pool.num_free >= target:
                     return found
                 if (slot in sparing) != spared or not (busy or fences.done()):
                     continue
                 if wait_for is not None:
                     wait_for(fences, found)
-                while len(free) < target and slot in self.fences:
+                while (missing := target - pool.num_free) > 0 and slot in self.fences:
                     with Undo() as undo:
-                        taken, tops = self._unmap(slot, target - len(free), undo)
+                        taken, tops = self._unmap(slot, missing, undo)
                     self.finish_unpark(slot, taken, tops)
                     found |= bool(taken)
         return found
 
     def _unmap(self, slot: int, count: int, undo: Undo) -> tuple[list[Page], list[int]]:
-        """Unmap about ``count`` of a slot's parked pages, those furthest from its start, the same share of every lane.
+        """Unmap about ``count`` of a slot's parked units, those furthest from its start, the same share of every lane.
 
         Returns them, and each lane's new top.
         """
         taken: list[Page] = []
         tops: list[int] = []
         for number, lane in enumerate(self.lanes):
-            share = -(-max(0, count - len(taken)) // (len(self.lanes) - number))
+            share = -(-max(0, count) // (len(self.lanes) - number))
             base, old = lane.first(slot), int(lane.tops[slot])
-            tops.append(min(old, max(lane.ends[slot], old - share)))
-            taken += lane.reservation.unmap(base + tops[-1], base + old, undo)
+            top = min(old, max(lane.ends[slot], old - share))
+            if top < old and (found := lane.at(slot, top)):
+                top = found[0]  # a page goes whole
+            tops.append(top)
+            pages = lane.reservation.unmap(base + top, base + old, undo)
+            count -= sum(page.size for page in pages)
+            taken += pages
         return taken, tops
 
     def finish_unpark(self, slot: int, taken: list[Page], tops: list[int]) -> None:
         """The unmapping succeeded: free what nobody else has."""
         self._tops[:, slot] = tops
-        self.num_unparked += len(taken)
+        self.num_unparked += sum(page.size for page in taken)
         for page in taken:
             self.pool.put_back(page)
         self.forget_empty(slot)
@@ -142,7 +147,7 @@ class Parking:
                 if found >= enough:
                     return found
                 aliases[page] += 1
-                found += aliases[page] == len(page.maps)
+                found += page.size if aliases[page] == len(page.maps) else 0
         return found
 
     def check_integrity(self) -> None:

@@ -1,4 +1,7 @@
-"""What an operation on the page table will take, worked out from who has which page, before anything is touched."""
+"""What an operation on the page table will take, worked out from who has which page, before anything is touched.
+
+Numbers of pages are units of ``page_bytes``; a page may have several (see ``page_sizes``).
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from .page_sizes import PageSizes
 from .pages import Page
 from .reservation import LanePages, Reservation
 
@@ -36,7 +40,7 @@ class Rows:
 
 @dataclass(slots=True)
 class Run:
-    """Pages ``[first, stop)`` of a reservation."""
+    """The pages of a reservation that begin at ``first <= index < stop``."""
 
     reservation: Reservation
     first: int
@@ -45,22 +49,40 @@ class Run:
 
 @dataclass(slots=True)
 class Placed:
-    """Pages at some indexes of a reservation; none yet where new ones will be taken."""
+    """Pages at some indexes of a reservation; none yet where new ones will be taken, of ``sizes``.
+
+    Attributes:
+        num_pages: units of ``sizes``.
+        copied_to: before this byte of the reservation a copy fills them.
+    """
 
     reservation: Reservation
-    indexes: list[int]
+    indexes: list[int] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
     pages: list[Page] = field(default_factory=list)
+    num_pages: int = 0
+    copied_to: int = 0
+
+    def cover(self, index: int, sizes: list[int]) -> None:
+        """Add new pages, one behind the other."""
+        self.sizes += sizes
+        first = index
+        for size in sizes:
+            self.indexes.append(index)
+            index += size
+        self.num_pages += index - first
 
 
 @dataclass(slots=True)
 class Copy:
-    """The first bytes of the page at an index come from another: in ``fork`` the one at ``source``; on write the shared
-    page that this one replaces."""
+    """The first bytes of some rows' pages, from the one at an index on, come from another: in ``fork`` the one at
+    ``source``; on write the shared page there, which new ones of ``sizes`` replace."""
 
     reservation: Reservation
     index: int
     size_bytes: int
     source: int = -1
+    sizes: list[int] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -86,6 +108,11 @@ class Plan:
     unparked_pages: list[Page] = field(default_factory=list)
 
     @property
+    def sizes(self) -> list[int]:
+        """Of the new pages."""
+        raise NotImplementedError
+
+    @property
     def num_pages(self) -> int:
         """New pages."""
         raise NotImplementedError
@@ -100,22 +127,30 @@ class Growth(Plan):
     """What it takes to make rows backed, private and writable.
 
     Attributes:
-        missing: per reservation, where new pages go.
+        missing: per reservation, the new pages.
         copies: shared pages that are replaced.
         slots_with_shared: whose pages these are.
         leaving: per shared page, the addresses at which it will be replaced.
         ends: per lane and slot, the pages that the slot will have.
     """
 
-    missing: dict[Reservation, list[int]] = field(default_factory=dict)
+    missing: dict[Reservation, Placed] = field(default_factory=dict)
     copies: list[Copy] = field(default_factory=list)
     slots_with_shared: set[int] = field(default_factory=set)
     leaving: dict[Page, set[int]] = field(default_factory=dict)
     ends: dict[tuple[LanePages, int], int] = field(default_factory=dict)
 
     @property
+    def sizes(self) -> list[int]:
+        sizes = [size for new in self.missing.values() for size in new.sizes]
+        for copy in self.copies:
+            sizes += copy.sizes
+        return sizes
+
+    @property
     def num_pages(self) -> int:
-        return sum(map(len, self.missing.values())) + len(self.copies)
+        num_copied = sum(sum(copy.sizes) for copy in self.copies) if self.copies else 0
+        return sum([new.num_pages for new in self.missing.values()]) + num_copied
 
 
 @dataclass(slots=True)
@@ -132,8 +167,36 @@ class Sharing(Plan):
     copies: list[Copy] = field(default_factory=list)
 
     @property
+    def sizes(self) -> list[int]:
+        return [size for new in self.own for size in new.sizes]
+
+    @property
     def num_pages(self) -> int:
-        return sum(len(new.indexes) for new in self.own)
+        return sum([new.num_pages for new in self.own])
+
+
+@dataclass(slots=True)
+class Split:
+    """What it takes to have back the units of a sequence's last page that its rows do not need.
+
+    Attributes:
+        start, end: the units of the slot that the page begins with, and that the rows end before.
+        kept_bytes: of the rows, from the page's first byte on.
+        new_pages: noted while it is carried out.
+    """
+
+    lane: LanePages
+    slot: int
+    start: int
+    end: int
+    kept_bytes: int
+    page: Page
+    new_pages: list[Page] = field(default_factory=list)
+
+    @property
+    def num_pages(self) -> int:
+        """New pages."""
+        return self.end - self.start
 
 
 class Planner:
@@ -141,13 +204,15 @@ class Planner:
 
     Args:
         lanes: lowest address first.
-        page_bytes: size of a page.
+        page_bytes: size of a unit.
+        sizes: of pages.
         over_read: rows past the end of a sequence that have pages too.
     """
 
-    def __init__(self, lanes: list[LanePages], page_bytes: int, over_read: OverRead) -> None:
+    def __init__(self, lanes: list[LanePages], page_bytes: int, sizes: PageSizes, over_read: OverRead) -> None:
         self.lanes = lanes
         self.page_bytes = page_bytes
+        self.sizes = sizes
         self.over_read = over_read
         self._by_address = sorted(lanes, key=lambda lane: lane.first_address)
         self._first_addresses = [lane.first_address for lane in self._by_address]
@@ -164,30 +229,62 @@ class Planner:
         # Where kernels do not mask it, what lies past the new end has to be this sequence's own to be wiped.
         private_rows = rows.end if self.over_read.masked or rows.end < rows.keep else readable_rows
         for lane in self.lanes:
-            row_bytes, pages, reservation = lane.row_bytes, lane.pages, lane.reservation
-            missing = growth.missing.setdefault(reservation, [])
-            base = lane.first(slot)
-            num_pages = -(-readable_rows * row_bytes // page_bytes)
-            growth.ends[lane, slot] = num_pages
-            own_end = base + lane.ends[slot]
-            for index in range(base + rows.start * row_bytes // page_bytes, base + num_pages):
-                page = pages.get(index)
-                if page is None:
-                    missing.append(index)
-                elif index >= own_end:  # an earlier sequence of the slot left it
-                    if not self._adopt(growth, slot, reservation, index, page):
-                        missing.append(index)
-                        self._unpark_at(growth, [reservation.address_of(index)])
-                elif len(page.maps) > 1 and (index - base) * page_bytes < private_rows * row_bytes:
-                    # Shared, and about to be written: the slot gets a copy, unless it is the last one to ask for it.
-                    leaving = growth.leaving.setdefault(page, set())
-                    if self._unpark_aliases_of_last(page, leaving, growth):
-                        continue
-                    leaving.add(reservation.address_of(index))
-                    kept = rows.keep * row_bytes - (index - base) * page_bytes
-                    growth.copies.append(Copy(reservation, index, max(0, min(kept, page_bytes))))
-                    growth.slots_read.update(self._owners(page))
-                    growth.slots_with_shared.add(slot)
+            row_bytes, reservation = lane.row_bytes, lane.reservation
+            new = growth.missing.get(reservation)
+            if new is None:
+                new = growth.missing[reservation] = Placed(reservation)
+            first = rows.start * row_bytes // page_bytes
+            own_end = end = lane.ends[slot]
+            stop = -(-readable_rows * row_bytes // page_bytes)
+            if first < own_end:
+                num_private = -(-private_rows * row_bytes // page_bytes)
+                for start, after, page in lane.walk(slot, first, min(own_end, stop)):
+                    if page is None:  # lost in an undo that failed
+                        new.cover(lane.first(slot) + start, self.sizes.cover(start, after))
+                    elif len(page.maps) > 1 and start < num_private:
+                        end = self._copy_on_write(growth, lane, rows, start, page)
+            first = max(first, own_end)
+            if lane.tops[slot] > first:
+                self._fill(growth, lane, slot, first, stop, new)
+            elif stop > first:
+                new.cover(lane.first(slot) + first, self.sizes.cover(first, stop))
+            growth.ends[lane, slot] = max(end, stop)
+
+    def _copy_on_write(self, growth: Growth, lane: LanePages, rows: Rows, start: int, page: Page) -> int:
+        """Plan for a shared page that is about to be written: the slot gets a copy of it, no further than its rows go,
+        unless it is the last one to ask for it. Returns where the slot's own pages will end.
+
+        The whole page is copied, whatever rows are asked for: it has an eighth of what lies before it at most. To split
+        it for all of its owners would take its pages from under their steps, and as much memory.
+        """
+        slot, reservation, end = rows.slot, lane.reservation, lane.ends[rows.slot]
+        leaving = growth.leaving.setdefault(page, set())
+        if self._unpark_aliases_of_last(page, leaving, growth):
+            return end
+        index, stop = lane.first(slot) + start, start + page.size
+        leaving.add(reservation.address_of(index))
+        after = min(stop, lane.num_pages(max(rows.keep, rows.end)))
+        kept = min(rows.keep * lane.row_bytes - start * self.page_bytes, (after - start) * self.page_bytes)
+        growth.copies.append(Copy(reservation, index, max(0, kept), sizes=self.sizes.cover(start, after)))
+        growth.slots_read.update(self._owners(page))
+        growth.slots_with_shared.add(slot)
+        return after if stop == end else end
+
+    def _fill(self, plan: Plan, lane: LanePages, slot: int, first: int, end: int, new: Placed) -> None:
+        """Plan for units ``[first, end)`` behind those that the slot has: the pages parked there whose units are all
+        among these become its own, and new ones go in between. What else is parked there goes."""
+        base = lane.first(slot)
+        gap = first
+        for start, stop, page in lane.walk(slot, first, end):
+            if page is None or start < first:
+                continue
+            if stop <= end and self._adopt(plan, slot, lane.reservation, base + start, page):
+                new.cover(base + gap, self.sizes.cover(gap, start))
+                gap = stop
+            else:
+                self._unpark_at(plan, [lane.reservation.address_of(base + start)])
+        if gap < end:
+            new.cover(base + gap, self.sizes.cover(gap, end))
 
     def _unpark_aliases_of_last(self, page: Page, leaving: set[int], growth: Growth) -> bool:
         """Whether the page has one owner left, who keeps it; what is parked of it elsewhere is in that one's way."""
@@ -207,9 +304,9 @@ class Planner:
             self._unpark_at(plan, [address for address in page.maps if address != here])
         last = plan.adopted[-1] if plan.adopted else None
         if last is not None and last.reservation is reservation and last.stop == index:
-            last.stop += 1
+            last.stop += page.size
         else:
-            plan.adopted.append(Run(reservation, index, index + 1))
+            plan.adopted.append(Run(reservation, index, index + page.size))
         plan.slots_adopting.add(slot)
         return True
 
@@ -230,33 +327,34 @@ class Planner:
             reservation, pages = lane.reservation, lane.pages
             num_whole, rest = divmod(rows * lane.row_bytes, self.page_bytes)
             source, target = lane.first(parent), lane.first(child)
-            aliased: list[int] = []
-            own: list[int] = []
-            for index in range(target, target + lane.num_pages(rows)):
-                parked = pages.get(index)
-                if index < target + num_whole:
-                    if parked is pages[source + index - target]:  # the slot has had a child of this parent before
-                        continue
-                    aliased.append(index)
-                elif parked is not None and self._adopt(plan, child, reservation, index, parked):
-                    continue
+            aliases, own = Placed(reservation), Placed(reservation)
+            kept: set[int] = set()
+            number = 0
+            while number < num_whole and number + (page := pages[source + number]).size <= num_whole:
+                if page is pages.get(target + number):  # the slot has had a child of this parent before
+                    kept.add(number)
                 else:
-                    own.append(index)
-                if parked is not None:
-                    self._unpark_at(plan, [reservation.address_of(index)])
-            plan.aliases.append(Placed(reservation, aliased, [pages[source + index - target] for index in aliased]))
-            plan.own.append(Placed(reservation, own))
-            if rest:
-                plan.slots_read.update(self._owners(pages[source + num_whole]))
-                plan.copies.append(Copy(reservation, target + num_whole, rest, source + num_whole))
+                    aliases.indexes.append(target + number)
+                    aliases.pages.append(page)
+                number += page.size
+            for start, _, parked in lane.walk(child, 0, min(number, int(lane.tops[child]))):
+                if parked is not None and start not in kept:
+                    self._unpark_at(plan, [reservation.address_of(target + start)])
+            self._fill(plan, lane, child, number, lane.num_pages(rows), own)
+            plan.aliases.append(aliases)
+            plan.own.append(own)
+            if size_bytes := (num_whole - number) * self.page_bytes + rest:
+                plan.slots_read.update(self._owners(pages[source + number]))
+                plan.copies.append(Copy(reservation, target + number, size_bytes, source + number))
+                own.copied_to = (target + number) * self.page_bytes + size_bytes
         return plan
 
     def num_pages(self, rows: int) -> list[int]:
-        """Per lane, the pages that a sequence of so many rows has."""
+        """Per lane, the pages that a sequence of so many rows needs."""
         return [lane.num_pages(rows) for lane in self.lanes]
 
     def _locate(self, address: int) -> tuple[LanePages, int, int]:
-        """(lane, slot, which of the slot's pages there) of a mapped address."""
+        """(lane, slot, which of the slot's units there) of a mapped address."""
         lane = self._by_address[bisect_right(self._first_addresses, address) - 1]
         slot, offset = divmod(address - lane.first_address, lane.slot_stride_bytes)
         return lane, slot, offset // self.page_bytes

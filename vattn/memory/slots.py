@@ -11,7 +11,8 @@ from ..driver import Driver
 from ..errors import ConfigError, DriverError, OutOfPages, OutOfSlots, VattnError
 from .backing import Backing
 from .lock import FairLock
-from .planner import Growth, Plan, Rows
+from .pages import Page
+from .planner import Growth, Plan, Rows, Split
 from .slot_states import FREE, LIVE, RETIRED, SlotStates
 from .undo import Undo, is_incomplete
 from .work import Fences, WorkTracker
@@ -210,6 +211,7 @@ class Slots(SlotStates):
     def truncate(self, slot: int, rows: int) -> None:
         """Cut a sequence to its first rows. Its other pages go now, or once no step is open on the slot."""
         self.refuse_capture("truncate")
+        table = self.table
         if not self.table.over_read.masked and rows < self.seq_len[slot]:
             self._stale_to[slot] = max(self._stale_to.get(slot, 0), int(self.seq_len[slot]))
         if self.work.is_open(slot):
@@ -217,8 +219,11 @@ class Slots(SlotStates):
             self._cut_to(slot, rows)
             self.to_shrink.add(slot)
         else:
+            if table.can_shrink(slot, rows) or any(table.straddling(slot, rows)):
+                self.work.wait([slot], current_stream=True)
             self._shrink_now(slot, rows)
             self._cut_to(slot, rows)  # reach is measured below, once all is done
+            self._split_where_cut(slot)
             with suppress(DriverError):  # tried again before the next kernel reads there
                 self._wipe_stale(slot)
         self._measure_reach(slot)
@@ -263,17 +268,68 @@ class Slots(SlotStates):
     def _reach_of(self, slot: int, rows: int) -> int:
         if slot in self._stale_to:
             return rows  # growing has to wipe first
-        reach = self.table.private_rows(slot, rows) - self.table.over_read.tokens
-        return max(rows, min(reach, self.max_seq_len))
+        reach = min(self.table.private_rows(slot, rows) - self.table.over_read.tokens, self.max_seq_len)
+        if slot in self.to_shrink:  # what lies past its rows may be taken
+            reach = self.table.rows_of_whole_pages(rows, reach)
+        return max(rows, reach)
 
-    def _shrink_now(self, slot: int, rows: int, deferred: bool = False) -> None:
-        if self.table.has_pages_past(slot, rows):
+    def _shrink_now(self, slot: int, rows: int, deferred: bool = False) -> bool:
+        """Take whole pages past these rows. Returns whether there were any."""
+        taken: list[Page] = []
+        if self.table.can_shrink(slot, rows):
             self.refuse_capture("unmapping a page")
             self.work.wait([slot], current_stream=not deferred)  # then a fence was set when the caller asked for it
             with self._transaction([slot]) as undo:
                 taken = self.table.shrink(slot, rows, undo)
             self.table.finish_shrink(slot, rows, taken)
-        self.to_shrink.discard(slot)
+        self._note_cut(slot, rows)
+        return bool(taken)
+
+    def _note_cut(self, slot: int, rows: int) -> None:
+        if self.table.has_pages_past(slot, rows):
+            self.to_shrink.add(slot)
+        else:
+            self.to_shrink.discard(slot)
+
+    def _split_where_cut(self, slot: int) -> None:
+        """Have back the units that rows do not need of the page in which they end, if there is room for their copy;
+        otherwise that is left until memory is short."""
+        for split in self.table.straddling(slot, int(self.seq_len[slot])):
+            if split.num_pages <= self.pool.num_available:
+                with self.pool.shortage(wait=False):
+                    try:
+                        self._split(split)
+                    except (OutOfPages, DriverError) as error:
+                        if is_incomplete(error):
+                            raise
+
+    def _split_kept(self, asked: int) -> bool:
+        """Before so many pages are taken: split a page that was kept for its first rows, if there might be no room for
+        their copy afterwards. Returns whether one was split."""
+        slots = [slot for slot in sorted(self.to_shrink) if not self.work.is_open(slot)]
+        splits = [split for slot in slots for split in self.table.straddling(slot, int(self.seq_len[slot]))]
+        if not splits:
+            return False
+        available = self.pool.num_available
+        enough = asked + max(split.num_pages for split in splits)
+        left = available + (self.parking.num_pages(enough - available) if enough > available else 0)
+        split = next((split for split in splits if split.num_pages <= left), None)
+        if enough <= left or split is None:
+            return False
+        self.work.wait([split.slot], current_stream=True)
+        if split.num_pages > available:
+            self.unpark(split.num_pages - available)
+        self._split(split)
+        self._measure_reach(split.slot)
+        return True
+
+    def _split(self, split: Split) -> None:
+        """The work on the slot has ended."""
+        with self._transaction([split.slot]) as undo:
+            self.table.split(split, undo)
+        self.table.note_split(split)
+        self.work.submitted([split.slot])
+        self._note_cut(split.slot, int(self.seq_len[split.slot]))
 
     def finish_deferred(self, wait: bool) -> bool:
         """Do what had to be left while steps were open: park slots that were released, and take the pages of sequences
@@ -284,7 +340,7 @@ class Slots(SlotStates):
                 leave for later whatever cannot be done at once.
 
         Returns:
-            Whether a sequence that was cut short is done with, so that there may be pages.
+            Whether pages of a sequence that was cut short were taken.
         """
         self._park_retired()
         found = False
@@ -294,20 +350,19 @@ class Slots(SlotStates):
             if self.work.is_open(slot) if wait else not self.work.done(slot):
                 continue
             try:
-                self._shrink_now(slot, int(self.seq_len[slot]), deferred=True)
+                found |= self._shrink_now(slot, int(self.seq_len[slot]), deferred=True)
             except DriverError:
                 if wait:
                     raise
                 continue
             self._measure_reach(slot)
-            found = True
         return found
 
     def trim(self, keep_bytes: int) -> int:
         """Give free and parked pages back to the driver, but for ``keep_bytes``. Returns the bytes given back."""
         if not self.driver.is_capturing():
             self.finish_deferred(wait=False)
-            self.unpark(len(self.pool.pages))
+            self.unpark(self.pool.num_pages)
             self.backing.clear_strays()
         return self.pool.trim(keep_bytes)
 
@@ -321,11 +376,13 @@ class Slots(SlotStates):
         pool = self.pool
         if not (wait or all(self.parking.fences[slot].done() for slot in plan.slots_unparked)):
             raise pool.out_of_pages(plan.num_pages, "of which some are still in use by the GPU")
+        asked = plan.num_pages + plan.num_adopted
+        if self.to_shrink and asked and wait and self._split_kept(asked):
+            return False
         if plan.num_pages <= pool.num_available:
             return True
         if self.finish_deferred(wait):
             return False
-        asked = plan.num_pages + plan.num_adopted
         num_parked = self.parking.num_pages(enough=asked - pool.num_available)
         if num_parked < asked - pool.num_available:
             raise pool.out_of_pages(asked, "which memory_limit does not allow", num_parked)
@@ -339,10 +396,10 @@ class Slots(SlotStates):
         if is_incomplete(error):
             return False
         if isinstance(error, OutOfPages):  # not the limit: the device has less
-            missing = plan.num_pages - len(pool.free)
+            missing = plan.num_pages - pool.num_free
             return self.finish_deferred(wait) or self.unpark(missing, plan.slots_adopting, wait)
         # The tables that the system keeps of mappings, parked ones too.
-        return bool(getattr(error, "out_of_memory", False)) and self.unpark(len(pool.pages), wait=wait)
+        return bool(getattr(error, "out_of_memory", False)) and self.unpark(pool.num_pages, wait=wait)
 
     def unpark(self, count: int, sparing: Iterable[int] = (), wait: bool = True) -> bool:
         """Unmap parked pages until ``count`` more are free or none is left. Returns whether any was unmapped."""
