@@ -16,16 +16,17 @@ class Page:
     Attributes:
         handle: the driver's.
         maps: the addresses that it is mapped at; none while it is free.
-        owners: how many of these mappings live sequences have; the others are parked, or what a failed undo left.
+        owners, stored: how many of these mappings live and stored sequences have; the others are parked, or what a
+            failed undo left.
         dirty: whether an earlier owner may have written to it; such a page is zeroed before its next owner sees it.
     """
 
-    __slots__ = ("dirty", "handle", "maps", "owners")
+    __slots__ = ("dirty", "handle", "maps", "owners", "stored")
 
     def __init__(self, handle: int) -> None:
         self.handle = handle
         self.maps: list[int] = []
-        self.owners = 0
+        self.owners = self.stored = 0
         self.dirty = False
 
     @property
@@ -50,6 +51,7 @@ class PhysicalPagePool:
             so that statistics need not look at each page.
         num_owned: pages that live sequences have.
         num_shared: pages that two or more live sequences have.
+        num_index: pages that stored sequences have, and no live one.
         peak_pages: the most pages so far.
         num_oom: how often ``OutOfPages`` was raised.
     """
@@ -60,7 +62,7 @@ class PhysicalPagePool:
         self.limit_bytes = limit_bytes
         self.pages: set[Page] = set()
         self.free: list[Page] = []
-        self.num_owned_maps = self.num_owned = self.num_shared = 0
+        self.num_owned_maps = self.num_owned = self.num_shared = self.num_index = 0
         self.peak_pages = self.num_oom = 0
 
     @property
@@ -70,7 +72,12 @@ class PhysicalPagePool:
     @property
     def num_available(self) -> int:
         """Pages that the limit still allows to be handed out; the device may have fewer."""
-        return len(self.free) + max(0, self.limit_bytes // self.page_bytes - len(self.pages))
+        return len(self.free) + self.num_creatable
+
+    @property
+    def num_creatable(self) -> int:
+        """Pages that the limit still allows to be created."""
+        return max(0, self.limit_bytes // self.page_bytes - len(self.pages))
 
     def take(self, count: int, undo: Undo) -> list[Page]:
         """``count`` pages, mapped nowhere yet; free ones first. Undone, created ones go back to the driver.
@@ -165,6 +172,7 @@ class PhysicalPagePool:
             page.owners += 1
             if page.owners == 1:
                 num_first += 1
+                self.num_index -= page.stored > 0
             elif page.owners == 2:
                 num_second += 1
         self.num_owned_maps += len(pages)
@@ -178,17 +186,31 @@ class PhysicalPagePool:
             page.owners -= 1
             if page.owners == 0:
                 num_last += 1
+                self.num_index += page.stored > 0
             elif page.owners == 1:
                 num_second += 1
         self.num_owned_maps -= len(pages)
         self.num_owned -= num_last
         self.num_shared -= num_second
 
+    def store(self, pages: Sequence[Page]) -> None:
+        """A stored sequence has each of these pages now."""
+        for page in pages:
+            page.stored += 1
+            self.num_index += page.stored == 1 and not page.owners
+
+    def unstore(self, pages: Sequence[Page]) -> None:
+        """A stored sequence has none of these pages any more."""
+        for page in pages:
+            page.stored -= 1
+            self.num_index -= not page.stored and not page.owners
+
     def recount(self, owned: Sequence[Page]) -> None:
         """Begin the count of owners anew, with every page that a live sequence has, once for each of its addresses."""
         for page in self.pages:
             page.owners = 0
         self.num_owned_maps = self.num_owned = self.num_shared = 0
+        self.num_index = sum(page.stored > 0 for page in self.pages)
         self.gain(owned)
 
     def put_back(self, page: Page) -> None:
@@ -215,6 +237,8 @@ class PhysicalPagePool:
         assert self.num_owned_maps == sum(owners), "the count of mappings that sequences have is off"
         assert self.num_owned == sum(number > 0 for number in owners), "the count of pages in use is off"
         assert self.num_shared == sum(number > 1 for number in owners), "the count of shared pages is off"
+        num_index = sum(page.stored > 0 and not page.owners for page in self.pages)
+        assert self.num_index == num_index, "the count of pages that only stored sequences have is off"
         assert self.physical_bytes <= self.limit_bytes, "more physical memory than the limit allows"
         allocated = self.driver.allocated_bytes()
         assert allocated is None or allocated == self.physical_bytes, (
