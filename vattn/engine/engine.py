@@ -22,8 +22,9 @@ from ..requests import Completion, Request, StepToken, checked_request
 from .answers import Answer
 from .costs import SequenceCosts
 from .mail import Mail, Turns, nobody
-from .opening import BUDGETS, TYPICAL_LEN, attention_for_prompts, opened_cache, runtime_of
+from .opening import BUDGETS, STORED_FOR_EACH, TYPICAL_LEN, attention_for_prompts, opened_cache, runtime_of
 from .prefill import PrefillPasses
+from .prefixes import Prefixes
 from .runner import Runner
 from .samples import Samples
 from .scheduler import Scheduler
@@ -57,6 +58,8 @@ class Engine:
             number.
         attention: backend or its name, for prompts, and for decode where captured steps can use it; None for the ones
             measured as fastest.
+        prefix_caching: keep K and V of requests that have ended, as long as nobody needs the memory, for later ones
+            that begin with the same tokens and have the same ``cache_salt``.
 
     Raises:
         ConfigError: an argument is wrong, or model, attention and cache do not fit each other.
@@ -72,6 +75,7 @@ class Engine:
         memory_limit: int | None = None,
         max_waiting: int | None = None,
         attention: AttentionBackend | str | None = None,
+        prefix_caching: bool = True,
     ) -> None:
         if cache is not None and not isinstance(cache, KVCache):
             raise ConfigError(f"an engine takes a model and a vattn.KVCache, got a {type(cache).__name__} as cache")
@@ -91,7 +95,9 @@ class Engine:
             on_gpu = model.device.type == "cuda"
             budgets = BUDGETS[model.device.type] if max_step_tokens is None else (max_step_tokens,) * 2
             if cache is None:
-                cache = self._made.enter_context(opened_cache(model, attention, max_batch, memory_limit))
+                stored = STORED_FOR_EACH * max_batch if prefix_caching else 0
+                opened = opened_cache(model, attention, max_batch, memory_limit, num_stored=stored)
+                cache = self._made.enter_context(opened)
             self.cache = cache
             self.attention = attention_for_prompts(model, self.cache, budgets[1]) if attention is None else attention
             require_fit(self.attention, self.cache, features=features_of(model))
@@ -111,8 +117,10 @@ class Engine:
         self._meters = Meters()
         self._scheduler = Scheduler(self._costs, max_batch)
         self._passes = PrefillPasses(model, self.cache, self.attention, self._loop.stream, self._loop.own_slot)
-        self._samples = Samples(self._loop, self._scheduler, self._meters)
-        self._runner = Runner(self._samples, self._loop, self._passes, self._scheduler, self._meters, budgets)
+        prefixes = Prefixes(self.cache, self._meters, bool(prefix_caching))
+        self._scheduler.running_rows = prefixes.running_rows
+        self._samples = Samples(self._loop, self._scheduler, prefixes, self._meters)
+        self._runner = Runner(self._samples, self._loop, self._passes, self._scheduler, prefixes, self._meters, budgets)
         self._room_bytes = self.cache.memory_limit - self._costs.bytes(self.cache.seq_len(self._loop.own_slot))
         self._turns = Turns()
         self._mail = Mail()
@@ -284,10 +292,11 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """A snapshot; from any thread, in constant time."""
-        usage = 0.0
+        usage, index_bytes = 0.0, 0
         with suppress(ConfigError):  # the cache is closed
-            usage = self.cache.stats().in_use_bytes / self.cache.memory_limit
-        return self._meters.snapshot(self.num_waiting, self.num_running, usage, time.monotonic())
+            cache = self.cache.stats()
+            usage, index_bytes = cache.in_use_bytes / self.cache.memory_limit, cache.index_bytes
+        return self._meters.snapshot(self.num_waiting, self.num_running, usage, index_bytes, time.monotonic())
 
     def close(self) -> None:
         """Drop every request, release every slot, and close what the engine opened for itself. Idempotent.
