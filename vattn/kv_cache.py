@@ -330,7 +330,7 @@ class KVCache(StoredSequences):
     # -- memory and the end --------------------------------------------------------------------------------------
     @locked(waits_outside=True)
     def trim(self, keep_bytes: int = 0) -> int:
-        """Give free and parked pages back to the driver, but for ``keep_bytes`` of them, which are free then.
+        """Give free, parked and stored pages back to the driver, but for ``keep_bytes`` of them, which are free then.
 
         Waits for the work of released sequences. Returns the bytes given back.
         """

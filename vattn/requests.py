@@ -169,7 +169,7 @@ class Completion:
     error: BaseException | None = None
 
 
-def checked_request(request: Request, *, vocab_size: int) -> Request:
+def checked_request(request: Request, *, vocab_size: int, max_stop_tokens: int | None = None) -> Request:
     """The request in plain values: ints, floats, tuples and a ``Sampling``.
 
     Raises:
@@ -189,6 +189,9 @@ def checked_request(request: Request, *, vocab_size: int) -> Request:
     allowed = request.allowed_tokens
     if allowed is not None and not callable(allowed):
         raise ConfigError(f"allowed_tokens must be a function of the answer so far, got {shown(allowed)}")
+    stop_tokens = tuple(dict.fromkeys(checked_tokens("stop_tokens", request.stop_tokens, vocab_size)))
+    if max_stop_tokens is not None and len(stop_tokens) > max_stop_tokens:
+        raise ConfigError(f"{len(stop_tokens)} stop tokens are more than the {max_stop_tokens} accepted")
     salt = request.cache_salt
     if salt is not None and not isinstance(salt, str):
         raise ConfigError(f"cache_salt must be a string or None, got {shown(salt)}")
@@ -199,7 +202,7 @@ def checked_request(request: Request, *, vocab_size: int) -> Request:
         prompt_tokens=prompt_tokens,
         max_new_tokens=max_new_tokens,
         sampling=sampling,
-        stop_tokens=tuple(dict.fromkeys(checked_tokens("stop_tokens", request.stop_tokens, vocab_size))),
+        stop_tokens=stop_tokens,
         num_logprobs=None
         if logprobs is None
         else checked_int("num_logprobs", logprobs, 0, min(MAX_LOGPROBS, vocab_size)),

@@ -22,7 +22,7 @@ from ..requests import Completion, Request, StepToken, checked_request
 from .answers import Answer
 from .costs import SequenceCosts
 from .mail import Mail, Turns, nobody
-from .opening import BUDGETS, STORED_FOR_EACH, TYPICAL_LEN, attention_for_prompts, opened_cache, runtime_of
+from .opening import BUDGETS, TYPICAL_LEN, attention_for_prompts, opened_cache, runtime_of
 from .prefill import PrefillPasses
 from .prefixes import Prefixes
 from .runner import Runner
@@ -84,8 +84,7 @@ class Engine:
         if max_step_tokens is not None:
             max_step_tokens = require_int("max_step_tokens", max_step_tokens, 1)
         self.max_waiting = None if max_waiting is None else require_int("max_waiting", max_waiting, 1)
-        if isinstance(attention, str):
-            attention = get(attention)
+        attention = get(attention) if isinstance(attention, str) else attention
         if max_batch is None:
             max_batch = _MAX_BATCH if cache is None else max(1, cache.max_slots - 1)
         max_batch = require_int("max_batch", max_batch, 1)
@@ -95,8 +94,7 @@ class Engine:
             on_gpu = model.device.type == "cuda"
             budgets = BUDGETS[model.device.type] if max_step_tokens is None else (max_step_tokens,) * 2
             if cache is None:
-                stored = STORED_FOR_EACH * max_batch if prefix_caching else 0
-                opened = opened_cache(model, attention, max_batch, memory_limit, num_stored=stored)
+                opened = opened_cache(model, attention, max_batch, memory_limit, stores=prefix_caching)
                 cache = self._made.enter_context(opened)
             self.cache = cache
             self.attention = attention_for_prompts(model, self.cache, budgets[1]) if attention is None else attention
@@ -115,10 +113,9 @@ class Engine:
             raise
         self._costs = SequenceCosts(self.cache.layout, self.cache.page_bytes, self.cache.over_read_tokens)
         self._meters = Meters()
-        self._scheduler = Scheduler(self._costs, max_batch)
+        prefixes = Prefixes(self.cache, self._meters, prefix_caching)
+        self._scheduler = Scheduler(self._costs, max_batch, running_rows=prefixes.running_rows)
         self._passes = PrefillPasses(model, self.cache, self.attention, self._loop.stream, self._loop.own_slot)
-        prefixes = Prefixes(self.cache, self._meters, bool(prefix_caching))
-        self._scheduler.running_rows = prefixes.running_rows
         self._samples = Samples(self._loop, self._scheduler, prefixes, self._meters)
         self._runner = Runner(self._samples, self._loop, self._passes, self._scheduler, prefixes, self._meters, budgets)
         self._room_bytes = self.cache.memory_limit - self._costs.bytes(self.cache.seq_len(self._loop.own_slot))
@@ -292,11 +289,10 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """A snapshot; from any thread, in constant time."""
-        usage, index_bytes = 0.0, 0
-        with suppress(ConfigError):  # the cache is closed
+        cache = None
+        with suppress(ConfigError):  # it is closed
             cache = self.cache.stats()
-            usage, index_bytes = cache.in_use_bytes / self.cache.memory_limit, cache.index_bytes
-        return self._meters.snapshot(self.num_waiting, self.num_running, usage, index_bytes, time.monotonic())
+        return self._meters.snapshot(self.num_waiting, self.num_running, cache, time.monotonic())
 
     def close(self) -> None:
         """Drop every request, release every slot, and close what the engine opened for itself. Idempotent.
@@ -399,10 +395,7 @@ class Engine:
 
     def _checked(self, request: Request) -> Request:
         """A copy, which this cache can hold."""
-        request = checked_request(request, vocab_size=self.model.config.vocab_size)
+        most = self._loop.max_stop_tokens
+        request = checked_request(request, vocab_size=self.model.config.vocab_size, max_stop_tokens=most)
         self._costs.require_room(request, self._loop.max_seq_len, self._room_bytes, self.cache.memory_limit)
-        if len(request.stop_tokens) > self._loop.max_stop_tokens:
-            raise ConfigError(
-                f"{len(request.stop_tokens)} stop tokens are more than the {self._loop.max_stop_tokens} accepted"
-            )
         return request

@@ -13,15 +13,7 @@ from ..kv_cache import KVCache
 from ..tuning import default_attention, default_decode
 from .prefill import RuntimeModel
 
-__all__ = [
-    "BUDGETS",
-    "FOREIGN",
-    "STORED_FOR_EACH",
-    "TYPICAL_LEN",
-    "attention_for_prompts",
-    "opened_cache",
-    "runtime_of",
-]
+__all__ = ["BUDGETS", "FOREIGN", "TYPICAL_LEN", "attention_for_prompts", "opened_cache", "runtime_of"]
 
 # Prompt tokens of a step while somebody decodes, who waits for them, and while nobody does.
 BUDGETS = {"cuda": (1024, 8192), "cpu": (64, 256)}
@@ -29,7 +21,7 @@ TYPICAL_LEN = 2048  # rows of a sequence, for the choice of a kernel for decode:
 
 # Slots for stored sequences, for each that may run. Of a model with 128,000 tokens in its vocabulary a slot takes 0.3
 # MB of tables, so 64 sequences take 54 MB more.
-STORED_FOR_EACH = 3
+_STORED_FOR_EACH = 3
 _MOST_ADDRESSES = 32 << 40  # bytes; there are 128 TiB for a process
 
 
@@ -77,11 +69,11 @@ def opened_cache(
     max_batch: int,
     memory_limit: int | None,
     max_over_read: int | None = None,
-    num_stored: int = 0,
+    stores: bool = False,
 ) -> KVCache:
-    """For so many sequences of the model's whole context, as many stored ones as there are addresses for, of
-    ``num_stored``, and the slot that a decode loop takes; with the margin that ``attention`` wants, or what is fastest
-    for prompts and for decode, of what reads ``max_over_read`` rows past the end at most."""
+    """For so many sequences of the model's whole context, and the slot that a decode loop takes; with the margin that
+    ``attention`` wants, or what is fastest for prompts and for decode, of what reads ``max_over_read`` rows past the
+    end at most. ``stores``: with further slots, for stored sequences."""
     layout, device, features = model.kv_layout(), model.device, features_of(model)
     if attention is None:
         wanted = [
@@ -99,8 +91,8 @@ def opened_cache(
         ]
     else:
         wanted = [attention]
-    addresses = layout.bytes_per_token * layout.max_seq_len
-    num_stored = max(0, min(num_stored, _MOST_ADDRESSES // addresses - max_batch))
+    within = _MOST_ADDRESSES // (layout.bytes_per_token * layout.max_seq_len)
+    num_stored = max(0, min(_STORED_FOR_EACH * max_batch, within - max_batch)) if stores else 0
     return KVCache(
         layout,
         max_batch + 1 + num_stored,

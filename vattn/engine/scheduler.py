@@ -113,16 +113,22 @@ class Scheduler:
         costs: bytes of sequences.
         max_batch: samples that may have a slot.
         ageing_s: seconds of waiting that are worth one level of priority.
+        running_rows: says of a sample that waits how many of its rows a running one has or will have.
 
     Attributes:
         running: samples that have a slot or follow another, in the order of their admission.
-        running_rows: says of a sample that waits how many of its rows a running one has or will have.
     """
 
-    def __init__(self, costs: SequenceCosts, max_batch: int, ageing_s: float = AGEING_S) -> None:
+    def __init__(
+        self,
+        costs: SequenceCosts,
+        max_batch: int,
+        ageing_s: float = AGEING_S,
+        running_rows: Callable[[Sample], int] = lambda sample: 0,
+    ) -> None:
+        self._running_rows = running_rows
         self.costs, self.max_batch, self.ageing_s = costs, max_batch, ageing_s
         self.running: dict[Sample, None] = {}
-        self.running_rows: Callable[[Sample], int] = lambda sample: 0
         self.num_waiting = 0
         self._waiting: list[tuple[float, int, int, int, Sample]] = []  # a heap; entries of older lives are skipped
         self._deadlines: list[tuple[float, int, int, Sample]] = []
@@ -219,7 +225,7 @@ class Scheduler:
         growth = sum(self._cost(each) - costs.bytes(min(backed_rows(each), self.expected_rows(each)))
                      for each in self.running)  # fmt: skip
         while head is not None and len(self.running) < self.max_batch:
-            head.shared_rows = head.num_prompt_rows if self._has_relative(head) else self.running_rows(head)
+            head.shared_rows = head.num_prompt_rows if self._has_relative(head) else self._running_rows(head)
             growth += self._cost(head)
             if growth > free and (self.running or self.least_bytes(head) > free):
                 self._refused = head, free

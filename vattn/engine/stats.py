@@ -6,6 +6,8 @@ import math
 from bisect import bisect_left
 from dataclasses import dataclass, field
 
+from ..stats import CacheStats
+
 __all__ = ["EngineStats", "Histogram", "Meters"]
 
 _PER_DECADE = 20
@@ -131,9 +133,7 @@ class Meters:
     def _faded(self, now: float) -> float:
         return self._recent * math.exp((self._noted_s - now) / _RATE_S)
 
-    def snapshot(
-        self, num_waiting: int, num_running: int, kv_usage: float, index_bytes: int, now: float
-    ) -> EngineStats:
+    def snapshot(self, num_waiting: int, num_running: int, cache: CacheStats | None, now: float) -> EngineStats:
         rate = 0.0
         if self._began_s is not None and now > self._began_s:
             rate = self._faded(now) / (_RATE_S * -math.expm1((self._began_s - now) / _RATE_S))
@@ -146,9 +146,9 @@ class Meters:
             self.num_preemptions,
             self.num_prefix_queries,
             self.num_prefix_hits,
-            index_bytes,
+            0 if cache is None else cache.index_bytes,
             rate,
-            kv_usage,
+            0.0 if cache is None else cache.in_use_bytes / cache.memory_limit_bytes,
             self.first_token_s.snapshot(),
             self.between_tokens_s.snapshot(),
             self.queue_s.snapshot(),

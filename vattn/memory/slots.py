@@ -308,7 +308,7 @@ class Slots(StoredSequences):
         return found
 
     def trim(self, keep_bytes: int) -> int:
-        """Give free and parked pages back to the driver, but for ``keep_bytes``. Returns the bytes given back."""
+        """Give pages that no live sequence has back to the driver, but for ``keep_bytes``. Returns the bytes."""
         if not self.driver.is_capturing():
             self.finish_deferred(wait=False)
             self.unpark(len(self.pool.pages))
