@@ -15,11 +15,11 @@ ROOT = Path(__file__).parent.parent
 
 # What a KVCache is made of, lowest first; each file is a room of its own.
 MEMORY = ["undo", "lock", "tensors", "page_sizes", "pages", "reservation", "work", "parking", "planner", "page_table"]
-MEMORY += ["backing", "slot_states", "slots", "integrity"]
+MEMORY += ["backing", "slot_states", "stored", "slots", "integrity"]
 # Lowest first. "" is the package itself, vattn/__init__.py: it shows what is public, and only the command line uses it.
 ROOMS = [
     *("errors", "arguments", "stats", "interrupts", "machine", "driver", "layout"),
-    *("memory", *(f"memory.{name}" for name in MEMORY), "kv_cache"),
+    *("memory", *(f"memory.{name}" for name in MEMORY), "stored", "kv_cache"),
     *("ops", "attention", "tuning", "models", "requests", "graphs", "decode", "engine", "hf"),
     *("", "cli", "__main__"),
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from types import TracebackType
 
@@ -24,17 +24,12 @@ from .memory.slots import Slots
 from .memory.tensors import BackedRows
 from .memory.work import OpenStep
 from .stats import CacheStats, Event
+from .stored import StoredSequences, give_back
 
 __all__ = ["KVCache"]
 
 
-def _give_back(cache: KVCache, slot: int) -> None:
-    """Release a slot whose taker was interrupted; its caller never gets to see it."""
-    with suppress(ConfigError):  # somebody has closed the cache meanwhile
-        cache.release(slot)
-
-
-class KVCache:
+class KVCache(StoredSequences):
     """The K and V of up to ``max_slots`` sequences, in tensors that never move.
 
     A slot owns a fixed address range for ``layout.max_seq_len`` tokens; physical pages come as its sequence grows, go
@@ -109,7 +104,7 @@ class KVCache:
         self._slots_or_none = Slots(backing, driver, self.max_slots, layout.max_seq_len, self._lock)
 
     # -- sequences -----------------------------------------------------------------------------------------------
-    @locked(give_back=_give_back)
+    @locked(give_back=give_back)
     def acquire(self, slot: int | None = None, *, expect_len: int | None = None) -> int:
         """Take a slot for a new, empty sequence: the one named, or the free one that fits it best.
 
@@ -172,8 +167,10 @@ class KVCache:
         index = state.all_live(slots, versions)
         state.ensure(index, state.lengths(index, seq_lens), wait)
 
-    @locked(waits_outside=True, give_back=_give_back)
-    def fork(self, slot: int, seq_len: int | None = None, into: int | None = None) -> int:
+    @locked(waits_outside=True, give_back=give_back)
+    def fork(
+        self, slot: int, seq_len: int | None = None, into: int | None = None, *, version: int | None = None
+    ) -> int:
         """A new slot whose first ``seq_len`` rows (None: all) are those of ``slot``, sharing every whole page of them.
 
         Shared rows are read-only for both: call ``make_writable`` before writing to them in place. Rows that ``ensure``
@@ -181,14 +178,15 @@ class KVCache:
 
         Args:
             into: the free slot to use; None: that with the fewest pages left mapped, which would be in the way.
+            version: of the slot, as ``versions`` or ``stored`` said: refuse another one. A stored sequence can be
+                forked only so.
 
         Raises:
             OutOfSlots, OutOfPages: as ``acquire`` and ``ensure``.
             ConfigError: ``seq_len`` is negative or beyond the slot's own.
         """
         slots = self._slots
-        slot = slots.live(slot)
-        rows = slots.rows_of(slot, slots.seq_len[slot] if seq_len is None else seq_len, "fork")
+        slot, rows = slots.parent(slot, seq_len, version)
         return slots.fork(slot, into, rows)
 
     @locked(waits_outside=True)
@@ -372,7 +370,7 @@ class KVCache:
     # -- memory and the end --------------------------------------------------------------------------------------
     @locked(waits_outside=True)
     def trim(self, keep_bytes: int = 0) -> int:
-        """Give free and parked pages back to the driver, but for ``keep_bytes`` of them, which are free then.
+        """Give free, parked and stored pages back to the driver, but for ``keep_bytes`` of them, which are free then.
 
         Waits for the work of released sequences. Returns the bytes given back.
         """

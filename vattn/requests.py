@@ -109,6 +109,8 @@ class Request:
             come: booleans ``[vocab_size]``, or 32 of them to an int32, the first lowest, ``[ceil(vocab_size / 32)]``;
             None for all.
             Its sequence then decodes every other step: the next token waits for the last one to be known.
+        cache_salt: whose prompts the request may share computed rows with: those of requests with the same salt, and of
+            no others. A secret one for each tenant hides from the others, in time too, what it has asked before.
     """
 
     prompt_tokens: Sequence[int]
@@ -120,6 +122,7 @@ class Request:
     priority: int = 0
     deadline_s: float | None = None
     allowed_tokens: Callable[[Sequence[int]], Any] | None = None
+    cache_salt: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +169,7 @@ class Completion:
     error: BaseException | None = None
 
 
-def checked_request(request: Request, *, vocab_size: int) -> Request:
+def checked_request(request: Request, *, vocab_size: int, max_stop_tokens: int | None = None) -> Request:
     """The request in plain values: ints, floats, tuples and a ``Sampling``.
 
     Raises:
@@ -186,6 +189,12 @@ def checked_request(request: Request, *, vocab_size: int) -> Request:
     allowed = request.allowed_tokens
     if allowed is not None and not callable(allowed):
         raise ConfigError(f"allowed_tokens must be a function of the answer so far, got {shown(allowed)}")
+    stop_tokens = tuple(dict.fromkeys(checked_tokens("stop_tokens", request.stop_tokens, vocab_size)))
+    if max_stop_tokens is not None and len(stop_tokens) > max_stop_tokens:
+        raise ConfigError(f"{len(stop_tokens)} stop tokens are more than the {max_stop_tokens} accepted")
+    salt = request.cache_salt
+    if salt is not None and not isinstance(salt, str):
+        raise ConfigError(f"cache_salt must be a string or None, got {shown(salt)}")
     logprobs = request.num_logprobs
     deadline = request.deadline_s
     return replace(
@@ -193,13 +202,14 @@ def checked_request(request: Request, *, vocab_size: int) -> Request:
         prompt_tokens=prompt_tokens,
         max_new_tokens=max_new_tokens,
         sampling=sampling,
-        stop_tokens=tuple(dict.fromkeys(checked_tokens("stop_tokens", request.stop_tokens, vocab_size))),
+        stop_tokens=stop_tokens,
         num_logprobs=None
         if logprobs is None
         else checked_int("num_logprobs", logprobs, 0, min(MAX_LOGPROBS, vocab_size)),
         n=checked_int("n", request.n, 1, MAX_SAMPLES),
         priority=checked_int("priority", request.priority, -(2**31), 2**31 - 1),
         deadline_s=None if deadline is None else checked_number("deadline_s", deadline, 0),
+        cache_salt=None if salt is None else str(salt),
     )
 
 

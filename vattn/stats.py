@@ -36,7 +36,7 @@ class CacheStats:
         in_use_bytes: handles that live sequences have.
         parked_bytes: handles that only released sequences had, still mapped where those were, for the next in the slot.
         free_bytes: handles kept for the next request; ``KVCache.trim`` gives them back to the driver.
-        index_bytes: handles held by a prefix index; 0, as there is none yet.
+        index_bytes: handles that no live sequence has, but stored ones (see ``KVCache.stored``).
         shared_bytes: handles mapped by two or more live slots, each once.
         row_bytes: rows backed on request, each row once per slot.
         waste_bytes: live sequences' mapped bytes minus their ``row_bytes``.
@@ -44,6 +44,7 @@ class CacheStats:
         memory_limit_bytes: what ``physical_bytes`` never exceeds.
         page_bytes: size of one handle.
         num_live_slots: slots that own a sequence.
+        num_stored_slots: slots that store one that has ended; they count as free.
         num_create, num_release, num_map, num_unmap, num_set_access, num_copy, num_zero: driver calls.
         num_oom: how often ``OutOfPages`` was raised.
         num_adopted: parked pages that a sequence took over, without a driver call.
@@ -64,6 +65,7 @@ class CacheStats:
     memory_limit_bytes: int
     page_bytes: int
     num_live_slots: int
+    num_stored_slots: int
     num_create: int
     num_release: int
     num_map: int

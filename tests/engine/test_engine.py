@@ -48,7 +48,7 @@ def test_greedy_equals_the_model_s_own_forward(model: Llama, engine: Engine) -> 
 
 def test_it_opens_a_cache_of_its_own_and_closes_it(model: Llama) -> None:
     with Engine(model, max_batch=3, memory_limit=64 << 20) as engine:
-        assert (engine.cache.max_slots, engine.cache.memory_limit) == (4, 64 << 20)
+        assert (engine.cache.max_slots, engine.cache.memory_limit) == (1 + 4 * 3, 64 << 20)  # 9 for what is stored
         assert tokens_of(engine.generate([Request([3, 5, 7], 10)])) == eager(model, [[3, 5, 7]], 10)
         cache = engine.cache
     engine.close()

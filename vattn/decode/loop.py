@@ -251,11 +251,12 @@ class DecodeLoop:
             self._progress.cancel(slot)
 
     @for_one_thread
-    def release(self, slot: int) -> None:
-        """End a sequence, decoding or not, and give its slot back to the cache.
+    def release(self, slot: int, store: int = 0) -> int:
+        """End a sequence, decoding or not, and give its slot back to the cache, which stores its first ``store`` rows.
 
-        As for ``cache.release``, which keeps the pages for work on the current stream, but that they are kept for the
-        step that may still be under way on the loop's stream, too.
+        As for ``cache.release`` and ``cache.store``, which keep the pages for work on the current stream, but that they
+        are kept for the step that may still be under way on the loop's stream, too. Returns the version that the
+        sequence had at its end.
 
         Raises:
             ConfigError: it is the loop's own slot, or not live in the cache, or another sequence's by now than the one
@@ -272,7 +273,9 @@ class DecodeLoop:
             self.cache.step([slot], versions=versions),
             torch.cuda.stream(caller),
         ):
-            self.cache.release(slot)  # of either stream's work so far
+            version = int(self.cache.versions([slot])[0])
+            self.cache.store(slot, store)  # of either stream's work so far
+        return version
 
     @property
     def own_slot(self) -> int:

@@ -24,6 +24,7 @@ from .costs import SequenceCosts
 from .mail import Mail, Turns, nobody
 from .opening import BUDGETS, TYPICAL_LEN, attention_for_prompts, opened_cache, runtime_of
 from .prefill import PrefillPasses
+from .prefixes import Prefixes
 from .runner import Runner
 from .samples import Samples
 from .scheduler import Scheduler
@@ -57,6 +58,8 @@ class Engine:
             number.
         attention: backend or its name, for prompts, and for decode where captured steps can use it; None for the ones
             measured as fastest.
+        prefix_caching: keep K and V of requests that have ended, as long as nobody needs the memory, for later ones
+            that begin with the same tokens and have the same ``cache_salt``.
 
     Raises:
         ConfigError: an argument is wrong, or model, attention and cache do not fit each other.
@@ -72,6 +75,7 @@ class Engine:
         memory_limit: int | None = None,
         max_waiting: int | None = None,
         attention: AttentionBackend | str | None = None,
+        prefix_caching: bool = True,
     ) -> None:
         if cache is not None and not isinstance(cache, KVCache):
             raise ConfigError(f"an engine takes a model and a vattn.KVCache, got a {type(cache).__name__} as cache")
@@ -80,8 +84,7 @@ class Engine:
         if max_step_tokens is not None:
             max_step_tokens = require_int("max_step_tokens", max_step_tokens, 1)
         self.max_waiting = None if max_waiting is None else require_int("max_waiting", max_waiting, 1)
-        if isinstance(attention, str):
-            attention = get(attention)
+        attention = get(attention) if isinstance(attention, str) else attention
         if max_batch is None:
             max_batch = _MAX_BATCH if cache is None else max(1, cache.max_slots - 1)
         max_batch = require_int("max_batch", max_batch, 1)
@@ -91,7 +94,8 @@ class Engine:
             on_gpu = model.device.type == "cuda"
             budgets = BUDGETS[model.device.type] if max_step_tokens is None else (max_step_tokens,) * 2
             if cache is None:
-                cache = self._made.enter_context(opened_cache(model, attention, max_batch, memory_limit))
+                opened = opened_cache(model, attention, max_batch, memory_limit, stores=prefix_caching)
+                cache = self._made.enter_context(opened)
             self.cache = cache
             self.attention = attention_for_prompts(model, self.cache, budgets[1]) if attention is None else attention
             require_fit(self.attention, self.cache, features=features_of(model))
@@ -109,10 +113,11 @@ class Engine:
             raise
         self._costs = SequenceCosts(self.cache.layout, self.cache.page_bytes, self.cache.over_read_tokens)
         self._meters = Meters()
-        self._scheduler = Scheduler(self._costs, max_batch)
+        prefixes = Prefixes(self.cache, self._meters, prefix_caching)
+        self._scheduler = Scheduler(self._costs, max_batch, running_rows=prefixes.running_rows)
         self._passes = PrefillPasses(model, self.cache, self.attention, self._loop.stream, self._loop.own_slot)
-        self._samples = Samples(self._loop, self._scheduler, self._meters)
-        self._runner = Runner(self._samples, self._loop, self._passes, self._scheduler, self._meters, budgets)
+        self._samples = Samples(self._loop, self._scheduler, prefixes, self._meters)
+        self._runner = Runner(self._samples, self._loop, self._passes, self._scheduler, prefixes, self._meters, budgets)
         self._room_bytes = self.cache.memory_limit - self._costs.bytes(self.cache.seq_len(self._loop.own_slot))
         self._turns = Turns()
         self._mail = Mail()
@@ -284,10 +289,10 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """A snapshot; from any thread, in constant time."""
-        usage = 0.0
-        with suppress(ConfigError):  # the cache is closed
-            usage = self.cache.stats().in_use_bytes / self.cache.memory_limit
-        return self._meters.snapshot(self.num_waiting, self.num_running, usage, time.monotonic())
+        cache = None
+        with suppress(ConfigError):  # it is closed
+            cache = self.cache.stats()
+        return self._meters.snapshot(self.num_waiting, self.num_running, cache, time.monotonic())
 
     def close(self) -> None:
         """Drop every request, release every slot, and close what the engine opened for itself. Idempotent.
@@ -390,10 +395,7 @@ class Engine:
 
     def _checked(self, request: Request) -> Request:
         """A copy, which this cache can hold."""
-        request = checked_request(request, vocab_size=self.model.config.vocab_size)
+        most = self._loop.max_stop_tokens
+        request = checked_request(request, vocab_size=self.model.config.vocab_size, max_stop_tokens=most)
         self._costs.require_room(request, self._loop.max_seq_len, self._room_bytes, self.cache.memory_limit)
-        if len(request.stop_tokens) > self._loop.max_stop_tokens:
-            raise ConfigError(
-                f"{len(request.stop_tokens)} stop tokens are more than the {self._loop.max_stop_tokens} accepted"
-            )
         return request

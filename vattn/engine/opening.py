@@ -19,6 +19,11 @@ __all__ = ["BUDGETS", "FOREIGN", "TYPICAL_LEN", "attention_for_prompts", "opened
 BUDGETS = {"cuda": (1024, 8192), "cpu": (64, 256)}
 TYPICAL_LEN = 2048  # rows of a sequence, for the choice of a kernel for decode: most requests are far from the context
 
+# Slots for stored sequences, for each that may run. Of a model with 128,000 tokens in its vocabulary a slot takes 0.3
+# MB of tables, so 64 sequences take 54 MB more.
+_STORED_FOR_EACH = 3
+_MOST_ADDRESSES = 32 << 40  # bytes; there are 128 TiB for a process
+
 
 # What makes a ``RuntimeModel``, to be closed, of another library's model, and None of one that it does not know. The
 # rooms that know such libraries come after this one, and add to this list.
@@ -64,10 +69,11 @@ def opened_cache(
     max_batch: int,
     memory_limit: int | None,
     max_over_read: int | None = None,
+    stores: bool = False,
 ) -> KVCache:
     """For so many sequences of the model's whole context, and the slot that a decode loop takes; with the margin that
     ``attention`` wants, or what is fastest for prompts and for decode, of what reads ``max_over_read`` rows past the
-    end at most."""
+    end at most. ``stores``: with further slots, for stored sequences."""
     layout, device, features = model.kv_layout(), model.device, features_of(model)
     if attention is None:
         wanted = [
@@ -85,9 +91,11 @@ def opened_cache(
         ]
     else:
         wanted = [attention]
+    within = _MOST_ADDRESSES // (layout.bytes_per_token * layout.max_seq_len)
+    num_stored = max(0, min(_STORED_FOR_EACH * max_batch, within - max_batch)) if stores else 0
     return KVCache(
         layout,
-        max_batch + 1,
+        max_batch + 1 + num_stored,
         device,
         memory_limit,
         over_read_tokens=max(each.over_read_tokens for each in wanted),

@@ -11,6 +11,7 @@ from contextlib import suppress
 from ..decode import DecodedToken, DecodeLoop, Start
 from ..errors import ConfigError, DriverError, OutOfPages
 from .prefill import Chunk, PrefillPasses, PromptPass
+from .prefixes import Prefixes
 from .samples import AWAY, CHANGED, KNOWN, READY, Samples
 from .scheduler import Phase, Sample, Scheduler
 from .stats import Meters
@@ -35,6 +36,7 @@ class Runner:
         loop: decodes.
         passes: compute prompts.
         scheduler: says who is next.
+        prefixes: what sequences can begin with.
         meters: count.
         budgets: prompt tokens of a step while somebody decodes, and while nobody does.
     """
@@ -45,10 +47,12 @@ class Runner:
         loop: DecodeLoop,
         passes: PrefillPasses,
         scheduler: Scheduler,
+        prefixes: Prefixes,
         meters: Meters,
         budgets: tuple[int, int],
     ) -> None:
         self._samples, self._loop, self._cache, self._passes = samples, loop, loop.cache, passes
+        self._prefixes = prefixes
         self._scheduler, self._meters = scheduler, meters
         self._busy_budget, self._idle_budget = budgets
 
@@ -85,7 +89,7 @@ class Runner:
             if samples.shortage is not None:
                 scheduler.requeue(sample)
             else:
-                samples.take_slot(sample, scheduler.source_of(sample))
+                self._place(sample)
         self._start([s for s in admitted if s.phase is Phase.PREFILLING and s.slot >= 0 and s.computed == s.num_rows])
         if not scheduler.running and samples.shortage is None and (head := scheduler.head) is not None:
             asked, free, limit = scheduler.least_bytes(head), samples.free_bytes(), self._cache.memory_limit
@@ -97,12 +101,32 @@ class Runner:
                 limit_bytes=limit,
             )
 
+    def _place(self, sample: Sample) -> None:
+        """Give a sample that was admitted a slot, or let it follow one that computes what it needs."""
+        source, leader = self._scheduler.source_of(sample), sample.leader
+        if leader is not None and leader.request_id == sample.request_id:
+            source = leader
+        if source is None and (found := self._prefixes.leader(sample)) is not None:
+            self._scheduler.follow(sample, *found)
+        else:
+            self._samples.take_slot(sample, source)
+
+    def _wake(self, leaders: list[Sample]) -> list[Sample]:
+        """Place those that follow these, where the rows are computed that they wait for. Returns those that can decode
+        at once."""
+        waiting = [(each, leader.computed) for leader in leaders for each in self._scheduler.followers(leader)]
+        woken = [each for each, computed in waiting if each.shared_rows <= computed]
+        for sample in woken:
+            if sample.phase is Phase.FOLLOWING:  # no other one's failure has ended it
+                self._place(sample)
+        return [s for s in woken if s.phase is Phase.PREFILLING and s.slot >= 0 and s.computed == s.num_rows]
+
     def _start(self, ready: list[Sample]) -> list[Sample]:
         """Decode these from now on; those that follow them fork first, while the slots hold the prompts and no more.
         Returns those that do decode."""
-        followers = [(each, sample) for sample in ready for each in self._scheduler.followers(sample)]
-        taken = [follower for follower, sample in followers if self._samples.take_slot(follower, sample)]
-        ready = ready + [follower for follower in taken if follower.computed == follower.num_rows]
+        led = ready
+        while led := self._wake(led):
+            ready = ready + led
         if lost := self._samples.lost(ready):
             self._samples.fail(lost, ConfigError(CHANGED), gone=True)
             ready = [sample for sample in ready if sample.phase is Phase.PREFILLING]
@@ -214,7 +238,7 @@ class Runner:
             try:
                 self._loop.cancel(sample.slot)
             except (OutOfPages, DriverError):  # of the row that it was to decode: all of its rows go
-                self._samples.give_back(sample)
+                self._samples.give_back(sample, store=False)
                 self._scheduler.requeue(sample)
                 continue
             if not is_lost:
@@ -287,6 +311,7 @@ class Runner:
             sample.computed += count
             self._meters.num_prefill_tokens += count
         complete = [sample for sample, _ in parts if sample.computed == sample.num_rows]
+        complete += self._wake([sample for sample, _ in parts if sample.computed < sample.num_rows])
         self._start([sample for sample in complete if sample.phase is Phase.PREFILLING])
 
     def _fail_parts(self, parts: list[tuple[Sample, int]], error: Exception) -> None:

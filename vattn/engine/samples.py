@@ -7,6 +7,7 @@ from contextlib import suppress
 from ..decode import DecodedToken, DecodeLoop
 from ..errors import ConfigError, DriverError, OutOfPages, OutOfSlots
 from ..requests import Request, StepToken
+from .prefixes import Prefixes
 from .scheduler import Phase, Sample, Scheduler
 from .stats import Meters
 
@@ -25,6 +26,7 @@ class Samples:
     Args:
         loop: decodes, in the slots of its cache.
         scheduler: says who is next.
+        prefixes: what sequences can begin with.
         meters: count.
 
     Attributes:
@@ -35,8 +37,9 @@ class Samples:
         shortage: why nothing of ours runs.
     """
 
-    def __init__(self, loop: DecodeLoop, scheduler: Scheduler, meters: Meters) -> None:
+    def __init__(self, loop: DecodeLoop, scheduler: Scheduler, prefixes: Prefixes, meters: Meters) -> None:
         self._loop, self._cache, self._scheduler, self._meters = loop, loop.cache, scheduler, meters
+        self._prefixes = prefixes
         self.reported: list[StepToken] = []
         self.decoding: dict[int, Sample] = {}
         self.grammars: dict[Sample, int] = {}
@@ -60,9 +63,11 @@ class Samples:
         self.reported = [token for token in self.reported if token.request_id != request_id]
 
     def cancel_all(self) -> None:
-        """Every request; nothing of any is reported any more."""
+        """Every request; nothing of any is reported any more, and nothing stays stored."""
+        self._prefixes.enabled = False
         for request_id in tuple(self._samples):
             self.cancel(request_id)
+        self._prefixes.close()
 
     def collect(self) -> list[StepToken]:
         """What there is to report, which is handed out by that."""
@@ -108,13 +113,14 @@ class Samples:
 
     # -- slots and memory ----------------------------------------------------------------------------------------
     def take_slot(self, sample: Sample, source: Sample | None) -> bool:
-        """A slot for a sample: an empty one, or a fork of another's of the same request. False: it waits again."""
+        """A slot for a sample: a fork of another's of the same request, or what there is. False: it waits again."""
         rows = sample.num_prompt_rows
         try:
             if source is not None and rows:
                 slot, computed = self._cache.fork(source.slot, rows), rows
+                self._prefixes.note(sample, slot)
             else:
-                slot, computed = self._cache.acquire(expect_len=self._scheduler.expected_rows(sample)), 0
+                slot, computed = self._prefixes.begin(sample, self._scheduler.expected_rows(sample))
         except (OutOfPages, OutOfSlots) as error:
             self._scheduler.requeue(sample)
             self.shortage = error
@@ -161,44 +167,53 @@ class Samples:
 
     # -- ends ----------------------------------------------------------------------------------------------------
     def fail(self, samples: list[Sample], error: Exception, gone: bool = False) -> None:
-        """They end with an error, and so do those that wait for their prompts."""
+        """They end with an error, and so do the samples of their requests that wait for their prompts."""
         for sample in samples:
             if sample.phase is not Phase.ENDED:
                 followers = self._scheduler.followers(sample)
+                followers = [each for each in followers if each.request_id == sample.request_id]
                 if gone:
                     self.decodes_no_more(sample)
+                    self._prefixes.forget(sample)
                     sample.slot = -1
                 self.end(sample, "error", error)
                 self.fail(followers, error)
 
     def end(self, sample: Sample, reason: str, error: Exception | None = None) -> None:
         self.reported.append(StepToken(sample.request_id, sample.index, None, finish_reason=reason, error=error))
-        self._leave(sample)
+        self._leave(sample, store=error is None)
 
-    def _leave(self, sample: Sample) -> None:
+    def _leave(self, sample: Sample, store: bool = True) -> None:
         """It waits and runs no more."""
-        self.give_back(sample)
+        self.give_back(sample, store)
         self._scheduler.discard(sample)
         samples = self._samples[sample.request_id]
         samples.remove(sample)
         if not samples:
             del self._samples[sample.request_id]
 
-    def give_back(self, sample: Sample) -> None:
-        """Its slot, if it has one."""
+    def give_back(self, sample: Sample, store: bool = True) -> None:
+        """Its slot, if it has one. What was computed of it stays stored there, on request."""
         decodes = self.decodes_no_more(sample)
-        slot, sample.slot = sample.slot, -1
+        slot = sample.slot
         if slot < 0:
             return
+        self._prefixes.forget(sample)
+        sample.slot = -1
+        rows = (sample.num_rows if decodes else sample.computed) if store and self._prefixes.enabled else 0
         with suppress(ConfigError):  # the cache is closed, or the slot is somebody else's by now
-            if not decodes:
-                if self._cache.versions([slot])[0] == sample.version:
+            if decodes:
+                try:
+                    version = self._loop.release(slot, rows)
+                except (OutOfPages, DriverError):  # of what lies past the end of its rows
                     self._cache.release(slot)
+                    return
+            elif self._cache.versions([slot])[0] == (version := sample.version):
+                self._cache.store(slot, rows)
+            else:
                 return
-            try:
-                self._loop.release(slot)
-            except (OutOfPages, DriverError):  # of what lies past the end of its rows
-                self._cache.release(slot)
+            if rows:
+                self._prefixes.store(sample, slot, version, rows)
 
     def decodes_no_more(self, sample: Sample) -> bool:
         """For the books of this; whether it did. Another one decodes in its slot where somebody has released that."""

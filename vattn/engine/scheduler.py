@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from heapq import heapify, heappop, heappush
 
+import numpy as np
+
 from ..requests import Request
 from .costs import SequenceCosts
 
@@ -21,7 +23,7 @@ class Phase(Enum):
     """Where a sample is on its way."""
 
     WAITING = "waiting"  # holds nothing
-    FOLLOWING = "following"  # is going to fork from another sample of its request, whose prompt is being computed
+    FOLLOWING = "following"  # is going to fork from another sample, whose prompt is being computed
     PREFILLING = "prefilling"
     DECODING = "decoding"
     ENDED = "ended"
@@ -42,7 +44,8 @@ class Sample:
         computed: rows whose computation was launched.
         life: one more each time that it gave its slot back.
         last_s: when its newest token was reported.
-        leader: whom it follows.
+        leader, followers: whom it follows, and who follows it.
+        shared_rows: without a slot: its first rows, which a running sample has or will have. It follows until then.
     """
 
     request_id: int
@@ -61,6 +64,9 @@ class Sample:
     last_s: float = 0.0
     was_admitted: bool = False
     leader: Sample | None = None
+    followers: dict[Sample, None] = field(default_factory=dict)
+    shared_rows: int = 0
+    _prompt: np.ndarray | None = None
 
     @property
     def num_prompt_rows(self) -> int:
@@ -80,6 +86,17 @@ class Sample:
         split = len(prompt)
         return [*prompt[start:], *self.answer[max(0, start - split) : end - split]]
 
+    def token_array(self) -> np.ndarray:
+        """Those of ``num_rows``, int32."""
+        if self._prompt is None:
+            self._prompt = np.array(self.request.prompt_tokens, np.int32)
+        whole = np.concatenate((self._prompt, np.array(self.answer, np.int32))) if self.answer else self._prompt
+        return whole[: self.num_rows]
+
+    def goes_before(self, other: Sample) -> bool:
+        """Whether its rows are computed first."""
+        return self.computed > 0 or self.order_key < other.order_key
+
     @property
     def order_key(self) -> tuple[float, int, int]:
         """Smaller goes first."""
@@ -96,11 +113,22 @@ class Scheduler:
         costs: bytes of sequences.
         max_batch: samples that may have a slot.
         ageing_s: seconds of waiting that are worth one level of priority.
+        running_rows: says of a sample that waits how many of its rows a running one has or will have.
+
+    Attributes:
+        running: samples that have a slot or follow another, in the order of their admission.
     """
 
-    def __init__(self, costs: SequenceCosts, max_batch: int, ageing_s: float = AGEING_S) -> None:
+    def __init__(
+        self,
+        costs: SequenceCosts,
+        max_batch: int,
+        ageing_s: float = AGEING_S,
+        running_rows: Callable[[Sample], int] = lambda sample: 0,
+    ) -> None:
+        self._running_rows = running_rows
         self.costs, self.max_batch, self.ageing_s = costs, max_batch, ageing_s
-        self.running: dict[Sample, None] = {}  # in the order of their admission
+        self.running: dict[Sample, None] = {}
         self.num_waiting = 0
         self._waiting: list[tuple[float, int, int, int, Sample]] = []  # a heap; entries of older lives are skipped
         self._deadlines: list[tuple[float, int, int, Sample]] = []
@@ -121,7 +149,7 @@ class Scheduler:
 
     def requeue(self, sample: Sample) -> list[Sample]:
         """It has given its slot back and waits again; so do those that follow it, which are returned with it."""
-        found = [sample, *self.followers(sample)]
+        found = [sample, *self._train(sample)]
         for each in found:
             self._stop(each)
             each.computed = 0
@@ -130,7 +158,7 @@ class Scheduler:
 
     def discard(self, sample: Sample) -> list[Sample]:
         """It has ended, and its slot is given back. Those that followed it wait again; they are returned."""
-        followers = self.followers(sample)
+        followers = self._train(sample)
         if sample.phase is Phase.WAITING:
             self.num_waiting -= 1
         self._stop(sample)
@@ -197,6 +225,7 @@ class Scheduler:
         growth = sum(self._cost(each) - costs.bytes(min(backed_rows(each), self.expected_rows(each)))
                      for each in self.running)  # fmt: skip
         while head is not None and len(self.running) < self.max_batch:
+            head.shared_rows = head.num_prompt_rows if self._has_relative(head) else self._running_rows(head)
             growth += self._cost(head)
             if growth > free and (self.running or self.least_bytes(head) > free):
                 self._refused = head, free
@@ -204,10 +233,11 @@ class Scheduler:
             heappop(self._waiting)
             self.num_waiting -= 1
             self.running[head] = None
-            head.leader = self._leader_of(head)
-            head.phase = Phase.PREFILLING if head.leader is None else Phase.FOLLOWING
-            if head.leader is None:
-                self._prefilling[head] = None
+            leader = self._leader_of(head)
+            if leader is None:
+                self.prefill(head)
+            else:
+                self.follow(head, leader, head.num_prompt_rows)
             found.append(head)
             head = self.head
         return found
@@ -233,13 +263,17 @@ class Scheduler:
 
     def followers(self, sample: Sample) -> list[Sample]:
         """Those that are going to fork from it."""
-        if sample.phase is not Phase.PREFILLING:  # nobody follows it
-            return []
-        return [each for each in self._families.get(sample.request_id, ()) if each.leader is sample]
+        return list(sample.followers)
+
+    def follow(self, sample: Sample, leader: Sample, rows: int) -> None:
+        """Wait for so many rows of another sample."""
+        self._lead(sample, leader)
+        sample.phase, sample.shared_rows = Phase.FOLLOWING, rows
+        self._prefilling.pop(sample, None)
 
     def lead_no_more(self, sample: Sample) -> None:
         """A follower is on its own now, to be given a slot."""
-        sample.leader = None
+        self._lead(sample, None)
         self.prefill(sample)
 
     def decode(self, sample: Sample) -> None:
@@ -281,7 +315,8 @@ class Scheduler:
 
     def _stop(self, sample: Sample) -> None:
         sample.life += 1
-        sample.slot, sample.leader = -1, None
+        sample.slot = -1
+        self._lead(sample, None)
         self.running.pop(sample, None)
         self._prefilling.pop(sample, None)
         self._refused = None
@@ -301,6 +336,21 @@ class Scheduler:
     def _is_of_now(entry: tuple[float, int, int, int, Sample]) -> bool:
         return entry[3] == entry[4].life
 
+    @staticmethod
+    def _lead(sample: Sample, leader: Sample | None) -> None:
+        if sample.leader is not None:
+            del sample.leader.followers[sample]
+        if leader is not None:
+            leader.followers[sample] = None
+        sample.leader = leader
+
+    def _train(self, sample: Sample) -> list[Sample]:
+        """Those that follow it, and those that follow them."""
+        found = self.followers(sample)
+        for each in found:
+            found += self.followers(each)
+        return found
+
     def _leader_of(self, sample: Sample) -> Sample | None:
         family = self._families.get(sample.request_id, ())
         if any(each.phase is Phase.DECODING for each in family):
@@ -308,11 +358,9 @@ class Scheduler:
         return next((each for each in family if each is not sample and each.phase is Phase.PREFILLING), None)
 
     def _cost(self, sample: Sample) -> int:
-        """Bytes that it probably comes to, less the pages of the prompt where another sample has them."""
+        """Bytes that it probably comes to, less the pages that it shares with a running sample."""
         cost = self.costs.bytes(self.expected_rows(sample))
-        if sample.slot < 0 and sample.num_prompt_rows and self._has_relative(sample):
-            cost -= self.costs.shared_bytes(sample.num_prompt_rows)
-        return cost
+        return cost if sample.slot >= 0 else cost - self.costs.shared_bytes(sample.shared_rows)
 
     def _has_relative(self, sample: Sample) -> bool:
         family = self._families.get(sample.request_id, ())

@@ -6,6 +6,8 @@ import math
 from bisect import bisect_left
 from dataclasses import dataclass, field
 
+from ..stats import CacheStats
+
 __all__ = ["EngineStats", "Histogram", "Meters"]
 
 _PER_DECADE = 20
@@ -62,6 +64,10 @@ class EngineStats:
         num_decode_tokens: tokens reported.
         num_steps: calls of ``step``.
         num_preemptions: times that a sample gave its memory back to others.
+        num_prefix_queries, num_prefix_hits: tokens of prompts (and of answers, after a preemption) that rows were
+            looked up for before they were computed, and those of them whose rows were there. Further samples of a
+            request do not count, which share its prompt anyway.
+        index_bytes: memory that only sequences which have ended hold, for their prefixes; as good as free.
         tokens_per_s: tokens reported, over the last ten seconds or so.
         kv_usage: share of the cache's memory limit that live sequences use.
         first_token_s: from ``submit`` to a sample's first token.
@@ -75,6 +81,9 @@ class EngineStats:
     num_decode_tokens: int
     num_steps: int
     num_preemptions: int
+    num_prefix_queries: int
+    num_prefix_hits: int
+    index_bytes: int
     tokens_per_s: float
     kv_usage: float
     first_token_s: Histogram
@@ -105,6 +114,8 @@ class Meters:
     num_decode_tokens: int = 0
     num_steps: int = 0
     num_preemptions: int = 0
+    num_prefix_queries: int = 0
+    num_prefix_hits: int = 0
     first_token_s: _Counts = field(default_factory=_Counts)
     between_tokens_s: _Counts = field(default_factory=_Counts)
     queue_s: _Counts = field(default_factory=_Counts)
@@ -122,7 +133,7 @@ class Meters:
     def _faded(self, now: float) -> float:
         return self._recent * math.exp((self._noted_s - now) / _RATE_S)
 
-    def snapshot(self, num_waiting: int, num_running: int, kv_usage: float, now: float) -> EngineStats:
+    def snapshot(self, num_waiting: int, num_running: int, cache: CacheStats | None, now: float) -> EngineStats:
         rate = 0.0
         if self._began_s is not None and now > self._began_s:
             rate = self._faded(now) / (_RATE_S * -math.expm1((self._began_s - now) / _RATE_S))
@@ -133,8 +144,11 @@ class Meters:
             self.num_decode_tokens,
             self.num_steps,
             self.num_preemptions,
+            self.num_prefix_queries,
+            self.num_prefix_hits,
+            0 if cache is None else cache.index_bytes,
             rate,
-            kv_usage,
+            0.0 if cache is None else cache.in_use_bytes / cache.memory_limit_bytes,
             self.first_token_s.snapshot(),
             self.between_tokens_s.snapshot(),
             self.queue_s.snapshot(),

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import asdict
 
 from ..stats import CacheStats
-from .slot_states import FREE, LIVE, RETIRED
+from .slot_states import FREE, LIVE, RETIRED, STORED
 from .slots import Slots
 
 
@@ -22,9 +22,9 @@ def cache_stats(slots: Slots, bytes_per_token: int) -> CacheStats:
         mapped_bytes=backing.num_mapped * page_bytes,
         in_use_bytes=pool.num_owned * page_bytes,
         # What is mapped and no live sequence has: parked, retired slots', and what failed undos left.
-        parked_bytes=(pool.num_pages - pool.num_free - pool.num_owned) * page_bytes,
+        parked_bytes=(pool.num_pages - pool.num_free - pool.num_owned - pool.num_index) * page_bytes,
         free_bytes=pool.num_free * page_bytes,
-        index_bytes=0,
+        index_bytes=pool.num_index * page_bytes,
         shared_bytes=pool.num_shared * page_bytes,
         row_bytes=row_bytes,
         waste_bytes=pool.num_owned_maps * page_bytes - row_bytes,
@@ -32,6 +32,7 @@ def cache_stats(slots: Slots, bytes_per_token: int) -> CacheStats:
         memory_limit_bytes=pool.limit_bytes,
         page_bytes=page_bytes,
         num_live_slots=int(live.sum()),
+        num_stored_slots=int((slots.state == STORED).sum()),
         **asdict(slots.driver.counts),
         num_oom=pool.num_oom,
         num_adopted=slots.parking.num_adopted,
@@ -45,6 +46,8 @@ def check_integrity(slots: Slots) -> None:
     backing.check_integrity()
     owners = Counter(table.owned(slots.with_state(LIVE)))
     assert all(page.owners == owners[page] for page in backing.pool.pages), "a page has other owners than it counts"
+    stored = Counter(table.owned(slots.with_state(STORED)))
+    assert all(page.stored == stored[page] for page in backing.pool.pages), "a page miscounts stored sequences"
     parking.check_integrity()
     seen: Counter[int] = Counter()
     for slot, state in enumerate(slots.state.tolist()):
@@ -69,6 +72,11 @@ def check_integrity(slots: Slots) -> None:
             assert table.backed_rows(slot) >= readable, f"slot {slot} lacks pages for its rows"
             assert table.private_rows(slot, rows) >= reach, f"slot {slot} would write into a shared page"
             assert waits or not table.has_pages_past(slot, reach), f"slot {slot} keeps pages past its rows"
+        elif state == STORED:
+            assert 0 < rows == reach, f"slot {slot} stores {rows} rows and reaches {reach}"
+            assert table.backed_rows(slot) >= rows + table.over_read.tokens, f"slot {slot} lacks pages for its rows"
+            assert not table.has_pages_past(slot, rows), f"slot {slot} stores pages past its rows"
+            assert not slots.work.is_open(slot), f"a step is open on slot {slot}, which nobody has"
         else:
             assert rows == 0, f"slot {slot} is not live, yet has rows"
             assert state == RETIRED or not table.has_pages_past(slot, 0), f"free slot {slot} owns pages"

@@ -19,19 +19,21 @@ class Page:
 
     Attributes:
         handle: the driver's.
+        handle: the driver's.
         size: how many units it has, a power of two.
         maps: the addresses that it is mapped at, of its first byte; none while it is free.
-        owners: how many of these mappings live sequences have; the others are parked, or what a failed undo left.
+        owners, stored: how many of these mappings live and stored sequences have; the others are parked, or what a
+            failed undo left.
         dirty: whether an earlier owner may have written to it; such a page is zeroed before its next owner sees it.
     """
 
-    __slots__ = ("dirty", "handle", "maps", "owners", "size")
+    __slots__ = ("dirty", "handle", "maps", "owners", "size", "stored")
 
     def __init__(self, handle: int, size: int = 1) -> None:
         self.handle = handle
         self.size = size
         self.maps: list[int] = []
-        self.owners = 0
+        self.owners = self.stored = 0
         self.dirty = False
 
     @property
@@ -58,6 +60,7 @@ class PhysicalPagePool:
             so that statistics need not look at each page.
         num_owned: pages that live sequences have.
         num_shared: pages that two or more live sequences have.
+        num_index: pages that stored sequences have, and no live one.
         peak_pages: the most pages so far.
         num_oom: how often ``OutOfPages`` was raised.
     """
@@ -69,7 +72,7 @@ class PhysicalPagePool:
         self.pages: set[Page] = set()
         self.num_pages = self.num_free = 0
         self._free: dict[int, list[Page]] = {}  # by size
-        self.num_owned_maps = self.num_owned = self.num_shared = 0
+        self.num_owned_maps = self.num_owned = self.num_shared = self.num_index = 0
         self.peak_pages = self.num_oom = 0
 
     @property
@@ -84,7 +87,12 @@ class PhysicalPagePool:
     @property
     def num_available(self) -> int:
         """Pages that the limit still allows to be handed out; the device may have fewer."""
-        return self.num_free + max(0, self.limit_bytes // self.page_bytes - self.num_pages)
+        return self.num_free + self.num_creatable
+
+    @property
+    def num_creatable(self) -> int:
+        """Pages that the limit still allows to be created."""
+        return max(0, self.limit_bytes // self.page_bytes - self.num_pages)
 
     def take(self, sizes: Sequence[int], undo: Undo) -> list[Page]:
         """A page of each size, mapped nowhere yet; free ones first. Undone, created ones go back to the driver.
@@ -231,6 +239,7 @@ class PhysicalPagePool:
             page.owners += 1
             if page.owners == 1:
                 num_first += size
+                self.num_index -= size if page.stored else 0
             elif page.owners == 2:
                 num_second += size
         self.num_owned_maps += num_maps
@@ -246,17 +255,31 @@ class PhysicalPagePool:
             page.owners -= 1
             if page.owners == 0:
                 num_last += size
+                self.num_index += size if page.stored else 0
             elif page.owners == 1:
                 num_second += size
         self.num_owned_maps -= num_maps
         self.num_owned -= num_last
         self.num_shared -= num_second
 
+    def store(self, pages: Sequence[Page]) -> None:
+        """A stored sequence has each of these pages now."""
+        for page in pages:
+            page.stored += 1
+            self.num_index += page.size if page.stored == 1 and not page.owners else 0
+
+    def unstore(self, pages: Sequence[Page]) -> None:
+        """A stored sequence has none of these pages any more."""
+        for page in pages:
+            page.stored -= 1
+            self.num_index -= page.size if not page.stored and not page.owners else 0
+
     def recount(self, owned: Sequence[Page]) -> None:
         """Begin the count of owners anew, with every page that a live sequence has, once for each of its addresses."""
         for page in self.pages:
             page.owners = 0
         self.num_owned_maps = self.num_owned = self.num_shared = 0
+        self.num_index = sum(page.size for page in self.pages if page.stored)
         self.gain(owned)
 
     def put_back(self, page: Page) -> None:
@@ -308,6 +331,8 @@ class PhysicalPagePool:
         )
         assert self.num_owned == sum(size for number, size in owners if number), "the count of pages in use is off"
         assert self.num_shared == sum(size for number, size in owners if number > 1), "the count of shared pages is off"
+        num_index = sum(page.size for page in self.pages if page.stored and not page.owners)
+        assert self.num_index == num_index, "the count of pages that only stored sequences have is off"
         assert self.physical_bytes <= self.limit_bytes, "more physical memory than the limit allows"
         allocated = self.driver.allocated_bytes()
         assert allocated is None or allocated == self.physical_bytes, (

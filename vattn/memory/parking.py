@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 
 import numpy as np
 
@@ -41,11 +42,12 @@ class Parking:
         self.num_unparked = 0
         self._tops = tops
 
-    def park(self, slot: int, fences: Fences) -> None:
-        """The slot's sequence has ended: its pages are nobody's once the work before the fences is over."""
+    def park(self, slot: int, fences: Fences, rows: int = 0) -> None:
+        """The slot's sequence has ended: its pages, but those of its first rows, are nobody's once the work before the
+        fences is over."""
         for lane in self.lanes:
             lane.tops[slot] = max(int(lane.tops[slot]), lane.ends[slot])
-            lane.ends[slot] = 0
+            lane.ends[slot] = min(lane.ends[slot], lane.end_of(slot, lane.num_pages(rows)))  # a page goes whole
         self.fences.pop(slot, None)  # to the end of the line
         if self.any_in(slot):
             self.fences[slot] = fences
@@ -72,23 +74,22 @@ class Parking:
         """Unmap parked pages until ``count`` more are free or none is left. Returns whether any was unmapped.
 
         From the end of a slot's pages to its start, since the next sequence there needs the first ones soonest, and one
-        slot after another: first those where the host need not
-        wait for work to end, then the others, last those of ``sparing``; among equals the one released least recently.
+        slot after another: first those where the host need not wait for work to end, then the others; among equals the
+        one released least recently.
 
         Args:
             wait_for: called with fences that the host has to wait for, and whether any page was unmapped before; None
                 where it may not wait.
+            sparing: slots that keep their pages.
         """
         pool, sparing = self.pool, set(sparing)
         target = pool.num_free + count
         found = False
-        for busy, spared in (
-            ((False, False), (True, False), (True, True)) if wait_for else ((False, False), (False, True))
-        ):
+        for busy in (False, True) if wait_for else (False,):
             for slot, fences in tuple(self.fences.items()):
                 if pool.num_free >= target:
                     return found
-                if (slot in sparing) != spared or not (busy or fences.done()):
+                if slot in sparing or not (busy or fences.done()):
                     continue
                 if wait_for is not None:
                     wait_for(fences, found)
@@ -137,17 +138,17 @@ class Parking:
         for lane in self.lanes:
             yield from lane.parked(slot)
 
-    def num_pages(self, enough: int) -> int:
-        """Pages that are nobody's, since all their mappings are parked; looks no further than for ``enough`` of them,
-        since a full cache has thousands."""
+    def num_pages(self, enough: int, others: Iterable[Page] = ()) -> int:
+        """Pages that are nobody's, since all their mappings are parked or among ``others``; looks no further than for
+        ``enough`` of them, since a full cache has thousands."""
         aliases: Counter[Page] = Counter()
         found = 0
-        for slot in self.fences:
-            for _, page in self.pages_of(slot):
-                if found >= enough:
-                    return found
-                aliases[page] += 1
-                found += page.size if aliases[page] == len(page.maps) else 0
+        parked = (page for slot in self.fences for _, page in self.pages_of(slot))
+        for page in chain(parked, others):
+            if found >= enough:
+                return found
+            aliases[page] += 1
+            found += page.size if aliases[page] == len(page.maps) else 0
         return found
 
     def check_integrity(self) -> None:

@@ -11,7 +11,8 @@ from ..driver import Driver
 from ..errors import ConfigError
 from .lock import FairLock
 
-FREE, LIVE, RETIRED = 0, 1, 2  # retired: released while a step is open on it
+# Retired: ended while a step is open on it. Stored: ended, its rows kept for others; nobody's, as a free one.
+FREE, LIVE, RETIRED, STORED = range(4)
 
 
 class SlotStates:
@@ -19,8 +20,8 @@ class SlotStates:
 
     Attributes:
         lock: the cache's; it guards all of this.
-        state: per slot, FREE, LIVE or RETIRED.
-        seq_len: per slot, rows backed on request.
+        state: per slot, FREE, LIVE, RETIRED or STORED.
+        seq_len: per slot, rows backed on request; of a stored sequence, those that are left.
         reach: per slot, rows that it can grow to without a driver call: mapped, private, and no one else's data.
         generation: per slot, how many sequences it has had.
         num_cut: per slot, how often rows were taken from a sequence.

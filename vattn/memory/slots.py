@@ -13,12 +13,13 @@ from .backing import Backing
 from .lock import FairLock
 from .pages import Page
 from .planner import Growth, Plan, Rows, Split
-from .slot_states import FREE, LIVE, RETIRED, SlotStates
+from .slot_states import FREE, LIVE, RETIRED, STORED
+from .stored import StoredSequences
 from .undo import Undo, is_incomplete
-from .work import Fences, WorkTracker
+from .work import Fences
 
 
-class Slots(SlotStates):
+class Slots(StoredSequences):
     """The slots of one cache. Arguments are right: the methods of ``SlotStates`` have checked them.
 
     Attributes:
@@ -26,61 +27,67 @@ class Slots(SlotStates):
     """
 
     def __init__(self, backing: Backing, driver: Driver, max_slots: int, max_seq_len: int, lock: FairLock) -> None:
-        super().__init__(driver, max_slots, max_seq_len, lock)
-        self.backing, self.pool = backing, backing.pool
-        self.table = backing.table
-        self.parking = backing.table.parking
-        self.work = WorkTracker(driver, max_slots, lock)
-        # Where kernels do not mask what they read past the end: up to which row an older, longer self of a slot's
-        # sequence may have left its data.
-        self._stale_to: dict[int, int] = {}
+        super().__init__(backing, driver, max_slots, max_seq_len, lock)
         self.to_shrink: set[int] = set()
 
     # -- taking and ending ---------------------------------------------------------------------------------------
-    def find_free(self, slot: int | None, expect_len: int | None = None, to_share: bool = False) -> int:
-        """A free slot: the one named, or that which fits best.
+    def find_free(self, slot: int | None, expect_len: int | None = None, parent: int = -1) -> int:
+        """A free slot: the one named, or that which fits best. What is stored there is given up.
 
         That is the one with the most parked pages that ``expect_len`` rows (None: any number) can use, then with the
-        fewest others, then the lowest; for shared pages, which are mapped anew, that with the fewest parked ones.
+        fewest others, then the lowest; to fork a ``parent``, whose pages are mapped anew, that with the fewest parked
+        ones. Where none is free, or pages are so short that stored ones have to go anyway: that of the sequence stored
+        and not used for longest.
 
         Raises:
             OutOfSlots: it has a sequence, or all have.
         """
-        self._park_retired()
+        self.park_retired()
         if slot is not None:
             slot = self.number(slot)
-            if self.state[slot] != FREE:
+            if self.state[slot] not in (FREE, STORED) or slot == parent:
                 raise OutOfSlots(f"slot {slot} belongs to a sequence; release it first, or take another")
-            return slot
-        free = np.flatnonzero(self.state == FREE)
-        if not free.size:
-            raise OutOfSlots(f"all {self.max_slots} slots belong to sequences; release one, or raise max_slots")
-        if to_share:
-            return self.parking.emptiest(free)
-        return self.parking.best_fit(free, self.table.num_pages(expect_len or self.max_seq_len))
+        else:
+            free, stored = np.flatnonzero(self.state == FREE), self.least_recent(besides=parent)
+            if not free.size:
+                if stored is None:
+                    raise OutOfSlots(f"all {self.max_slots} slots belong to sequences; release one, or raise max_slots")
+                slot = stored
+            elif parent >= 0:
+                slot = self.parking.emptiest(free)
+            else:
+                slot = self.parking.best_fit(free, self.table.num_pages(expect_len or self.max_seq_len))
+                if stored is not None and expect_len is not None and self._takes_stored_pages(expect_len):
+                    slot = stored
+        if self.state[slot] == STORED:
+            self.drop(slot)
+        return slot
+
+    def _takes_stored_pages(self, rows: int) -> bool:
+        """Whether there are too few free and parked pages for a sequence of so many rows."""
+        pool = self.pool
+        return sum(self.table.num_pages(rows)) > pool.num_pages - pool.num_owned - pool.num_index + pool.num_creatable
 
     def start(self, slot: int) -> None:
         """Begin an empty sequence in a free slot."""
         self.generation[slot] += 1  # before a step can be entered
         self.state[slot] = LIVE
         self.seq_len[slot] = self.reach[slot] = 0
-        self._stale_to.pop(slot, None)
+        self.stale_to.pop(slot, None)
 
-    def end(self, slot: int) -> None:
-        """End a sequence; its pages stay mapped, for the next one in the slot or until they are needed elsewhere."""
+    def end(self, slot: int, keep: int = 0) -> None:
+        """End a sequence, and store its first rows; its other pages stay mapped, for the next one in the slot or until
+        they are needed elsewhere."""
         self.refuse_capture("release")
         self.work.submitted([slot])
         self.to_shrink.discard(slot)
         self.table.disown(slot)  # statistics do not count its pages as in use, even if a step keeps them for a while
+        if not self.table.over_read.masked:
+            self.stale_to[slot] = max(self.stale_to.get(slot, 0), int(self.seq_len[slot]))
+        self.kept_rows[slot] = keep
         self.seq_len[slot] = self.reach[slot] = 0
         self.state[slot] = RETIRED
-        self._park_retired()
-
-    def _park_retired(self) -> None:
-        for slot in self.with_state(RETIRED):
-            if not self.work.is_open(slot):
-                self.parking.park(slot, self.work.fences(slot))
-                self.state[slot] = FREE
+        self.park_retired()
 
     # -- growing -------------------------------------------------------------------------------------------------
     def ensure(self, slots: np.ndarray, seq_lens: np.ndarray, wait: bool) -> None:
@@ -109,7 +116,7 @@ class Slots(SlotStates):
         """
         old = self.seq_len
         self._back([Rows(slot, start := int(old[slot]), end, start) for slot, end in requests], wait)
-        look = self._stale_to or self.table.over_read.tokens
+        look = self.stale_to or self.table.over_read.tokens
         for slot, end in requests:
             self.seq_len[slot] = end
             if look:
@@ -134,7 +141,7 @@ class Slots(SlotStates):
                 if growth.slots_with_shared:
                     self.work.wait(list(growth.slots_with_shared), current_stream=True)
                 self._await_parked(growth)
-                stale = [slot for slot in slots if slot in self._stale_to]
+                stale = [slot for slot in slots if slot in self.stale_to]
                 self.work.hold(stale)  # a step that is entered now would not know of the wiping
                 try:
                     with self._transaction(slots) as undo:
@@ -157,7 +164,7 @@ class Slots(SlotStates):
         growth = Growth()
         for rows in targets:
             self.table.growth(rows, growth)
-        stale = any(rows.slot in self._stale_to for rows in targets)
+        stale = any(rows.slot in self.stale_to for rows in targets)
         if not (growth.num_pages or growth.adopted or growth.unparked or stale):
             return None
         self.refuse_capture("mapping a page")
@@ -173,12 +180,14 @@ class Slots(SlotStates):
         """Begin a sequence that shares the parent's first rows, in a free slot, which is returned."""
         if rows:
             self.refuse_capture("fork")
-        child = self.find_free(into, to_share=True)
+        child = self.find_free(into, parent=parent)
         if not rows:
             self.start(child)
             return child
+        if self.state[parent] == STORED:
+            self.use(parent)
         self.work.order_current_stream([parent])
-        with self.pool.shortage():
+        with self.pool.shortage(), self.reading(parent, rows):
             self.backing.clear_strays()
             while True:
                 plan = self.table.sharing(parent, child, rows)
@@ -213,7 +222,7 @@ class Slots(SlotStates):
         self.refuse_capture("truncate")
         table = self.table
         if not self.table.over_read.masked and rows < self.seq_len[slot]:
-            self._stale_to[slot] = max(self._stale_to.get(slot, 0), int(self.seq_len[slot]))
+            self.stale_to[slot] = max(self.stale_to.get(slot, 0), int(self.seq_len[slot]))
         if self.work.is_open(slot):
             self.work.submitted([slot])
             self._cut_to(slot, rows)
@@ -234,7 +243,7 @@ class Slots(SlotStates):
 
     def _wipe_stale(self, slot: int) -> None:
         """Wipe what a longer self of the sequence left where kernels read past the end and do not mask it."""
-        if slot in self._stale_to:
+        if slot in self.stale_to:
             self.work.order_current_stream([slot])
             with self._transaction([]) as undo:
                 self._wipe([slot], undo)
@@ -242,31 +251,31 @@ class Slots(SlotStates):
 
     def is_clean(self, slots: np.ndarray) -> bool:
         """Whether ``clean_over_read`` has nothing to do."""
-        return not self._stale_to or self._stale_to.keys().isdisjoint(slots.tolist())
+        return not self.stale_to or self.stale_to.keys().isdisjoint(slots.tolist())
 
     def clean_over_read(self, slots: np.ndarray) -> None:
         """Before kernels run that do not mask what they read past the end: nothing of a longer self may lie there.
 
         Pages that others share are copied, but for slots on which another step is open already.
         """
-        if not self._stale_to:
+        if not self.stale_to:
             return
-        stale = [slot for slot in slots.tolist() if slot in self._stale_to and not self.work.is_open(slot)]
+        stale = [slot for slot in slots.tolist() if slot in self.stale_to and not self.work.is_open(slot)]
         if stale:
             rows = self.seq_len[stale].tolist()
             self._back([Rows(slot, n, n, n) for slot, n in zip(stale, rows, strict=True) if n])
 
     def _wipe(self, stale: list[int], undo: Undo) -> None:
         for slot in stale:
-            rows, longest = int(self.seq_len[slot]), self._stale_to[slot]
+            rows, longest = int(self.seq_len[slot]), self.stale_to[slot]
             if longest <= rows or self.table.wipe(slot, rows, longest, undo):
-                del self._stale_to[slot]
+                del self.stale_to[slot]
 
     def _measure_reach(self, slot: int) -> None:
         self.reach[slot] = self._reach_of(slot, int(self.seq_len[slot]))
 
     def _reach_of(self, slot: int, rows: int) -> int:
-        if slot in self._stale_to:
+        if slot in self.stale_to:
             return rows  # growing has to wipe first
         reach = min(self.table.private_rows(slot, rows) - self.table.over_read.tokens, self.max_seq_len)
         if slot in self.to_shrink:  # what lies past its rows may be taken
@@ -342,7 +351,7 @@ class Slots(SlotStates):
         Returns:
             Whether pages of a sequence that was cut short were taken.
         """
-        self._park_retired()
+        self.park_retired()
         found = False
         if not self.to_shrink or (not wait and self.driver.is_capturing()):
             return found
@@ -359,7 +368,7 @@ class Slots(SlotStates):
         return found
 
     def trim(self, keep_bytes: int) -> int:
-        """Give free and parked pages back to the driver, but for ``keep_bytes``. Returns the bytes given back."""
+        """Give pages that no live sequence has back to the driver, but for ``keep_bytes``. Returns the bytes."""
         if not self.driver.is_capturing():
             self.finish_deferred(wait=False)
             self.unpark(self.pool.num_pages)
@@ -383,8 +392,10 @@ class Slots(SlotStates):
             return True
         if self.finish_deferred(wait):
             return False
-        num_parked = self.parking.num_pages(enough=asked - pool.num_available)
+        num_parked = self.num_reclaimable(enough=asked - pool.num_available)
         if num_parked < asked - pool.num_available:
+            if isinstance(plan, Growth) and self._drop_sharers(plan):
+                return False
             raise pool.out_of_pages(asked, "which memory_limit does not allow", num_parked)
         if not self.unpark(plan.num_pages - pool.num_available, plan.slots_adopting, wait) and not wait:
             raise pool.out_of_pages(asked, "of which some are still in use by the GPU")
@@ -402,8 +413,23 @@ class Slots(SlotStates):
         return bool(getattr(error, "out_of_memory", False)) and self.unpark(pool.num_pages, wait=wait)
 
     def unpark(self, count: int, sparing: Iterable[int] = (), wait: bool = True) -> bool:
-        """Unmap parked pages until ``count`` more are free or none is left. Returns whether any was unmapped."""
-        return self.parking.reclaim(count, self.lock.wait_for if wait else None, sparing)
+        """Unmap parked pages, then those of stored sequences, last those parked in the slots of ``sparing``, until
+        ``count`` more are free or none is left. Returns whether any was unmapped."""
+        pool, wait_for = self.pool, self.lock.wait_for if wait else None
+        target, sparing = pool.num_free + count, set(sparing)
+        found = self.parking.reclaim(count, wait_for, sparing)
+        while pool.num_free < target and self.give_up(target - pool.num_free, wait):
+            found |= self.parking.reclaim(target - pool.num_free, wait_for, sparing)
+        if sparing:
+            found |= self.parking.reclaim(target - pool.num_free, wait_for, ())
+        return found
+
+    def _drop_sharers(self, growth: Growth) -> bool:
+        """Give up the stored sequences whose pages would have to be copied, and need not be without them."""
+        found = [slot for slot in growth.slots_read if self.state[slot] == STORED]
+        for slot in found:
+            self.drop(slot)
+        return bool(found)
 
     # -- all or nothing ------------------------------------------------------------------------------------------
     def _transaction(self, slots: Iterable[int]) -> Undo:
@@ -414,7 +440,7 @@ class Slots(SlotStates):
         for slot in slots:
             over_read = self.table.over_read
             if not over_read.masked:
-                self._stale_to[slot] = int(self.seq_len[slot]) + over_read.tokens
+                self.stale_to[slot] = int(self.seq_len[slot]) + over_read.tokens
             readable = self.table.backed_rows(slot) - over_read.tokens
             self._cut_to(slot, max(0, min(int(self.seq_len[slot]), readable)))
             if self.state[slot] == LIVE:
