@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from vattn.errors import ConfigError
 
 from .chat_child import CPU_SECONDS, MEMORY_BYTES
 
-__all__ = ["render"]
+__all__ = ["harmless", "mapped", "render", "texts"]
 
 
 def render(template: str, variables: Mapping[str, Any]) -> str:
@@ -31,6 +31,49 @@ def render(template: str, variables: Mapping[str, Any]) -> str:
             far more than it was given.
     """
     return _child.ask({"template": template, "variables": dict(variables)})
+
+
+def texts(given: object) -> Iterator[str]:
+    """Every string in plain data, keys too."""
+    if isinstance(given, str):
+        yield given
+    elif isinstance(given, Mapping):
+        for key, value in given.items():
+            yield str(key)
+            yield from texts(value)
+    elif isinstance(given, (list, tuple)):
+        for value in given:
+            yield from texts(value)
+
+
+def mapped(given: Any, change: Callable[[str], str]) -> Any:
+    """Plain data with every string changed, keys too."""
+    if isinstance(given, str):
+        return change(given)
+    if isinstance(given, Mapping):
+        return {mapped(key, change): mapped(value, change) for key, value in given.items()}
+    if isinstance(given, (list, tuple)):
+        return [mapped(value, change) for value in given]
+    return given
+
+
+def harmless(given: Any) -> Any:
+    """Plain data with x for each character of a text that says something.
+
+    A name under ``role`` or ``type`` stays, as templates compare it with names of their own.
+    """
+    if isinstance(given, Mapping):
+        return {
+            key if _is_name(key) else f"x{i}": value if key in ("role", "type") and _is_name(value) else harmless(value)
+            for i, (key, value) in enumerate(given.items())
+        }
+    if isinstance(given, (list, tuple)):
+        return [harmless(value) for value in given]
+    return "x" * len(given) if isinstance(given, str) and given.strip() else given
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and value.isascii() and value.isidentifier()
 
 
 class _Child:
