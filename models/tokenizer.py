@@ -39,6 +39,8 @@ class Tokenizer:
         self._hf = hf_tokenizer
         self._declared = frozenset(stop_tokens)
         added = getattr(hf_tokenizer, "added_tokens_decoder", {})
+        self._added = {int(i) for i in added}
+        self._bytes: dict[int, bytes] = {}
         self._special = {int(i) for i, token in added.items() if token.special} | set(hf_tokenizer.all_special_ids)
         template = str(getattr(hf_tokenizer, "chat_template", None) or "")
         # Some markers that a template writes, as DeepSeek's <｜User｜>, are not marked special.
@@ -207,6 +209,34 @@ class Tokenizer:
     def decode(self, tokens: Sequence[int], skip_special: bool = True) -> str:
         """The text of ``tokens``, without special tokens or with them."""
         return self._hf.decode(list(tokens), skip_special_tokens=skip_special, clean_up_tokenization_spaces=False)
+
+    def token_bytes(self, token: int) -> bytes:
+        """What one token stands for, which may be a part of a character. Special tokens have their names."""
+        if token not in self._bytes:
+            self._bytes[token] = self._spelled(token)
+        return self._bytes[token]
+
+    def _spelled(self, token: int) -> bytes:
+        piece = self._hf.convert_ids_to_tokens(token)
+        if piece is None:  # a model may have more rows than its tokenizer has tokens
+            return b""
+        if token in self._added:
+            return piece.encode()
+        if match := re.fullmatch("<0x([0-9A-F]{2})>", piece):
+            return bytes([int(match[1], 16)])
+        if self._byte_letters and all(letter in self._byte_letters for letter in piece):
+            return bytes(self._byte_letters[letter] for letter in piece)
+        return piece.replace("▁", " ").encode()
+
+    @cached_property
+    def _byte_letters(self) -> dict[str, int]:
+        """The letters that a tokenizer of bytes writes for them (GPT-2's); none where it is one of characters."""
+        shown = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+        others = [byte for byte in range(256) if byte not in shown]
+        letters = {chr(byte): byte for byte in shown} | {chr(256 + i): byte for i, byte in enumerate(others)}
+        unknown = self._hf.unk_token_id
+        ids = [self._hf.convert_tokens_to_ids(letter) for letter in ("Ġ", "Ċ", "Ã")]
+        return letters if all(i is not None and i != unknown for i in ids) else {}
 
     def stream(self, skip_special: bool = True) -> TextStream:
         """A decoder for tokens that arrive one by one; special ones are left out or have their names as text."""

@@ -1,0 +1,250 @@
+"""From a request of OpenAI's interface to its answer: prompt, generation, format."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from fastapi import Request as HttpRequest
+from fastapi.responses import Response
+from pydantic_core import to_json
+
+from ..engine import AsyncEngine
+from ..errors import ConfigError
+from ..requests import Request
+from . import chat
+from .errors import ApiError
+from .formats import ChatFormat, CompletionFormat, usage_of
+from .generation import Choice, Generation
+from .health import Health
+from .protocol import ChatRequest, CompletionRequest, GenerationRequest, TokenizeRequest
+from .streams import DONE, EventStream, broken_off, event, unless_gone
+from .text import TextStream
+
+if TYPE_CHECKING:
+    from ..models import Tokenizer
+
+__all__ = ["Service", "Settings"]
+
+_log = logging.getLogger("vattn.serve")
+_Result = TypeVar("_Result")
+_MAX_STOP_TOKENS = 16  # of the engine
+_GRACE_S = 5.0  # after its deadline an engine that works has ended a request
+_HAS_SALT = any(each.name == "cache_salt" for each in fields(Request))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a server is told.
+
+    Attributes:
+        model_names: under which clients may ask; the first is the one that answers bear.
+        max_model_len: tokens of prompt and answer at most.
+        keys: any of which a client must show; none for no keys.
+        request_timeout_s: after which a request ends.
+        max_body_bytes, body_timeout_s: of what comes in.
+        is_local: answer only requests that name this machine as their host.
+    """
+
+    model_names: tuple[str, ...]
+    max_model_len: int
+    keys: tuple[str, ...] = ()
+    request_timeout_s: float = 600.0
+    max_body_bytes: int = 8 << 20
+    body_timeout_s: float = 30.0
+    is_local: bool = True
+
+
+class Service:
+    """Answers requests with one model.
+
+    Args:
+        serving: the engine.
+        tokenizer: of its model.
+        settings: see there.
+    """
+
+    def __init__(self, serving: AsyncEngine, tokenizer: Tokenizer, settings: Settings) -> None:
+        self.serving, self.tokenizer, self.settings = serving, tokenizer, settings
+        self.health = Health(serving)
+        # One thread: a tokenizer serves one caller at a time, and the chat template's process too.
+        self._worker = ThreadPoolExecutor(1, "vattn-prompts")
+        self._num_preparing = 0
+        self._max_queue = serving.engine.max_waiting or 1 << 20  # of prompts that wait for their tokens as well
+
+    # -- the three calls -----------------------------------------------------------------------------------------
+    async def chat(self, body: ChatRequest, http: HttpRequest) -> Response:
+        """``/v1/chat/completions``."""
+        name = self._begin(body.model)
+        variables = dict(body.chat_template_kwargs or {})
+        if body.add_generation_prompt is not None:
+            variables["add_generation_prompt"] = body.add_generation_prompt
+        tokens = await self._prepared(
+            http, lambda: chat.prompt_tokens(self.tokenizer, body.messages, None, **variables), "messages"
+        )
+        generation = self._generation(body, [tokens], "messages")
+        return await self._respond(body, generation, ChatFormat(name, self.tokenizer, bool(body.logprobs)), http)
+
+    async def complete(self, body: CompletionRequest, http: HttpRequest) -> Response:
+        """``/v1/completions``."""
+        name = self._begin(body.model)
+        prompts = await self._prepared(
+            http,
+            lambda: [self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in body.prompt],
+            "prompt",
+        )
+        generation = self._generation(body, prompts, "prompt")
+        style = CompletionFormat(name, self.tokenizer, body.logprobs is not None)
+        return await self._respond(body, generation, style, http)
+
+    async def tokenize(self, body: TokenizeRequest, http: HttpRequest) -> dict[str, Any]:
+        """``/tokenize``, as vLLM's."""
+        self._begin(body.model)
+
+        def encode() -> list[int]:
+            if body.prompt is not None:
+                return self.tokenizer.encode(body.prompt)
+            assert body.messages is not None
+            variables = {**(body.chat_template_kwargs or {}), "add_generation_prompt": body.add_generation_prompt}
+            return chat.prompt_tokens(self.tokenizer, body.messages, body.tools, **variables)
+
+        tokens = await self._prepared(http, encode, "prompt" if body.messages is None else "messages")
+        found: dict[str, Any] = {
+            "count": len(tokens),
+            "max_model_len": self.settings.max_model_len,
+            "tokens": tokens,
+            "token_strs": None,
+        }
+        if body.return_token_strs:
+            found["token_strs"] = [self.tokenizer.token_bytes(token).decode(errors="replace") for token in tokens]
+        return found
+
+    # -- on the way to the engine --------------------------------------------------------------------------------
+    def _begin(self, model: str | None) -> str:
+        """The name that the answer bears."""
+        if self.health.is_closing:
+            raise ApiError(503, "the server is shutting down", code="shutting_down", headers={"retry-after": "10"})
+        if model is not None and model not in self.settings.model_names:
+            known = ", ".join(self.settings.model_names)
+            raise ApiError(404, f"this server has no such model; it has {known}", param="model", code="model_not_found")
+        return model or self.settings.model_names[0]
+
+    async def _prepared(self, http: HttpRequest, make: Callable[[], _Result], field: str) -> _Result:
+        """What ``make`` returns in the worker's thread; ApiError 429 where too many wait for it."""
+        if self._num_preparing >= self._max_queue:
+            raise ApiError(429, "too many prompts wait to be read; send it again later", headers={"retry-after": "1"})
+        self._num_preparing += 1
+        try:
+            made = asyncio.get_running_loop().run_in_executor(self._worker, make)
+            return await unless_gone(http.receive, _awaited(made), self.settings.request_timeout_s)
+        except ConfigError as error:
+            raise ApiError.of_field(error, field) from error
+        finally:
+            self._num_preparing -= 1
+
+    def _generation(self, body: GenerationRequest, prompts: Sequence[Sequence[int]], field: str) -> Generation:
+        """Of requests with the client's settings."""
+        longest = max(map(len, prompts))
+        room = self.settings.max_model_len - longest
+        asked = body.token_limit
+        if room < 1 or (asked is not None and asked > room):
+            wanted = "" if asked is None else f" and {asked} new ones"
+            said = f"{longest} tokens of prompt{wanted}; {self.settings.max_model_len} together are possible"
+            raise _wrong(field if room < 1 else body.limit_field, said, "context_length_exceeded")
+        num_answers = body.num_samples * len(prompts)
+        if num_answers > self._max_queue:
+            raise _wrong("n", f"{num_answers} answers are more than may wait, which are {self._max_queue}")
+        stops = {*(() if body.ignore_eos else self.tokenizer.stop_tokens), *(body.stop_token_ids or ())}
+        if len(stops) > _MAX_STOP_TOKENS:
+            raise _wrong("stop_token_ids", f"{len(stops)} with the model's own; {_MAX_STOP_TOKENS} are accepted")
+        salt = {"cache_salt": body.cache_salt or body.user} if _HAS_SALT else {}
+        sampling = body.sampling(secrets.randbits(63))
+        requests = [
+            Request(
+                prompt_tokens=prompt,
+                max_new_tokens=room if asked is None else asked,
+                sampling=sampling,
+                stop_tokens=tuple(stops),
+                num_logprobs=body.num_logprobs,
+                n=body.num_samples,
+                priority=-(body.priority or 0),  # vLLM's lower ones come first
+                deadline_s=self.settings.request_timeout_s,
+                **salt,
+            )
+            for prompt in prompts
+        ]
+        skip = body.skip_special_tokens is not False
+        choices = [
+            Choice(index, TextStream(self.tokenizer, body.stop, skip), None, body.num_logprobs is not None)
+            for index in range(len(prompts) * body.num_samples)
+        ]
+        return Generation(self.serving, requests, choices)
+
+    # -- and back ------------------------------------------------------------------------------------------------
+    async def _respond(
+        self, body: GenerationRequest, generation: Generation, style: ChatFormat | CompletionFormat, http: HttpRequest
+    ) -> Response:
+        with self._noted():
+            await generation.start()
+        timeout_s = self.settings.request_timeout_s + _GRACE_S
+        if body.stream:
+            return EventStream(self._events(body, generation, style), generation.close, timeout_s)
+        answer = await unless_gone(http.receive, self._collected(generation, style), timeout_s)
+        return Response(to_json(answer), media_type="application/json")
+
+    async def _collected(self, generation: Generation, style: ChatFormat | CompletionFormat) -> dict[str, Any]:
+        with self._noted():
+            async for piece in generation.pieces():
+                style.add(piece)
+        return style.answer(generation.choices, usage_of(generation.num_prompt_tokens, generation.num_tokens))
+
+    async def _events(
+        self, body: GenerationRequest, generation: Generation, style: ChatFormat | CompletionFormat
+    ) -> AsyncGenerator[bytes, None]:
+        options = body.stream_options
+        with_usage = options is not None and bool(options.include_usage)
+        with_all = options is not None and bool(options.continuous_usage_stats)
+        try:
+            with self._noted():
+                async for piece in generation.pieces():
+                    for chunk in style.chunk(piece):
+                        if with_all:
+                            chunk["usage"] = usage_of(generation.num_prompt_tokens, generation.num_tokens)
+                        elif with_usage:
+                            chunk["usage"] = None
+                        yield event(chunk)
+            if with_usage:
+                yield event(style.usage_chunk(usage_of(generation.num_prompt_tokens, generation.num_tokens)))
+            yield DONE
+        except ApiError as error:
+            yield broken_off(error)
+        except Exception:
+            _log.exception("a stream failed")
+            yield broken_off(ApiError(500, "the server failed at this request; its log says why"))
+
+    @contextmanager
+    def _noted(self) -> Iterator[None]:
+        try:
+            yield
+        except ApiError as error:
+            if error.code == "engine_error":
+                self.health.failed()
+            raise
+
+    def close(self) -> None:
+        """End the thread that reads prompts."""
+        self._worker.shutdown(cancel_futures=True)
+
+
+def _wrong(field: str, said: str, code: str = "invalid_value") -> ApiError:
+    return ApiError(400, f"{field}: {said}", param=field, code=code)
+
+
+async def _awaited(future: Awaitable[_Result]) -> _Result:
+    return await future
