@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -64,7 +64,7 @@ class Choice:
     _tokens: list[StepToken] = field(default_factory=list)
     _has_calls: bool = False
 
-    def push(self, new: StepToken, stop_tokens: Sequence[int]) -> Piece | None:
+    def push(self, new: StepToken, stop_tokens: Collection[int]) -> Piece | None:
         """Another token, or the end, of this sample. None while there is nothing to show."""
         if self.finish_reason is not None:  # it met a stop string; others of the request go on
             return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from contextlib import aclosing
+from typing import Any
 
 from ..engine import AsyncEngine
 from ..errors import QueueFull
@@ -58,7 +59,8 @@ class Health:
     async def _probe(self) -> None:
         """One token of a prompt of one."""
         try:
-            async with asyncio.timeout(_PROBE_S), aclosing(self._serving.stream(Request([0], 1))) as stream:
+            tokens: Any = self._serving.stream(Request([0], 1))
+            async with asyncio.timeout(_PROBE_S), aclosing(tokens) as stream:
                 async for new in stream:
                     self._has_failed = new.finish_reason == "error"
         except QueueFull:  # it is busy, which is no failure

@@ -86,6 +86,9 @@ class Guard:
 
     async def _body(self, method: str, headers: list[tuple[bytes, bytes]], receive: Receive) -> bytes | None:
         """The whole body; None where the client went."""
+        names = [name for name, _ in headers]
+        if b"content-length" in names and b"transfer-encoding" in names:  # a proxy may see another end of the body
+            raise ApiError(400, "Content-Length and Transfer-Encoding were both given: give one of them")
         length = next((value for name, value in headers if name == b"content-length"), b"0")
         if not length.isdigit() or int(length[:20]) > self._max_bytes:
             raise self._too_large()

@@ -58,12 +58,21 @@ def _biases(value: Any) -> Any:
     return found
 
 
+def _text(value: str) -> str:
+    if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise ValueError("holds half of a surrogate pair, which is no text")
+    return value
+
+
+Text = Annotated[str, AfterValidator(_text)]
+
+
 def _prompts(value: Any) -> Any:
     """One prompt or several, each text or token ids, as a list."""
     if isinstance(value, str):
         return [value]
     if isinstance(value, list) and value:
-        if all(isinstance(each, int) and not isinstance(each, bool) for each in value):
+        if _are_ids(value):
             return [value]
         if all(isinstance(each, str) for each in value):
             return value
@@ -228,7 +237,7 @@ class ChatRequest(GenerationRequest):
 class CompletionRequest(GenerationRequest):
     """``/v1/completions``."""
 
-    prompt: Annotated[list[str | list[int]], BeforeValidator(_prompts), Field(max_length=MAX_CHOICES)]
+    prompt: Annotated[list[Text | list[int]], BeforeValidator(_prompts), Field(max_length=MAX_CHOICES)]
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     add_special_tokens: bool | None = None  # vLLM's
     echo: _refused("the answer holds new text only; join it to the prompt", False)  # type: ignore[valid-type]
@@ -256,7 +265,7 @@ class TokenizeRequest(_Model):
     """``/tokenize``, as vLLM's: a text or a chat."""
 
     model: Annotated[str, Field(max_length=1000)] | None = None
-    prompt: str | None = None
+    prompt: Text | None = None
     messages: Annotated[list[Data], Field(min_length=1, max_length=10_000)] | None = None
     tools: Annotated[list[Data], Field(max_length=128)] | None = None
     add_special_tokens: bool = True

@@ -163,7 +163,7 @@ class Service:
         stops = {*(() if body.ignore_eos else self.tokenizer.stop_tokens), *(body.stop_token_ids or ())}
         if len(stops) > _MAX_STOP_TOKENS:
             raise _wrong("stop_token_ids", f"{len(stops)} with the model's own; {_MAX_STOP_TOKENS} are accepted")
-        salt = {"cache_salt": body.cache_salt or body.user} if _HAS_SALT else {}
+        salt: dict[str, Any] = {"cache_salt": body.cache_salt or body.user} if _HAS_SALT else {}
         sampling = body.sampling(secrets.randbits(63))
         requests = [
             Request(
