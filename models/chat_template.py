@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
-import json
-import os
-import subprocess
-import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +10,7 @@ from vattn.arguments import escaped
 from vattn.errors import ConfigError
 
 from .chat_child import CPU_SECONDS, MEMORY_BYTES
+from .child import Child
 
 __all__ = ["harmless", "mapped", "render", "texts"]
 
@@ -30,7 +25,11 @@ def render(template: str, variables: Mapping[str, Any]) -> str:
         ConfigError: the template does not parse, raises, takes more than a second of CPU time or 512 MiB, or writes
             far more than it was given.
     """
-    return _child.ask({"template": template, "variables": dict(variables)})
+    answer = _child.ask({"template": template, "variables": dict(variables)})
+    if "text" in answer:
+        return answer["text"]
+    bounds = f"it takes more than {CPU_SECONDS:g} s of CPU time or {MEMORY_BYTES >> 20} MiB"
+    raise ConfigError(f"the model's chat template cannot be used: {escaped(answer.get('error', bounds), 300)}")
 
 
 def texts(given: object) -> Iterator[str]:
@@ -76,59 +75,4 @@ def _is_name(value: object) -> bool:
     return isinstance(value, str) and value.isascii() and value.isidentifier()
 
 
-class _Child:
-    """The process that renders. It is replaced after a failure, and in a process that was forked."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._process: subprocess.Popen[str] | None = None
-        self._owner = 0
-
-    def ask(self, request: dict[str, Any]) -> str:
-        line = json.dumps(request) + "\n"
-        with self._lock:
-            process = self._running()
-            try:
-                assert process.stdin is not None
-                assert process.stdout is not None
-                process.stdin.write(line)
-                process.stdin.flush()
-                reply = process.stdout.readline()
-            except BrokenPipeError:
-                reply = ""
-            except BaseException:  # the reply that is still to come would answer the next request
-                self._end(process)
-                raise
-            answer = json.loads(reply) if reply.endswith("\n") else {}
-            if "text" in answer:
-                return answer["text"]
-            self._end(process)
-        bounds = f"it takes more than {CPU_SECONDS:g} s of CPU time or {MEMORY_BYTES >> 20} MiB"
-        raise ConfigError(f"the model's chat template cannot be used: {escaped(answer.get('error', bounds), 300)}")
-
-    def _running(self) -> subprocess.Popen[str]:
-        if self._process is None or self._owner != os.getpid() or self._process.poll() is not None:
-            program = [sys.executable, "-I", "-S", str(Path(__file__).with_name("chat_child.py"))]
-            pipe = subprocess.PIPE
-            try:
-                process = subprocess.Popen(program, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
-            except OSError as error:
-                raise ConfigError(f"cannot start {sys.executable!r} to render a chat template: {error}") from error
-            assert process.stdin is not None
-            process.stdin.write(json.dumps([entry for entry in sys.path if entry]) + "\n")
-            self._process, self._owner = process, os.getpid()
-        return self._process
-
-    def close(self) -> None:
-        """End the process if it is this one's child."""
-        if self._process is not None and self._owner == os.getpid():
-            self._end(self._process)
-
-    def _end(self, process: subprocess.Popen[str]) -> None:
-        self._process = None
-        process.kill()
-        process.communicate()
-
-
-_child = _Child()
-atexit.register(_child.close)
+_child = Child(Path(__file__).with_name("chat_child.py"))

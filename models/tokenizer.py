@@ -87,6 +87,11 @@ class Tokenizer:
             raise ConfigError(f"cannot read a tokenizer from {path}: {said}") from error
 
     @property
+    def hf(self) -> Any:
+        """The transformers tokenizer."""
+        return self._hf
+
+    @property
     def has_chat_template(self) -> bool:
         """Whether the model comes with a template for chats."""
         return bool(getattr(self._hf, "chat_template", None))

@@ -59,8 +59,12 @@ def streamed(pieces: list[str], stops: list[str]) -> tuple[str, str | None]:
     return shown + stream.finish(), stream.stopped
 
 
-@pytest.mark.parametrize("seed", range(300))
-def test_stops_are_found_wherever_tokens_end(seed: int) -> None:
+def test_stops_are_found_wherever_tokens_end() -> None:
+    for seed in range(500):
+        check_stops(seed)
+
+
+def check_stops(seed: int) -> None:
     draw = random.Random(seed)
     letters = "ab" if seed % 2 else "aé\n🦊"
     text = "".join(draw.choices(letters, k=draw.randrange(40)))
@@ -108,7 +112,7 @@ def test_a_stop_may_be_what_stands_for_an_incomplete_character(tokenizer: Tokeni
 
 
 def test_special_tokens_have_text_where_they_are_wanted(tokenizer: Tokenizer) -> None:
-    tokens = [*tokenizer.encode("hi"), *tokenizer.stop_tokens]
+    tokens = [*tokenizer.encode("hi<|im_start|>"), *tokenizer.stop_tokens]
     hidden, told = TextStream(tokenizer), TextStream(tokenizer, skip_special=False)
     assert "".join(map(hidden.push, tokens)) + hidden.finish() == "hi"
-    assert "".join(map(told.push, tokens)) + told.finish() == "hi<|im_end|>"
+    assert "".join(map(told.push, tokens)) + told.finish() == "hi<|im_start|>"

@@ -20,7 +20,7 @@ class TextStream:
     Args:
         tokenizer: of the model.
         stops: strings that end the text, none of them empty.
-        skip_special: leave special tokens out; else their names are text.
+        skip_special: leave special tokens out; else their names are text, but for those that end an answer.
 
     Attributes:
         stopped: the stop string that was met; None so far. After it there is no more text.
@@ -29,12 +29,15 @@ class TextStream:
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), skip_special: bool = True) -> None:
         self.stopped: str | None = None
         self._tokens = tokenizer.stream(skip_special)
+        self._unseen = frozenset() if skip_special else tokenizer.stop_tokens
         self._stops = [_Search(stop) for stop in sorted(stops, key=len, reverse=True)]
         self._held = ""  # a beginning of a stop string
 
     def push(self, token: int) -> str:
         """Text that is certain now; empty while a character or a stop string may be incomplete."""
-        return "" if self.stopped is not None else self._passed(self._tokens.push(token))
+        if self.stopped is not None or token in self._unseen:
+            return ""
+        return self._passed(self._tokens.push(token))
 
     def finish(self) -> str:
         """The rest of the text; U+FFFD stands for an incomplete character."""
