@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Collection, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -15,13 +14,12 @@ from ..requests import Request, StepToken, checked_request
 from .errors import ApiError
 from .text import TextStream
 
-__all__ = ["Choice", "Generation", "Piece"]
+__all__ = ["Choice", "Generation", "Piece", "ToolReader"]
 
-_log = logging.getLogger("vattn.serve")
 _RETRY_AFTER_S = 1
 
 
-class ToolStream(Protocol):
+class ToolReader(Protocol):
     """Finds calls of tools in a text that comes in pieces."""
 
     def push(self, text: str) -> list[dict[str, Any]]: ...
@@ -57,7 +55,7 @@ class Choice:
 
     index: int
     text: TextStream
-    tools: ToolStream | None = None
+    tools: ToolReader | None = None
     wants_tokens: bool = False
     num_tokens: int = 0
     finish_reason: str | None = None
@@ -157,6 +155,8 @@ class Generation:
         try:
             async with aclosing(self._merged()) as tokens:
                 async for number, new in tokens:
+                    if isinstance(new.error, ConfigError) and self._requests[0].allowed_tokens is not None:
+                        raise ApiError(400, str(new.error), param="response_format", code="invalid_value")
                     if new.finish_reason == "error":
                         raise failure(new.error)
                     if new.finish_reason == "deadline":
@@ -234,6 +234,7 @@ async def _first_of(stream: AsyncIterator[StepToken]) -> StepToken | None:
 
 
 def failure(error: BaseException | None) -> ApiError:
-    """For the client. What the engine raised goes to the log."""
-    _log.error("the engine failed at a request: %r", error, exc_info=error)
-    return ApiError(503, "the engine failed at this request; the server's log says why", code="engine_error")
+    """For the client, with what the engine raised as its cause, which is for the log."""
+    found = ApiError(503, "the engine failed at this request; the server's log says why", code="engine_error")
+    found.__cause__ = error
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import resource
 import signal
 import socket
@@ -93,6 +94,7 @@ async def _serve(engine: Engine, tokenizer: Tokenizer, settings: Settings, opene
         timeout_keep_alive=int(Connection.idle_s),
         h11_max_incomplete_event_size=MAX_HEADER_BYTES,
     )
+    logging.getLogger("uvicorn.access").disabled = True  # its lines have the query; the guard writes others
     server = _Server(config, service, ready)
     looking = asyncio.ensure_future(_look(service))
     try:
@@ -106,7 +108,7 @@ async def _serve(engine: Engine, tokenizer: Tokenizer, settings: Settings, opene
         service.close()
         opened.close()
     if server.force_exit and num_cut:
-        raise VattnError(f"a second signal cut off {num_cut} requests")
+        raise VattnError(f"a second signal cut off {num_cut} request{'s' * (num_cut > 1)}")
     if server.signal == signal.SIGINT:
         raise KeyboardInterrupt
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import Request as HttpRequest
@@ -18,10 +19,11 @@ from pydantic_core import to_json
 from ..engine import AsyncEngine
 from ..errors import ConfigError
 from ..requests import Request
-from . import chat
+from . import chat, tools
 from .errors import ApiError
 from .formats import ChatFormat, CompletionFormat, usage_of
-from .generation import Choice, Generation
+from .generation import Choice, Generation, ToolReader
+from .grammar import Grammars
 from .health import Health
 from .protocol import ChatRequest, CompletionRequest, GenerationRequest, TokenizeRequest
 from .streams import DONE, EventStream, broken_off, event, unless_gone
@@ -61,6 +63,35 @@ class Settings:
     is_local: bool = True
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """Prompts as tokens, from which field, and how their answers are to be formed and read."""
+
+    field: str
+    prompts: Sequence[Sequence[int]]
+    form: dict[str, Any] | None
+    skip_special: bool
+    new_reader: Callable[[], ToolReader] | None = None
+
+
+class _Reader:
+    """Finds calls of tools in an answer: all, or the first."""
+
+    def __init__(self, parser: tools.ToolParser, names: Collection[str], several: bool) -> None:
+        self._stream, self._several = parser.stream(names), several
+
+    def push(self, text: str) -> list[dict[str, Any]]:
+        return self._wanted(self._stream.push(text))
+
+    def flush(self) -> list[dict[str, Any]]:
+        return self._wanted(self._stream.flush())
+
+    def _wanted(self, deltas: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [
+            each for each in deltas if self._several or all(not call["index"] for call in each.get("tool_calls", ()))
+        ]
+
+
 class Service:
     """Answers requests with one model.
 
@@ -73,8 +104,10 @@ class Service:
     def __init__(self, serving: AsyncEngine, tokenizer: Tokenizer, settings: Settings) -> None:
         self.serving, self.tokenizer, self.settings = serving, tokenizer, settings
         self.health = Health(serving)
+        self._grammars = Grammars(tokenizer, serving.engine.model.config.vocab_size)
         # One thread: a tokenizer serves one caller at a time, and the chat template's process too.
         self._worker = ThreadPoolExecutor(1, "vattn-prompts")
+        self._compiler = ThreadPoolExecutor(1, "vattn-grammars")  # of its own, as it may take seconds
         self._num_preparing = 0
         self._max_queue = serving.engine.max_waiting or 1 << 20  # of prompts that wait for their tokens as well
 
@@ -82,26 +115,40 @@ class Service:
     async def chat(self, body: ChatRequest, http: HttpRequest) -> Response:
         """``/v1/chat/completions``."""
         name = self._begin(body.model)
+        asked = await self._prepared(http, lambda: self._asked(body), "messages")
+        style = ChatFormat(name, self.tokenizer, bool(body.logprobs))
+        return await self._respond(body, asked, style, http)
+
+    def _asked(self, body: ChatRequest) -> _Asked:
+        """What a chat comes to, before the engine. In the worker's thread."""
         variables = dict(body.chat_template_kwargs or {})
         if body.add_generation_prompt is not None:
             variables["add_generation_prompt"] = body.add_generation_prompt
-        tokens = await self._prepared(
-            http, lambda: chat.prompt_tokens(self.tokenizer, body.messages, None, **variables), "messages"
-        )
-        generation = self._generation(body, [tokens], "messages")
-        return await self._respond(body, generation, ChatFormat(name, self.tokenizer, bool(body.logprobs)), http)
+        given, choice, several = body.tools or [], body.tool_choice or "auto", body.parallel_tool_calls is not False
+        chosen = tools.checked_tools(given, choice)
+        form, new_reader = body.response_format, None
+        skip_special = body.skip_special_tokens is not False
+        if chosen:
+            parser = tools.parser_for(self.tokenizer)
+            if parser is None:
+                raise ConfigError("tools are not possible: in which form this model writes calls is not known here")
+            form = tools.grammar_for(given, choice, parser, several) or form
+            skip_special = skip_special and parser.skip_special
+            names = [tool["function"]["name"] for tool in chosen]
+            new_reader = partial(_Reader, parser, names, several)
+        tokens = chat.prompt_tokens(self.tokenizer, body.messages, given if chosen else None, **variables)
+        return _Asked("messages", [tokens], form, skip_special, new_reader)
 
     async def complete(self, body: CompletionRequest, http: HttpRequest) -> Response:
         """``/v1/completions``."""
         name = self._begin(body.model)
-        prompts = await self._prepared(
-            http,
-            lambda: [self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in body.prompt],
-            "prompt",
-        )
-        generation = self._generation(body, prompts, "prompt")
-        style = CompletionFormat(name, self.tokenizer, body.logprobs is not None)
-        return await self._respond(body, generation, style, http)
+
+        def encode() -> _Asked:
+            prompts = [self.tokenizer.encode(each) if isinstance(each, str) else each for each in body.prompt]
+            return _Asked("prompt", prompts, body.response_format, body.skip_special_tokens is not False)
+
+        asked = await self._prepared(http, encode, "prompt")
+        return await self._respond(body, asked, CompletionFormat(name, self.tokenizer, body.logprobs is not None), http)
 
     async def tokenize(self, body: TokenizeRequest, http: HttpRequest) -> dict[str, Any]:
         """``/tokenize``, as vLLM's."""
@@ -129,34 +176,37 @@ class Service:
     def _begin(self, model: str | None) -> str:
         """The name that the answer bears."""
         if self.health.is_closing:
-            raise ApiError(503, "the server is shutting down", code="shutting_down", headers={"retry-after": "10"})
+            raise _shutting_down()
         if model is not None and model not in self.settings.model_names:
             known = ", ".join(self.settings.model_names)
             raise ApiError(404, f"this server has no such model; it has {known}", param="model", code="model_not_found")
         return model or self.settings.model_names[0]
 
-    async def _prepared(self, http: HttpRequest, make: Callable[[], _Result], field: str) -> _Result:
+    async def _prepared(
+        self, http: HttpRequest, make: Callable[[], _Result], field: str, worker: ThreadPoolExecutor | None = None
+    ) -> _Result:
         """What ``make`` returns in the worker's thread; ApiError 429 where too many wait for it."""
         if self._num_preparing >= self._max_queue:
             raise ApiError(429, "too many prompts wait to be read; send it again later", headers={"retry-after": "1"})
         self._num_preparing += 1
         try:
-            made = asyncio.get_running_loop().run_in_executor(self._worker, make)
+            made = asyncio.get_running_loop().run_in_executor(worker or self._worker, make)
             return await unless_gone(http.receive, _awaited(made), self.settings.request_timeout_s)
         except ConfigError as error:
             raise ApiError.of_field(error, field) from error
         finally:
             self._num_preparing -= 1
 
-    def _generation(self, body: GenerationRequest, prompts: Sequence[Sequence[int]], field: str) -> Generation:
+    def _generation(self, body: GenerationRequest, asked: _Asked, grammar: Any) -> Generation:
         """Of requests with the client's settings."""
+        prompts = asked.prompts
         longest = max(map(len, prompts))
         room = self.settings.max_model_len - longest
-        asked = body.token_limit
-        if room < 1 or (asked is not None and asked > room):
-            wanted = "" if asked is None else f" and {asked} new ones"
+        most = body.token_limit
+        if room < 1 or (most is not None and most > room):
+            wanted = "" if most is None else f" and {most} new ones"
             said = f"{longest} tokens of prompt{wanted}; {self.settings.max_model_len} together are possible"
-            raise _wrong(field if room < 1 else body.limit_field, said, "context_length_exceeded")
+            raise _wrong(asked.field if room < 1 else body.limit_field, said, "context_length_exceeded")
         num_answers = body.num_samples * len(prompts)
         if num_answers > self._max_queue:
             raise _wrong("n", f"{num_answers} answers are more than may wait, which are {self._max_queue}")
@@ -168,28 +218,39 @@ class Service:
         requests = [
             Request(
                 prompt_tokens=prompt,
-                max_new_tokens=room if asked is None else asked,
+                max_new_tokens=room if most is None else most,
                 sampling=sampling,
                 stop_tokens=tuple(stops),
                 num_logprobs=body.num_logprobs,
                 n=body.num_samples,
                 priority=-(body.priority or 0),  # vLLM's lower ones come first
                 deadline_s=self.settings.request_timeout_s,
+                allowed_tokens=grammar,
                 **salt,
             )
             for prompt in prompts
         ]
-        skip = body.skip_special_tokens is not False
         choices = [
-            Choice(index, TextStream(self.tokenizer, body.stop, skip), None, body.num_logprobs is not None)
-            for index in range(len(prompts) * body.num_samples)
+            Choice(
+                index,
+                TextStream(self.tokenizer, body.stop, asked.skip_special),
+                None if asked.new_reader is None else asked.new_reader(),
+                body.num_logprobs is not None,
+            )
+            for index in range(num_answers)
         ]
         return Generation(self.serving, requests, choices)
 
     # -- and back ------------------------------------------------------------------------------------------------
     async def _respond(
-        self, body: GenerationRequest, generation: Generation, style: ChatFormat | CompletionFormat, http: HttpRequest
+        self, body: GenerationRequest, asked: _Asked, style: ChatFormat | CompletionFormat, http: HttpRequest
     ) -> Response:
+        grammar = None
+        if asked.form is not None:
+            form = asked.form
+            compiled = lambda: self._grammars.for_format(form)  # noqa: E731
+            grammar = await self._prepared(http, compiled, "response_format", self._compiler)
+        generation = self._generation(body, asked, grammar)
         with self._noted():
             await generation.start()
         timeout_s = self.settings.request_timeout_s + _GRACE_S
@@ -233,13 +294,22 @@ class Service:
         try:
             yield
         except ApiError as error:
-            if error.code == "engine_error":
-                self.health.failed()
+            if error.code != "engine_error":
+                raise
+            if self.health.is_closing:
+                raise _shutting_down() from error
+            _log.error("the engine failed at a request", exc_info=error.__cause__)
+            self.health.failed()
             raise
 
     def close(self) -> None:
-        """End the thread that reads prompts."""
-        self._worker.shutdown(cancel_futures=True)
+        """End the threads."""
+        for worker in (self._worker, self._compiler):
+            worker.shutdown(cancel_futures=True)
+
+
+def _shutting_down() -> ApiError:
+    return ApiError(503, "the server is shutting down", code="shutting_down", headers={"retry-after": "10"})
 
 
 def _wrong(field: str, said: str, code: str = "invalid_value") -> ApiError:
