@@ -46,7 +46,7 @@ def is_open(url: str) -> bool:
     host, port = url.split("/")[2].split(":")
     try:
         socket.create_connection((host, int(port)), timeout=60).close()
-    except ConnectionRefusedError:
+    except ConnectionError:
         return False
     return True
 

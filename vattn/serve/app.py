@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
-from . import errors
+from . import errors, status
 from .errors import ApiError
 from .limits import Guard
 from .protocol import ChatRequest, CompletionRequest, TokenizeRequest
@@ -32,15 +32,16 @@ def create_app(serving: AsyncEngine, tokenizer: Tokenizer, settings: Settings) -
     """
     # No pages of documentation, which load scripts of others, and no redirects, which trust the host that is named.
     app = FastAPI(title="vattn", openapi_url=None, redirect_slashes=False)
+    service = app.state.service = Service(serving, tokenizer, settings)
     app.add_middleware(
         Guard,
+        observe=service.metrics.observe_response,
         keys=settings.keys,
         max_body_bytes=settings.max_body_bytes,
         body_timeout_s=settings.body_timeout_s,
         is_local=settings.is_local,
     )
     errors.install(app)
-    service = app.state.service = Service(serving, tokenizer, settings)
     began_s = int(time.time())
 
     @app.post("/v1/chat/completions")
@@ -75,5 +76,20 @@ def create_app(serving: AsyncEngine, tokenizer: Tokenizer, settings: Settings) -
         if trouble is not None:
             raise ApiError(503, trouble, code="unhealthy")
         return JSONResponse({})
+
+    @app.get("/metrics")
+    async def _() -> Response:
+        text, kind = service.metrics.render()
+        return Response(text, headers={"content-type": kind})
+
+    @app.get("/")
+    async def _() -> Response:
+        headers = {"content-security-policy": status.CONTENT_SECURITY_POLICY, "x-content-type-options": "nosniff"}
+        return Response(status.page(), headers=headers, media_type="text/html")
+
+    @app.get("/status.json")
+    async def _() -> Response:
+        found = status.snapshot(serving.engine, settings.model_names[0])
+        return JSONResponse(found, headers={"cache-control": "no-store"})
 
     return app

@@ -44,6 +44,7 @@ class _Format:
 
     def __init__(self, model: str, tokenizer: Tokenizer, with_logprobs: bool) -> None:
         self.tokenizer, self.with_logprobs = tokenizer, with_logprobs
+        self.began_s = time.monotonic()
         self._frame = {"id": f"{self.prefix}{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
         self._pieces: dict[int, list[Piece]] = {}
 

@@ -7,7 +7,7 @@ import hmac
 import ipaddress
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -34,11 +34,19 @@ class Guard:
         body_timeout_s: in which a body must have come.
         is_local: answer only requests that name this machine as their host. Else a page of another site, whose name
             was made to point here, could ask in the name of whoever looks at it.
+        observe: is told the route and the status of each answer.
     """
 
     def __init__(
-        self, app: ASGIApp, keys: Sequence[str], max_body_bytes: int, body_timeout_s: float, is_local: bool
+        self,
+        app: ASGIApp,
+        keys: Sequence[str],
+        max_body_bytes: int,
+        body_timeout_s: float,
+        is_local: bool,
+        observe: Callable[[str, int], None],
     ) -> None:
+        self._observe = observe
         self._app, self._keys = app, [key.encode() for key in keys]
         self._max_bytes, self._timeout_s, self._is_local = max_body_bytes, body_timeout_s, is_local
 
@@ -48,22 +56,30 @@ class Guard:
         timer = scope.get("state", {}).get(_TIMER)
         if timer is not None:
             timer.stop()
-        send, status, began_s = _watched(send)
+        began_s, status = time.monotonic(), 499  # the client went
+
+        async def watched(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
         try:
             headers = [(name.lower(), value) for name, value in scope["headers"]]
             try:
                 self._admit(scope["path"], headers)
                 body = await self._body(scope["method"], headers, receive)
             except ApiError as error:
-                return await self._refuse(error, scope, receive, send)
+                return await self._refuse(error, scope, receive, watched)
             if body is not None:
-                await self._app(scope, _replay(body, receive), send)
+                await self._app(scope, _replay(body, receive), watched)
         finally:
             if timer is not None:
                 timer.start()
             # No query: somebody may have put a prompt or a key there.
-            asked = scope["method"], escaped(scope["path"]), status[-1], time.monotonic() - began_s
+            asked = scope["method"], escaped(scope["path"]), status, time.monotonic() - began_s
             _log.info('"%s %s" %s in %.3f s', *asked)
+            self._observe(getattr(scope.get("route"), "path", "other"), status)
         return None
 
     def _admit(self, path: str, headers: list[tuple[bytes, bytes]]) -> None:
@@ -154,18 +170,6 @@ def _is_this_machine(host: bytes) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _watched(send: Send) -> tuple[Send, list[int | str], float]:
-    """``send``, the status that it sends in a list, and now."""
-    status: list[int | str] = ["without an answer"]
-
-    async def watched(message: Message) -> None:
-        if message["type"] == "http.response.start":
-            status.append(message["status"])
-        await send(message)
-
-    return watched, status, time.monotonic()
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -196,7 +196,7 @@ class ChatRequest(GenerationRequest):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     tools: Annotated[list[Data], Field(max_length=128)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | Data | None = None
+    tool_choice: Annotated[Any, AfterValidator(_plain)] = None  # checked with the tools
     parallel_tool_calls: bool | None = None
     # vLLM's
     add_generation_prompt: bool | None = None

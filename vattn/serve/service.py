@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from .formats import ChatFormat, CompletionFormat, usage_of
 from .generation import Choice, Generation, ToolReader
 from .grammar import Grammars
 from .health import Health
+from .metrics import Metrics
 from .protocol import ChatRequest, CompletionRequest, GenerationRequest, TokenizeRequest
 from .streams import DONE, EventStream, broken_off, event, unless_gone
 from .text import TextStream
@@ -104,6 +106,7 @@ class Service:
     def __init__(self, serving: AsyncEngine, tokenizer: Tokenizer, settings: Settings) -> None:
         self.serving, self.tokenizer, self.settings = serving, tokenizer, settings
         self.health = Health(serving)
+        self.metrics = Metrics(serving.engine, settings.model_names[0])
         self._grammars = Grammars(tokenizer, serving.engine.model.config.vocab_size)
         # One thread: a tokenizer serves one caller at a time, and the chat template's process too.
         self._worker = ThreadPoolExecutor(1, "vattn-prompts")
@@ -115,8 +118,8 @@ class Service:
     async def chat(self, body: ChatRequest, http: HttpRequest) -> Response:
         """``/v1/chat/completions``."""
         name = self._begin(body.model)
-        asked = await self._prepared(http, lambda: self._asked(body), "messages")
         style = ChatFormat(name, self.tokenizer, bool(body.logprobs))
+        asked = await self._prepared(http, lambda: self._asked(body), "messages")
         return await self._respond(body, asked, style, http)
 
     def _asked(self, body: ChatRequest) -> _Asked:
@@ -147,8 +150,8 @@ class Service:
             prompts = [self.tokenizer.encode(each) if isinstance(each, str) else each for each in body.prompt]
             return _Asked("prompt", prompts, body.response_format, body.skip_special_tokens is not False)
 
-        asked = await self._prepared(http, encode, "prompt")
-        return await self._respond(body, asked, CompletionFormat(name, self.tokenizer, body.logprobs is not None), http)
+        style = CompletionFormat(name, self.tokenizer, body.logprobs is not None)
+        return await self._respond(body, await self._prepared(http, encode, "prompt"), style, http)
 
     async def tokenize(self, body: TokenizeRequest, http: HttpRequest) -> dict[str, Any]:
         """``/tokenize``, as vLLM's."""
@@ -254,9 +257,13 @@ class Service:
         with self._noted():
             await generation.start()
         timeout_s = self.settings.request_timeout_s + _GRACE_S
+        close = partial(self._end, generation, style)
         if body.stream:
-            return EventStream(self._events(body, generation, style), generation.close, timeout_s)
-        answer = await unless_gone(http.receive, self._collected(generation, style), timeout_s)
+            return EventStream(self._events(body, generation, style), close, timeout_s)
+        try:
+            answer = await unless_gone(http.receive, self._collected(generation, style), timeout_s)
+        finally:
+            await close()
         return Response(to_json(answer), media_type="application/json")
 
     async def _collected(self, generation: Generation, style: ChatFormat | CompletionFormat) -> dict[str, Any]:
@@ -288,6 +295,15 @@ class Service:
         except Exception:
             _log.exception("a stream failed")
             yield broken_off(ApiError(500, "the server failed at this request; its log says why"))
+
+    async def _end(self, generation: Generation, style: ChatFormat | CompletionFormat) -> None:
+        await generation.close()
+        self.metrics.observe_request(
+            num_prompt_tokens=generation.num_prompt_tokens,
+            num_new_tokens=generation.num_tokens,
+            finish_reasons=[choice.finish_reason for choice in generation.choices],
+            seconds=time.monotonic() - style.began_s,
+        )
 
     @contextmanager
     def _noted(self) -> Iterator[None]:
