@@ -173,6 +173,7 @@ def test_with_a_key(guarded: Running) -> None:
         "/health\\..\\v1\\models",
         "http://localhost/v1/models",
         "/metrics",
+        "/status.json",
         "/docs",
         "/openapi.json",
         "/tokenize",

@@ -132,4 +132,4 @@ def test_without_the_packages(folder: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
-    assert "needs the package fastapi: pip install 'vattn[serve]'" in done.stderr
+    assert "needs the package fastapi: pip install 'vattn[hf,serve]'" in done.stderr

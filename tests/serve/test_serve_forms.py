@@ -78,6 +78,7 @@ def test_a_schema_for_plain_completions_and_streams(client: openai.OpenAI, asked
     "form",
     [
         {"type": "xml"},
+        {"type": "structural_tag", "format": {"type": "any_text"}},
         {},
         {"type": "json_schema"},
         of_schema({"type": "no such type"}),

@@ -16,6 +16,7 @@ _MAX_STOPS = 16
 _MAX_STOP_LENGTH = 1000
 _MAX_DEPTH = 64
 _INT64 = 2**63
+_FORMS = ("text", "json_object", "json_schema")
 
 
 def _plain(value: Any) -> Any:
@@ -144,9 +145,11 @@ class GenerationRequest(_Model):
     prompt_cache_options: Data | None = None
 
     @model_validator(mode="after")
-    def _options_of_streams(self) -> GenerationRequest:
+    def _fits_together(self) -> GenerationRequest:
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options needs stream: true")
+        if self.response_format is not None and self.response_format.get("type") not in _FORMS:
+            raise ValueError(f"response_format.type must be one of {', '.join(_FORMS)}")
         return self
 
     @property

@@ -139,7 +139,7 @@ class Service:
             skip_special = skip_special and parser.skip_special
             names = [tool["function"]["name"] for tool in chosen]
             new_reader = partial(_Reader, parser, names, several)
-        tokens = chat.prompt_tokens(self.tokenizer, body.messages, given if chosen else None, **variables)
+        tokens = chat.prompt_tokens(self.tokenizer, body.messages, chosen or None, **variables)
         return _Asked("messages", [tokens], form, skip_special, new_reader)
 
     async def complete(self, body: CompletionRequest, http: HttpRequest) -> Response:
@@ -200,7 +200,7 @@ class Service:
         finally:
             self._num_preparing -= 1
 
-    def _generation(self, body: GenerationRequest, asked: _Asked, grammar: Any) -> Generation:
+    def _generation(self, body: GenerationRequest, asked: _Asked, grammars: Sequence[Any]) -> Generation:
         """Of requests with the client's settings."""
         prompts = asked.prompts
         longest = max(map(len, prompts))
@@ -231,7 +231,7 @@ class Service:
                 allowed_tokens=grammar,
                 **salt,
             )
-            for prompt in prompts
+            for prompt, grammar in zip(prompts, grammars, strict=True)
         ]
         choices = [
             Choice(
@@ -248,12 +248,18 @@ class Service:
     async def _respond(
         self, body: GenerationRequest, asked: _Asked, style: ChatFormat | CompletionFormat, http: HttpRequest
     ) -> Response:
-        grammar = None
-        if asked.form is not None:
-            form = asked.form
-            compiled = lambda: self._grammars.for_format(form)  # noqa: E731
-            grammar = await self._prepared(http, compiled, "response_format", self._compiler)
-        generation = self._generation(body, asked, grammar)
+        grammars: Sequence[Any] = [None] * len(asked.prompts)
+        if (form := asked.form) is not None:
+            if body.ignore_eos or body.min_tokens:
+                raise _wrong(
+                    "ignore_eos" if body.ignore_eos else "min_tokens", "a given form says where an answer ends"
+                )
+
+            def compiled() -> list[Any]:
+                return [self._grammars.for_format(form) for _ in asked.prompts]
+
+            grammars = await self._prepared(http, compiled, "response_format", self._compiler)
+        generation = self._generation(body, asked, grammars)
         with self._noted():
             await generation.start()
         timeout_s = self.settings.request_timeout_s + _GRACE_S
