@@ -31,7 +31,6 @@ class Child:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
         self._owner = 0
-        atexit.register(self.close)
 
     def ask(self, question: dict[str, Any]) -> dict[str, Any]:
         """What it answers; nothing where it ends instead. An answer with an ``error`` is its last.
@@ -59,7 +58,7 @@ class Child:
         return {name: value for name, value in answer.items() if value is not None}
 
     def close(self) -> None:
-        """End the process if it is this one's child."""
+        """End the process if it is this one's child. Another question starts another."""
         if self._process is not None and self._owner == os.getpid():
             self._end(self._process)
 
@@ -76,9 +75,11 @@ class Child:
             if self._greeting is not None:
                 process.stdin.write(json.dumps(self._greeting) + "\n")
             self._process, self._owner = process, os.getpid()
+            atexit.register(self.close)
         return self._process
 
     def _end(self, process: subprocess.Popen[str]) -> None:
         self._process = None
+        atexit.unregister(self.close)
         process.kill()
         process.communicate()

@@ -43,7 +43,7 @@ def tokenizer() -> Tokenizer:
 def grammars(tokenizer: Tokenizer) -> Iterator[Grammars]:
     grammars = Grammars(tokenizer, VOCAB)
     yield grammars
-    grammars._child.close()
+    grammars.close()
 
 
 def json_schema(schema: Any) -> dict[str, Any]:

@@ -223,7 +223,7 @@ def family(request: pytest.FixtureRequest) -> Iterator[tuple[Tokenizer, Grammars
     tokenizer = tokenizer_for(TEMPLATES[request.param])
     grammars = Grammars(tokenizer, len(tokenizer.hf) + -len(tokenizer.hf) % 32)
     yield tokenizer, grammars
-    grammars._child.close()
+    grammars.close()
 
 
 @pytest.mark.parametrize("seed", range(4))

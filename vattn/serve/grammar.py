@@ -70,6 +70,12 @@ class Grammars:
         """
         self.for_format({"type": "json_object"})
 
+    def close(self) -> None:
+        """End the process. Another form that is not remembered starts it again."""
+        with self._lock:
+            if "_child" in vars(self):
+                self._child.close()
+
     @cached_property
     def _info(self) -> Any:
         try:

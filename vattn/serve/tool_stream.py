@@ -269,13 +269,9 @@ class ToolStream:
         self._spaces, self._raw, self._follows_call = "", "", True
         # Templates of Mistral take ids of nine letters and digits only.
         made = secrets.token_hex(5)[:9] if self._form.name == "mistral" else f"call_{secrets.token_hex(12)}"
-        call = {
-            "id": call_id or made,
-            "type": "function",
-            "function": {"name": name, "arguments": ""},
-        }
-        self._calls.append(call)
-        first = {"index": len(self._calls) - 1, **call, "function": dict(call["function"])}
+        call = {"id": call_id or made, "type": "function"}
+        self._calls.append(call | {"function": {"name": name, "arguments": ""}})
+        first = {"index": len(self._calls) - 1, **call, "function": {"name": name, "arguments": ""}}
         self._deltas.append({"tool_calls": [first]})
 
     def _add_arguments(self, part: str) -> None:
