@@ -325,9 +325,10 @@ class Service:
             raise
 
     def close(self) -> None:
-        """End the threads."""
+        """End the threads, and the process that compiles grammars."""
         for worker in (self._worker, self._compiler):
             worker.shutdown(cancel_futures=True)
+        self._grammars.close()
 
 
 def _shutting_down() -> ApiError:
