@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -14,8 +15,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 from helpers.cli import COMMAND, ON_CPU, called
+
+from vattn.errors import ConfigError
+from vattn.models.loader import find
 
 LONG: dict[str, Any] = {"prompt": "the fox", "stream": True, "ignore_eos": True, "temperature": 0}
 
@@ -133,3 +138,22 @@ def test_without_the_packages(folder: Path) -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert "needs the package fastapi: pip install 'vattn[hf,serve]'" in done.stderr
+
+
+def test_the_model_that_comes_as_a_package() -> None:
+    try:
+        find("smollm2")
+    except ConfigError as reason:
+        if os.environ.get("VATTN_REQUIRE_MODEL"):
+            raise
+        pytest.skip(str(reason))
+    question = {"role": "user", "content": "What is the capital of France? Answer in one word."}
+    with serving("smollm2", "--max-model-len", "512") as (_, url):
+        client = openai.OpenAI(base_url=url, api_key="none", timeout=300)
+        asked: dict[str, Any] = {"model": "smollm2", "messages": [question], "temperature": 0, "max_tokens": 12}
+        whole = client.chat.completions.create(**asked).choices[0]
+        chunks = client.chat.completions.create(**asked, stream=True)
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    assert whole.message.content == text
+    assert "Paris" in text
+    assert whole.finish_reason == "stop"
