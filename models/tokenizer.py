@@ -14,7 +14,7 @@ from typing import Any
 from vattn.arguments import escaped
 from vattn.errors import ConfigError
 
-from .chat_template import render
+from .chat_template import harmless, mapped, render, texts
 from .files import lacks_package
 
 __all__ = ["TextStream", "Tokenizer"]
@@ -39,6 +39,8 @@ class Tokenizer:
         self._hf = hf_tokenizer
         self._declared = frozenset(stop_tokens)
         added = getattr(hf_tokenizer, "added_tokens_decoder", {})
+        self._added = {int(i) for i in added}
+        self._bytes: dict[int, bytes] = {}
         self._special = {int(i) for i, token in added.items() if token.special} | set(hf_tokenizer.all_special_ids)
         template = str(getattr(hf_tokenizer, "chat_template", None) or "")
         # Some markers that a template writes, as DeepSeek's <｜User｜>, are not marked special.
@@ -85,6 +87,11 @@ class Tokenizer:
             raise ConfigError(f"cannot read a tokenizer from {path}: {said}") from error
 
     @property
+    def hf(self) -> Any:
+        """The transformers tokenizer."""
+        return self._hf
+
+    @property
     def has_chat_template(self) -> bool:
         """Whether the model comes with a template for chats."""
         return bool(getattr(self._hf, "chat_template", None))
@@ -104,7 +111,8 @@ class Tokenizer:
             answer = "ANSWER"
             messages = [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": answer}]
             try:
-                after = self._ids(self._render(messages, add_generation_prompt=False).rpartition(answer)[2])
+                text = self._render({"messages": messages, "tools": None, "documents": None}, False)
+                after = self._ids(text.rpartition(answer)[2])
             except ConfigError:
                 after = []
             if after and after[0] in self._special:
@@ -119,14 +127,34 @@ class Tokenizer:
         """
         return self._ids(text, add_special_tokens=True)
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    @property
+    def takes_tools(self) -> bool:
+        """Whether the chat template shows the model the tools that it may call."""
+        return self.has_chat_template and re.search(r"\btools\b", self._template(True)) is not None
+
+    def template_mentions(self, text: str) -> bool:
+        """Whether the chat template has this in it, as a role or a marker."""
+        return self.has_chat_template and text in self._template(True)
+
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> list[int]:
         """Token ids of a chat up to where the assistant's answer begins.
 
-        Messages are text: a marker in one (``<|im_start|>``) is spelled in ordinary tokens and begins no turn. Only the
-        template's own markers become their tokens.
+        What is given is text: a marker in it (``<|im_start|>``) is spelled in ordinary tokens and begins no turn. Only
+        the template's own markers become their tokens.
 
         Args:
-            messages: dictionaries with ``role`` and ``content``.
+            messages: dictionaries with ``role`` and ``content``, both strings; the rest, as ``tool_calls``, is for the
+                template, and plain enough for JSON.
+            tools: what the model may call, as JSON schemas of functions, where the template takes them.
+            add_generation_prompt: begin the assistant's answer.
+            variables: of the template, as ``enable_thinking``.
 
         Raises:
             ConfigError: no chat template, or one that cannot be used (see ``chat_template.render``); messages that are
@@ -137,36 +165,41 @@ class Tokenizer:
         chat = [_checked(message) for message in messages]
         if not chat:
             raise ConfigError("a chat needs at least one message")
-        ids = self._chat_ids(chat)
-        if self._may_forge(chat):
+        given = {"documents": None, **variables, "messages": chat, "tools": list(tools) if tools else None}
+        for name in variables:
+            if name in self._hf.special_tokens_map or name in ("messages", "tools"):
+                raise ConfigError(f"{escaped(name)} is not to be set as a variable of the chat template")
+        ids = self._chat_ids(given, add_generation_prompt)
+        if self._may_forge(given):
             # A normaliser or the template may turn other text into a marker. Compare the number of markers with that
             # of a chat in which only the assistant says anything.
-            harmless = [message if message["role"] == "assistant" else _harmless(message) for message in chat]
-            if self._num_markers(ids) - self._num_markers(self._chat_ids(harmless)):
+            plain = given | {
+                "messages": [message if message["role"] == "assistant" else harmless(message) for message in chat],
+                "tools": harmless(given["tools"]),
+            }
+            if self._num_markers(ids) - self._num_markers(self._chat_ids(plain, add_generation_prompt)):
                 raise ConfigError("a message becomes a marker of the chat, such as the end of a turn: take it out")
         return ids
 
-    def _may_forge(self, chat: list[dict[str, str]]) -> bool:
-        """Whether a message has a character that markers begin with, or a compatibility form of one."""
+    def _may_forge(self, given: object) -> bool:
+        """Whether a text in it has a character that markers begin with, or a compatibility form of one."""
         first = {marker[0] for marker in self._control if not marker.isalnum()}
-        return any(
-            first.intersection(unicodedata.normalize("NFKC", text)) for message in chat for text in message.values()
-        )
+        return any(first.intersection(unicodedata.normalize("NFKC", text)) for text in texts(given))
 
     def _num_markers(self, ids: list[int]) -> Counter[int]:
         return Counter(token for token in ids if token in self._control_ids)
 
-    def _chat_ids(self, chat: list[dict[str, str]]) -> list[int]:
+    def _chat_ids(self, given: dict[str, Any], add_generation_prompt: bool) -> list[int]:
         markers = re.compile("|".join(map(re.escape, sorted(self._control, key=len, reverse=True))) or "(?!)")
-        if not any(markers.search(text) for message in chat for text in message.values()):
-            return self._ids(self._render(chat, add_generation_prompt=True))
+        if not any(markers.search(text) for text in texts(given)):
+            return self._ids(self._render(given, add_generation_prompt))
 
-        # Put each marker of the messages between two strings that nobody can guess, render, and find them in the text.
+        # Put each marker that was given between two strings that nobody can guess, render, and find them in the text.
         # Where the template cut a message, one string of a pair may be missing; the text is split there all the same.
         key = f"{secrets.randbelow(10**20):020}"
         start, end = f"\ue000{key}\ue001", f"\ue002{key}\ue001"
-        chat = [{k: markers.sub(rf"{start}\g<0>{end}", text) for k, text in message.items()} for message in chat]
-        text = self._render(chat, add_generation_prompt=True)
+        marked = mapped(given, lambda text: markers.sub(rf"{start}\g<0>{end}", text))
+        text = self._render(marked, add_generation_prompt)
         ids: list[int] = []
         for number, piece in enumerate(re.split(f"{start}({markers.pattern}){end}|{start}|{end}", text)):
             if piece and number % 2:
@@ -178,12 +211,42 @@ class Tokenizer:
                 ids += self._continued(piece) if ids else self._ids(piece)
         return ids
 
-    def decode(self, tokens: Sequence[int]) -> str:
-        """The text of ``tokens``, without special tokens."""
-        return self._hf.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    def decode(self, tokens: Sequence[int], skip_special: bool = True) -> str:
+        """The text of ``tokens``, without special tokens or with them."""
+        return self._hf.decode(list(tokens), skip_special_tokens=skip_special, clean_up_tokenization_spaces=False)
 
-    def stream(self) -> TextStream:
-        """A decoder for tokens that arrive one by one."""
+    def token_bytes(self, token: int) -> bytes:
+        """What one token stands for, which may be a part of a character. Special tokens have their names."""
+        if token not in self._bytes:
+            self._bytes[token] = self._spelled(token)
+        return self._bytes[token]
+
+    def _spelled(self, token: int) -> bytes:
+        piece = self._hf.convert_ids_to_tokens(token)
+        if piece is None:  # a model may have more rows than its tokenizer has tokens
+            return b""
+        if token in self._added:
+            return piece.encode()
+        if match := re.fullmatch("<0x([0-9A-F]{2})>", piece):
+            return bytes([int(match[1], 16)])
+        if self._byte_letters and all(letter in self._byte_letters for letter in piece):
+            return bytes(self._byte_letters[letter] for letter in piece)
+        return piece.replace("▁", " ").encode()
+
+    @cached_property
+    def _byte_letters(self) -> dict[str, int]:
+        """The letters that a tokenizer of bytes writes for them (GPT-2's); none where it is one of characters."""
+        shown = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+        others = [byte for byte in range(256) if byte not in shown]
+        letters = {chr(byte): byte for byte in shown} | {chr(256 + i): byte for i, byte in enumerate(others)}
+        unknown = self._hf.unk_token_id
+        ids = [self._hf.convert_tokens_to_ids(letter) for letter in ("Ġ", "Ċ", "Ã")]
+        return letters if all(i is not None and i != unknown for i in ids) else {}
+
+    def stream(self, skip_special: bool = True) -> TextStream:
+        """A decoder for tokens that arrive one by one; special ones are left out or have their names as text."""
+        if not skip_special:
+            return TextStream(lambda tokens: self.decode(tokens, skip_special=False))
         from tokenizers import Tokenizer as Backend
 
         backend = getattr(self._hf, "backend_tokenizer", None)
@@ -202,29 +265,27 @@ class Tokenizer:
         both = self._ids("\n" + text)
         return both[len(line) :] if both[: len(line)] == line else self._ids(text)
 
-    def _render(self, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
+    def _render(self, given: Mapping[str, Any], add_generation_prompt: bool) -> str:
+        variables = {name: _plain(token) for name, token in self._hf.special_tokens_map.items()}
+        variables |= {**given, "add_generation_prompt": add_generation_prompt}
+        return render(self._template(bool(given["tools"])), variables)
+
+    def _template(self, for_tools: bool) -> str:
         template = self._hf.chat_template
         if isinstance(template, dict):
-            template = template.get("default")
+            template = (for_tools and template.get("tool_use")) or template.get("default")
         if not isinstance(template, str):
             raise ConfigError("the model's chat template is not a text, or there are several and none is the default")
-        variables = {name: _plain(token) for name, token in self._hf.special_tokens_map.items()}
-        variables |= {"messages": messages, "tools": None, "documents": None}
-        return render(template, {**variables, "add_generation_prompt": add_generation_prompt})
+        return template
 
 
-def _harmless(message: dict[str, str]) -> dict[str, str]:
-    """The message with an x for each text that says something."""
-    return {key: text if key == "role" else "x" * bool(text.strip()) for key, text in message.items()}
-
-
-def _checked(message: Mapping[str, str]) -> dict[str, str]:
-    """A message as a plain dictionary of strings."""
+def _checked(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message as a plain dictionary, its role and content strings."""
     if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
         raise ConfigError(f"a message must be a dictionary with role and content, got {escaped(repr(message))}")
-    for key, text in message.items():
-        if not isinstance(key, str) or not isinstance(text, str):
-            raise ConfigError(f"a message's {escaped(str(key))} must be a string, got {escaped(repr(text))}")
+    for key, value in message.items():
+        if not isinstance(key, str) or (key in ("role", "content") and not isinstance(value, str)):
+            raise ConfigError(f"a message's {escaped(str(key))} must be a string, got {escaped(repr(value))}")
     return dict(message)
 
 

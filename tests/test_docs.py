@@ -11,7 +11,7 @@ from packaging.version import Version
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-WORDS_ONLY = {"choosing", "how-it-works", "installing", "reproducing"}
+WORDS_ONLY = {"choosing", "how-it-works", "installing", "reproducing", "serving"}
 LINKING = [*(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md"), *sorted((ROOT / "experiments").glob("*/README.md"))]
 RENDERED = re.compile(r"<!-- (?:fig|table) .*?<!-- end -->|^```.*?^```", re.DOTALL | re.MULTILINE)
 MEASURED = re.compile(r"\d[\d,.]*(?: (?:to|and|or) \d[\d,.]*)? ?(?:%|(?:ms|µs|us|[GT]B/s|TFLOP/s|tokens/s|times)\b)")

@@ -21,7 +21,7 @@ ROOMS = [
     *("errors", "arguments", "stats", "interrupts", "machine", "driver", "layout"),
     *("memory", *(f"memory.{name}" for name in MEMORY), "stored", "kv_cache"),
     *("ops", "attention", "tuning", "models", "requests", "graphs", "decode", "engine", "hf"),
-    *("", "cli", "__main__"),
+    *("serve", "", "cli", "__main__"),
 ]
 # A model takes a cache and an attention; how pages come and go is none of its business.
 CLOSED_TO_MODELS = {"driver", "memory", "kv_cache"}

@@ -16,7 +16,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
 def resolve(
-    *constraints: str, folder: Path, extras: tuple[str, ...] = ("hf", "dev"), python: str = "3.12"
+    *constraints: str, folder: Path, extras: tuple[str, ...] = ("hf", "serve", "dev"), python: str = "3.12"
 ) -> dict[str, str]:
     """Package -> version, as an installer would choose on Linux, where PyPI's PyTorch is its CUDA build."""
     file = folder / "constraints.txt"
@@ -58,7 +58,7 @@ def test_every_pin_is_within_the_bounds_that_the_project_declares(tmp_path):
     requirements = pytest.importorskip("packaging.requirements")
     pins = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
     extras = PROJECT["optional-dependencies"]
-    for line in [*PROJECT["dependencies"], *extras["hf"], *extras["dev"], *extras["experiments"]]:
+    for line in [*PROJECT["dependencies"], *extras["hf"], *extras["serve"], *extras["dev"], *extras["experiments"]]:
         requirement = requirements.Requirement(line)
         assert requirement.specifier.contains(pins[requirement.name]), f"{line}: pinned to {pins[requirement.name]}"
 

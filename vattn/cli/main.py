@@ -1,4 +1,4 @@
-"""The ``vattn`` command: ``generate``, ``chat``, ``tune``, ``bench`` and ``info``.
+"""The ``vattn`` command: ``generate``, ``chat``, ``serve``, ``tune``, ``bench`` and ``info``.
 
 Exit codes: 0 for success, 1 where the machine failed, 2 where the caller must change something, 130 for Ctrl-C. An
 error is one line on stderr.
@@ -56,7 +56,7 @@ def _run(argv: Sequence[str] | None) -> int:
         args = parser().parse_args(argv)
     except SystemExit as end:  # --help and --version
         return end.code if isinstance(end.code, int) else 0
-    if args.command in ("generate", "chat"):
+    if args.command in ("generate", "chat", "serve"):
         sleep_while_waiting()  # before the command's module imports torch
     # Each command is the function of its name, in the module of its name.
     getattr(importlib.import_module(f".{args.command}", __package__), args.command)(args)

@@ -101,7 +101,9 @@ def parser() -> argparse.ArgumentParser:
     """The parser of the whole command line; its errors are ConfigError."""
     top = _OneLineParser(prog="vattn", description="Language models on a KV cache mapped page by page.")
     top.add_argument("--version", action=_Version, nargs=0, help="print the version and end")
-    commands = top.add_subparsers(dest="command", required=True, metavar="generate | chat | tune | bench | info")
+    commands = top.add_subparsers(
+        dest="command", required=True, metavar="generate | chat | serve | tune | bench | info"
+    )
 
     generate = commands.add_parser("generate", help="continue prompts", description="Continue one or several prompts.")
     add = generate.add_argument
@@ -123,6 +125,14 @@ def parser() -> argparse.ArgumentParser:
     _add_sampling(chat, "the i-th answer samples with seed N + i", 1024)
     _add_model(chat)
     chat.add_argument("--quiet", action="store_true", help="print the answers and nothing else")
+
+    _add_serve(
+        commands.add_parser(
+            "serve",
+            help="answer OpenAI's HTTP interface",
+            description="Serve a model over HTTP, as OpenAI does. The options have vLLM's names where it has them.",
+        )
+    )
 
     tune = commands.add_parser(
         "tune",
@@ -157,6 +167,33 @@ def parser() -> argparse.ArgumentParser:
     _add_place(info)
     add("--json", action="store_true", help="print one JSON document and nothing else")
     return top
+
+
+def _add_serve(command: argparse.ArgumentParser) -> None:
+    port = _value(lambda text: parse_whole(text, 0, 65535))
+    seconds = _real("a number of seconds above 0", lambda number: 0 < number <= _FLOAT32_MAX)
+    add = command.add_argument
+    add("model", nargs="?", default="smollm2", help="smollm2, a folder, or a .gguf file (default: smollm2)")
+    add("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, this machine only)")
+    add("--port", type=port, default=8000, metavar="N", help="0 takes a free one (default: 8000)")
+    add("--api-key", action="append", metavar="KEY", help="clients must send it; may be given often ($VATTN_API_KEY)")
+    add("--no-api-key", action="store_true", help="let everybody in who can reach the address")
+    add("--served-model-name", action="append", metavar="NAME", help="for clients; may be given often (default: MODEL)")
+    add("--max-model-len", type=_whole(2), metavar="N", help="tokens of prompt and answer (default: the most possible)")
+    add("--max-num-seqs", type=_whole(1), default=64, metavar="N", help="answers computed together (default: 64)")
+    add("--max-num-batched-tokens", type=_whole(1), metavar="N", help="of prompts in a step (default: as Engine)")
+    add("--max-queue", type=_whole(1), default=256, metavar="N", help="answers that wait; more get 429 (default: 256)")
+    add("--request-timeout", type=seconds, default=600.0, metavar="S", help="a request ends after it (default: 600)")
+    add(
+        "--max-body-size",
+        type=_value(parse_bytes),
+        default=8 << 20,
+        metavar="SIZE",
+        help="of requests (default: 8MiB)",
+    )
+    add("--log-level", choices=("debug", "info", "warning", "error"), default="info", help="(default: info)")
+    _add_place(command)
+    add("--attention", metavar="NAME", help="a backend that `vattn info` lists (default: the best for each phase)")
 
 
 def _add_sampling(command: argparse.ArgumentParser, seeds: str, max_new_tokens: int) -> None:
