@@ -75,7 +75,7 @@ def check_integrity(slots: Slots) -> None:
         elif state == STORED:
             assert 0 < rows == reach, f"slot {slot} stores {rows} rows and reaches {reach}"
             assert table.backed_rows(slot) >= rows + table.over_read.tokens, f"slot {slot} lacks pages for its rows"
-            assert not table.has_pages_past(slot, rows), f"slot {slot} stores pages past its rows"
+            assert not table.can_shrink(slot, rows), f"slot {slot} stores pages past its rows"
             assert not slots.work.is_open(slot), f"a step is open on slot {slot}, which nobody has"
         else:
             assert rows == 0, f"slot {slot} is not live, yet has rows"

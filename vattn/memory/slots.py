@@ -7,10 +7,7 @@ from contextlib import suppress
 
 import numpy as np
 
-from ..driver import Driver
 from ..errors import ConfigError, DriverError, OutOfPages, OutOfSlots, VattnError
-from .backing import Backing
-from .lock import FairLock
 from .pages import Page
 from .planner import Growth, Plan, Rows, Split
 from .slot_states import FREE, LIVE, RETIRED, STORED
@@ -20,15 +17,7 @@ from .work import Fences
 
 
 class Slots(StoredSequences):
-    """The slots of one cache. Arguments are right: the methods of ``SlotStates`` have checked them.
-
-    Attributes:
-        to_shrink: live slots with pages past their rows, to be taken later.
-    """
-
-    def __init__(self, backing: Backing, driver: Driver, max_slots: int, max_seq_len: int, lock: FairLock) -> None:
-        super().__init__(backing, driver, max_slots, max_seq_len, lock)
-        self.to_shrink: set[int] = set()
+    """The slots of one cache. Arguments are right: the methods of ``SlotStates`` have checked them."""
 
     # -- taking and ending ---------------------------------------------------------------------------------------
     def find_free(self, slot: int | None, expect_len: int | None = None, parent: int = -1) -> int:
@@ -321,7 +310,7 @@ class Slots(StoredSequences):
             return False
         available = self.pool.num_available
         enough = asked + max(split.num_pages for split in splits)
-        left = available + (self.parking.num_pages(enough - available) if enough > available else 0)
+        left = available + (self.num_reclaimable(enough - available) if enough > available else 0)
         split = next((split for split in splits if split.num_pages <= left), None)
         if enough <= left or split is None:
             return False

@@ -36,6 +36,7 @@ class StoredSequences(SlotStates):
         stale_to: where kernels do not mask what they read past the end: up to which row an older, longer self of a
             slot's sequence may have left its data.
         kept_rows: of sequences that have ended, rows to store.
+        to_shrink: live slots with pages past their rows, to be taken later.
     """
 
     def __init__(self, backing: Backing, driver: Driver, max_slots: int, max_seq_len: int, lock: FairLock) -> None:
@@ -45,6 +46,7 @@ class StoredSequences(SlotStates):
         self.parking = backing.table.parking
         self.work = WorkTracker(driver, max_slots, lock)
         self.stale_to: dict[int, int] = {}
+        self.to_shrink: set[int] = set()
         self.kept_rows = np.zeros(max_slots, np.int64)
         self._used, self._num_uses = np.zeros(max_slots, np.int64), 0  # per slot, the number of its last use
         self._floor = (-1, 0)  # (slot, rows) that an operation is reading
@@ -130,8 +132,10 @@ class StoredSequences(SlotStates):
         pages = self.table.owned([slot])
         self.pool.unstore(pages)
         self.pool.gain(pages)
+        if self.table.has_pages_past(slot, rows):
+            self.to_shrink.add(slot)
+        self.generation[slot] += 1  # before a step can be entered
         self.state[slot] = LIVE
-        self.generation[slot] += 1
 
     def drop(self, slot: int) -> None:
         """Give a stored sequence up: its slot is free, and its pages are parked there."""
