@@ -27,6 +27,30 @@ def test_the_environment_turns_it_off(monkeypatch):
         assert (reason or "library used") in probe()[1].detail["native"]
 
 
+@needs_library
+def test_who_replaces_a_call_is_called_in_batches_too():
+    class Noting(HostDriver):
+        def _map(self, *arguments):
+            noted.append(arguments)
+            super()._map(*arguments)
+
+    noted: list[tuple] = []
+    drivers = [Noting(), HostDriver()]
+    create = drivers[1]._create
+    drivers[1]._create = lambda size_bytes: noted.append((size_bytes,)) or create(size_bytes)
+    for driver in drivers:
+        noted.clear()
+        base, handles = driver.reserve(2 * PAGE), []
+        driver.create_pages(PAGE, 2, handles)
+        driver.map_pages(PAGE, [base, base + PAGE], handles, [])
+        assert len(noted) == 2
+        driver.unmap(base, 2 * PAGE)
+        for handle in handles:
+            driver.release(handle)
+        driver.free_range(base, 2 * PAGE)
+        driver.close()
+
+
 @pytest.mark.parametrize("file", ["none", "no library", "another library", "another version"])
 def test_without_a_library_that_fits_the_drivers_say_why_and_work(monkeypatch, tmp_path, file):
     path, reason = tmp_path / "library.so", "not built"

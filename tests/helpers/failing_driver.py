@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from vattn.driver.base import RuledDriver
@@ -36,8 +37,9 @@ class FailingDriver:
         for call in CALLS:
             setattr(inner, f"_{call}", self._guarded(call, getattr(inner, f"_{call}")))
         if inner.why_not_native is None:  # else a batch is made of the calls above
-            self._create_batch, inner._create_batch = inner._create_batch, self._create_until
-            self._map_batch, inner._map_batch = inner._map_batch, self._map_until
+            self._create_natively = partial(inner._create_natively, inner._batches)
+            self._map_natively = partial(inner._map_natively, inner._batches)
+            inner._create_batch, inner._map_batch = self._create_until, self._map_until
 
     def fail(self, call: str, at: int = 1, times: int = 1, out_of_memory: bool = False) -> None:
         """Let the ``at``-th call of that kind from now on fail, and the ``times - 1`` after it; it is not performed."""
@@ -68,9 +70,9 @@ class FailingDriver:
     def _create_until(self, size_bytes: int, count: int) -> tuple[list[int], BaseException | None]:
         for index in range(count):
             if refusal := self._refusal("create"):
-                handles, error = self._create_batch(size_bytes, index)
+                handles, error = self._create_natively(size_bytes, index)
                 return handles, error or refusal
-        return self._create_batch(size_bytes, count)
+        return self._create_natively(size_bytes, count)
 
     def _map_until(
         self, size_bytes: int, addresses: Sequence[int], handles: Sequence[int]
@@ -78,12 +80,12 @@ class FailingDriver:
         for index, (address, handle) in enumerate(zip(addresses, handles, strict=True)):
             for call in ("map", "set_access"):
                 if refusal := self._refusal(call):
-                    num_calls, error = self._map_batch(size_bytes, addresses[:index], handles[:index])
+                    num_calls, error = self._map_natively(size_bytes, addresses[:index], handles[:index])
                     if error is None and call == "set_access":
                         self._map_one(address, size_bytes, handle)
                         num_calls += 1
                     return num_calls, error or refusal
-        return self._map_batch(size_bytes, addresses, handles)
+        return self._map_natively(size_bytes, addresses, handles)
 
     @staticmethod
     def _is_due(failure: _Failure) -> bool:

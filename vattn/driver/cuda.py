@@ -153,10 +153,15 @@ class CudaDriver(RuledDriver):
         return int(_call("cuMemCreate", size_bytes, self._properties, 0))
 
     def _create_batch(self, size_bytes: int, count: int) -> tuple[list[int], BaseException | None]:
-        if self._batches is None:
+        if self._batches is None or self._has_replaced(CudaDriver._create):
             return super()._create_batch(size_bytes, count)
+        return self._create_natively(self._batches, size_bytes, count)
+
+    def _create_natively(
+        self, batches: native.CudaBatches, size_bytes: int, count: int
+    ) -> tuple[list[int], BaseException | None]:
         handles: list[int] = []
-        _, failure = self._batches.create(size_bytes, count, handles)
+        _, failure = batches.create(size_bytes, count, handles)
         return handles, _error(*failure) if failure else None
 
     def _release(self, handle: int, size_bytes: int, still_mapped: bool) -> None:
@@ -181,9 +186,14 @@ class CudaDriver(RuledDriver):
     def _map_batch(
         self, size_bytes: int, addresses: Sequence[int], handles: Sequence[int]
     ) -> tuple[int, BaseException | None]:
-        if self._batches is None:
+        if self._batches is None or self._has_replaced(CudaDriver._map, CudaDriver._set_access):
             return super()._map_batch(size_bytes, addresses, handles)
-        num_calls, failure = self._batches.map(size_bytes, addresses, handles)
+        return self._map_natively(self._batches, size_bytes, addresses, handles)
+
+    def _map_natively(
+        self, batches: native.CudaBatches, size_bytes: int, addresses: Sequence[int], handles: Sequence[int]
+    ) -> tuple[int, BaseException | None]:
+        num_calls, failure = batches.map(size_bytes, addresses, handles)
         return num_calls, _error(*failure) if failure else None
 
     def _set_access(self, address: int, size_bytes: int, writable: bool) -> None:

@@ -118,13 +118,18 @@ class HostDriver(RuledDriver):
         return handle
 
     def _create_batch(self, size_bytes: int, count: int) -> tuple[list[int], BaseException | None]:
-        if self._batches is None:
+        if self._batches is None or self._has_replaced(HostDriver._create):
             return super()._create_batch(size_bytes, count)
+        return self._create_natively(self._batches, size_bytes, count)
+
+    def _create_natively(
+        self, batches: native.HostBatches, size_bytes: int, count: int
+    ) -> tuple[list[int], BaseException | None]:
         made: list[int] = []
         try:
             while len(made) < count:
                 handles = self._unused(size_bytes, min(count - len(made), self._num_allowed(size_bytes)))
-                num_made, failure = self._batches.create(self._fd, size_bytes, handles)
+                num_made, failure = batches.create(self._fd, size_bytes, handles)
                 self._note_created(size_bytes, num_made)
                 made += handles[:num_made]
                 if failure:
@@ -245,12 +250,18 @@ class HostDriver(RuledDriver):
     def _map_batch(
         self, size_bytes: int, addresses: Sequence[int], handles: Sequence[int]
     ) -> tuple[int, BaseException | None]:
-        if self._batches is None or (self._files and not self._files.keys().isdisjoint(handles)):
+        is_in_one_file = not self._files or self._files.keys().isdisjoint(handles)
+        if self._batches is None or self._has_replaced(HostDriver._map, HostDriver._set_access) or not is_in_one_file:
             return super()._map_batch(size_bytes, addresses, handles)
+        return self._map_natively(self._batches, size_bytes, addresses, handles)
+
+    def _map_natively(
+        self, batches: native.HostBatches, size_bytes: int, addresses: Sequence[int], handles: Sequence[int]
+    ) -> tuple[int, BaseException | None]:
         num_calls = 0
         try:
             self._hold_spare("mmap")
-            num_calls, failure = self._batches.map(self._fd, size_bytes, addresses, handles)
+            num_calls, failure = batches.map(self._fd, size_bytes, addresses, handles)
             if failure:
                 with self._at_the_limit(failure[0]):
                     raise failed(*failure)
