@@ -274,7 +274,7 @@ class DecodeLoop:
             torch.cuda.stream(caller),
         ):
             version = int(self.cache.versions([slot])[0])
-            self.cache.store(slot, store)  # of either stream's work so far
+            self.cache.store(slot, min(store, self.cache.seq_len(slot)))  # of either stream's work so far
         return version
 
     @property

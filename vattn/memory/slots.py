@@ -37,17 +37,17 @@ class Slots(StoredSequences):
             if self.state[slot] not in (FREE, STORED) or slot == parent:
                 raise OutOfSlots(f"slot {slot} belongs to a sequence; release it first, or take another")
         else:
-            free, stored = np.flatnonzero(self.state == FREE), self.least_recent(besides=parent)
-            if not free.size:
-                if stored is None:
-                    raise OutOfSlots(f"all {self.max_slots} slots belong to sequences; release one, or raise max_slots")
+            free = np.flatnonzero(self.state == FREE)
+            is_short = parent < 0 and expect_len is not None and self._takes_stored_pages(expect_len)
+            stored = None if free.size and not is_short else self.least_recent(besides=parent)
+            if stored is not None:
                 slot = stored
+            elif not free.size:
+                raise OutOfSlots(f"all {self.max_slots} slots belong to sequences; release one, or raise max_slots")
             elif parent >= 0:
                 slot = self.parking.emptiest(free)
             else:
                 slot = self.parking.best_fit(free, self.table.num_pages(expect_len or self.max_seq_len))
-                if stored is not None and expect_len is not None and self._takes_stored_pages(expect_len):
-                    slot = stored
         if self.state[slot] == STORED:
             self.drop(slot)
         return slot
