@@ -42,8 +42,15 @@ class Running:
 
 
 @contextmanager
-def running(make_engine: Callable[[], Engine], tokenizer: Tokenizer, **settings: Any) -> Iterator[Running]:
-    """Serves until the end of the block, at which nothing may be under way any more."""
+def running(
+    make_engine: Callable[[], Engine], tokenizer: Tokenizer, *, send_bytes: int | None = None, **settings: Any
+) -> Iterator[Running]:
+    """Serves until the end of the block, at which nothing may be under way any more.
+
+    Args:
+        send_bytes: what the system may hold of answers that a client does not read; None for its own choice.
+        settings: as of ``Settings``.
+    """
     with make_engine() as engine:
         longest = min(engine.longest, engine.cache.layout.max_seq_len)
         told = Settings(**{"model_names": (NAME,), "max_model_len": longest, **settings})
@@ -55,6 +62,8 @@ def running(make_engine: Callable[[], Engine], tokenizer: Tokenizer, **settings:
             began.set()
 
         opened = listening_socket("127.0.0.1", 0)
+        if send_bytes is not None:  # connections take it from here
+            opened.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_bytes)
         thread = threading.Thread(target=serve, args=(engine, tokenizer, told, opened, ready))
         thread.start()
         assert began.wait(60)
