@@ -45,8 +45,8 @@ class KVCache(StoredSequences):
         page_bytes: size of a page, a multiple of the driver's granularity; None: the granularity on CUDA, 2 MiB on
             the CPU.
         max_page_bytes: rows that one call asks for may get larger pages, of up to so many bytes: ``page_bytes`` times
-            a power of two. They take fewer driver calls, and ``fork`` copies more where it cuts one. None: 64 MiB; but
-            ``page_bytes``, so that all pages are alike, where that is given.
+            a power of two. They take fewer driver calls, and ``fork`` copies more where it cuts one. None: all
+            pages have ``page_bytes``.
         over_read_tokens: rows past the end of a sequence that kernels may read (an attention backend declares it).
             They stay mapped, and count as waste.
         over_read_masked: whether what lies in those rows can never reach an output. If it can, growing wipes them of

@@ -50,9 +50,9 @@ def is_of(driver: Driver, system: str) -> bool:
 def open_cache(name: str, system: str) -> KVCache:
     with native(system != "vattn-python"):
         driver = OPENERS[name]()
-    page_bytes = 2 * MIB if system == "vattn-one-size" else None  # a size that is given is that of all pages
+    largest = None if system == "vattn-one-size" else 64 * MIB
     layout = KVLayout(*SHAPES["8B"], PREFIX + 1024, torch.bfloat16)
-    return KVCache(layout, 3, driver=driver, memory_limit=5 * GIB, page_bytes=page_bytes)
+    return KVCache(layout, 3, driver=driver, memory_limit=5 * GIB, max_page_bytes=largest)
 
 
 def pages(records: Records, name: str, system: str, repeats: int) -> None:

@@ -84,7 +84,7 @@ def test_a_gigabyte_takes_a_ninth_of_the_pages():
 
 @pytest.mark.parametrize(
     ("options", "largest"),
-    [({}, 64 << 20), ({"page_bytes": 2 << 20}, 2 << 20), ({"page_bytes": 2 << 20, "max_page_bytes": 8 << 20}, 8 << 20)],
+    [({}, 2 << 20), ({"page_bytes": 2 << 20}, 2 << 20), ({"page_bytes": 2 << 20, "max_page_bytes": 8 << 20}, 8 << 20)],
 )
 def test_a_page_size_that_is_given_is_the_only_one(options, largest):
     with vattn.KVCache(LAYOUT, 1, driver=LedgerDriver(1 << 30), memory_limit=1 << 30, **options) as cache:

@@ -19,7 +19,6 @@ from .reservation import Reservation
 from .tensors import tensor_from_address
 
 _DEFAULT_MEMORY_SHARE = 0.9
-_DEFAULT_MAX_PAGE_BYTES = 64 << 20
 
 
 def choose_page_bytes(driver: Driver, page_bytes: int | None) -> int:
@@ -34,12 +33,11 @@ def choose_page_bytes(driver: Driver, page_bytes: int | None) -> int:
     return page_bytes
 
 
-def choose_page_sizes(page_bytes: int, is_default: bool, max_page_bytes: int | None) -> PageSizes:
-    """Pages of up to ``max_page_bytes``; None: of up to 64 MiB where the page size is the driver's own, else of one
-    size. ConfigError where that is not the page size times a power of two."""
+def choose_page_sizes(page_bytes: int, max_page_bytes: int | None) -> PageSizes:
+    """Pages of up to ``max_page_bytes``; None: of one size. ConfigError where that is not the page size times a power
+    of two."""
     if max_page_bytes is None:
-        most = max(1, _DEFAULT_MAX_PAGE_BYTES // page_bytes) if is_default else 1
-        return PageSizes(1 << most.bit_length() - 1)
+        return PageSizes()
     largest, rest = divmod(max_page_bytes, page_bytes)
     if rest or largest & (largest - 1) or not largest:
         raise ConfigError(
@@ -65,8 +63,8 @@ class Backing:
     more; the addresses only then.
 
     Args:
-        page_bytes, max_page_bytes, memory_limit: None for the driver's own page size, for what ``choose_page_sizes``
-            says, and for a share of the memory that is free now.
+        page_bytes, max_page_bytes, memory_limit: None for the driver's own page size, for pages of one size, and for a
+            share of the memory that is free now.
 
     Raises:
         ConfigError: the driver cannot have such pages, the limit holds none, or there are too few addresses.
@@ -84,7 +82,7 @@ class Backing:
     ) -> None:
         self.driver = driver
         self.page_bytes = choose_page_bytes(driver, page_bytes)
-        sizes = choose_page_sizes(self.page_bytes, page_bytes is None, max_page_bytes)
+        sizes = choose_page_sizes(self.page_bytes, max_page_bytes)
         self.max_page_bytes = sizes.largest * self.page_bytes
         limit_bytes = choose_memory_limit(driver, memory_limit, self.page_bytes)
         self.pool = PhysicalPagePool(driver, self.page_bytes, limit_bytes)
@@ -92,6 +90,7 @@ class Backing:
             layout.plan(group, max_slots, self.page_bytes, over_read.tokens) for group in layout.groups
         ]
         self.reservations: list[Reservation] = []
+        self._table: PageTable | None = None  # none where there are too few addresses
         self.closed = False
         self._pid = os.getpid()
         try:
@@ -111,12 +110,12 @@ class Backing:
             for reservation, plan in zip(self.reservations, self.plans, strict=True)
             for lane in plan.lanes
         ]
-        self.table = PageTable(driver, self.pool, lanes, max_slots, sizes, over_read)
+        self.table = self._table = PageTable(driver, self.pool, lanes, max_slots, sizes, over_read)
 
     @property
     def all_reservations(self) -> list[Reservation]:
         """Of the groups, and where the page table puts a page aside."""
-        aside = self.table.aside
+        aside = None if self._table is None else self._table.aside
         return self.reservations if aside is None else [*self.reservations, aside]
 
     @property
@@ -204,10 +203,9 @@ class Backing:
             raise failures[0]
 
     def _free_ranges(self) -> None:
-        table: PageTable | None = getattr(self, "table", None)
-        if table is not None and table.aside is not None:
-            table.aside.free()
-            table.aside = None
+        if self._table is not None and self._table.aside is not None:
+            self._table.aside.free()
+            self._table.aside = None
         while self.reservations:
             self.reservations.pop().free()
 
