@@ -50,7 +50,7 @@ def is_of(driver: Driver, system: str) -> bool:
 def open_cache(name: str, system: str) -> KVCache:
     with native(system != "vattn-python"):
         driver = OPENERS[name]()
-    largest = None if system == "vattn-one-size" else 64 * MIB
+    largest = 64 * MIB if system == "vattn-large-pages" else None
     layout = KVLayout(*SHAPES["8B"], PREFIX + 1024, torch.bfloat16)
     return KVCache(layout, 3, driver=driver, memory_limit=5 * GIB, max_page_bytes=largest)
 

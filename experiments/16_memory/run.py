@@ -144,7 +144,7 @@ def main() -> None:
     # The model comes last, so that the pages are measured on an empty device; vLLM wants one too, and runs before it.
     if "pages" in parts:
         for name in ("host" if reason else "cuda", "ledger"):
-            for system in ("vattn", "vattn-python", "vattn-one-size"):
+            for system in ("vattn", "vattn-python", "vattn-large-pages"):
                 with records.going_on(f"pages {name} {system}"):
                     pages(records, name, system, repeats=3 if options.quick else 7 if name == "host" else 21)
                 gc.collect()

@@ -83,7 +83,7 @@ def test_what_fails_in_the_thread_is_raised():
 
 
 def test_pages_are_taken_and_shared_anew_each_time(records):
-    backing.pages(records, "ledger", "vattn-one-size", repeats=2)
+    backing.pages(records, "ledger", "vattn", repeats=2)
     found = {(r["case"].split("=")[-1], r["metric"]): r for r in records.records}
     # 512 pages of 2 MiB: created, mapped, made accessible; and 1,024 aliases.
     assert found["new", "back_1gib_calls"]["value"] == 3 * 512
