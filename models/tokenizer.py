@@ -7,7 +7,7 @@ import secrets
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -140,9 +140,10 @@ class Tokenizer:
         self,
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None = None,
+        /,
         *,
         add_generation_prompt: bool = True,
-        **variables: Any,
+        **template_kwargs: Any,
     ) -> list[int]:
         """Token ids of a chat up to where the assistant's answer begins.
 
@@ -154,7 +155,7 @@ class Tokenizer:
                 template, and plain enough for JSON.
             tools: what the model may call, as JSON schemas of functions, where the template takes them.
             add_generation_prompt: begin the assistant's answer.
-            variables: of the template, as ``enable_thinking``.
+            template_kwargs: variables of the template, as ``enable_thinking``.
 
         Raises:
             ConfigError: no chat template, or one that cannot be used (see ``chat_template.render``); messages that are
@@ -165,10 +166,12 @@ class Tokenizer:
         chat = [_checked(message) for message in messages]
         if not chat:
             raise ConfigError("a chat needs at least one message")
-        given = {"documents": None, **variables, "messages": chat, "tools": list(tools) if tools else None}
-        for name in variables:
-            if name in self._hf.special_tokens_map or name in ("messages", "tools"):
-                raise ConfigError(f"{escaped(name)} is not to be set as a variable of the chat template")
+        given = {"documents": None, **template_kwargs, "messages": chat, "tools": list(tools) if tools else None}
+        for name in template_kwargs:
+            if name in self._hf.special_tokens_map or name in ("messages", "tools", "self"):
+                raise ConfigError(
+                    f"template_kwargs cannot set {escaped(name)}, which is set to what was given or to the model's"
+                )
         ids = self._chat_ids(given, add_generation_prompt)
         if self._may_forge(given):
             # A normaliser or the template may turn other text into a marker. Compare the number of markers with that
@@ -201,14 +204,15 @@ class Tokenizer:
         marked = mapped(given, lambda text: markers.sub(rf"{start}\g<0>{end}", text))
         text = self._render(marked, add_generation_prompt)
         ids: list[int] = []
+        continued = cache(self._continued)  # of the same few markers, which may be a hundred thousand
         for number, piece in enumerate(re.split(f"{start}({markers.pattern}){end}|{start}|{end}", text)):
             if piece and number % 2:
-                spelled = self._continued(piece[:1]) + self._continued(piece[1:])
+                spelled = continued(piece[:1]) + continued(piece[1:])
                 if self._special.intersection(spelled):
                     raise ConfigError(f"a message holds {escaped(piece)!r}, which this tokenizer cannot spell as text")
                 ids += spelled
             elif piece:
-                ids += self._continued(piece) if ids else self._ids(piece)
+                ids += continued(piece) if ids else self._ids(piece)
         return ids
 
     def decode(self, tokens: Sequence[int], skip_special: bool = True) -> str:

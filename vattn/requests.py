@@ -137,6 +137,8 @@ class StepToken:
         top_logprobs: (token, log-probability) of the likeliest tokens, likeliest first.
         finish_reason: None while the sample goes on; ``"stop"``, ``"length"``, ``"deadline"`` or ``"error"``.
         error: what was raised, with ``"error"``.
+        num_cached: tokens of the prompt that the sample did not compute, as their rows were there: stored, of another
+            request, or of the first of its own request's samples.
     """
 
     request_id: int
@@ -146,6 +148,7 @@ class StepToken:
     top_logprobs: tuple[tuple[int, float], ...] = ()
     finish_reason: str | None = None
     error: BaseException | None = None
+    num_cached: int = 0
 
 
 @dataclass(frozen=True)

@@ -424,6 +424,14 @@ def test_cancel(model: Llama, engine: Engine) -> None:
     assert found == {(ids[2], 0): expected[2], (ids[3], 0): expected[3]}
 
 
+def test_the_first_token_comes_after_its_step(engine: Engine) -> None:
+    """Not when that began, which is when a request has its slot."""
+    engine.generate([Request([3, 5, 7], 1)])
+    stats = engine.stats()
+    assert stats.num_steps == 1
+    assert stats.first_token_s.sum > stats.queue_s.sum
+
+
 def test_stats(model: Llama, cache: KVCache, engine: Engine) -> None:
     empty = engine.stats()
     assert (empty.num_waiting, empty.num_running, empty.num_steps, empty.kv_usage) == (0, 0, 0, 0.0)

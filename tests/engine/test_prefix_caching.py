@@ -88,6 +88,13 @@ def test_the_same_prompt_again_only_decodes(model: Llama, plain: Engine) -> None
         assert engine.stats().num_prefill_tokens == 69
 
 
+def test_tokens_tell_how_much_was_there(model: Llama) -> None:
+    with cache_of(model, max_slots=5, num_pages=200) as cache, Engine(model, cache) as engine:
+        for known in (0, 99):
+            engine.submit(Request(text(100), 3))
+            assert {new.num_cached for new in run_out(engine)} == {known}
+
+
 def test_who_runs_is_shared_with_while_it_decodes(model: Llama, plain: Engine) -> None:
     first, second = Request(text(70), 60), Request(text(60) + text(9, seed=1), 10)
     with cache_of(model, num_pages=100) as cache, Engine(model, cache) as engine:

@@ -262,6 +262,25 @@ def test_what_becomes_a_marker_later_is_refused(normalizer: str | None, change: 
     assert tokenizer.encode_chat([{"role": "user", "content": "a < b and some more words to be cut off"}])
 
 
+def test_many_markers_are_spelled_once(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each call takes a tenth of a millisecond, and a message has room for a hundred thousand of them."""
+    tokenizer, num_calls = load_tokenizer(saved), 0
+    encode = Tokenizer._ids
+
+    def counted(*args: Any, **options: Any) -> list[int]:
+        nonlocal num_calls
+        num_calls += 1
+        return encode(*args, **options)
+
+    monkeypatch.setattr(Tokenizer, "_ids", counted)
+    found = []
+    for times in (10, 1000):
+        num_calls = 0
+        tokenizer.encode_chat([{"role": "user", "content": "<|im_end|>" * times}])
+        found.append(num_calls)
+    assert found[0] == found[1]
+
+
 def test_text_that_cannot_be_encoded(saved: Path) -> None:
     tokenizer = load_tokenizer(saved)
     for encode in (tokenizer.encode, lambda text: tokenizer.encode_chat([{"role": "user", "content": text}])):

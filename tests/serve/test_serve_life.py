@@ -181,3 +181,21 @@ def test_two_requests_on_a_connection(server: Running) -> None:
     with socket.create_connection(server.address, timeout=60) as connection:
         connection.sendall(first + second)
         assert until_closed(connection).count(b"HTTP/1.1 200 OK") == 2
+
+
+def test_a_fault_of_the_server_counts_as_one(
+    small: Running, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And not as a client that went."""
+
+    def broken(text: str) -> list[int]:
+        raise RuntimeError("a fault")
+
+    caplog.set_level(logging.INFO, "vattn.serve")
+    with monkeypatch.context() as patch:
+        patch.setattr(small.tokenizer, "encode", broken)
+        answer = raw(small, post("/v1/completions", SHORT))
+    assert (status_of(answer), error_of(answer)["type"]) == (500, "server_error")
+    assert any('"POST /v1/completions" 500 ' in message for message in caplog.messages)
+    assert b'handler="/v1/completions",status="500"} 1.0' in small.service.metrics.render()[0]
+    assert status_of(raw(small, post("/v1/completions", SHORT))) == 200

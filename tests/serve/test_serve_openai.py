@@ -94,6 +94,29 @@ def test_usage_in_every_chunk(client: openai.OpenAI) -> None:
     assert counts[-1] == 24
 
 
+@pytest.mark.parametrize("field", ["cache_salt", "user"])
+def test_usage_tells_what_was_cached(client: openai.OpenAI, field: str) -> None:
+    """Of prompts with the same salt, or of the same user; samples of a prompt count what its first one found."""
+    prompt = list(range(3, 103))
+
+    def cached(who: str, **options: Any) -> Any:
+        body = {"prompt": prompt, "model": NAME, "max_tokens": 2, "temperature": 0, field: who, **options}
+        answer: Any = client.post("/completions", body=body, cast_to=openai.types.Completion)
+        return answer.usage.prompt_tokens_details.cached_tokens
+
+    one, other = f"one {field}", f"other {field}"
+    assert [cached(one), cached(one), cached(other, n=3), cached(other, n=3)] == [0, 99, 0, 99]
+    assert cached(one, prompt=[prompt, prompt[:50]]) == 99 + 49
+    options: Any = {"include_usage": True}
+    chunks = client.completions.create(
+        prompt=prompt, model=NAME, max_tokens=2, stream=True, stream_options=options, extra_body={field: one}
+    )
+    *_, last = chunks
+    assert last.usage is not None
+    assert last.usage.prompt_tokens_details is not None
+    assert last.usage.prompt_tokens_details.cached_tokens == 99  # type: ignore[unreachable]
+
+
 def test_the_helper_that_gathers_a_stream(client: openai.OpenAI, server: Running, alone: Any) -> None:
     text = text_of(server.tokenizer, alone(MESSAGES)[0])
     stop = text[8:12]
@@ -309,6 +332,10 @@ REFUSED: list[tuple[dict[str, Any], str | None]] = [
     ({"functions": [{"name": "f"}]}, "functions"),
     ({"max_token": 5}, "max_token"),
     ({"cache_salt": ""}, "cache_salt"),
+    ({"priority": -(2**31)}, "priority"),
+    ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
+    ({"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs"),
+    ({"chat_template_kwargs": {"self": 1}}, "chat_template_kwargs"),
 ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import suppress
 
 from ..decode import DecodedToken, DecodeLoop
@@ -33,7 +34,7 @@ class Samples:
         reported: tokens and ends that nobody has collected yet.
         decoding: by slot.
         grammars: those that decode with ``allowed_tokens``.
-        now: when the step began.
+        now: when the step began; a sample waited until then for its slot.
         shortage: why nothing of ours runs.
     """
 
@@ -78,7 +79,7 @@ class Samples:
         """Report tokens; True if a sample ended."""
         ended: list[Sample] = []
         gaps: dict[float, int] = {}
-        now = self.now
+        now = time.monotonic()  # the step may have taken long
         num_tokens = 0
         for token in tokens:
             sample = self.decoding.get(token.slot)
@@ -97,7 +98,9 @@ class Samples:
             sample.answer.append(token.token)
             logprobs, reason = token.top_logprobs, token.finish_reason
             self.reported.append(
-                StepToken(sample.request_id, sample.index, token.token, token.logprob, logprobs, reason)
+                StepToken(
+                    sample.request_id, sample.index, token.token, token.logprob, logprobs, reason, None, sample.cached
+                )
             )
             if reason is not None:
                 ended.append(sample)
@@ -137,6 +140,7 @@ class Samples:
         sample.version = int(self._cache.versions([slot])[0])
         if not sample.was_admitted:
             sample.was_admitted = True
+            sample.cached = computed
             self._meters.queue_s.add(self.now - sample.arrived_s)
         return True
 

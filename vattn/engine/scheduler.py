@@ -42,6 +42,7 @@ class Sample:
         slot: while it prefills or decodes.
         version: the cache's, of that slot: another one there means that somebody else has changed or taken it.
         computed: rows whose computation was launched.
+        cached: rows that were there when it was first given a slot.
         life: one more each time that it gave its slot back.
         last_s: when its newest token was reported.
         leader, followers: whom it follows, and who follows it.
@@ -63,6 +64,7 @@ class Sample:
     life: int = 0
     last_s: float = 0.0
     was_admitted: bool = False
+    cached: int = 0
     leader: Sample | None = None
     followers: dict[Sample, None] = field(default_factory=dict)
     shared_rows: int = 0

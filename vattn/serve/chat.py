@@ -34,6 +34,7 @@ def prompt_tokens(
     tokenizer: Tokenizer,
     messages: Sequence[Mapping[str, Any]],
     tools: Sequence[Mapping[str, Any]] | None = None,
+    /,
     **template_kwargs: Any,
 ) -> list[int]:
     """Token ids of a chat up to where the assistant's answer begins. Rendering takes about a millisecond: not for an

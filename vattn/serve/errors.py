@@ -26,6 +26,7 @@ _FIELDS = {
     "num_logprobs": "top_logprobs",
     "stop_tokens": "stop_token_ids",
     "prompt_tokens": "prompt",
+    "template_kwargs": "chat_template_kwargs",
 }
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from ..requests import StepToken
-from .generation import Choice, Piece
+from .generation import Choice, Generation, Piece
 
 if TYPE_CHECKING:
     from ..models import Tokenizer
@@ -19,11 +19,14 @@ __all__ = ["ChatFormat", "CompletionFormat", "usage_of"]
 _LEAST_LOGPROB = -9999.0  # in place of -inf, which JSON lacks
 
 
-def usage_of(num_prompt_tokens: int, num_tokens: int) -> dict[str, int]:
+def usage_of(generation: Generation) -> dict[str, Any]:
+    """So far."""
+    num_prompt_tokens, num_tokens = generation.num_prompt_tokens, generation.num_tokens
     return {
         "prompt_tokens": num_prompt_tokens,
         "completion_tokens": num_tokens,
         "total_tokens": num_prompt_tokens + num_tokens,
+        "prompt_tokens_details": {"cached_tokens": generation.num_cached_tokens},
     }
 
 
@@ -52,14 +55,14 @@ class _Format:
         """The chunks that a piece is sent as."""
         raise NotImplementedError
 
-    def usage_chunk(self, usage: dict[str, int]) -> dict[str, Any]:
+    def usage_chunk(self, usage: dict[str, Any]) -> dict[str, Any]:
         return self._frame | {"object": self.chunk_name, "choices": [], "usage": usage}
 
     def add(self, piece: Piece) -> None:
         """Keep a piece for ``answer``."""
         self._pieces.setdefault(piece.index, []).append(piece)
 
-    def answer(self, choices: Iterable[Choice], usage: dict[str, int]) -> dict[str, Any]:
+    def answer(self, choices: Iterable[Choice], usage: dict[str, Any]) -> dict[str, Any]:
         """The whole response."""
         found = [self._choice(choice, self._pieces.get(choice.index, [])) for choice in choices]
         return self._frame | {"object": self.name, "choices": found, "usage": usage}

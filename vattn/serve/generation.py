@@ -108,6 +108,7 @@ class Generation:
         self._serving, self._requests, self.choices = serving, requests, choices
         self._first: list[asyncio.Future[StepToken | None]] = []
         self._streams: list[AsyncGenerator[StepToken, None]] = []
+        self._num_cached = [0] * len(requests)
 
     async def start(self) -> None:
         """Submit all of it, or nothing.
@@ -161,6 +162,8 @@ class Generation:
                         raise failure(new.error)
                     if new.finish_reason == "deadline":
                         raise ApiError(504, "the request took longer than this server allows", code="timeout")
+                    if new.index == 0:  # the others begin with what it computed
+                        self._num_cached[number] = new.num_cached
                     choice = self.choices[number * samples + new.index]
                     was_open = choice.finish_reason is None
                     if (piece := choice.push(new, stop_tokens)) is not None:
@@ -222,6 +225,11 @@ class Generation:
     def num_prompt_tokens(self) -> int:
         """Of all prompts."""
         return sum(len(request.prompt_tokens) for request in self._requests)
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Those of them that were not computed for these requests. Known with the first tokens."""
+        return sum(self._num_cached)
 
     @property
     def num_tokens(self) -> int:

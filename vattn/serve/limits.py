@@ -73,6 +73,9 @@ class Guard:
                 return await self._refuse(error, scope, receive, watched)
             if body is not None:
                 await self._app(scope, _replay(body, receive), watched)
+        except Exception:  # of which the app tells the client outside of this
+            status = 500 if status == 499 else status
+            raise
         finally:
             if timer is not None:
                 timer.start()

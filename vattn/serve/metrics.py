@@ -116,9 +116,9 @@ class _EngineCollector(Collector):
         yield self._counter("num_preemptions", "Times that an answer gave its memory back.", stats.num_preemptions)
         yield self._counter("engine_steps", "Steps of the engine.", stats.num_steps)
         told = "Tokens whose rows were looked for among stored prefixes."
-        yield self._counter("prefix_cache_queries", told, getattr(stats, "num_prefix_queries", 0))
+        yield self._counter("prefix_cache_queries", told, stats.num_prefix_queries)
         told = "Tokens whose rows were found among stored prefixes."
-        yield self._counter("prefix_cache_hits", told, getattr(stats, "num_prefix_hits", 0))
+        yield self._counter("prefix_cache_hits", told, stats.num_prefix_hits)
         yield self._durations("time_to_first_token_seconds", "To an answer's first token.", stats.first_token_s)
         told = "From one token of an answer to its next."
         yield self._durations("inter_token_latency_seconds", told, stats.between_tokens_s)

@@ -132,7 +132,7 @@ class GenerationRequest(_Model):
     stop_token_ids: Annotated[list[int], Field(max_length=_MAX_STOPS)] | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
-    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
+    priority: Annotated[int, Field(gt=-(2**31), lt=2**31)] | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=512)] | None = None
     response_format: Data | None = None
     # OpenAI's, for services around the model: without effect here

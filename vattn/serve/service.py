@@ -9,7 +9,7 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -40,7 +40,6 @@ _log = logging.getLogger("vattn.serve")
 _Result = TypeVar("_Result")
 _MAX_STOP_TOKENS = 16  # of the engine
 _GRACE_S = 5.0  # after its deadline an engine that works has ended a request
-_HAS_SALT = any(each.name == "cache_salt" for each in fields(Request))
 
 
 @dataclass(frozen=True)
@@ -216,7 +215,6 @@ class Service:
         stops = {*(() if body.ignore_eos else self.tokenizer.stop_tokens), *(body.stop_token_ids or ())}
         if len(stops) > _MAX_STOP_TOKENS:
             raise _wrong("stop_token_ids", f"{len(stops)} with the model's own; {_MAX_STOP_TOKENS} are accepted")
-        salt: dict[str, Any] = {"cache_salt": body.cache_salt or body.user} if _HAS_SALT else {}
         sampling = body.sampling(secrets.randbits(63))
         requests = [
             Request(
@@ -229,7 +227,7 @@ class Service:
                 priority=-(body.priority or 0),  # vLLM's lower ones come first
                 deadline_s=self.settings.request_timeout_s,
                 allowed_tokens=grammar,
-                **salt,
+                cache_salt=body.cache_salt or body.user,
             )
             for prompt, grammar in zip(prompts, grammars, strict=True)
         ]
@@ -276,7 +274,7 @@ class Service:
         with self._noted():
             async for piece in generation.pieces():
                 style.add(piece)
-        return style.answer(generation.choices, usage_of(generation.num_prompt_tokens, generation.num_tokens))
+        return style.answer(generation.choices, usage_of(generation))
 
     async def _events(
         self, body: GenerationRequest, generation: Generation, style: ChatFormat | CompletionFormat
@@ -289,12 +287,12 @@ class Service:
                 async for piece in generation.pieces():
                     for chunk in style.chunk(piece):
                         if with_all:
-                            chunk["usage"] = usage_of(generation.num_prompt_tokens, generation.num_tokens)
+                            chunk["usage"] = usage_of(generation)
                         elif with_usage:
                             chunk["usage"] = None
                         yield event(chunk)
             if with_usage:
-                yield event(style.usage_chunk(usage_of(generation.num_prompt_tokens, generation.num_tokens)))
+                yield event(style.usage_chunk(usage_of(generation)))
             yield DONE
         except ApiError as error:
             yield broken_off(error)
