@@ -77,5 +77,5 @@ class StoredSequences:
     def drop(self, slot: int, *, version: int) -> None:
         """Give a stored sequence up. Without effect on one that is not stored any more."""
         slots = self._slots
-        if slots.stored_versions()[slots.number(slot)] == version:
+        if slots.is_stored(slot := slots.number(slot), version):
             slots.drop(slot)

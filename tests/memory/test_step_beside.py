@@ -255,6 +255,30 @@ def test_what_waits_for_a_step_is_done_by_the_operation_that_goes_on_when_it_is_
     cache.check_integrity()
 
 
+@pytest.mark.parametrize("use", ["stored", "resume", "fork", "drop"])
+def test_what_was_stored_in_a_step_is_there_for_the_turn_after_it(cache, driver, use):
+    """A turn was going on when the step was left, and another one begins before the first looks what was left over."""
+    slot = new(cache, 192)
+    (version,) = cache.versions([slot])
+    lock = cache._lock
+    with pytest.MonkeyPatch.context() as patch:
+        with cache.step([slot]):
+            cache.store(slot)
+            patch.setattr(lock, "_catch_up", lambda: None)
+        assert lock.left_over is not None
+        match use:
+            case "stored":
+                versions, rows = cache.stored()
+                assert (versions[slot], rows[slot]) == (version, 192)
+            case "resume":
+                assert cache.resume(slot, 192, version=version) == slot
+            case "fork":
+                assert cache.seq_len(cache.fork(slot, 100, version=version)) == 100
+            case "drop":
+                cache.drop(slot, version=version)
+    assert (cache.stored()[1][slot] == 192) == (use in ("stored", "fork"))
+
+
 # -- all of it at once -------------------------------------------------------------------------------------------------
 class ThreadedDriver(StreamDriver):
     """A current stream for every thread."""

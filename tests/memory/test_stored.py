@@ -139,6 +139,22 @@ def test_to_everybody_else_its_slot_is_free() -> None:
         assert cache.acquire() == others[0]
 
 
+def test_no_version_is_that_of_no_stored_sequence() -> None:
+    """``stored`` and ``versions`` say -1 where there is none, and so may who asks for what is gone by now."""
+    with cache_of(40) as cache:
+        slot = cache.acquire()
+        cache.ensure(slot, 100)
+        fill(cache, slot, 1)
+        (version,) = cache.stored()[0][[slot]].tolist()
+        with pytest.raises(vattn.ConfigError, match="no stored sequence of version -1"):
+            cache.resume(slot, 50, version=version)
+        cache.drop(slot, version=version)
+        with pytest.raises(vattn.ConfigError, match="another sequence"):
+            cache.fork(slot, 50, version=version)
+        cache.check_integrity()
+        assert holds(cache, slot, 1, 100)
+
+
 def test_slots_are_taken_from_the_sequence_used_least_recently() -> None:
     with cache_of(64, max_slots=5) as cache:
         a, b, c = (stored(cache, 50, value) for value in range(3))

@@ -73,16 +73,21 @@ class StoredSequences(SlotStates):
     # -- looking --------------------------------------------------------------------------------------------------
     def stored_versions(self) -> np.ndarray:
         """Per slot, the version that its stored sequence had before it ended; -1 where none is."""
+        self.park_retired()  # a step may have been left during the turn before, which did not come to it
         return np.where(self.state == STORED, self.generation + self.num_cut, -1)
 
     def stored_rows(self) -> np.ndarray:
         """Per slot, rows that its stored sequence has left; 0 where none is."""
         return np.where(self.state == STORED, self.seq_len, 0)
 
+    def is_stored(self, slot: int, version: int) -> bool:
+        """Whether the slot has a stored sequence, of this version."""
+        return bool(self.stored_versions()[slot] == version and self.state[slot] == STORED)  # -1 is no version
+
     def require_stored(self, slot: int, version: int, rows: int) -> int:
         """The slot's number; ConfigError unless its stored sequence is of this version and has so many rows."""
         slot = self.number(slot)
-        if self.stored_versions()[slot] != version:
+        if not self.is_stored(slot, version):
             raise ConfigError(f"slot {slot} has no stored sequence of version {version}, or not any more")
         if not 0 < require_int("seq_len", rows, 0) <= self.seq_len[slot]:
             raise ConfigError(f"the stored sequence of slot {slot} has {self.seq_len[slot]} rows left, got {rows}")
@@ -95,6 +100,7 @@ class StoredSequences(SlotStates):
             ConfigError: there is no such sequence, or it has fewer rows.
         """
         slot = self.number(slot)
+        self.park_retired()
         if version is not None and self.state[slot] == STORED:
             rows = int(self.seq_len[slot]) if rows is None else rows
             return self.require_stored(slot, version, rows), rows
