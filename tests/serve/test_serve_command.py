@@ -121,6 +121,8 @@ def test_what_it_does_not_start_with(folder: Path, monkeypatch: pytest.MonkeyPat
             (["--api-key", "two words"], "printable ASCII without spaces"),
             (["--api-key", ""], "printable ASCII without spaces"),
             (["--api-key", "a", "--no-api-key"], "give one of them"),
+            (["--served-model-name", ""], "--served-model-name must be a name"),
+            (["--served-model-name", "a\nb"], "--served-model-name must be a name"),
             (["--max-model-len", "100001"], "--max-model-len 100001 exceeds the 100000 tokens"),
             (["--request-timeout", "nan"], "a number of seconds above 0"),
         ):

@@ -117,6 +117,15 @@ def test_usage_tells_what_was_cached(client: openai.OpenAI, field: str) -> None:
     assert last.usage.prompt_tokens_details.cached_tokens == 99  # type: ignore[unreachable]
 
 
+def test_an_empty_user_is_none(client: openai.OpenAI) -> None:
+    asked: Any = {"prompt": list(range(103, 3, -1)), "model": NAME, "max_tokens": 1}
+    for user, known in (({}, 0), ({"user": ""}, 99)):
+        usage = client.completions.create(**asked, **user).usage
+        assert usage is not None
+        assert usage.prompt_tokens_details is not None
+        assert usage.prompt_tokens_details.cached_tokens == known
+
+
 def test_the_helper_that_gathers_a_stream(client: openai.OpenAI, server: Running, alone: Any) -> None:
     text = text_of(server.tokenizer, alone(MESSAGES)[0])
     stop = text[8:12]

@@ -31,6 +31,8 @@ def serve(args: argparse.Namespace) -> None:
 
     keys = _keys(args)
     names = tuple(args.served_model_name or [args.model])
+    if not all(name.strip() and name.isprintable() for name in names):
+        raise ConfigError(f"--served-model-name must be a name on one line, got {names}")
     logging.basicConfig(level=args.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     with closing(run.listening_socket(args.host, args.port)) as opened:
         if not run.is_loopback(opened) and not keys and not args.no_api_key:

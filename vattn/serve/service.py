@@ -227,7 +227,7 @@ class Service:
                 priority=-(body.priority or 0),  # vLLM's lower ones come first
                 deadline_s=self.settings.request_timeout_s,
                 allowed_tokens=grammar,
-                cache_salt=body.cache_salt or body.user,
+                cache_salt=body.cache_salt or body.user or None,  # an empty user is none
             )
             for prompt, grammar in zip(prompts, grammars, strict=True)
         ]
