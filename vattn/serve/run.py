@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["is_loopback", "listening_socket", "serve"]
 
 _LOOK_S = 5.0
+_LAST_WORDS_S = 5.0  # for requests that were cut off to say so
 Ready = Callable[[str, uvicorn.Server], None]
 
 
@@ -105,6 +106,8 @@ async def _serve(engine: Engine, tokenizer: Tokenizer, settings: Settings, opene
         looking.cancel()
         num_cut = len(server.server_state.tasks)
         await serving.close(drain=not server.force_exit)
+        if tasks := set(server.server_state.tasks):  # they tell their clients so; cancelled, each would log a traceback
+            await asyncio.wait(tasks, timeout=_LAST_WORDS_S)
         service.close()
         opened.close()
     if server.force_exit and num_cut:
