@@ -22,7 +22,7 @@ def test_random_walk(seed, kind, variant, device):
             wanted |= {"trim", "OutOfPages", "OutOfSlots"} | ({"DriverError"} if "fail" in settings else set())
             wanted |= {"late reads"} if "readers" in settings else set()
             wanted |= {"large pages", "split"} if "sizes" in settings else set()
-            # A page is kept where memory is short or a step is open, which not every walk meets; the first of each does.
+            # A page is kept where memory is short or a step is open, which not every walk meets; the first does.
             wanted |= {"kept"} if "sizes" in settings and seed == 1 else set()
             wanted |= {"adopted", "reclaimed"} | ({"parked aliases"} if kind != "layer" else set())
             assert wanted <= {name for name, count in fuzz.counts.items() if count}
