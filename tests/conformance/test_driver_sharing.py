@@ -171,19 +171,30 @@ def test_imported_memory_outlives_its_owner(open_driver, unit, memory, export):
     assert holds(memory(there, unit), 8)
 
 
-def test_a_handle_is_exported_often_and_passed_on(open_driver, unit, memory, export):
+def test_a_handle_is_exported_often_and_its_descriptor_passed_on(open_driver, unit, memory, export):
     drivers = [open_driver() for _ in range(4)]
     bases = [driver.reserve(2 * unit) for driver in drivers]
-    handles = [put(drivers[0], bases[0], unit)]
-    for driver, base, giver in ((drivers[1], bases[1], 0), (drivers[2], bases[2], 0), (drivers[3], bases[3], 1)):
+    handle = put(drivers[0], bases[0], unit)
+    fds = [export(drivers[0], handle), export(drivers[0], handle)]
+    fds.append(os.dup(fds[1]))
+    for driver, base, fd in zip(drivers[1:], bases[1:], fds, strict=True):
         put(driver, base + unit, unit)  # one of its own beside it
-        handles.append(driver.import_handle(export(drivers[giver], handles[giver]), unit))
-        driver.map(base, unit, handles[-1])
+        imported = driver.import_handle(fd, unit)
+        driver.map(base, unit, imported)
         driver.set_access(base, unit)
+    os.close(fds[2])
     for value, base in enumerate(bases, start=1):
         memory(base, unit).fill_(value)
         assert all(holds(memory(each, unit), value) for each in bases)
     assert all(holds(memory(base + unit, unit), 0) for base in bases[1:])
+
+
+def test_what_was_imported_is_not_exported_again(open_driver, shares, unit, export):
+    """CUDA cannot, so no driver does."""
+    owner, other = open_driver(), open_driver()
+    imported = other.import_handle(export(owner, owner.create(unit)), unit)
+    with refused(other, "export_handle"):
+        other.export_handle(imported)
 
 
 # -- refusals --------------------------------------------------------------------------------------------------------

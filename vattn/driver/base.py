@@ -107,7 +107,8 @@ class Driver(Protocol):
         moves the bytes into a file of their own, which shows nothing else: nobody may write to the handle meanwhile.
 
         Raises:
-            DriverError: the handle is not live, or the system cannot do this (``NOT_SUPPORTED``).
+            DriverError: the handle is not live or was imported (CUDA exports only what its own process made: pass the
+                file descriptor on instead), or the system cannot do this (``NOT_SUPPORTED``).
         """
 
     def import_handle(self, fd: int, size_bytes: int) -> int:
@@ -262,9 +263,7 @@ class RuledDriver(ABC):
             self._after_unmap(freed)
 
     def export_handle(self, handle: int) -> int:
-        entry = self.book.handles.get(handle)
-        if entry is None or entry.released:
-            raise DriverError("export_handle", "INVALID_VALUE", f"handle {handle:#x} is not live")
+        entry = self.book.check_export(handle)
         fd = self._export(handle, entry.size_bytes)
         self.log.add("export", None, entry.size_bytes, handle)
         return fd
@@ -274,7 +273,7 @@ class RuledDriver(ABC):
         if fd < 0:
             raise DriverError("import_handle", "INVALID_VALUE", f"{fd} is no file descriptor")
         handle = self._import(fd, size_bytes)
-        self.book.handles[handle] = Handle(size_bytes)
+        self.book.handles[handle] = Handle(size_bytes, imported=True)
         self.log.add("import", None, size_bytes, handle)
         return handle
 

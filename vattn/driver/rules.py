@@ -10,7 +10,8 @@ behave alike:
 * nothing is written to what may only be read;
 * the range of an ``unmap`` consists of whole mappings;
 * an address range is freed as a whole, when nothing is mapped in it;
-* the memory of a released handle stays until its last mapping is removed, but it cannot be mapped again.
+* the memory of a released handle stays until its last mapping is removed, but it cannot be mapped again;
+* a handle that was imported is not exported again.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ class Handle:
     size_bytes: int
     num_maps: int = 0
     released: bool = False
+    imported: bool = False
 
 
 @dataclass(slots=True)
@@ -83,6 +85,18 @@ class RuleBook:
         self.check_size("create", size_bytes)
         if size_bytes >> 63:  # would wrap around on its way into C
             raise DriverError("create", "OUT_OF_MEMORY", f"no machine has {size_bytes} bytes", out_of_memory=True)
+
+    def check_export(self, handle: int) -> Handle:
+        entry = self.handles.get(handle)
+        if entry is None or entry.released:
+            raise self._refuse("export_handle", f"handle {handle:#x} is not live")
+        if entry.imported:
+            raise self._refuse(
+                "export_handle",
+                f"handle {handle:#x} was imported, and only the process that made it can export it: pass on a "
+                "duplicate of the file descriptor that it was imported from",
+            )
+        return entry
 
     def check_release(self, handle: int) -> Handle:
         entry = self.handles.get(handle)
