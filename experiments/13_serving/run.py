@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from statistics import median
 
 import torch
 
@@ -74,19 +75,27 @@ def make_model(name: str) -> Llama:
 def run_vattn(records: Records, case: workload.Case, requests_per_s: float | None) -> None:
     model = make_model(case.name)
     add_limits(records, case, model)
-    memory_limit = None if model.device.type == "cuda" else 1 << 28
-    with (
-        records.going_on(f"{case.name} vattn"),
-        Engine(model, max_batch=MAX_BATCH if case.name == "8B" else None, memory_limit=memory_limit) as engine,
-    ):
+    options = {
+        "max_batch": MAX_BATCH if case.name == "8B" else None,
+        "memory_limit": None if model.device.type == "cuda" else 1 << 28,
+    }
+    steps = {}
+    with records.going_on(f"{case.name} vattn"), Engine(model, prefix_caching=False, **options) as engine:
         begin = time.perf_counter()
         engine.warm_up()
         if case.name == "8B":
             add(records, f"{case.name} opening", {"warm_up": [time.perf_counter() - begin]}, "vattn")
         for name, metrics in workload.measure(Vattn(engine), case, requests_per_s):
             add(records, name, metrics, "vattn")
+            if "engine_step" in metrics:
+                steps[name] = median(metrics["engine_step"])
         stats = engine.stats()
         print(f"{stats.num_preemptions} preemptions, {stats.num_prefill_tokens} prompt tokens computed")
+    with records.going_on(f"{case.name} vattn-index"), Engine(model, **options) as engine:
+        engine.warm_up()
+        by_size = {(batch, context): steps[f"{case.name} B={batch} L={context}"] for batch, context in case.steps}
+        for name, metrics in workload.prefill(Vattn(engine), case, by_size):
+            add(records, name, metrics, "vattn-index")
     if model.device.type == "cuda":
         with records.going_on(f"{case.name} vattn-loop"):
             run_loop(records, case, model)

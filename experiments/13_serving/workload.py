@@ -167,7 +167,7 @@ def prefill_tokens_per_s(system: System, case: Case, count: int, length: int, on
     """From the time to everybody's 24th token, less 23 steps."""
     found = []
     for repeat in range(case.repeats + 1):  # the first one warms up
-        requests = [(tokens(case, length, 1000 * repeat + i), FIRST_TOKENS) for i in range(count)]
+        requests = [(tokens(case, length, (count * 100 + repeat) * 1000 + i), FIRST_TOKENS) for i in range(count)]
         begin = time.perf_counter()
         run(system, requests)
         took = time.perf_counter() - begin - (FIRST_TOKENS - 1) * one_step_ms / 1e3
@@ -236,6 +236,16 @@ def poisson(system: System, case: Case, requests_per_s: float) -> tuple[list[flo
     return [each.first * 1e3 for each in times], [gap * 1e3 for each in times for gap in each.gaps]
 
 
+def prefill(
+    system: System, case: Case, steps: dict[tuple[int, int], float]
+) -> Iterator[tuple[str, dict[str, list[float]]]]:
+    """(case, metric -> samples); ``steps``: milliseconds of a decode step by (batch, context)."""
+    for count, length in case.prefill:
+        one = next(ms for (batch, context), ms in steps.items() if batch == count and context >= length)
+        rates = prefill_tokens_per_s(system, case, count, length, one)
+        yield f"{case.name} prompts={count} tokens={length}", {"prefill_tokens_per_s": rates}
+
+
 def measure(
     system: System, case: Case, requests_per_s: float | None = None
 ) -> Iterator[tuple[str, dict[str, list[float]]]]:
@@ -249,10 +259,7 @@ def measure(
         samples = step_ms(system, case, batch, context)
         steps[batch, context] = median(samples)
         yield f"{case.name} B={batch} L={context}", {"engine_step": samples}
-    for count, length in case.prefill:
-        one = next(ms for (batch, context), ms in steps.items() if batch == count and context >= length)
-        rates = prefill_tokens_per_s(system, case, count, length, one)
-        yield f"{case.name} prompts={count} tokens={length}", {"prefill_tokens_per_s": rates}
+    yield from prefill(system, case, steps)
     longest, beside, alone = silence(system, case)
     times = {"longest_silence": longest, "prompt_beside": beside, "prompt_alone": alone}
     yield f"{case.name} B={case.running[0]} prompt={case.long_prompt}", times

@@ -308,24 +308,36 @@ def test_random_loads_give_the_same_tokens(model: Llama, plain: Engine, seed: in
     walk(model, plain, 60, seed)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_random_loads_over_pages_of_several_sizes_give_the_same_tokens(model: Llama, plain: Engine, seed: int) -> None:
+    walk(model, plain, 40, seed, longer=4, max_page_bytes=8 * PAGE_BYTES)
+
+
 @pytest.mark.slow
 def test_a_long_random_load_gives_the_same_tokens(model: Llama, plain: Engine) -> None:
     for seed in (100, 101):
         walk(model, plain, 250, seed)
+        walk(model, plain, 80, seed, longer=4, max_page_bytes=8 * PAGE_BYTES)
 
 
-def walk(model: Llama, plain: Engine, num_requests: int, seed: int) -> None:
-    """Prompts with a past in common, some with what was answered; two tenants; shortage, cancellations, others."""
+def walk(
+    model: Llama, plain: Engine, num_requests: int, seed: int, longer: int = 1, max_page_bytes: int = PAGE_BYTES
+) -> None:
+    """Prompts with a past in common, some with what was answered; two tenants; shortage, cancellations, others.
+
+    Args:
+        longer: factor on the lengths of prompts and on memory.
+    """
     rng = random.Random(seed)
-    order = rng.choice(("token", "layer"))
-    num_pages = (16 if order == "token" else 24) + rng.randrange(30)
+    order = rng.choice(("token", "layer")) if longer == 1 else "token"  # with many pages to a sequence
+    num_pages = longer * ((16 if order == "token" else 24) + rng.randrange(30))
     known: dict[tuple[object, ...], list[Completion]] = {}
-    histories: list[tuple[int, ...]] = [text(rng.randrange(20, 60), seed=i) for i in range(3)]
+    histories: list[tuple[int, ...]] = [text(longer * rng.randrange(20, 60), seed=i) for i in range(3)]
 
     def any_request() -> Request:
         history = rng.choice(histories)
         prompt = history[: rng.choice((len(history), rng.randrange(1, len(history) + 1)))]
-        prompt = (prompt + text(rng.randrange(12), seed=rng.randrange(5)))[:90]
+        prompt = (prompt + text(longer * rng.randrange(12), seed=rng.randrange(5)))[: longer * 90]
         options = {"n": rng.choice((1, 1, 1, 3)), "cache_salt": rng.choice(("a", "a", "b"))}
         return Request(prompt, rng.randrange(1, 40), any_sampling(rng), (7, 9, 11), **options)  # type: ignore[arg-type]
 
@@ -335,12 +347,12 @@ def walk(model: Llama, plain: Engine, num_requests: int, seed: int) -> None:
             known[key] = plain.generate([replace(request, deadline_s=None)])
         return known[key]
 
-    with cache_of(model, rng.choice((4, 7, 12)), num_pages, order) as cache:
-        with Engine(model, cache, max_step_tokens=rng.choice((7, 32, 256))) as engine:
+    with cache_of(model, rng.choice((4, 7, 12)), num_pages, order, max_page_bytes=max_page_bytes) as cache:
+        with Engine(model, cache, max_step_tokens=rng.choice((7, 32, 256)) if longer == 1 else 256) as engine:
             requests: dict[int, Request] = {}
             answers: dict[tuple[int, int], list[int]] = {}
             ends: dict[tuple[int, int], str] = {}
-            num_submitted, held = 0, None
+            num_submitted, held, largest = 0, None, 0
             while num_submitted < num_requests or engine.has_work:
                 while num_submitted < num_requests and engine.num_waiting < 12 and rng.random() < 0.5:
                     request = replace(any_request(), deadline_s=rng.choice((None,) * 9 + (0.0,)))
@@ -357,7 +369,7 @@ def walk(model: Llama, plain: Engine, num_requests: int, seed: int) -> None:
                     else:
                         with suppress(OutOfSlots, OutOfPages):
                             held = cache.acquire()
-                            cache.ensure(held, rng.randrange(1, 100))
+                            cache.ensure(held, rng.randrange(1, longer * 100))
                 try:
                     tokens = engine.step()
                 except (OutOfPages, OutOfSlots):
@@ -373,8 +385,9 @@ def walk(model: Llama, plain: Engine, num_requests: int, seed: int) -> None:
                         ends[key] = new.finish_reason
                         whole = tuple(requests[key[0]].prompt_tokens) + tuple(answers.get(key, ()))
                         if rng.random() < 0.5:
-                            histories[rng.randrange(3)] = whole[:80]
+                            histories[rng.randrange(3)] = whole[: longer * 80]
                 if rng.random() < 0.2:
+                    largest = max([largest, *(page.size for page in cache._slots.pool.pages)])
                     cache.check_integrity()
                     engine._samples._prefixes._index.check_integrity()
             for request_id, request in requests.items():
@@ -385,6 +398,7 @@ def walk(model: Llama, plain: Engine, num_requests: int, seed: int) -> None:
                     else:
                         assert (tuple(answers[key]), ends[key]) == (completion.tokens, completion.finish_reason)
             assert hits(engine) > 0
+            assert (largest > 1) == (max_page_bytes > PAGE_BYTES)
             if held is not None:
                 cache.release(held)
         cache.check_integrity()

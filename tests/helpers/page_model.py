@@ -92,12 +92,12 @@ class PageModel:
         return -(-(rows + self.over_read) * self.lane_row_bytes[lane] // self.page_bytes) if rows else 0
 
     def _cover(self, first: int, end: int) -> Iterator[tuple[int, int]]:
-        """(first unit, size) of each new page: a power of two, an eighth of what lies before it at most, at a multiple
+        """(first unit, size) of each new page: a power of two, a quarter of what lies before it at most, at a multiple
         of its size, and with as much behind it in the stretch."""
         while first < end:
             size = 1
             while (
-                2 * size <= self.largest and first % (2 * size) == 0 and 16 * size <= first and first + 4 * size <= end
+                2 * size <= self.largest and first % (2 * size) == 0 and 8 * size <= first and first + 4 * size <= end
             ):
                 size *= 2
             yield first, size

@@ -72,14 +72,14 @@ def test_pages_cover_exactly_what_is_asked_for_and_are_small_against_what_lies_b
             starts = [first, *accumulate(cover, initial=first)][1:-1]
             assert sum(cover) == end - first
             for start, size in zip(starts, cover, strict=True):
-                assert size == 1 or (8 * size <= start and start + 2 * size <= end and size <= largest)
+                assert size == 1 or (4 * size <= start and start + 2 * size <= end and size <= largest)
                 assert start % size == 0
                 assert size & (size - 1) == 0
 
 
-def test_a_gigabyte_takes_a_ninth_of_the_pages():
-    assert len(PageSizes(32).cover(0, 512)) == 61
-    assert Counter(PageSizes(32).cover(0, 1024))[32] == 23
+def test_a_gigabyte_takes_a_twelfth_of_the_pages():
+    assert len(PageSizes(32).cover(0, 512)) == 41
+    assert Counter(PageSizes(32).cover(0, 1024))[32] == 27
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_a_tail_that_grows_takes_small_pages():
         assert sizes_of(cache, slot)[num:] == [1] * 39
 
 
-def test_a_fork_shares_whole_pages_and_copies_an_eighth_at_most():
+def test_a_fork_shares_whole_pages_and_copies_a_quarter_at_most():
     with open_cache() as cache:
         parent = new(cache, 300)
         for rows in (1200, 1199, 1024, 700, 515, 64, 3):
@@ -128,7 +128,7 @@ def test_a_fork_shares_whole_pages_and_copies_an_eighth_at_most():
             child = cache.fork(parent, rows)
             assert cache.stats().num_copy - before.num_copy <= 1
             own = in_use(cache) - before.in_use_bytes // PAGE
-            assert own <= 1 + rows // 4 // 8
+            assert own <= 1 + rows // 4 // 4
             check_marked(cache, child)
             cache.check_integrity()
             again = cache.fork(child, rows)  # which shares all but the page that its rows do not fill
@@ -155,7 +155,7 @@ def test_a_parked_page_that_is_larger_than_what_is_needed_goes():
         slot = new(cache, 300)
         cache.release(slot)
         cache.acquire(slot)
-        cache.ensure(slot, 4 * 135)  # into a page of eight
+        cache.ensure(slot, 4 * 135)  # into a page of thirty-two
         assert in_use(cache) == 135
         assert cache.stats().waste_bytes == 0
         assert not cache.rows(slot, 0)[0].any()
@@ -181,19 +181,19 @@ def test_truncate_leaves_the_pages_that_the_rows_need(rows):
 def test_a_page_that_cannot_be_split_is_kept_until_there_is_room_and_need():
     with open_cache(limit=300) as cache:
         slot = new(cache, 300)
-        cache.truncate(slot, 4 * 128)  # the end of a page of eight
+        cache.truncate(slot, 4 * 128)  # the end of a page of sixteen
         other = new(cache, 172)
-        cache.truncate(slot, 4 * 121)
-        assert in_use(cache) == 300  # no room for the one that is left of eight
-        assert cache.stats().waste_bytes == 7 * PAGE
+        cache.truncate(slot, 4 * 113)
+        assert in_use(cache) == 300  # no room for the one that is left of sixteen
+        assert cache.stats().waste_bytes == 15 * PAGE
         cache.check_integrity()
         cache.truncate(other, 4 * 171)
         assert in_use(cache) == 299
-        third = new(cache, 8)
+        third = new(cache, 16)
         assert in_use(cache) == 300
         assert cache.stats().waste_bytes == 0
         with pytest.raises(vattn.OutOfPages):
-            cache.ensure(third, 36)
+            cache.ensure(third, 4 * 17)
         for each in (slot, other, third):
             check_marked(cache, each)
         cache.check_integrity()
@@ -219,15 +219,15 @@ def test_no_page_is_split_while_a_step_is_open_on_it():
     with open_cache(limit=300) as cache:
         slot = new(cache, 300)
         with cache.step([slot]):
-            cache.truncate(slot, 4 * 121)
+            cache.truncate(slot, 4 * 113)
         late = cache.acquire()
         with cache.step([slot]):
             cache.ensure(late, 4 * 165)
             assert in_use(cache) == 128 + 165
             with pytest.raises(vattn.OutOfPages):
-                cache.ensure(late, 4 * 173)
-        cache.ensure(late, 4 * 173)
-        assert in_use(cache) == 121 + 173
+                cache.ensure(late, 4 * 187)
+        cache.ensure(late, 4 * 187)
+        assert in_use(cache) == 113 + 187
         check_marked(cache, slot)
 
 
@@ -259,17 +259,17 @@ def test_a_write_into_a_large_shared_page_copies_it_whole_and_no_further_than_th
         child = cache.fork(parent, 1200)
         before = in_use(cache)
         cache.make_writable(child, 4 * 130, 4 * 130 + 1)
-        assert in_use(cache) - before == 16
+        assert in_use(cache) - before == 32
         cache.rows(child, 0)[0][4 * 130] = -1
         check_marked(cache, parent)
-        cache.truncate(child, 4 * 121)  # inside a page of eight that is the parent's too
+        cache.truncate(child, 4 * 113)  # inside a page of sixteen that is the parent's too
         before = in_use(cache)
-        cache.make_writable(child, 4 * 120, 4 * 120 + 1)
+        cache.make_writable(child, 4 * 112, 4 * 112 + 1)
         assert in_use(cache) - before == 1
         cache.check_integrity()
         cache.ensure(child, 1200)
         cache.check_integrity()
-        assert not cache.rows(child, 0)[0][4 * 121 :].any()
+        assert not cache.rows(child, 0)[0][4 * 113 :].any()
         check_marked(cache, parent)
 
 
@@ -292,10 +292,10 @@ def test_free_pages_of_one_size_become_others():
         slot = new(cache, 300)
         cache.truncate(slot, 0)
         assert cache.stats().free_bytes == 300 * PAGE
-        slots = [new(cache, 19) for _ in range(5)]  # of single ones
+        slots = [new(cache, 11) for _ in range(5)]  # of single ones
         assert all(set(sizes_of(cache, each)) == {1} for each in slots)
         many = cache.acquire() if len(slots) < 5 else slot
-        cache.ensure(many, 4 * 205)
+        cache.ensure(many, 4 * 245)
         assert in_use(cache) == 300
         for each in slots:
             cache.truncate(each, 0)

@@ -6,8 +6,8 @@ whole, so ``fork`` has to copy what lies before the cut instead of sharing it, a
 Three rules bound that:
 
 * A page covers exactly units that were asked for. No sequence has a unit more than with pages of one size.
-* A page has at most an eighth of the units that lie before it in its slot. So a cut copies at most an eighth of what it
-  shares. A stretch of 512 units at the start of a slot takes 61 pages, each doubling of what lies before 8 of them.
+* A page has at most a quarter of the units that lie before it in its slot. So a cut copies at most a quarter of what it
+  shares, and an eighth in the mean. A stretch of 512 units at the start of a slot takes 41 pages.
 * At least as many units as a page has lie behind it in the same stretch, in smaller pages. So ``truncate``, which may
   have to split the page that it cuts, frees the units that takes; and a sequence that grows or is forked near the
   stretch's end finds small pages there.
@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-_MOST_OF_WHAT_LIES_BEFORE = 8
+_MOST_OF_WHAT_LIES_BEFORE = 4
 
 
 @dataclass(frozen=True, slots=True)

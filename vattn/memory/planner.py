@@ -254,7 +254,7 @@ class Planner:
         """Plan for a shared page that is about to be written: the slot gets a copy of it, no further than its rows go,
         unless it is the last one to ask for it. Returns where the slot's own pages will end.
 
-        The whole page is copied, whatever rows are asked for: it has an eighth of what lies before it at most. To split
+        The whole page is copied, whatever rows are asked for: it has a quarter of what lies before it at most. To split
         it for all of its owners would take its pages from under their steps, and as much memory.
         """
         slot, reservation, end = rows.slot, lane.reservation, lane.ends[rows.slot]
