@@ -22,8 +22,8 @@ TYPICAL_LEN = 2048  # rows of a sequence, for the choice of a kernel for decode:
 # Slots for stored sequences, for each that may run. Of a model with 128,000 tokens in its vocabulary a slot takes 0.3
 # MB of tables, so 64 sequences take 54 MB more.
 _STORED_FOR_EACH = 3
-# A page costs the driver as much whatever its size, and prompts are known ahead: 8,192 tokens of an 8B model take 2 to 3
-# ms of its calls, with pages of one size 20 to 25 (H100).
+# A page costs the driver as much whatever its size, and prompts are known ahead: 8,192 tokens of an 8B model take 2 to
+# 3 ms of its calls, with pages of one size 20 to 25 (H100).
 _LARGEST_PAGE_BYTES = 64 << 20
 _MOST_ADDRESSES = 32 << 40  # bytes; there are 128 TiB for a process
 
