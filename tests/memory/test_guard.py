@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -263,18 +263,14 @@ def test_an_engine_gives_the_same_tokens(order: str) -> None:
     model = small_model()
     prompt = random_tokens(70, 128, seed=1)
 
-    def rounds() -> list[list[Request]]:
-        sampled: Callable[[int], Request] = (
-            lambda seed: Request(  # noqa: E731
-                prompt[: 40 + 10 * seed], 24, Sampling(0.9, seed=seed), n=3
-            )
-        )
-        return [[sampled(1), Request(prompt, 24)], [sampled(2), sampled(3)], [Request(prompt, 40), sampled(1)]]
+    def sampled(seed: int) -> Request:
+        return Request(prompt[: 40 + 10 * seed], 24, Sampling(0.9, seed=seed), n=3)
 
+    rounds = [[sampled(1), Request(prompt, 24)], [sampled(2), sampled(3)], [Request(prompt, 40), sampled(1)]]
     answers = {}
     for guard in (False, True):
         with cache_of(model, 12, 400, order, guard=guard) as cache, Engine(model, cache) as engine:
-            answers[guard] = [tokens_of(engine.generate(requests)) for requests in rounds()]
+            answers[guard] = [tokens_of(engine.generate(requests)) for requests in rounds]
             assert engine.stats().num_prefix_hits > 0
             set_access, maps = cache.stats().num_set_access, cache.stats().num_map
             assert (set_access > maps) == guard  # pages were shared, and given back

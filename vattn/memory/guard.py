@@ -8,7 +8,6 @@ no driver. Growing and ``make_writable`` unmap such an alias before they grant a
 from __future__ import annotations
 
 from ..driver import Driver
-from ..errors import DriverError
 from .pages import Page
 
 
@@ -38,7 +37,7 @@ class Guard:
                 if writable == (address in page.read_only):
                     self._driver.set_access(address, page.size * self._page_bytes, writable)
                     (page.read_only.discard if writable else page.read_only.add)(address)
-        except DriverError:
+        except BaseException:
             self.unsettled.add(page)
             raise
         self.unsettled.discard(page)
