@@ -34,6 +34,7 @@ class Fuzz(PatternedRows):
         streams: without a GPU, queue the work of three streams and run it as late as it may.
         readers: with reads of every live row in flight on two more.
         sizes: with pages of several sizes, and rows enough for them.
+        guard: with shared pages read-only.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Fuzz(PatternedRows):
         streams: bool = False,
         readers: bool = False,
         sizes: bool = False,
+        guard: bool = False,
     ) -> None:
         self.random = random.Random(f"{seed} {kind}")
         self.fail = fail
@@ -71,6 +73,7 @@ class Fuzz(PatternedRows):
             memory_limit=limit_pages * page_bytes,
             over_read_tokens=over_read,
             over_read_masked=masked,
+            guard=guard,
             driver=self.driver,
         )
         self.model = PageModel(lanes, page_bytes, limit_pages, over_read, masked, largest)

@@ -14,7 +14,19 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 # What a KVCache is made of, lowest first; each file is a room of its own.
-MEMORY = ["undo", "lock", "tensors", "page_sizes", "pages", "reservation", "work", "parking", "planner", "page_table"]
+MEMORY = [
+    "undo",
+    "lock",
+    "tensors",
+    "page_sizes",
+    "pages",
+    "guard",
+    "reservation",
+    "work",
+    "parking",
+    "planner",
+    "page_table",
+]
 MEMORY += ["backing", "slot_states", "stored", "slots", "integrity"]
 # Lowest first. "" is the package itself, vattn/__init__.py: it shows what is public, and only the command line uses it.
 ROOMS = [

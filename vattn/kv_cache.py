@@ -11,7 +11,7 @@ from types import TracebackType
 import numpy as np
 import torch
 
-from .arguments import is_int, require_int
+from .arguments import is_int, require_int, shown
 from .driver import Driver, open_driver
 from .errors import ConfigError
 from .interrupts import finish
@@ -51,6 +51,9 @@ class KVCache(StoredSequences):
             They stay mapped, and count as waste.
         over_read_masked: whether what lies in those rows can never reach an output. If it can, growing wipes them of
             what an older, longer self of the sequence left there.
+        guard: whether the hardware refuses writes to shared pages. A page that is mapped in two or more slots is
+            read-only in each of them: a kernel that writes to it faults, which ends the process on the CPU, and its
+            CUDA context on a GPU. ``fork`` takes more driver calls, and waits for the work on what it shares.
         driver: instead of the device's own; the cache closes it.
 
     Raises:
@@ -68,6 +71,7 @@ class KVCache(StoredSequences):
         max_page_bytes: int | None = None,
         over_read_tokens: int = 0,
         over_read_masked: bool = False,
+        guard: bool = False,
         driver: Driver | None = None,
     ) -> None:
         self._lock = FairLock()
@@ -85,13 +89,18 @@ class KVCache(StoredSequences):
             max_page_bytes = require_int("max_page_bytes", max_page_bytes, 1)
         self.over_read_tokens = require_int("over_read_tokens", over_read_tokens, 0)
         self.over_read_masked = bool(over_read_masked) or not over_read_tokens
+        if not isinstance(guard, bool):
+            raise ConfigError(f"guard must be True or False, got {shown(guard)}")
+        self.guard = guard
         if driver is None:
             driver = open_driver(device)
         elif isinstance(driver, type) or not callable(getattr(driver, "reserve", None)):
             raise ConfigError(f"driver must be a vattn.driver.Driver, LedgerDriver(1 << 40) for one, got {driver!r}")
         over_read = OverRead(self.over_read_tokens, self.over_read_masked)
         try:
-            backing = Backing(driver, layout, self.max_slots, page_bytes, max_page_bytes, memory_limit, over_read)
+            backing = Backing(
+                driver, layout, self.max_slots, page_bytes, max_page_bytes, memory_limit, over_read, guard
+            )
         except BaseException:
             driver.close()
             raise
@@ -176,6 +185,10 @@ class KVCache(StoredSequences):
         Shared rows are read-only for both: call ``make_writable`` before writing to them in place. Rows that ``ensure``
         adds are private.
 
+        With ``guard``, the host waits for the work on ``slot`` before pages of it become read-only. They stay so, after
+        a ``release`` too, until ``ensure`` or ``make_writable`` asks to write there; if all others have ended by then,
+        without a copy.
+
         Args:
             into: the free slot to use; None: that with the fewest pages left mapped, which would be in the way.
             version: of the slot, as ``versions`` or ``stored`` said: refuse another one. A stored sequence can be
@@ -183,7 +196,8 @@ class KVCache(StoredSequences):
 
         Raises:
             OutOfSlots, OutOfPages: as ``acquire`` and ``ensure``.
-            ConfigError: ``seq_len`` is negative or beyond the slot's own.
+            ConfigError: ``seq_len`` is negative or beyond the slot's own; or, with ``guard``, pages that were its own
+                alone are to be shared while a step is open on it.
         """
         slots = self._slots
         slot, rows = slots.parent(slot, seq_len, version)

@@ -19,6 +19,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "queued streams": {"streams": True},
     "queued streams, over-read": {"streams": True, "over_read": 45, "masked": False},
     "readers on two streams": {"streams": True, "readers": True},
+    "guard, failing driver": {"guard": True, "fail": True},
+    "guard, queued streams, over-read": {"guard": True, "streams": True, "over_read": 45, "masked": False},
 }
 SIZES: dict[str, dict[str, Any]] = {
     "sizes": {},
@@ -27,6 +29,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "sizes, masked over-read": {"over_read": 30},
     "sizes, queued streams, over-read": {"streams": True, "over_read": 45, "masked": False},
     "sizes, readers on two streams": {"streams": True, "readers": True},
+    "sizes, guard, failing driver": {"guard": True, "fail": True},
 }
 VARIANTS |= {name: {**settings, "sizes": True} for name, settings in SIZES.items()}
 # What was a page becomes so many units, for sequences to have 70 to 110 of them.

@@ -21,10 +21,10 @@ def pages_of(view: torch.Tensor) -> range:
     return range(view.data_ptr() // 4096 * 4096, view[-1].data_ptr() + view[-1].nbytes, 4096)
 
 
-def are_mapped(driver: Driver, pages: range) -> bool:
-    """Whether there is memory behind all of these addresses."""
+def are_mapped(driver: Driver, pages: range, writing: bool = False) -> bool:
+    """Whether there is memory behind all of these addresses that may be read, or written."""
     try:
-        driver.book.check_accessible("look", pages.start, len(pages) * 4096)
+        driver.book.check_accessible("look", pages.start, len(pages) * 4096, writing)
     except vattn.DriverError:
         return False
     return True

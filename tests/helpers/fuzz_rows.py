@@ -130,7 +130,7 @@ class PatternedRows:
                 self.queued.launch(lambda view=view, pages=pages: self._work(view, pages, value))
 
     def _work(self, view: torch.Tensor, pages: range, value: float | None) -> None:
-        if not are_mapped(self.driver, pages):
+        if not are_mapped(self.driver, pages, writing=value is not None):
             self.faults.append(f"work at {pages} found no pages")
         elif value is not None:
             view.fill_(value)

@@ -43,7 +43,8 @@ class Scene:
     def __post_init__(self) -> None:
         self.driver = FailingDriver(open_driver(self.device))
         page_bytes = max(4096, self.driver.granularity_bytes)
-        order, *sizes = self.order.split(", ")
+        order, *options = self.order.split(", ")
+        sizes = "sizes" in options
         # With pages of several sizes, what is a page otherwise becomes 16.
         layout = make_layout(16 * page_bytes if sizes else page_bytes, order)
         self.cache = vattn.KVCache(
@@ -52,6 +53,7 @@ class Scene:
             page_bytes=page_bytes,
             max_page_bytes=8 * page_bytes if sizes else page_bytes,
             memory_limit=(6400 if sizes else 400) * page_bytes,
+            guard="guard" in options,
             driver=self.driver,
         )
         for slot, rows in ((0, 60), (3, 30), (4, 30), (5, 80)):
@@ -122,7 +124,7 @@ def calls_of(operation: str, device: str, order: str) -> Counter[str]:
     return made
 
 
-@pytest.mark.parametrize("order", ["token", "layer", "token, sizes"])
+@pytest.mark.parametrize("order", ["token", "layer", "token, sizes", "token, guard", "token, sizes, guard"])
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_a_failed_call_leaves_everything_as_it_was(operation, order, device):
     made = calls_of(operation, device, order)
@@ -184,11 +186,12 @@ def test_a_device_out_of_memory_is_out_of_pages(call, device):
     "operation", [operation for operation in OPERATIONS if operation not in ("acquire", "release", "trim")]
 )
 @pytest.mark.parametrize("second", ["unmap", "map", "set_access", "release"])
-def test_a_failure_on_the_way_back_too_loses_no_page(operation, second, device):
+@pytest.mark.parametrize("order", ["layer", "layer, guard"])
+def test_a_failure_on_the_way_back_too_loses_no_page(operation, order, second, device):
     """The undo fails as well: rows may be lost, and the error says so; pages never are, and the cache goes on."""
-    made = calls_of(operation, device, "layer")
+    made = calls_of(operation, device, order)
     for first in made:
-        scene = Scene(device, "layer")
+        scene = Scene(device, order)
         scene.driver.fail(first, at=made[first])
         # From the failing call on, every call of the second kind fails, some of them in the undo.
         scene.driver.fail(second, at=made[second] + (first != second), times=1000)
@@ -263,7 +266,7 @@ def test_a_failed_reservation_gives_the_others_back(at, out_of_memory, device):
 
 
 @pytest.mark.parametrize("call", ["unmap", "map", "set_access"])
-@pytest.mark.parametrize("order", ["token", "layer"])
+@pytest.mark.parametrize("order", ["token", "layer", "token, guard"])
 def test_what_fails_at_the_end_of_a_step_is_done_later(order, call, device, monkeypatch):
     """Truncated rows are unmapped when the step that read them ends; an error would tell nobody anything."""
     # What the GPU has not done by then is left to whoever comes next: here it always has.

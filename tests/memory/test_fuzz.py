@@ -1,4 +1,4 @@
-"""44,000 seeded random operations over the contract, half of them in any run; see ``fuzz.py``."""
+"""54,000 seeded random operations over the contract, half of them in any run; see ``fuzz.py``."""
 
 from __future__ import annotations
 

@@ -370,7 +370,9 @@ class Scene:
 
     def __post_init__(self) -> None:
         self.driver = FailingDriver(HostDriver())
-        self.cache = cache = cache_of(24 if self.order == "token" else 32, 8, self.order, driver=self.driver)
+        order, *guard = self.order.split(", ")
+        num_pages = 24 if order == "token" else 32
+        self.cache = cache = cache_of(num_pages, 8, order, driver=self.driver, guard=bool(guard))
         self.a = stored(cache, 200, 1)
         self.child = cache.fork(self.a[0], 135, version=self.a[1])
         cache.ensure(self.child, 160)
@@ -410,7 +412,7 @@ OPERATIONS = {
 }
 
 
-@pytest.mark.parametrize("order", ["token", "layer"])
+@pytest.mark.parametrize("order", ["token", "layer", "token, guard", "layer, guard"])
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_whatever_driver_call_fails_no_row_changes(operation: str, order: str) -> None:
     scene = Scene(order)
@@ -434,11 +436,12 @@ def test_whatever_driver_call_fails_no_row_changes(operation: str, order: str) -
             assert not scene.driver.book.handles
 
 
+@pytest.mark.parametrize("order", ["layer", "layer, guard"])
 @pytest.mark.parametrize("operation", ["fork", "grow", "copy", "take"])
-def test_a_failed_undo_leaves_stored_sequences_alone(operation: str) -> None:
+def test_a_failed_undo_leaves_stored_sequences_alone(operation: str, order: str) -> None:
     for first in ("map", "set_access", "unmap", "copy", "zero"):
         for second in ("unmap", "map", "set_access"):
-            scene = Scene("layer")
+            scene = Scene(order)
             scene.driver.fail(first, at=2)
             scene.driver.fail(second, at=3, times=1000)
             with suppress(vattn.VattnError):
@@ -473,7 +476,8 @@ def walk(seed: int, num_operations: int) -> dict[str, int]:
     order = rng.choice(("token", "layer"))
     over_read = rng.choice((0, 0, 24))
     num_pages, max_slots = rng.choice((14, 30)), rng.choice((4, 7))
-    with cache_of(num_pages, max_slots, order, over_read_tokens=over_read, over_read_masked=bool(seed % 2)) as cache:
+    options = {"over_read_tokens": over_read, "over_read_masked": bool(seed % 2), "guard": seed % 3 == 0}
+    with cache_of(num_pages, max_slots, order, **options) as cache:
         live: dict[int, list[float]] = {}  # slot -> what its rows hold
         kept: dict[tuple[int, int], list[float]] = {}
         value = 0.0

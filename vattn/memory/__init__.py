@@ -8,6 +8,7 @@ How ``KVCache.ensure`` comes to a driver call, each step in the file that it is 
 4. ``page_table``: takes pages from the pool (``pages``), and scrubs and copies.
 5. ``reservation``: calls the driver, and registers beside each call how to take it back (``undo``).
 
-Beside that way: ``parking`` keeps what released sequences left mapped, ``work`` knows which work on the GPU may still
-touch a page, ``slot_states`` checks what callers say of slots, and ``backing`` owns it all and ends it.
+Beside that way: ``guard`` makes shared pages read-only if asked, ``parking`` keeps what released sequences left mapped,
+``work`` knows which work on the GPU may still touch a page, ``slot_states`` checks what callers say of slots, and
+``backing`` owns it all and ends it.
 """

@@ -11,6 +11,7 @@ from ..driver import Driver
 from ..errors import ConfigError, DriverError
 from ..interrupts import finish
 from ..layout import GroupPlan, KVLayout
+from .guard import Guard
 from .page_sizes import PageSizes
 from .page_table import PageTable
 from .pages import Page, PhysicalPagePool
@@ -65,6 +66,7 @@ class Backing:
     Args:
         page_bytes, max_page_bytes, memory_limit: None for the driver's own page size, for pages of one size, and for a
             share of the memory that is free now.
+        guard: whether shared pages are kept read-only.
 
     Raises:
         ConfigError: the driver cannot have such pages, the limit holds none, or there are too few addresses.
@@ -79,6 +81,7 @@ class Backing:
         max_page_bytes: int | None,
         memory_limit: int | None,
         over_read: OverRead,
+        guard: bool = False,
     ) -> None:
         self.driver = driver
         self.page_bytes = choose_page_bytes(driver, page_bytes)
@@ -86,6 +89,7 @@ class Backing:
         self.max_page_bytes = sizes.largest * self.page_bytes
         limit_bytes = choose_memory_limit(driver, memory_limit, self.page_bytes)
         self.pool = PhysicalPagePool(driver, self.page_bytes, limit_bytes)
+        self.guard = Guard(driver, self.page_bytes) if guard else None
         self.plans: list[GroupPlan] = [
             layout.plan(group, max_slots, self.page_bytes, over_read.tokens) for group in layout.groups
         ]
@@ -95,7 +99,7 @@ class Backing:
         self._pid = os.getpid()
         try:
             for plan in self.plans:
-                self.reservations.append(Reservation(driver, self.pool, plan.size_bytes))
+                self.reservations.append(Reservation(driver, self.pool, plan.size_bytes, self.guard))
         except DriverError as error:
             self._free_ranges()
             if not error.out_of_memory:
@@ -110,7 +114,7 @@ class Backing:
             for reservation, plan in zip(self.reservations, self.plans, strict=True)
             for lane in plan.lanes
         ]
-        self.table = self._table = PageTable(driver, self.pool, lanes, max_slots, sizes, over_read)
+        self.table = self._table = PageTable(driver, self.pool, lanes, max_slots, sizes, over_read, self.guard)
 
     @property
     def all_reservations(self) -> list[Reservation]:
@@ -143,10 +147,12 @@ class Backing:
 
     # -- looking -------------------------------------------------------------------------------------------------
     def clear_strays(self) -> None:
-        """Try again to unmap what failed undos left behind."""
+        """Try again what failed undos left behind: to unmap it, and to set the access to what is shared."""
         for reservation in self.all_reservations:
             for index in tuple(reservation.strays):
                 reservation.clear_stray(index)
+        if self.guard is not None:
+            self.guard.settle_all()
 
     def check_integrity(self) -> None:
         """Page table and pool agree, page by page."""
@@ -166,6 +172,8 @@ class Backing:
         for page in self.pool.pages:
             assert set(page.maps) == maps.get(page, set()), f"{page} is mapped at other addresses than it says"
             assert len(set(page.maps)) == len(page.maps), f"{page} lists an address twice"
+        if self.guard is not None:
+            self.guard.check_integrity(self.pool.pages)
         book = getattr(self.driver, "book", None)
         if book is not None:
             num_maps = sum(map(len, maps.values()))
@@ -174,6 +182,9 @@ class Backing:
             for page in self.pool.pages:
                 size_bytes = book.handles[page.handle].size_bytes
                 assert size_bytes == page.size * self.page_bytes, f"{page} is a handle of {size_bytes} bytes"
+                for mapping in (book.mappings[address] for address in page.maps):
+                    expected = mapping.accessible and mapping.address not in page.read_only
+                    assert mapping.writable == expected, f"{page} is writable at {mapping.address:#x}, or should be"
 
     # -- the end -------------------------------------------------------------------------------------------------
     def close(self) -> None:

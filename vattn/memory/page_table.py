@@ -9,6 +9,7 @@ import numpy as np
 
 from ..driver import Driver
 from ..layout import Lane
+from .guard import Guard
 from .page_sizes import PageSizes
 from .pages import Page, PhysicalPagePool
 from .parking import Parking
@@ -28,6 +29,7 @@ class PageTable(Planner):
         max_slots: slots of the cache.
         sizes: of pages.
         over_read: rows past the end of a sequence that have pages too.
+        guard: keeps shared pages read-only; None: every page is writable.
 
     Attributes:
         aside: addresses for one page, where ``split`` keeps the old one for a moment; reserved when first needed.
@@ -41,6 +43,7 @@ class PageTable(Planner):
         max_slots: int,
         sizes: PageSizes,
         over_read: OverRead,
+        guard: Guard | None = None,
     ) -> None:
         tops = np.zeros((len(lanes), max_slots), np.int64)
         with_pages = [
@@ -49,6 +52,7 @@ class PageTable(Planner):
         super().__init__(with_pages, pool.page_bytes, sizes, over_read)
         self.driver = driver
         self.pool = pool
+        self.guard = guard
         self.aside: Reservation | None = None
         self.parking = Parking(pool, self.lanes, tops)
 
@@ -237,7 +241,7 @@ class PageTable(Planner):
         new.cover(index, self.sizes.cover(split.start, split.end))
         split.new_pages = self.pool.take(new.sizes, undo)
         if self.aside is None:
-            self.aside = Reservation(self.driver, self.pool, self.sizes.largest * self.page_bytes)
+            self.aside = Reservation(self.driver, self.pool, self.sizes.largest * self.page_bytes, self.guard)
         undo.push(self.pool.put_back_lost, page)
         self.aside.map([0], [page], undo)
         lane.reservation.unmap(index, index + 1, undo)
@@ -273,7 +277,7 @@ class PageTable(Planner):
         for lane in self.lanes:
             end = rows * lane.row_bytes // self.page_bytes
             for start, stop, page in lane.walk(slot, end, lane.ends[slot]):
-                if page is None or len(page.maps) > 1:
+                if page is None or page.shared:
                     end = max(end, start)
                     break
                 end = stop

@@ -25,9 +25,10 @@ class Page:
         owners, stored: how many of these mappings live and stored sequences have; the others are parked, or what a
             failed undo left.
         dirty: whether an earlier owner may have written to it; such a page is zeroed before its next owner sees it.
+        read_only: those of its addresses where it may only be read (see ``guard``).
     """
 
-    __slots__ = ("dirty", "handle", "maps", "owners", "size", "stored")
+    __slots__ = ("dirty", "handle", "maps", "owners", "read_only", "size", "stored")
 
     def __init__(self, handle: int, size: int = 1) -> None:
         self.handle = handle
@@ -35,10 +36,11 @@ class Page:
         self.maps: list[int] = []
         self.owners = self.stored = 0
         self.dirty = False
+        self.read_only: set[int] = set()
 
     @property
     def shared(self) -> bool:
-        return len(self.maps) > 1
+        return len(self.maps) > 1 or bool(self.read_only)
 
     def __repr__(self) -> str:
         maps = [hex(address) for address in self.maps]

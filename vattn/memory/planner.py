@@ -167,6 +167,11 @@ class Sharing(Plan):
     copies: list[Copy] = field(default_factory=list)
 
     @property
+    def shares_anew(self) -> bool:
+        """Whether a page of the parent's was mapped nowhere else."""
+        return any(len(page.maps) == 1 for aliases in self.aliases for page in aliases.pages)
+
+    @property
     def sizes(self) -> list[int]:
         return [size for new in self.own for size in new.sizes]
 

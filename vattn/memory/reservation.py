@@ -9,6 +9,7 @@ import numpy as np
 from ..driver import Driver
 from ..errors import DriverError
 from ..layout import Lane
+from .guard import Guard
 from .pages import Page, PhysicalPagePool
 from .undo import Undo
 
@@ -17,15 +18,19 @@ class Reservation:
     """Addresses reserved once; unit ``i`` of it lies at ``address + i * page_bytes``, and a page of several units is
     known by its first.
 
+    Args:
+        guard: keeps shared pages read-only; None: every page is writable.
+
     Attributes:
         pages: the mapped, accessible pages by index.
         strays: pages that an undo could not unmap; nobody uses them, and the next ``map`` there tries again.
         num_pages: units that both have.
     """
 
-    def __init__(self, driver: Driver, pool: PhysicalPagePool, size_bytes: int) -> None:
+    def __init__(self, driver: Driver, pool: PhysicalPagePool, size_bytes: int, guard: Guard | None = None) -> None:
         self.driver = driver
         self.pool = pool
+        self.guard = guard
         self.page_bytes = pool.page_bytes
         self.size_bytes = size_bytes
         self.address = driver.reserve(size_bytes)
@@ -44,6 +49,10 @@ class Reservation:
         """Put a page, new or shared, behind each index, which has none, and make it accessible."""
         for index, page in zip(indexes, pages, strict=True) if self.strays else ():
             self._clear_strays(index, index + page.size)
+        if self.guard is not None and pages and pages[0].maps:
+            for index, page in zip(indexes, pages, strict=True):
+                self._map_guarded(self.guard, index, page, undo)
+            return
         sizes = {page.size for page in pages}
         if len(sizes) == 1:
             self._map_alike(indexes, pages, undo)
@@ -66,8 +75,30 @@ class Reservation:
             self.num_pages += pages[0].size * len(mapped)
         self.pages.update(zip(indexes, pages, strict=True))
 
+    def _map_guarded(self, guard: Guard, index: int, page: Page, undo: Undo) -> None:
+        """``map`` for a page that others have: from now on it may only be read, at every address."""
+        address, mapped = self.address_of(index), list[int]()
+        undo.push(guard.settle, page)  # once it is unmapped here again
+        undo.push(self._undo_map, [index], [page], mapped)
+        self.driver.map(address, page.size * self.page_bytes, page.handle)
+        mapped.append(address)
+        page.maps.append(address)
+        self.num_pages += page.size
+        guard.settle(page)
+        self.pages[index] = page
+
+    def _settle(self, pages: Sequence[Page]) -> None:
+        """These have been unmapped somewhere: where one mapping is left, it may be written again."""
+        if self.guard is not None:
+            for page in pages:
+                if page.read_only and len(page.maps) == 1:
+                    self.guard.settle(page)
+
     def _note_unmapped(self, page: Page, address: int) -> None:
         page.maps.remove(address)
+        page.read_only.discard(address)
+        if self.guard is not None and not page.maps:
+            self.guard.unsettled.discard(page)
         self.num_pages -= page.size
 
     def _undo_map(self, indexes: Sequence[int], pages: Sequence[Page], mapped: list[int]) -> None:
@@ -96,6 +127,7 @@ class Reservation:
             for index, page in zip(indexes, pages, strict=True):
                 self._note_unmapped(page, self.address_of(index))
             undo.push(self._undo_unmap, indexes, pages)
+            self._settle(pages)
             taken += pages
         return taken
 
@@ -109,7 +141,10 @@ class Reservation:
                 page.maps.append(address)
                 self.num_pages += page.size
                 mapped = True
-                self.driver.set_access(address, size_bytes)
+                if self.guard is not None and len(page.maps) > 1:
+                    self.guard.settle(page)
+                else:
+                    self.driver.set_access(address, size_bytes)
                 self.pages[index] = page
             except DriverError as error:  # the rows of this page are lost; the others need not be
                 failure = failure or error
@@ -125,6 +160,7 @@ class Reservation:
         page = self.strays[index]
         self.unmap_finally(index, self.strays)
         self.pool.put_back(page)
+        self._settle([page])
 
     def unmap_finally(self, index: int, table: dict[int, Page]) -> None:
         """Unmap a page of ``pages`` or ``strays``; there is no way back."""

@@ -182,6 +182,8 @@ class Slots(StoredSequences):
                 plan = self.table.sharing(parent, child, rows)
                 if not self._has_room(plan, True):
                     continue
+                if self.backing.guard is not None and plan.shares_anew:
+                    self._await_writes(parent)
                 self._await_parked(plan)
                 try:
                     with self._transaction([]) as undo:
@@ -198,6 +200,15 @@ class Slots(StoredSequences):
         self.seq_len[child] = rows
         self._measure_reach(child)
         return child
+
+    def _await_writes(self, parent: int) -> None:
+        """A guarded page becomes read-only at once, so the work that may write to it has to be over."""
+        if self.work.is_open(parent):
+            raise ConfigError(
+                f"with guard=True, fork makes pages of slot {parent} read-only, which a step that is open on the slot "
+                "may still write to: leave the step before fork"
+            )
+        self.work.wait([parent], current_stream=True)
 
     def _await_parked(self, plan: Plan) -> None:
         """Parked pages are unmapped when the work that used them has ended, and scrubbed behind it."""
