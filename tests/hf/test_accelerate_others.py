@@ -178,11 +178,9 @@ def test_weights_that_come_when_they_are_used() -> None:
         return functional_call(twin, brought, args, kwargs)
 
     model.forward = forward
-    with (
-        accelerate(model, 64) as fast,
-        pytest.warns(UserWarning, match="is on meta, a TransformersModel needs it on one"),
-    ):
-        assert generate(model).tolist() == generate(other).tolist()
+    with accelerate(model, 64) as fast:
+        with pytest.warns(UserWarning, match="is on meta, a TransformersModel needs it on one"):
+            assert generate(model).tolist() == generate(other).tolist()
         assert "is on meta, a TransformersModel" in repr(fast)
 
 
@@ -294,12 +292,12 @@ def test_a_weight_that_is_read_the_other_way(fuse: bool) -> None:
 
 
 def test_a_weight_that_is_read_the_other_way_since_it_was_fused() -> None:
-    with TransformersModel(make_model("Llama"), fuse=True) as ours:
-        with KVCache(ours.kv_layout(64), 2, "cpu", page_bytes=4096) as cache:
+    model = make_model("Llama")
+    with TransformersModel(model, fuse=True) as ours, KVCache(ours.kv_layout(64), 2, "cpu", page_bytes=4096) as cache:
+        ours.require_fit(cache)
+        transposed(model)
+        with pytest.raises(ConfigError, match="moved, converted"):
             ours.require_fit(cache)
-            transposed(ours.model)
-            with pytest.raises(ConfigError, match="moved, converted"):
-                ours.require_fit(cache)
 
 
 def wrap_up(model: PreTrainedModel) -> None:
