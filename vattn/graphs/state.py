@@ -9,7 +9,7 @@ from torch import nn
 
 from .trees import PLAIN
 
-__all__ = ["Buffers", "State", "same_bits"]
+__all__ = ["Buffers", "State", "place", "same_bits"]
 
 
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -57,7 +57,7 @@ class State:
             self._plain.append((prefix, attributes, plain))
 
     def _add_tensor(self, path: str, tensor: torch.Tensor, device: torch.device) -> None:
-        self._places.append((path, tensor, _place(tensor)))
+        self._places.append((path, tensor, place(tensor)))
         if tensor.device.type == "cpu" and device.type != "cpu":
             self._copies.append((path, tensor, tensor.detach().clone()))
 
@@ -72,12 +72,12 @@ class State:
         for path, attributes, name, tensor in self._same:
             if attributes.get(name) is not tensor:
                 return f"{path} was replaced"
-        for path, tensor, place in self._places:
-            if _place(tensor) != place:
+        for path, tensor, then in self._places:
+            if place(tensor) != then:
                 return f"{path} was moved"
-        for prefix, attributes, then in self._plain:
-            if not then.items() <= attributes.items():
-                name = next(name for name, value in then.items() if attributes.get(name, ...) != value)
+        for prefix, attributes, plain in self._plain:
+            if not plain.items() <= attributes.items():
+                name = next(name for name, value in plain.items() if attributes.get(name, ...) != value)
                 return f"{prefix}{name} was changed"
         for path, tensor, copy in self._copies:
             if not same_bits(tensor, copy):
@@ -92,8 +92,15 @@ def _replaced(items: list[tuple[Any, Any]], now: Any) -> Any:
     return next(iter([*gone, *(name for name in now if name not in dict(items))]), "an entry")
 
 
-def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
-    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+def place(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Where a tensor's numbers are, and how they are read. A subclass that wraps others, as those of quantised weights
+    do, has no address of its own: theirs count."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        names, _ = tensor.__tensor_flatten__()
+        return type(tensor), tensor.dtype, tensor.shape, *(place(getattr(tensor, name)) for name in names)
+    if tensor.layout is not torch.strided:
+        return id(tensor), tensor.dtype, tensor.device, tensor.shape
+    return tensor.data_ptr(), tensor.dtype, tensor.device, tensor.shape, tensor.stride()
 
 
 class Buffers:

@@ -26,6 +26,7 @@ from ..decode.graphs import GraphReport
 from ..errors import ConfigError
 from ..kv_cache import KVCache
 from .captured_steps import CapturedSteps
+from .examine import described
 from .examine_generation import call_reason, fingerprint, model_reason, padding_of, result_class
 from .generation_cache import GenerationCache
 from .model import TransformersModel
@@ -86,10 +87,10 @@ class Accelerated:
         fuse: bool | None,
     ) -> None:
         if not isinstance(model, PreTrainedModel) or not hasattr(model, "generate"):
-            raise ConfigError(f"accelerate takes a model of transformers that generates, got a {type(model).__name__}")
+            raise ConfigError(f"accelerate takes a model of transformers that generates, got {described(model)}")
         if getattr(model.config, "is_encoder_decoder", False):
             raise ConfigError(f"{type(model).__name__} is an encoder-decoder, accelerate takes decoders")
-        if any(isinstance(vars(model).get(name), Shadow) for name in _SHADOWED):
+        if any(isinstance(each := vars(model).get(name), Shadow) and each.on for name in _SHADOWED):
             raise ConfigError(f"this {type(model).__name__} is accelerated already: restore() that first")
         self._max_length = None if max_length is None else require_int("max_length", max_length, 1)
         self._max_batch = require_int("max_batch", max_batch, 1)
@@ -147,6 +148,20 @@ class Accelerated:
     def num_ahead(self) -> tuple[int, int]:
         """Steps that were launched before their tokens were known, with the right ones and with wrong ones."""
         return (0, 0) if self._steps is None else (self._steps.num_hits, self._steps.num_misses)
+
+    def __repr__(self) -> str:
+        if not self._shadows["generate"].on:
+            state = "restored"
+        elif (reason := self._against() or (self._known or (None, None))[1]) is not None:
+            state = f"the model's own forward, because {reason}"
+        elif self._steps is None:
+            state = "nothing generated yet"
+        elif self.model.device.type != "cuda":
+            state = "steps that run eagerly, as CUDA graphs need a GPU"
+        else:
+            batches = ", ".join(str(report.batch) for report in self.graphs)
+            state = f"captured steps, of batches of {batches}" if batches else "captured steps, none so far"
+        return f"<Accelerated {type(self.model).__name__} on {self.model.device}: {state}>"
 
     def __enter__(self) -> Accelerated:
         return self
@@ -280,7 +295,7 @@ class Accelerated:
     # -- the model as it is now ----------------------------------------------------------------------------------
     def _ready(self) -> str | None:
         """Have steps of the model as it is now, or say why there are none."""
-        if (reason := model_reason(self.model)) is not None:
+        if (reason := self._against()) is not None:
             return reason
         if self._known is None or self._known[0] != fingerprint(self.model):
             self._close()
@@ -293,6 +308,13 @@ class Accelerated:
                 reason = str(error)
             self._known = fingerprint(self.model), reason
         return self._known[1]
+
+    def _against(self) -> str | None:
+        """What is against captured steps in the model at a glance."""
+        # What is around it would be computed twice, by a pass and by what calls the model.
+        if vars(self.model).get("forward") is not self._shadows["forward"]:
+            return "the model's forward was replaced inside of accelerate()"
+        return model_reason(self.model)
 
     def _attach(self) -> None:
         """While the model runs passes; else it has its own attention, whoever asks."""

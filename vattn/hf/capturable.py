@@ -1,4 +1,4 @@
-"""Parts of transformers' models that read results on the host, which a CUDA graph cannot capture, and what stands in.
+"""Parts of transformers' models that a CUDA graph cannot capture, as they read results on the host, and what stands in.
 
 Rotary embeddings of the kinds ``dynamic`` and ``longrope`` look for the longest text of a pass, and change the
 frequencies of all its texts by it. Passes here have texts of many lengths, so they keep to the frequencies of texts
@@ -6,6 +6,8 @@ within the model's first context, and texts end there.
 
 Mixtures of experts are computed by transformers' ``ExpertsInterface``. Of its implementations ``eager`` waits for the
 GPU, and ``grouped_mm`` does unless torch has a kernel for it: for bfloat16 on GPUs of compute capability 9 and 10.
+
+Some, as Gemma 3n, make a tensor of a number of Python's in every pass, which PyTorch copies from the CPU.
 """
 
 from __future__ import annotations
@@ -15,13 +17,44 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 
 from ..attention import DecodeBatch
 from .passes import current
 
-__all__ = ["FixedRopes", "capturable_experts"]
+__all__ = ["FilledNumbers", "FixedRopes", "capturable_experts"]
+
+
+# -- numbers ---------------------------------------------------------------------------------------------------------
+class FilledNumbers(TorchFunctionMode):
+    """Inside, ``torch.tensor(0.5, device=...)`` is filled by its device, and no copy from the CPU. So is what ``to``
+    makes of a single number of the CPU.
+
+    Attributes:
+        count: how many were.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = kwargs or {}
+        is_number = len(args) == 1 and type(args[0]) in (bool, int, float)
+        if func in (torch.tensor, torch.as_tensor) and is_number and given.get("device") is not None:
+            self.count += 1
+            return torch.full((), args[0], **given)
+        if func is torch.Tensor.to and args[0].dim() == 0 and args[0].device.type == "cpu":
+            where = [each for each in (*args[1:], given.get("device")) if isinstance(each, (str, torch.device))]
+            kind = [each for each in (*args[1:], given.get("dtype")) if isinstance(each, torch.dtype)]
+            if where and torch.device(where[0]).type != "cpu":
+                self.count += 1
+                return torch.full((), args[0].item(), dtype=(kind or [args[0].dtype])[0], device=where[0])
+        return func(*args, **given)
 
 
 # -- rotary embeddings -----------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ __all__ = [
     "Plan",
     "attention_layers",
     "checked",
+    "described",
     "implementations",
     "learnt",
     "positions",
@@ -60,7 +61,7 @@ def checked(model: Any) -> PreTrainedConfig:
         ConfigError: the model cannot be run; says what to do.
     """
     if not isinstance(model, PreTrainedModel):
-        raise ConfigError(f"TransformersModel takes a model of transformers, got a {type(model).__name__}")
+        raise ConfigError(f"TransformersModel takes a model of transformers, got {described(model)}")
     name = type(model).__name__
     text = decoder_config(model.config, _HOLDER)
     # accelerate() makes its own with the model's forward overridden, but none of its parts'.
@@ -85,6 +86,18 @@ def checked(model: Any) -> PreTrainedConfig:
     if model.get_output_embeddings() is None:
         raise ConfigError(f"{name} has no head that returns logits: load it with AutoModelForCausalLM")
     return text
+
+
+def described(model: Any) -> str:
+    """What was given in place of a model of transformers, and which one is inside of it."""
+    name = f"a {type(model).__name__}"
+    parts = model.modules() if isinstance(model, torch.nn.Module) else ()
+    inside = next((type(each).__name__ for each in parts if isinstance(each, PreTrainedModel)), None)
+    if inside is None:
+        return name
+    if type(model).__module__.partition(".")[0] == "peft":
+        return f"{name}: merge its adapters, and give the {inside} that merge_and_unload() returns"
+    return f"{name}: give it the {inside} inside"
 
 
 def require_positions(name: str, parameters: Mapping[str, Any]) -> None:

@@ -16,9 +16,12 @@ from transformers.generation import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
+from ..graphs.state import place
+
 __all__ = ["call_reason", "fingerprint", "model_reason", "padding_of", "result_class"]
 
 _MODES = {GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE}
+_PLAIN = {bool, int, float, str, type(None), torch.dtype}
 # What a forward pass may be given.
 _KNOWN = {
     *("input_ids", "attention_mask", "position_ids", "cache_position", "use_cache", "return_dict", "logits_to_keep"),
@@ -61,7 +64,8 @@ def model_reason(model: PreTrainedModel) -> str | None:
     """Why captured steps cannot compute this model as it is now."""
     if model.training:
         return "the model is in training mode (call model.eval())"
-    if torch.is_autocast_enabled(model.device.type):
+    kind = model.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):  # not of weights on ``meta``
         return "autocast is on"
     if _has_hooks(register_module_forward_hook, register_module_forward_pre_hook):
         return "torch has forward hooks of all modules, which a captured step would not call"
@@ -91,19 +95,30 @@ def _nothing(*args: Any) -> None:
 def fingerprint(model: PreTrainedModel) -> tuple[Any, ...]:
     """What differs where a model was moved, converted, or given other modules, weights or settings; not where weights
     changed their values. Fused parts and captured steps keep settings as they were."""
-    modules = tuple((id(module), id(type(module).forward), *_settings(module)) for module in model.modules())
-    tensors = [*model.parameters(), *model.buffers()]
-    places = tuple((each.data_ptr(), each.dtype, each.device, each.shape) for each in tensors)
+    codes = {kind: inspect.getattr_static(kind, "forward", None) for kind in set(map(type, model.modules()))}
+    modules = tuple((id(module), id(codes[type(module)]), *_settings(module)) for module in model.modules())
+    places = tuple(map(place, (*model.parameters(), *model.buffers())))
     return modules, places, str(model.config.to_dict())
 
 
 def _settings(module: torch.nn.Module) -> Iterator[Any]:
-    """Plain attributes of a module, and its own forward if it has one."""
+    """Plain attributes and tensors of a module, and its own forward if it has one."""
     for name, value in vars(module).items():
         if name == "forward":
             yield id(value)
-        elif value is None or type(value) in (bool, int, float, str):
+        elif type(value) in _PLAIN:
             yield name, value
+        elif isinstance(value, torch.Tensor):
+            yield name, place(value)
+        elif type(value) in (tuple, list, dict) and not name.startswith("_") and _is_plain(value):
+            yield name, str(value)
+
+
+def _is_plain(value: Any) -> bool:
+    kind = type(value)
+    if kind in (tuple, list, dict):
+        return all(map(_is_plain, value.values() if kind is dict else value))
+    return kind in _PLAIN
 
 
 def padding_of(call: dict[str, Any], columns: int, known: list[int]) -> list[int] | str:

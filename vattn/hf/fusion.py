@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError
+from ..graphs.state import place
 from ..ops.merge import adopt
 from ..ops.ops_table import Ops
 from .fused_layers import Attention, Layer
@@ -87,7 +88,7 @@ class Fusion:
     ) -> None:
         self._ops = ops
         self._overridden: dict[nn.Module, Shadow] = {}
-        self._addresses: dict[nn.Module, dict[str, int]] = {}
+        self._places: dict[nn.Module, dict[str, Any]] = {}
         self._skipped: set[nn.Module] = set()
         self._fused: Counter[str] = Counter()
         self._left: dict[str, Counter[str]] = {kind: Counter() for kind in _KINDS}
@@ -114,7 +115,7 @@ class Fusion:
         Raises:
             ConfigError: it was moved, converted or loaded anew; a part that is not called any more got a hook.
         """
-        if any(_addresses(module) != addresses for module, addresses in self._addresses.items()):
+        if any(_places(module) != places for module, places in self._places.items()):
             raise ConfigError("the model was moved, converted or loaded since its parts were fused; make a new one")
         for module in self._skipped:
             if reason := altered(module):
@@ -133,7 +134,7 @@ class Fusion:
             if vars(module).get("forward") is shadow:
                 del module.forward
         self._overridden.clear()
-        self._addresses.clear()
+        self._places.clear()
         self._skipped.clear()
 
     # -- one after the other ---------------------------------------------------------------------------------------
@@ -158,8 +159,9 @@ class Fusion:
         if unknown := len(probe.asked) - self._fused["attention"] - self._left["attention"].total():
             self._left["attention"]["its projections have other names"] += unknown
         del self._calls
-        self._addresses = {module: _addresses(module) for module in self._overridden}
+        self._places = {module: _places(module) for module in self._overridden}
 
+    @torch.compiler.disable  # layers may be compiled, each by itself
     def _note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if current() is None:  # another thread runs the model
             return
@@ -278,9 +280,9 @@ class Fusion:
         module.forward = self._overridden[module] = Shadow(own, forward)
 
 
-def _addresses(module: nn.Module) -> dict[str, int]:
+def _places(module: nn.Module) -> dict[str, Any]:
     """Of its parameters, all in use by what was fused."""
-    return {name: parameter.data_ptr() for name, parameter in module.named_parameters()}
+    return {name: place(parameter) for name, parameter in module.named_parameters()}
 
 
 def _positions(max_seq_len: int) -> torch.Tensor:

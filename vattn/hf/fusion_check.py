@@ -168,12 +168,13 @@ class Oracle:
     def _widened(self, module: nn.Module) -> list[torch.Tensor] | None:
         """What it gives in a wider dtype; None where it cannot be run in one, as grouped products cannot."""
         dtype = torch.float64 if self.own[0].dtype == torch.float32 else torch.float32
-        state = _in_dtype({**dict(module.named_parameters()), **dict(module.named_buffers())}, dtype)
+        state: dict[str, torch.Tensor] = {}
 
         def wide(*args: Any, **kwargs: Any) -> Any:
             return functional_call(twin, state, args, kwargs)
 
-        try:
+        try:  # some quantised weights cannot be converted
+            state |= _in_dtype({**dict(module.named_parameters()), **dict(module.named_buffers())}, dtype)
             # A copy without weights of its own: another thread may be running the module.
             twin = copy.deepcopy(module, {id(each): each for each in (*module.parameters(), *module.buffers())})
             return self._run(wide, self.call.in_dtype(dtype), Probe(self.positions))[1]

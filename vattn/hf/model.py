@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import nullcontext
 from types import TracebackType
 from typing import Any
 
@@ -15,7 +16,7 @@ from ..kv_cache import KVCache
 from ..layout import KVLayout
 from ..ops.ops_table import Ops
 from ..tuning import default_ops
-from .capturable import FixedRopes, capturable_experts
+from .capturable import FilledNumbers, FixedRopes, capturable_experts
 from .examine import Plan, attention_layers, checked, implementations, learnt, positions, refusing, require_positions
 from .fusion import Fusion, FusionReport
 from .pass_attention import Recording, implementation_for, pass_layers
@@ -70,7 +71,7 @@ class TransformersModel:
         self.ops = default_ops(self._device, model.dtype) if ops is None else ops
         # transformers looks tokens up itself: what the loop brings along is one column of zeros.
         self.embedding = torch.zeros(1, 1, device=self._device).expand(self.config.vocab_size, 1)
-        self._closed, self._attached, self._changes_experts = False, True, False
+        self._closed, self._attached, self._changes_experts, self._fills_numbers = False, True, False, False
         self._fusion: Fusion | None = None
         try:
             with torch.inference_mode():
@@ -258,7 +259,7 @@ class TransformersModel:
         keep = "logits_to_keep" if "logits_to_keep" in self._parameters else None
         if keep and num_logits is not None:
             options[keep] = torch.arange(len(tokens) - num_logits, len(tokens), device=tokens.device)
-        with running(this), self._ropes.applied():
+        with running(this), self._ropes.applied(), FilledNumbers() if self._fills_numbers else nullcontext():
             out = self.model(
                 input_ids=tokens.unsqueeze(0),
                 position_ids=this.where[1].unsqueeze(0),
@@ -310,8 +311,9 @@ class TransformersModel:
         """Find what the layers cache and what attention needs, in a pass that computes none."""
         rows = torch.arange(4, device=self._device)
         recording = Recording(rows)
-        with refusing(self._name):
+        with refusing(self._name), FilledNumbers() as numbers:
             logits = self._forward((rows + 1) % self.config.vocab_size, recording, num_logits=1)
+        self._fills_numbers = numbers.count > 0
         return learnt(self._name, self.config, recording, logits)
 
 

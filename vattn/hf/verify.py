@@ -77,7 +77,8 @@ def verify(model: TransformersModel, wanted: torch.Tensor) -> None:
     if not error <= (_HALF_TOLERANCE if half else _TOLERANCE):
         raise ConfigError(
             f"vattn cannot run {type(model.model).__name__}: its logits over a cache are off by {error:.3g} of their "
-            "size, so its layers need more than each token's K and V; use vattn.hf.VirtualCache with its generate()"
+            "size, so its layers need more than each token's K and V, or compute a token by others of the same pass, "
+            "as quantised activations do; use vattn.hf.VirtualCache with its generate()"
         )
 
 
