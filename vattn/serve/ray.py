@@ -2,27 +2,27 @@
 
 ``serve run vattn.serve.ray:build_app model=smollm2 num_replicas=2``. Ray Serve starts, watches, drains and replaces the
 replicas. A front checks keys and bodies, and sends a request to the replica that has its prompt's beginning stored.
+Clients must send the key that the environment variable ``VATTN_API_KEY`` of the front holds, if it does.
 """
 
 # Annotations are values here: Ray reads that of build_app, and pydantic those of Options.
 import asyncio
-import hashlib
 import logging
-import random
+import os
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel, ByteSize, ConfigDict, Field
-from pydantic_core import from_json, to_json
 from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve import Application
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
-from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..engine import AsyncEngine, Engine
@@ -30,14 +30,16 @@ from ..errors import ConfigError
 from .app import create_app
 from .errors import ApiError, response_of
 from .limits import Guard
+from .metrics import merged
+from .ray_router import prefix_of
 from .service import Service, Settings
 from .streams import broken_off
 
-__all__ = ["Options", "PrefixRouter", "build_app"]
+__all__ = ["Options", "build_app"]
 
 _log = logging.getLogger("vattn.serve")
-_PREFIX_CHARACTERS = 1024  # of a prompt, which choose its replica: some 250 tokens, fewer are soon computed
 _ATTEMPTS = 5  # at a request of which the client has seen nothing
+_METRICS_S = 10.0
 _MAX_AT_FRONT = 100_000  # requests; the replicas bound how many there are
 _SCOPE = ("type", "http_version", "method", "scheme", "path", "raw_path", "query_string", "headers", "client", "server")
 
@@ -48,7 +50,6 @@ class Options(BaseModel):
     Attributes:
         model: ``smollm2``, a folder or a .gguf file that every machine has.
         served_model_name: for clients; the default is ``model``.
-        api_key: that clients must send. Empty lets everybody in who can reach the address.
         num_replicas: of the engine; ``auto`` lets Ray choose by load.
         num_fronts: processes that check requests and send them on.
         num_cpus, num_gpus: that Ray reserves for each replica. It runs on the GPU where ``num_gpus`` is above 0.
@@ -67,7 +68,6 @@ class Options(BaseModel):
 
     model: str = "smollm2"
     served_model_name: str = ""
-    api_key: str = ""
     num_replicas: int | Literal["auto"] = 1
     num_fronts: int = Field(1, ge=1)
     num_cpus: float = Field(1, ge=0)
@@ -99,7 +99,7 @@ def build_app(args: Options) -> Application:
         max_queued_requests=options.max_queue,
         graceful_shutdown_timeout_s=options.drain_timeout,
         health_check_period_s=options.health_period,
-        request_router_config={"request_router_class": "vattn.serve.ray:PrefixRouter"},
+        request_router_config={"request_router_class": "vattn.serve.ray_router:PrefixRouter"},
     )
     front = serve.deployment(
         serve.ingress(build_front)(),
@@ -119,52 +119,10 @@ class _Asked:
     Attributes:
         scope: of ASGI, what of it can be sent.
         body: all of it.
-        prefix: how the prompt begins, with what else keeps stored rows apart; empty where there is no prompt.
     """
 
     scope: Mapping[str, Any]
     body: bytes
-    prefix: bytes
-
-
-class PrefixRouter(RequestRouter):
-    """The replica that the prompt's beginning belongs to, while that takes requests; else the less busy of two.
-
-    Each router ranks replicas by a hash of beginning and replica. So all agree without talking, and where a replica
-    comes or goes, only the prompts that it has change their place.
-    """
-
-    async def choose_replicas(
-        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
-    ) -> list[list[RunningReplica]]:
-        """Ranks of replicas; Ray takes the least busy of the first rank in which one takes requests."""
-        rest, ranks, prefix = list(candidate_replicas), [], b""
-        if pending_request is not None:
-            pending_request.routing_context.should_backoff = True  # where all are full, wait before asking again
-            asked = pending_request.args[0] if pending_request.args else None
-            prefix = asked.prefix if isinstance(asked, _Asked) else b""
-        if prefix and rest:
-            owner = max(rest, key=lambda replica: _weight(prefix, replica))
-            rest.remove(owner)
-            ranks.append([owner])
-        return [*ranks, random.sample(rest, min(2, len(rest)))]
-
-
-def _weight(prefix: bytes, replica: RunningReplica) -> bytes:
-    return hashlib.blake2b(replica.replica_id.unique_id.encode() + b"\0" + prefix).digest()
-
-
-def _prefix(body: bytes) -> bytes:
-    """The prompt's beginning, after the salt; nothing where there is none, or the replica is to say what is wrong."""
-    try:
-        asked = from_json(body)
-    except ValueError:
-        return b""
-    if not isinstance(asked, dict):
-        return b""
-    prompt = asked.get("messages") or asked.get("prompt")
-    salt = asked.get("cache_salt") or asked.get("user")
-    return to_json([salt, to_json(prompt).decode()[:_PREFIX_CHARACTERS]]) if prompt else b""
 
 
 class Replica:
@@ -199,8 +157,10 @@ class Replica:
         self._service: Service = self._app.state.service
         self._name = serve.get_replica_context().replica_id.unique_id.encode()
 
-    async def answer(self, asked: _Asked) -> AsyncGenerator[tuple[int, list[tuple[bytes, bytes]]] | bytes, None]:
-        """Status and headers, then the body in parts. Closing it ends the request."""
+    async def answer(
+        self, asked: _Asked, prefix: bytes
+    ) -> AsyncGenerator[tuple[int, list[tuple[bytes, bytes]]] | bytes, None]:
+        """Status and headers, then the body in parts. Closing it ends the request. The prefix is for the router."""
         sent: asyncio.Queue[Message | None] = asyncio.Queue(1)
         came = [{"type": "http.request", "body": asked.body, "more_body": False}]
 
@@ -230,6 +190,10 @@ class Replica:
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)
 
+    async def metrics(self) -> tuple[str, bytes]:
+        """This replica's name, and its metrics as Prometheus reads them."""
+        return self._name.decode(), self._service.metrics.render()[0]
+
     async def check_health(self) -> None:
         """Raises where the engine cannot serve. Ray Serve then sends no more requests here, and starts another."""
         trouble = await self._service.health.trouble()
@@ -255,8 +219,8 @@ def _loaded(path: Any, device: torch.device, dtype: torch.dtype, opened: ExitSta
 def _front(options: Options) -> ASGIApp:
     replicas = serve.get_deployment_handle("Replica", serve.get_replica_context().app_name)
     return Guard(
-        _Front(replicas.options(method_name="answer", stream=True)),
-        keys=[options.api_key] if options.api_key else [],
+        _Front(replicas),
+        keys=[key for key in [os.environ.get("VATTN_API_KEY")] if key],
         max_body_bytes=options.max_body_size,
         body_timeout_s=Settings.body_timeout_s,
         is_local=False,
@@ -268,17 +232,20 @@ class _Front:
     """Sends requests to replicas, and once more where a replica is lost before its client has seen anything."""
 
     def __init__(self, replicas: DeploymentHandle) -> None:
-        self._replicas = replicas
+        self._all, self._one = replicas, replicas.options(method_name="answer", stream=True)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             for step in ("startup", "shutdown"):
                 await receive()
                 await send({"type": f"lifespan.{step}.complete"})
-            return
+            return None
         body = (await receive())["body"]
-        asked = _Asked({key: scope[key] for key in _SCOPE if key in scope}, body, _prefix(body))
-        work = asyncio.ensure_future(self._answer(asked, send))
+        if (scope["method"], scope["path"]) == ("GET", "/metrics"):
+            texts = dict(await self._all.broadcast("metrics").results_async(timeout_s=_METRICS_S))
+            return await Response(merged(texts), media_type=CONTENT_TYPE_LATEST)(scope, receive, send)
+        asked = _Asked({key: scope[key] for key in _SCOPE if key in scope}, body)
+        work = asyncio.ensure_future(self._answer(asked, prefix_of(body), send))
         gone = asyncio.ensure_future(_until_gone(receive))
         try:
             await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -286,14 +253,13 @@ class _Front:
             for task in (work, gone):
                 task.cancel()
             await asyncio.gather(work, gone, return_exceptions=True)
-        if not work.cancelled():
-            work.result()
+        return None if work.cancelled() else work.result()
 
-    async def _answer(self, asked: _Asked, send: Send) -> None:
+    async def _answer(self, asked: _Asked, prefix: bytes, send: Send) -> None:
         for attempt in range(_ATTEMPTS):
             start: Message | None = None  # kept back until there is something to follow it
             has_begun = False
-            response = self._replicas.remote(asked)
+            response = self._one.remote(asked, prefix=prefix)
             try:
                 async for part in response:
                     if isinstance(part, tuple):
