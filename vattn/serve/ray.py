@@ -90,7 +90,7 @@ def build_app(args: Options) -> Application:
     def build_front() -> ASGIApp:
         return _front(options)
 
-    replica = serve.deployment(
+    replica: Any = serve.deployment(
         Replica,
         name="Replica",
         num_replicas=options.num_replicas,
@@ -101,7 +101,7 @@ def build_app(args: Options) -> Application:
         health_check_period_s=options.health_period,
         request_router_config={"request_router_class": "vattn.serve.ray_router:PrefixRouter"},
     )
-    front = serve.deployment(
+    front: Any = serve.deployment(
         serve.ingress(build_front)(),
         name="Front",
         num_replicas=options.num_fronts,
@@ -109,7 +109,8 @@ def build_app(args: Options) -> Application:
         max_ongoing_requests=_MAX_AT_FRONT,
         graceful_shutdown_timeout_s=options.drain_timeout,
     )
-    return front.bind(replica.bind(options))
+    app: Application = front.bind(replica.bind(options))
+    return app
 
 
 @dataclass(frozen=True)
@@ -259,7 +260,7 @@ class _Front:
         for attempt in range(_ATTEMPTS):
             start: Message | None = None  # kept back until there is something to follow it
             has_begun = False
-            response = self._one.remote(asked, prefix=prefix)
+            response: Any = self._one.remote(asked, prefix=prefix)
             try:
                 async for part in response:
                     if isinstance(part, tuple):
