@@ -11,6 +11,7 @@
 # make sanitize    the GPU half under compute-sanitizer's memcheck; SYSTEM=1 as above
 # make fuzz    a long random walk over the cache: OPERATIONS=1000000 SEED=1
 # make soak    a server's churn for MINUTES=20 on DEVICE=cpu, at whose end nothing may have grown; SYSTEM=1 as above
+# make soak-serve    clients that ask, err and vanish at an HTTP server for MINUTES=20; as above
 PYTHON ?= python3
 VENV ?= .venv
 OPERATIONS ?= 1000000
@@ -40,7 +41,7 @@ OLDEST := torch==2.11.0 transformers==5.17.0 'numpy<2.4'
 NATIVE_TESTS := tests/conformance tests/driver tests/memory tests/test_kv_cache.py
 NATIVE_LIBRARY := vattn/driver/_native.abi3.so
 
-.PHONY: demo serve native test test-all lint lock test-oldest test-newest test-transformers gpu-test sanitize fuzz soak clean
+.PHONY: demo serve native test test-all lint lock test-oldest test-newest test-transformers gpu-test sanitize fuzz soak soak-serve clean
 
 # One environment; the demo needs less than the tests, so it does not wait for their tools.
 $(VENV)/.demo: pyproject.toml constraints.txt Makefile
@@ -128,6 +129,9 @@ fuzz: $(VENV)/.dev
 
 soak: $(if $(SYSTEM),,$(VENV)/.dev)
 	PYTHONPATH=. $(GPU_PYTHON) tests/soak.py --minutes $(MINUTES) --device $(DEVICE) --seed $(SEED)
+
+soak-serve: $(if $(SYSTEM),,$(VENV)/.dev)
+	VATTN_SOAK_MINUTES=$(MINUTES) $(GPU_PYTHON) -m pytest tests/serve/test_serve_churn.py -k soak --capture=no
 
 clean:
 	rm -rf $(NATIVE_LIBRARY) $(VENV) $(VENV)-oldest $(VENV)-newest $(VENV)-transformers build dist *.egg-info

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
 import socket
+import time
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers.server import NAME, Running, post, raw, running, status_of, until_closed
+from soak import what_grew
 
 from vattn import Engine, Request, Sampling
 from vattn.models import Llama, Tokenizer
 
+# By what factor, and how much beyond it, the last third of a soak may exceed the middle third.
+TOLERANCES = {"MiB resident": (1.0, 16.0), "descriptors": (1.0, 32.0), "objects": (1.0, 2000.0)}
 WRONG: list[dict[str, Any]] = [
     {"temperature": -1},
     {"prompt": 5},
@@ -53,7 +60,9 @@ def answered(server: Running, request: bytes, stream: bool) -> str:
     return "".join(json.loads(event)["choices"][0]["text"] for event in events)
 
 
-def churn(loaded: tuple[Llama, Tokenizer], num_requests: int) -> None:
+@contextmanager
+def clients(loaded: tuple[Llama, Tokenizer]) -> Iterator[tuple[Running, Callable[[Iterable[int]], None]]]:
+    """A server, and what lets clients with those numbers have their way with it, sixty-four at a time."""
     model, tokenizer = loaded
     words = ["the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog"]
     prompts = [" ".join(words[i : i + 3]) for i in range(6)]
@@ -75,13 +84,20 @@ def churn(loaded: tuple[Llama, Tokenizer], num_requests: int) -> None:
             vanish(server, post("/v1/completions", {**body, **more}), rng)
 
     # Room for all of them: a full queue is another test's.
-    with running(lambda: Engine(model, max_batch=16, memory_limit=256 << 20, max_waiting=1000), tokenizer) as server:
-        with ThreadPoolExecutor(64) as threads:
-            list(threads.map(one, range(64)))
-            before = num_files()
-            list(threads.map(one, range(64, num_requests)))
+    with (
+        running(lambda: Engine(model, max_batch=16, memory_limit=256 << 20, max_waiting=1000), tokenizer) as server,
+        ThreadPoolExecutor(64) as threads,
+    ):
+        yield server, lambda numbers: list(threads.map(one, numbers)) and None
         assert status_of(raw(server, post("/v1/completions", {"prompt": "x", "max_tokens": 1}))) == 200
-        assert num_files() <= before + 64
+
+
+def churn(loaded: tuple[Llama, Tokenizer], num_requests: int) -> None:
+    with clients(loaded) as (_, come):
+        come(range(64))
+        before = num_files()
+        come(range(64, num_requests))
+    assert num_files() <= before + 64
 
 
 def test_a_short_churn(loaded: tuple[Llama, Tokenizer]) -> None:
@@ -91,3 +107,24 @@ def test_a_short_churn(loaded: tuple[Llama, Tokenizer]) -> None:
 @pytest.mark.slow
 def test_a_thousand_requests(loaded: tuple[Llama, Tokenizer]) -> None:
     churn(loaded, 1000)
+
+
+@pytest.mark.slow
+def test_a_soak(loaded: tuple[Llama, Tokenizer]) -> None:
+    minutes = float(os.environ.get("VATTN_SOAK_MINUTES", "0"))
+    if not minutes:
+        pytest.skip("a soak takes the minutes that VATTN_SOAK_MINUTES says: make soak-serve")
+    lines: list[dict[str, float]] = []
+    end = time.monotonic() + minutes * 60
+    with clients(loaded) as (server, come):
+        while time.monotonic() < end or len(lines) < 6:
+            come(range(200 * len(lines), 200 * len(lines) + 200))
+            while not server.is_idle():  # clients that vanished are found out one by one
+                time.sleep(0.01)
+            gc.collect()
+            # Without the cache's pages, which are files' and have a limit of their own.
+            resident = Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]
+            counted = {"descriptors": num_files(), "objects": len(gc.get_objects())}
+            lines.append({"MiB resident": int(resident) / 1024, **counted})
+            print(f"{200 * len(lines)} requests: {lines[-1]}", flush=True)
+    assert what_grew(lines, TOLERANCES) == []

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
 from ..errors import ConfigError
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from ..engine.stats import Histogram as Durations
     from ..stats import CacheStats
 
-__all__ = ["Metrics"]
+__all__ = ["Metrics", "merged"]
 
 _EVERY = 5  # of an engine's 20 bounds a decade
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000, 20_000, 50_000, 100_000)
@@ -167,3 +168,24 @@ class _EngineCollector(Collector):
         family = HistogramMetricFamily(f"vattn:{name}", told, labels=list(self._labels))
         family.add_metric(list(self._labels.values()), buckets, durations.sum)
         return family
+
+
+def merged(texts: Mapping[str, bytes]) -> bytes:
+    """The metrics of several servers as one text, with the server's name as the label ``replica``."""
+    registry = CollectorRegistry()
+    registry.register(_Merged(texts))
+    return generate_latest(registry)
+
+
+class _Merged(Collector):
+    def __init__(self, texts: Mapping[str, bytes]) -> None:
+        self._texts = texts
+
+    def collect(self) -> Iterator[Metric]:
+        families: dict[str, Metric] = {}
+        for name, text in self._texts.items():
+            for found in text_string_to_metric_families(text.decode()):
+                family = families.setdefault(found.name, Metric(found.name, found.documentation, found.type))
+                for sample in found.samples:
+                    family.add_sample(sample.name, {**sample.labels, "replica": name}, sample.value)
+        yield from families.values()
