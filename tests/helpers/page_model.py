@@ -256,10 +256,36 @@ class PageModel:
     # -- operations ----------------------------------------------------------------------------------------------
     def ensure(self, requests: list[tuple[int, int]]) -> None:
         longer = [(slot, self.rows[slot], rows) for slot, rows in requests if rows > self.rows[slot]]
-        self._take(longer)
+        # A page that was kept is no longer one for those who grow within it: they come before room is made for others.
+        kept = {each.slot for each in self.kept()}
+        within = [each for each in longer if each[0] in kept and self._is_within_pages(*each)]
+        self.rows |= {slot: rows for slot, _, rows in within}
+        try:
+            self._take([each for each in longer if each not in within])
+        except DoesNotFit:
+            self.rows |= {slot: old for slot, old, _ in within}
+            raise
         for slot, _, rows in longer:
             self._wipe(slot)
             self.rows[slot] = rows
+
+    def _is_within_pages(self, slot: int, old: int, rows: int) -> bool:
+        """Whether a sequence of ``old`` rows grows within the pages of its rows, all of them mapped here alone."""
+        if slot in self.stale:
+            return False
+        maps = self._num_maps(self.table) + self._num_maps(self.parked)
+        return all(
+            self._end_of(old * row_bytes) >= rows * row_bytes
+            and all(
+                maps[self.table.get((slot, lane, unit))] == 1
+                for unit in range(old * row_bytes // self.page_bytes, self._num_pages(lane, rows))
+            )
+            for lane, row_bytes in enumerate(self.lane_row_bytes)
+        )
+
+    def _end_of(self, num_bytes: int) -> int:
+        """Where the page ends that the last of so many bytes lies in."""
+        return -(-num_bytes // self.page_bytes) * self.page_bytes
 
     def make_writable(self, slot: int, start: int, end: int) -> None:
         if start < end:
