@@ -36,7 +36,7 @@ def run(records: Records, quick: bool) -> None:
         case = f"SmolLM2 prompts={len(prompts)} new={new_tokens} dtype={name} threads={torch.get_num_threads()}"
         model = load_model(path, dtype=dtype)
         hf_model = _hf_model(path, dtype)
-        with Engine(model, max_batch=len(prompts), memory_limit=1 << 29) as engine:
+        with Engine(model, max_batch=len(prompts), memory_limit=1 << 29, prefix_caching=False) as engine:
             systems = {
                 "vattn": lambda engine=engine: _vattn(engine, prompts, new_tokens),
                 "transformers": lambda hf_model=hf_model: _transformers(hf_model, prompts, new_tokens),
