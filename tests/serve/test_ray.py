@@ -25,7 +25,7 @@ from ray.util.state import list_actors
 
 from vattn.errors import ConfigError
 from vattn.models.loader import find
-from vattn.serve.ray import Options, build_app
+from vattn.serve.ray import Options, api_keys, build_app
 from vattn.serve.ray_router import prefix_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
@@ -175,3 +175,22 @@ def test_the_manifest_is_what_the_application_takes() -> None:
     (application,) = yaml.safe_load(manifest["spec"]["serveConfigV2"])["applications"]
     assert application["import_path"] == "vattn.serve.ray:build_app"
     Options(**application["args"])
+
+
+@pytest.mark.parametrize("key", [None, "", " ", "two words", "schl\u00fcssel"])
+def test_a_front_without_a_key_does_not_start(monkeypatch, key):
+    """A worker of a cluster does not see the environment of who calls serve run."""
+    monkeypatch.delenv("VATTN_API_KEY", raising=False)
+    if key is not None:
+        monkeypatch.setenv("VATTN_API_KEY", key)
+    with pytest.raises(ConfigError, match="no_api_key"):
+        api_keys(Options())
+
+
+def test_everybody_may_come_in_where_that_is_said(monkeypatch):
+    monkeypatch.delenv("VATTN_API_KEY", raising=False)
+    assert api_keys(Options(no_api_key=True)) == []
+    monkeypatch.setenv("VATTN_API_KEY", "secret")
+    assert api_keys(Options()) == ["secret"]
+    with pytest.raises(ConfigError, match="one of them"):
+        api_keys(Options(no_api_key=True))

@@ -2,7 +2,8 @@
 
 ``serve run vattn.serve.ray:build_app model=smollm2 num_replicas=2``. Ray Serve starts, watches, drains and replaces the
 replicas. A front checks keys and bodies, and sends a request to the replica that has its prompt's beginning stored.
-Clients must send the key that the environment variable ``VATTN_API_KEY`` of the front holds, if it does.
+Clients must send the key that the environment variable ``VATTN_API_KEY`` of the front holds. Without one it does not
+start, unless ``no_api_key`` says so.
 """
 
 # Annotations are values here: Ray reads that of build_app, and pydantic those of Options.
@@ -59,6 +60,7 @@ class Options(BaseModel):
         max_num_seqs: requests at a replica at a time, computed together.
         max_queue: requests at a front that wait for a replica; more get 429.
         max_body_size: of a request.
+        no_api_key: let everybody in who can reach the address.
         request_timeout: seconds after which a request ends.
         drain_timeout: seconds that a replica which is to stop may take for the requests that it has.
         health_period: seconds from one look at a replica's health to the next.
@@ -78,6 +80,7 @@ class Options(BaseModel):
     max_num_seqs: int = Field(64, ge=1)
     max_queue: int = Field(256, ge=1)
     max_body_size: ByteSize = Field(ByteSize(8 << 20), gt=0)
+    no_api_key: bool = False
     request_timeout: float = Field(600.0, gt=0)
     drain_timeout: float = Field(600.0, ge=0)
     health_period: float = Field(10.0, gt=0)
@@ -217,11 +220,30 @@ def _loaded(path: Any, device: torch.device, dtype: torch.dtype, opened: ExitSta
         return opened.enter_context(load(path, device, dtype, refused))
 
 
+def api_keys(options: Options) -> list[str]:
+    """Those that clients must send one of.
+
+    Raises:
+        ConfigError: there is none, or no usable one, and nobody said that everybody may come in.
+    """
+    key = os.environ.get("VATTN_API_KEY")
+    if options.no_api_key:
+        if key:
+            raise ConfigError("no_api_key is set and VATTN_API_KEY holds a key; give one of them")
+        return []
+    if key is None or not key.strip() or not key.isascii() or not key.isprintable() or " " in key:
+        raise ConfigError(
+            "the environment variable VATTN_API_KEY of this Ray worker holds no key of printable ASCII without spaces: "
+            "set it where Ray is started (ray start), or pass no_api_key=true to let everybody in"
+        )
+    return [key]
+
+
 def _front(options: Options) -> ASGIApp:
     replicas = serve.get_deployment_handle("Replica", serve.get_replica_context().app_name)
     return Guard(
         _Front(replicas),
-        keys=[key for key in [os.environ.get("VATTN_API_KEY")] if key],
+        keys=api_keys(options),
         max_body_bytes=options.max_body_size,
         body_timeout_s=Settings.body_timeout_s,
         is_local=False,
