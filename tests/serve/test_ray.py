@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import socket
@@ -25,7 +26,7 @@ from ray.util.state import list_actors
 
 from vattn.errors import ConfigError
 from vattn.models.loader import find
-from vattn.serve.ray import Options, api_keys, build_app
+from vattn.serve.ray import Options, Replica, _Asked, api_keys, build_app
 from vattn.serve.ray_router import prefix_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
@@ -194,3 +195,29 @@ def test_everybody_may_come_in_where_that_is_said(monkeypatch):
     assert api_keys(Options()) == ["secret"]
     with pytest.raises(ConfigError, match="one of them"):
         api_keys(Options(no_api_key=True))
+
+
+@pytest.mark.parametrize("raises", [True, False])
+def test_an_answer_that_is_cut_off_raises_behind_its_parts(raises):
+    """However fast its parts are read, it neither hangs nor looks complete."""
+
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        for part in (b"one", b"two"):
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+        if raises:
+            raise ValueError("broken")
+
+    replica = object.__new__(Replica)
+    replica._app, replica._name = app, b"r"
+
+    found = []
+
+    async def read():
+        async for each in replica.answer(_Asked({"type": "http"}, b""), b""):
+            found.append(each)
+            await asyncio.sleep(0.01)  # meanwhile the app fails, with a part in the queue
+
+    with pytest.raises(ValueError if raises else RuntimeError):
+        asyncio.run(asyncio.wait_for(read(), 30))
+    assert found[1:] == [b"one", b"two"]

@@ -165,7 +165,7 @@ class Replica:
         self, asked: _Asked, prefix: bytes
     ) -> AsyncGenerator[tuple[int, list[tuple[bytes, bytes]]] | bytes, None]:
         """Status and headers, then the body in parts. Closing it ends the request. The prefix is for the router."""
-        sent: asyncio.Queue[Message | None] = asyncio.Queue(1)
+        sent: asyncio.Queue[Message | Exception] = asyncio.Queue(1)
         came = [{"type": "http.request", "body": asked.body, "more_body": False}]
 
         async def receive() -> Message:
@@ -177,13 +177,17 @@ class Replica:
         async def run() -> None:
             try:
                 await self._app(dict(asked.scope), receive, sent.put)
-            finally:
-                if not sent.full():
-                    sent.put_nowait(None)
+                end: Exception = RuntimeError("the answer ended before its last part")  # not read behind the last part
+            except Exception as error:  # whoever reads the parts raises it, behind those that were sent
+                end = error
+            await sent.put(end)
 
         running = asyncio.ensure_future(run())
         try:
-            while (message := await sent.get()) is not None:
+            while True:
+                message = await sent.get()
+                if isinstance(message, Exception):
+                    raise message
                 if message["type"] == "http.response.start":
                     yield message["status"], [*message["headers"], (b"x-vattn-replica", self._name)]
                 elif message.get("body"):
