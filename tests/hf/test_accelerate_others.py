@@ -363,3 +363,33 @@ def test_adapters_of_peft() -> None:
         assert mine.merge_and_unload() is model
         works(fast, other.merge_and_unload())
         assert len(fast.reasons) == 1
+
+
+def test_a_forward_that_keeps_a_tensor_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it leaves on its module is another tensor after every pass; another one of the user's still counts."""
+    model, plain = make_model("Llama"), make_model("Llama")
+
+    class Norm(type(model.model.norm)):  # type: ignore[misc]
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.last = super().forward(x) * self.factor
+            return self.last
+
+    for each in (model, plain):
+        each.model.norm.__class__ = Norm
+        each.model.norm.factor = torch.tensor(1.0)
+    built = []
+    init = TransformersModel.__init__
+
+    def counted(self: TransformersModel, *args: Any, **options: Any) -> None:
+        built.append(self)
+        init(self, *args, **options)
+
+    monkeypatch.setattr(TransformersModel, "__init__", counted)
+    with accelerate(model, 128, memory_limit=8 << 20) as fast:
+        for new in (4, 5, 6):
+            generate(model, max_new_tokens=new)
+        assert (len(built), fast.reasons) == (1, [])
+        for each in (model, plain):
+            each.model.norm.factor = torch.tensor(-1.0)
+        works(fast, plain)
+        assert len(built) == 2

@@ -27,7 +27,7 @@ from ..errors import ConfigError
 from ..kv_cache import KVCache
 from .captured_steps import CapturedSteps
 from .examine import described
-from .examine_generation import call_reason, fingerprint, model_reason, padding_of, result_class
+from .examine_generation import call_reason, fingerprint, kept_tensors, model_reason, padding_of, result_class
 from .generation_cache import GenerationCache
 from .model import TransformersModel
 from .shadow import Shadow
@@ -104,6 +104,7 @@ class Accelerated:
         self._hf: TransformersModel | None = None
         self._steps: CapturedSteps | None = None
         self._known: tuple[Any, str | None] | None = None  # a state of the model, and what is against it
+        self._kept: set[tuple[int, str]] = set()  # tensors that the model's forward leaves on its modules
         self._result = result_class(type(model))
         parameters = inspect.signature(model.forward).parameters
         self._cache_name = next((name for name in _CACHES if name in parameters), None)
@@ -297,8 +298,9 @@ class Accelerated:
         """Have steps of the model as it is now, or say why there are none."""
         if (reason := self._against()) is not None:
             return reason
-        if self._known is None or self._known[0] != fingerprint(self.model):
+        if self._known is None or self._known[0] != fingerprint(self.model, self._kept):
             self._close()
+            before = kept_tensors(self.model)
             try:
                 self._hf = self._run_by_passes()
                 self._opened()
@@ -306,7 +308,8 @@ class Accelerated:
             except ConfigError as error:
                 self._close()
                 reason = str(error)
-            self._known = fingerprint(self.model), reason
+            self._kept = {key for key, where in kept_tensors(self.model).items() if before.get(key) != where}
+            self._known = fingerprint(self.model, self._kept), reason
         return self._known[1]
 
     def _against(self) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from transformers.utils import ModelOutput
 
 from ..graphs.state import place
 
-__all__ = ["call_reason", "fingerprint", "model_reason", "padding_of", "result_class"]
+__all__ = ["call_reason", "fingerprint", "kept_tensors", "model_reason", "padding_of", "result_class"]
 
 _MODES = {GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE}
 _PLAIN = {bool, int, float, str, type(None), torch.dtype}
@@ -92,16 +92,30 @@ def _nothing(*args: Any) -> None:
     """A hook that finds the others."""
 
 
-def fingerprint(model: PreTrainedModel) -> tuple[Any, ...]:
+def kept_tensors(model: PreTrainedModel) -> dict[tuple[int, str], Any]:
+    """Where tensors are that are plain attributes of modules, by (id of the module, name)."""
+    return {
+        (id(module), name): place(value)
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if isinstance(value, torch.Tensor)
+    }
+
+
+def fingerprint(model: PreTrainedModel, left_out: Container[tuple[int, str]] = ()) -> tuple[Any, ...]:
     """What differs where a model was moved, converted, or given other modules, weights or settings; not where weights
-    changed their values. Fused parts and captured steps keep settings as they were."""
+    changed their values. Fused parts and captured steps keep settings as they were.
+
+    Args:
+        left_out: keys of ``kept_tensors`` that do not count: what a forward itself keeps on its module.
+    """
     codes = {kind: inspect.getattr_static(kind, "forward", None) for kind in set(map(type, model.modules()))}
-    modules = tuple((id(module), id(codes[type(module)]), *_settings(module)) for module in model.modules())
+    modules = tuple((id(module), id(codes[type(module)]), *_settings(module, left_out)) for module in model.modules())
     places = tuple(map(place, (*model.parameters(), *model.buffers())))
     return modules, places, str(model.config.to_dict())
 
 
-def _settings(module: torch.nn.Module) -> Iterator[Any]:
+def _settings(module: torch.nn.Module, left_out: Container[tuple[int, str]]) -> Iterator[Any]:
     """Plain attributes and tensors of a module, and its own forward if it has one."""
     for name, value in vars(module).items():
         if name == "forward":
@@ -109,7 +123,8 @@ def _settings(module: torch.nn.Module) -> Iterator[Any]:
         elif type(value) in _PLAIN:
             yield name, value
         elif isinstance(value, torch.Tensor):
-            yield name, place(value)
+            if (id(module), name) not in left_out:
+                yield name, place(value)
         elif type(value) in (tuple, list, dict) and not name.startswith("_") and _is_plain(value):
             yield name, str(value)
 
