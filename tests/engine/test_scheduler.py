@@ -62,6 +62,8 @@ def test_costs() -> None:
     assert [COSTS.rows_within(pages * PAGE_BYTES, 40) for pages in (0, 1, 2, 3)] == [0, 16, 32, 40]
     margin = SequenceCosts(LAYOUT, PAGE_BYTES, over_read_tokens=16)
     assert [margin.bytes(rows) // PAGE_BYTES for rows in (0, 1, 16, 17)] == [0, 2, 2, 3]
+    large = SequenceCosts(LAYOUT, PAGE_BYTES, max_page_bytes=8 * PAGE_BYTES)  # a fork may have to copy the page it cuts
+    assert [large.shared_bytes(16 * pages) // PAGE_BYTES for pages in (7, 8, 12, 32, 100)] == [7, 7, 10, 25, 93]
     layer = SequenceCosts(KVLayout(2, 2, 8, 1024, torch.float32, order="layer"), PAGE_BYTES)
     assert layer.bytes(1) == 4 * PAGE_BYTES  # K and V of two layers, each in pages of its own
 

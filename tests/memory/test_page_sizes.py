@@ -82,6 +82,15 @@ def test_a_gigabyte_takes_a_twelfth_of_the_pages():
     assert Counter(PageSizes(32).cover(0, 1024))[32] == 27
 
 
+@pytest.mark.parametrize("largest", [1, 2, 8, 32])
+def test_a_cut_leaves_no_more_of_a_page_than_is_said(largest):
+    sizes = PageSizes(largest)
+    for end in (*range(1, 150), 512, 1024):
+        starts = [0, *accumulate(sizes.cover(0, end))]
+        for cut in range(end + 1):
+            assert cut - max(start for start in starts if start <= cut) <= sizes.most_cut(cut) < max(largest, 1)
+
+
 @pytest.mark.parametrize(
     ("options", "largest"),
     [({}, 2 << 20), ({"page_bytes": 2 << 20}, 2 << 20), ({"page_bytes": 2 << 20, "max_page_bytes": 8 << 20}, 8 << 20)],

@@ -6,6 +6,7 @@ from collections import Counter
 
 from ..errors import ConfigError
 from ..layout import KVLayout
+from ..memory.page_sizes import PageSizes
 from ..requests import Request
 
 __all__ = ["SequenceCosts"]
@@ -18,13 +19,17 @@ class SequenceCosts:
         layout: of the cache.
         page_bytes: size of its pages.
         over_read_tokens: rows past the end of a sequence that have pages too.
+        max_page_bytes: size of its largest pages; None: all are of one size.
     """
 
-    def __init__(self, layout: KVLayout, page_bytes: int, over_read_tokens: int = 0) -> None:
+    def __init__(
+        self, layout: KVLayout, page_bytes: int, over_read_tokens: int = 0, max_page_bytes: int | None = None
+    ) -> None:
         lanes = (lane for group in layout.groups for lane in layout.plan(group, 1, page_bytes).lanes)
         self._lanes = tuple(Counter(lane.row_bytes for lane in lanes).items())  # those alike are counted together
         self._page_bytes = page_bytes
         self._over_read_tokens = over_read_tokens
+        self._sizes = PageSizes((max_page_bytes or page_bytes) // page_bytes)
 
     def bytes(self, rows: int) -> int:
         """Of a sequence of that many rows, the margin past its end included; 0 of one without rows."""
@@ -34,8 +39,10 @@ class SequenceCosts:
         return sum(-(-rows * row_bytes // page_bytes) * num for row_bytes, num in self._lanes) * page_bytes
 
     def shared_bytes(self, rows: int) -> int:
-        """Of pages that are full of the first so many rows, which forks share."""
-        return sum(rows * row_bytes // self._page_bytes * num for row_bytes, num in self._lanes) * self._page_bytes
+        """Of pages that are full of the first so many rows, which forks share; the least that it may be, as a fork
+        copies the rows of a large page that it cuts."""
+        units = ((rows * row_bytes // self._page_bytes, num) for row_bytes, num in self._lanes)
+        return sum((full - self._sizes.most_cut(full)) * num for full, num in units) * self._page_bytes
 
     def rows_within(self, num_bytes: int, most: int) -> int:
         """The longest sequence that fits, of ``most`` rows at most."""

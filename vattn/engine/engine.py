@@ -111,7 +111,9 @@ class Engine:
         except BaseException:
             self._made.close()
             raise
-        self._costs = SequenceCosts(self.cache.layout, self.cache.page_bytes, self.cache.over_read_tokens)
+        self._costs = SequenceCosts(
+            self.cache.layout, self.cache.page_bytes, self.cache.over_read_tokens, self.cache.max_page_bytes
+        )
         self._meters = Meters()
         prefixes = Prefixes(self.cache, self._meters, prefix_caching)
         self._scheduler = Scheduler(self._costs, max_batch, running_rows=prefixes.running_rows)

@@ -38,6 +38,10 @@ class PageSizes:
         most = min(self.largest, first // _MOST_OF_WHAT_LIES_BEFORE, (end - first) // 2, first & -first)
         return 1 << most.bit_length() - 1 if most > 1 else 1
 
+    def most_cut(self, units: int) -> int:
+        """Whole units before the ``units``-th that a page may have which lies on both sides of it."""
+        return max(0, min(self.largest, units // _MOST_OF_WHAT_LIES_BEFORE) - 1)
+
     def cover(self, first: int, end: int) -> list[int]:
         """The sizes of the pages, one behind the other, that cover the units ``[first, end)``."""
         if self.largest == 1 or end - first < 4:
