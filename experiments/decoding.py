@@ -16,7 +16,6 @@ from vattn.models import FusedLlama, Llama
 from vattn.ops.ops_table import Ops
 from vattn.tuning.table import default_decode
 
-READ_BYTES_PER_S = 3.03e12  # read-only, measured on an H100
 STEPS, WARM_UP = 64, 8
 
 ROPE = {

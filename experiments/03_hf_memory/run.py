@@ -21,6 +21,7 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import read_rate
 from common import Records
 
 from vattn.hf import VirtualCache
@@ -29,7 +30,6 @@ MIB = 1 << 20
 # transformers 5.24 calls the argument so; before, it had the other name only.
 CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 NEEDS = ("cuda", "pynvml", "transformers")
-READ_BYTES_PER_S = 3.03e12  # read-only, measured on an H100
 PREFILL_TOKENS = 4096  # of all sequences together, a pass; what a pass computes is beside the point
 WATCHED_STEPS, TIMED_STEPS = 4, 12
 STEPS_IN_TURN = 40
@@ -296,7 +296,7 @@ def tables(records: Records, peak: PeakMemory, model: LlamaForCausalLM, lengths:
             case = f"8B B={batch} L={length}"
             kv = batch * length * 131072
             records.add(case, "limit", "peak_memory", "MiB", [kv / MIB])
-            records.add(case, "limit", "decode_step", "ms", [(weights + kv) / READ_BYTES_PER_S * 1e3])
+            read_rate.add_limit(records, case, "decode_step", weights + kv)
             compare(records, model, peak, batch, length, tuple(SYSTEMS), length)
     compare(records, model, peak, 8, 2048, ("transformers-static", "vattn"), 32768)
     # As PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True would have it from the start.

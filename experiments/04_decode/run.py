@@ -19,8 +19,9 @@ from numpy.polynomial import Polynomial
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import peers
+import read_rate
 from common import Records, percentiles
-from decoding import READ_BYTES_PER_S, SHAPES, STEPS, WARM_UP, Setting, decoding, hf_shape, step_ms
+from decoding import SHAPES, STEPS, WARM_UP, Setting, decoding, hf_shape, step_ms
 from unfused import sample_in_torch, updating_twice
 
 from vattn import KVCache
@@ -70,8 +71,7 @@ def run_cases(records: Records, name: str, model: Llama, ops: Ops) -> None:
     kv_bytes = model.kv_layout(1024).bytes_per_token
     for batch, length in CASES[name]:
         case = f"{name} B={batch} L={length}"
-        limit = (model.streamed_weight_bytes() + batch * length * kv_bytes) / READ_BYTES_PER_S * 1e3
-        records.add(case, "limit", "decode_step", "ms", [limit])
+        read_rate.add_limit(records, case, "decode_step", model.streamed_weight_bytes() + batch * length * kv_bytes)
         for system, setting in ablations(ops).items():
             if (name, batch, length) not in ABLATED and system not in ("vattn", *ATTENTIONS):
                 continue

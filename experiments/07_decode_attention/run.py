@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import read_rate
 from common import Records, time_us
 from paged import PagedKVCache, PagedStep
 from paged_attention import PagedFlashAttention2, PagedFlashAttention3
@@ -27,7 +28,6 @@ from vattn.tuning.measure import replays_us
 from vattn.tuning.table import default_decode
 
 NEEDS = ("cuda",)
-READ_BYTES_PER_S = 3.03e12  # read-only, measured on an H100
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 32, 8, 128
 COLD_BYTES = 400 << 20  # of K and V to go through, so that none are left in the L2 cache
 NUM_LAYERS, CACHE_BYTES = 32, 40e9  # of vattn's cache: a whole model's, interleaved, or as many as this memory holds
@@ -128,7 +128,7 @@ def run_case(records: Records, size: int, length: int) -> None:
     num_layers = max(2, min(NUM_LAYERS, int(CACHE_BYTES // layer_bytes)))
     num_timed = max(2, min(num_layers, -(-COLD_BYTES // layer_bytes)))
     layers = [i * num_layers // num_timed for i in range(num_timed)]  # of the cache: those that are read
-    records.add(case, "limit", "decode_attention", "us", [layer_bytes / READ_BYTES_PER_S * 1e6])
+    read_rate.add_limit(records, case, "decode_attention", layer_bytes, "us")
     layout = KVLayout(num_layers, NUM_KV_HEADS, HEAD_DIM, length + 64, torch.bfloat16)
     margin = max(backend.over_read_tokens for backend in decode_backends())
     generator = torch.Generator("cuda").manual_seed(size + length)

@@ -18,8 +18,9 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import read_rate
 from common import Records
-from decoding import READ_BYTES_PER_S, STEPS, WARM_UP, Setting, decoding, hf_shape, step_ms
+from decoding import STEPS, WARM_UP, Setting, decoding, hf_shape, step_ms
 from paged import PagedKVCache, paged_ops
 from paged_attention import PagedFlashAttention2, PagedFlashAttention3
 
@@ -88,8 +89,7 @@ def run_steps(records: Records, cases: list[tuple[int, int]]) -> None:
     for batch, length in cases:
         case = f"8B B={batch} L={length}"
         kv_bytes = batch * length * model.kv_layout(1024).bytes_per_token
-        limit = (model.streamed_weight_bytes() + kv_bytes) / READ_BYTES_PER_S * 1e3
-        records.add(case, "limit", "decode_step", "ms", [limit])
+        read_rate.add_limit(records, case, "decode_step", model.streamed_weight_bytes() + kv_bytes)
 
         def ours(attention: AttentionBackend | None = None) -> list[float]:
             with decoding(model, batch, length, Setting(ops, attention)) as loop:  # noqa: B023

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import on_cpu
 import workload
 from common import Records
-from decoding import READ_BYTES_PER_S, Setting, decoding, hf_shape
+from decoding import Setting, decoding, hf_shape
 from table import read
 
 from vattn import Engine, Request
@@ -32,7 +32,7 @@ from vattn.models import Llama, LlamaConfig
 from vattn.tuning import default_ops
 
 NEEDS = ("transformers", "gguf", "accelerate")
-DENSE_FLOPS = 989e12  # bfloat16, an H100 SXM's data sheet
+DENSE_FLOPS = 989e12  # bfloat16, the data sheet of an H100 SXM and of an H200
 MAX_BATCH = 256
 VLLM_SECONDS = 400
 PARTS = ("8B", "SmolLM2")
@@ -117,10 +117,12 @@ def add_limits(records: Records, case: workload.Case, model: Llama) -> None:
     """Reading weights, K and V once a step; all products of a prompt at the data sheet's rate."""
     if case.name == "tiny":
         return
+    import read_rate  # wants Triton, which a CPU may lack
+
     config, kv_bytes = model.config, model.kv_layout(1024).bytes_per_token
     for batch, context in case.steps:
-        least = (model.streamed_weight_bytes() + batch * context * kv_bytes) / READ_BYTES_PER_S * 1e3
-        records.add(f"{case.name} B={batch} L={context}", "limit", "engine_step", "ms", [least])
+        least = model.streamed_weight_bytes() + batch * context * kv_bytes
+        read_rate.add_limit(records, f"{case.name} B={batch} L={context}", "engine_step", least)
     weights = sum(p.numel() for name, p in model.named_parameters() if "layers" in name and p.ndim == 2)
     for count, length in case.prefill:
         attention = 2.0 * config.num_heads * config.head_dim * config.num_layers * (length + 1)

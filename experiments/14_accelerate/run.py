@@ -21,8 +21,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import read_rate
 from common import Records
-from decoding import READ_BYTES_PER_S, hf_shape
+from decoding import hf_shape
 
 from vattn.hf import TransformersModel, VirtualCache, accelerate
 
@@ -200,7 +201,7 @@ def add_limit(records: Records, label: str, model: PreTrainedModel, batch: int) 
     with TransformersModel(model, CONTEXT + NEW, fuse=False) as hf:
         weights = hf.streamed_weights()[0]
         kv_bytes = hf.kv_layout().bytes_per_token * batch * (CONTEXT + NEW // 2)
-    records.add(label, "limit", "generate_step", "ms", [(weights + kv_bytes) / READ_BYTES_PER_S * 1e3])
+    read_rate.add_limit(records, label, "generate_step", weights + kv_bytes)
 
 
 def run_opening(records: Records, name: str) -> None:
