@@ -20,9 +20,9 @@ __all__ = ["Runner"]
 
 _GROWN = "its slot was given more rows in the cache while the engine computed its prompt"
 
-# Of the budget while somebody decodes: what an idle GPU gets first, and how much more for each prompt that waits behind
-# another for each sequence that decodes; in steps of so many tokens.
-_FIRST, _PRESSING, _STEP = 4, 12, 256
+# In budgets of a step while somebody decodes: what an idle GPU gets first, and what n prompts that wait behind another
+# weigh, n² times this, against a sequence that decodes. In steps of so many tokens.
+_FIRST, _PRESSING, _STEP = 4, 3, 256
 
 
 class Runner:
@@ -284,13 +284,13 @@ class Runner:
 
     @property
     def _budget(self) -> int:
-        """Prompt tokens of the next pass: the more prompts wait behind one, for each sequence that decodes and so waits
-        for the pass, the larger it is. One that an idle GPU waits for is small: while it runs, the pages of the next
-        one are mapped."""
+        """Prompt tokens of the next pass. A large one costs every sequence that decodes a wait. Small ones cost every
+        prompt that waits what they take longer, once for each prompt before it: the square of their number. One that an
+        idle GPU waits for is small: while it runs, the pages of the next one are mapped."""
         num_decoding = len(self._samples.decoding)
         if not num_decoding:
             return min(self._idle_budget, _FIRST * self._busy_budget) if self._passes.idle else self._idle_budget
-        pressing = max(1, _PRESSING * (self._scheduler.num_prefilling - 1) / num_decoding)
+        pressing = max(1, _PRESSING * (self._scheduler.num_prefilling - 1) ** 2 / num_decoding)
         budget = min(self._idle_budget, int(pressing * self._busy_budget) // _STEP * _STEP or self._busy_budget)
         return self._passes.room(budget, self._loop.rows_beside(min(num_decoding + 1, self._loop.max_batch)))
 
