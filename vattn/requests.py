@@ -297,6 +297,8 @@ def checked_tokens(name: str, given: Iterable[Any], vocab_size: int) -> tuple[in
         given = list(given)
     except Exception as error:  # whatever an iterator of the caller's raises
         raise ConfigError(f"{wanted}; reading them raised {type(error).__name__}: {error}") from error
+    if set(map(type, given)) == {int} and min(given) >= 0 and max(given) < vocab_size:  # as most are
+        return tuple(given)
     for value in given:
         token = _as_int(value)
         if token is None:

@@ -102,6 +102,10 @@ class PromptPass:
             self._tokens = upload([token for chunk in chunks for token in chunk.tokens], device, torch.int64)
         return self._tokens, self._batch
 
+    def num_rows(self, beside: int) -> int:
+        """Rows of the pass with so many decode rows, about: as captured passes are filled up."""
+        return _rounded(self._num_tokens + beside)
+
     def fit(self, batch: int) -> int | None:
         """As ``CapturableCompute`` wants it: the size of the pass that this is filled into."""
         chunks = self._chunks

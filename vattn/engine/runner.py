@@ -6,10 +6,12 @@ launches those together with the next token of everybody who decodes.
 
 from __future__ import annotations
 
+import time
 from contextlib import suppress
 
 from ..decode import DecodedToken, DecodeLoop, Start
 from ..errors import ConfigError, DriverError, OutOfPages
+from .pace import Pace
 from .prefill import Chunk, PrefillPasses, PromptPass
 from .prefixes import Prefixes
 from .samples import AWAY, CHANGED, KNOWN, READY, Samples
@@ -23,6 +25,7 @@ _GROWN = "its slot was given more rows in the cache while the engine computed it
 # In budgets of a step while somebody decodes: what an idle GPU gets first, and what n prompts that wait behind another
 # weigh, n² times this, against a sequence that decodes. In steps of so many tokens.
 _FIRST, _PRESSING, _STEP = 4, 3, 256
+_NAP_S = 1e-3  # of a call of ``advance`` that launches nothing yet
 
 
 class Runner:
@@ -55,15 +58,20 @@ class Runner:
         self._prefixes = prefixes
         self._scheduler, self._meters = scheduler, meters
         self._busy_budget, self._idle_budget = budgets
+        self._pace = Pace()
 
     def advance(self, now: float) -> None:
-        """One step; ``Samples.collect`` returns what it brings.
+        """One step, or none while a pass of prompts runs and somebody may still come for the next; ``Samples.collect``
+        returns what it brings.
 
         Raises:
             OutOfPages, OutOfSlots: others hold the memory or the slots, and nothing of ours runs. Whoever waits goes on
                 waiting.
         """
         samples = self._samples
+        if samples.decoding and (early := self._pace.early_s()) > 0 and self._is_busy:
+            time.sleep(min(early, _NAP_S))
+            return
         self._meters.num_steps += 1
         samples.now, samples.shortage = now, None
         for sample in self._scheduler.expired(now):
@@ -186,6 +194,7 @@ class Runner:
             if not samples.decoding:
                 self._launch_alone(*((prompts, parts) if may_ride else self._next_pass()))
                 return
+            too_late = self._pace.has_waited and not self._is_busy
             try:
                 tokens = loop.step(slots, prompts, None if prompts is None else prompts.versions)
                 if loop.stream is None:  # nothing runs beside the host: there is nothing to be one step behind for
@@ -219,9 +228,18 @@ class Runner:
             if prompts is not None and prompts.is_taken:
                 self._computed(parts)
             samples.note(tokens)
+            if loop.stream is not None:
+                self._pace.launched(0 if prompts is None else prompts.num_rows(len(samples.decoding)), too_late)
             if not may_ride:
                 self._launch_alone(*self._next_pass())
             return
+
+    @property
+    def _is_busy(self) -> bool:
+        """Whether a device beside the host has something to do; not of one that has failed, as the next step tells."""
+        with suppress(Exception):
+            return self._loop.stream is not None and not self._loop.stream.query()
+        return False
 
     def _begin(self, parts: list[tuple[Sample, int]]) -> list[Sample]:
         """Let those decode whose prompts a pass completes, before it is launched: a decode row finds what the same pass
@@ -285,12 +303,16 @@ class Runner:
     @property
     def _budget(self) -> int:
         """Prompt tokens of the next pass. A large one costs every sequence that decodes a wait. Small ones cost every
-        prompt that waits what they take longer, once for each prompt before it: the square of their number. One that an
-        idle GPU waits for is small: while it runs, the pages of the next one are mapped."""
+        prompt that waits what they take longer, once for each prompt before it: the square of their number. Where
+        several are more than two passes, two become one. A pass that an idle GPU waits for is small: while it runs, the
+        pages of the next one are mapped."""
         num_decoding = len(self._samples.decoding)
         if not num_decoding:
             return min(self._idle_budget, _FIRST * self._busy_budget) if self._passes.idle else self._idle_budget
-        pressing = max(1, _PRESSING * (self._scheduler.num_prefilling - 1) ** 2 / num_decoding)
+        behind = self._scheduler.num_prefilling - 1
+        pressing = max(1, _PRESSING * behind**2 / num_decoding)
+        if behind and self._scheduler.num_prefilling_rows > 2 * self._busy_budget:
+            pressing = max(2, pressing)
         budget = min(self._idle_budget, int(pressing * self._busy_budget) // _STEP * _STEP or self._busy_budget)
         return self._passes.room(budget, self._loop.rows_beside(min(num_decoding + 1, self._loop.max_batch)))
 

@@ -292,6 +292,11 @@ class Scheduler:
     def num_prefilling(self) -> int:
         return len(self._prefilling)
 
+    @property
+    def num_prefilling_rows(self) -> int:
+        """Rows that are to be computed of those prompts."""
+        return sum(sample.num_rows - sample.computed for sample in self._prefilling)
+
     def chunks(self, budget: int) -> list[tuple[Sample, int]]:
         """(sample, rows) to compute next, ``budget`` rows together: prompts that were begun, then by rank."""
         found = []

@@ -1,0 +1,78 @@
+"""When the next step is launched: late in a pass of prompts, and never so late that the device waits for long."""
+
+import pytest
+
+from vattn.engine.pace import Pace
+
+
+class Clock:
+    """Seconds that the test says."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+def run(pace: Pace, clock: Clock, rows: int, took_s: float, too_late: bool = False) -> float:
+    """A pass of so many rows is launched and takes so long; seconds that its successor is to wait after its start."""
+    pace.launched(rows, too_late)
+    early = pace.early_s()
+    clock.now += took_s
+    return max(0.0, early)
+
+
+def test_waits_for_most_of_a_pass_of_a_size_that_it_knows(clock: Clock) -> None:
+    pace = Pace(clock)
+    assert run(pace, clock, 1024, 0.025) == 0  # nothing is known of it
+    assert run(pace, clock, 1024, 0.025) == pytest.approx(0.019)
+    assert run(pace, clock, 512, 0.014) == 0  # of other ones neither
+    assert run(pace, clock, 512, 0.014) == pytest.approx(0.008)
+
+
+def test_waits_for_no_step_that_only_decodes(clock: Clock) -> None:
+    pace = Pace(clock)
+    for _ in range(3):
+        assert run(pace, clock, 0, 0.05) == 0
+
+
+def test_takes_the_least_time_of_a_size(clock: Clock) -> None:
+    """A pass that took longer once, as when it was captured, is forgotten. (Its successor waits no longer than it runs:
+    the runner looks.)"""
+    pace = Pace(clock)
+    run(pace, clock, 1024, 2.0)
+    assert run(pace, clock, 1024, 0.025) == pytest.approx(1.994)
+    assert run(pace, clock, 1024, 0.5) == pytest.approx(0.019)
+    assert run(pace, clock, 1024, 0.025) == pytest.approx(0.025 * 1.05 - 0.006)
+
+
+def test_follows_passes_that_become_slower(clock: Clock) -> None:
+    pace = Pace(clock)
+    run(pace, clock, 1024, 0.02)
+    waits = [run(pace, clock, 1024, 0.04) for _ in range(30)]
+    assert waits == sorted(waits)
+    assert waits[-1] == pytest.approx(0.034)
+
+
+def test_comes_earlier_where_the_device_had_to_wait(clock: Clock) -> None:
+    pace = Pace(clock)
+    run(pace, clock, 1024, 0.04)
+    before = run(pace, clock, 1024, 0.05)  # the host took more than the margin
+    after = run(pace, clock, 1024, 0.05, too_late=True)
+    assert after < before
+    assert after == pytest.approx(0.04 * 0.8 - 0.006)
+
+
+def test_does_not_come_earlier_for_what_it_did_not_wait_for(clock: Clock) -> None:
+    """The caller of a step may come late by itself."""
+    pace = Pace(clock)
+    pace.launched(1024)
+    clock.now += 0.04
+    pace.launched(1024, too_late=True)
+    assert pace.early_s() == pytest.approx(0.034)
