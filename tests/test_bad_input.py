@@ -260,6 +260,12 @@ def test_max_slots(max_slots):
     refuse_to_open("max_slots", max_slots, max_slots=max_slots)
 
 
+@pytest.mark.parametrize("name", ["guard", "over_read_masked"])
+@pytest.mark.parametrize("value", ["no", 0, 1, None], ids=repr)
+def test_switches(name, value):
+    refuse_to_open(f"{name} must be True or False", value, **{name: value})
+
+
 @pytest.mark.parametrize("memory_limit", [0, -1, -(1 << 40), 32e6, *NOT_INTS], ids=repr)
 def test_memory_limit(memory_limit):
     refuse_to_open("memory_limit", memory_limit, memory_limit=memory_limit)

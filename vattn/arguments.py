@@ -37,6 +37,13 @@ def require_int(name: str, value: object, minimum: int, maximum: int | None = No
     return number
 
 
+def require_bool(name: str, value: object) -> bool:
+    """``value``, or a ConfigError where it is anything but True or False: ``"no"`` and ``0`` are not what they seem."""
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name} must be True or False, got {shown(value)}")
+    return value
+
+
 def escaped(value: object, limit: int = 120) -> str:
     """``value`` for a line of an error: nothing in it that a terminal would obey or hide, and not much of it.
 

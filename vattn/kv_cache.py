@@ -11,7 +11,7 @@ from types import TracebackType
 import numpy as np
 import torch
 
-from .arguments import is_int, require_int, shown
+from .arguments import is_int, require_bool, require_int
 from .driver import Driver, open_driver
 from .errors import ConfigError
 from .interrupts import finish
@@ -88,10 +88,8 @@ class KVCache(StoredSequences):
         if max_page_bytes is not None:
             max_page_bytes = require_int("max_page_bytes", max_page_bytes, 1)
         self.over_read_tokens = require_int("over_read_tokens", over_read_tokens, 0)
-        self.over_read_masked = bool(over_read_masked) or not over_read_tokens
-        if not isinstance(guard, bool):
-            raise ConfigError(f"guard must be True or False, got {shown(guard)}")
-        self.guard = guard
+        self.over_read_masked = require_bool("over_read_masked", over_read_masked) or not over_read_tokens
+        self.guard = require_bool("guard", guard)
         if driver is None:
             driver = open_driver(device)
         elif isinstance(driver, type) or not callable(getattr(driver, "reserve", None)):

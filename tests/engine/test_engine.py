@@ -472,6 +472,11 @@ def test_what_no_engine_can_be_made_of(model: Llama, cache: KVCache) -> None:
         ((model, cache), {"max_step_tokens": 0}, "max_step_tokens"),
         ((model, cache), {"max_waiting": 0}, "max_waiting"),
         ((model, cache), {"attention": "nonesuch"}, "unknown attention"),
+        ((model, cache), {"attention": 3}, "attention must be a backend or its name, .* got 3"),
+        ((model, cache), {"attention": SdpaAttention}, "attention must be a backend or its name"),
+        ((model, cache), {"prefix_caching": "no"}, "prefix_caching must be True or False, got 'no'"),
+        ((model, cache), {"prefix_caching": 0}, "prefix_caching must be True or False"),
+        ((Llama, cache), {}, "not the class Llama"),
         ((model,), {"memory_limit": 1}, "page"),
     ):
         with pytest.raises(ConfigError, match=message):

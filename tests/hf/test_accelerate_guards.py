@@ -171,6 +171,8 @@ def test_an_encoder_decoder_is_refused() -> None:
         ({"max_batch": 0}, "max_batch"),
         ({"max_batch": "many"}, "max_batch"),
         ({"memory_limit": -1}, "memory_limit"),
+        ({"fuse": "no"}, "fuse must be True or False, got 'no'"),
+        ({"run_ahead": 1}, "run_ahead must be True or False"),
     ],
 )
 def test_arguments_are_checked(model: PreTrainedModel, arguments: dict[str, Any], message: str) -> None:
@@ -182,6 +184,11 @@ def test_arguments_are_checked(model: PreTrainedModel, arguments: dict[str, Any]
 def test_something_else_is_refused() -> None:
     with pytest.raises(ConfigError, match="Linear"):
         accelerate(torch.nn.Linear(2, 2))  # type: ignore[arg-type]
+
+
+def test_a_model_without_its_head_is_refused(model: PreTrainedModel) -> None:
+    with pytest.raises(ConfigError, match=r"a LlamaModel, which has no head .* AutoModelForCausalLM"):
+        accelerate(model.model)
 
 
 def test_wrong_options_are_transformers_to_refuse(model: PreTrainedModel) -> None:

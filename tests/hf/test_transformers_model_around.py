@@ -296,6 +296,13 @@ def test_refused(case):
         TransformersModel(model)
 
 
+@pytest.mark.parametrize("options", [{"ops": 3}, {"fuse": "no"}, {"fuse": 1}], ids=str)
+def test_options_that_are_refused(model, options):
+    (name, value) = next(iter(options.items()))
+    with pytest.raises(ConfigError, match=f"{name} must be .* got {value!r}"):
+        TransformersModel(model, **options)
+
+
 @pytest.mark.parametrize("max_seq_len", [0, 7, 513, 2.5, "9", True])
 def test_lengths_that_are_refused(model, max_seq_len):
     with pytest.raises(ConfigError, match="max_seq_len"):

@@ -139,7 +139,7 @@ def test_without_the_packages(folder: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
-    assert "needs the package fastapi: pip install 'vattn[hf,serve]'" in done.stderr
+    assert "needs the package fastapi: pip install '.[hf,serve]'" in done.stderr
 
 
 def test_the_model_that_comes_as_a_package() -> None:

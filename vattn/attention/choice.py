@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..arguments import shown
 from ..errors import ConfigError
 from .base import HALF, AttentionBackend, Backend, PhasedAttention, declared, listed
 from .flash_attn2 import FlashAttention2
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Needs",
+    "backend_of",
     "backends",
     "choose",
     "choose_phases",
@@ -84,6 +86,19 @@ def get(name: str) -> Backend:
             return backend
     names = ", ".join(backend.name for backend in _ALL)
     raise ConfigError(f"unknown attention backend {name!r}, expected one of {names}")
+
+
+def backend_of(given: AttentionBackend | str) -> AttentionBackend:
+    """A backend, or that of a name.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if isinstance(given, str):
+        return get(given)
+    if isinstance(given, type) or not hasattr(given, "over_read_tokens") or not callable(given):
+        raise ConfigError(f"attention must be a backend or its name, as 'sdpa', got {shown(given)}")
+    return given
 
 
 @dataclass(frozen=True)

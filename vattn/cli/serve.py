@@ -25,7 +25,7 @@ def serve(args: argparse.Namespace) -> None:
         from ..serve.service import Settings
     except ModuleNotFoundError as error:
         raise ConfigError(
-            f"vattn serve needs the package {error.name}: pip install 'vattn[hf,serve]', or '.[hf,serve]' in a clone"
+            f"vattn serve needs the package {error.name}: pip install '.[hf,serve]' in a clone of vattn"
         ) from error
     from vattn.models.loader import load_tokenizer
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..arguments import require_int
-from ..attention import AttentionBackend, get
+from ..attention import AttentionBackend
+from ..attention.choice import backend_of
 from ..errors import ConfigError
 from ..kv_cache import KVCache
 from .graphs import default_buckets
@@ -55,8 +56,8 @@ def checked_options(
     max_batch = (
         cache.max_slots - 1 if max_batch is None else require_int("max_batch", max_batch, 1, cache.max_slots - 1)
     )
-    if isinstance(attention, str):
-        attention = get(attention)
+    if attention is not None:
+        attention = backend_of(attention)
     if mapping not in ("thread", "inline"):
         raise ConfigError(f"mapping must be 'thread' or 'inline', got {mapping!r}")
     if model.embedding.device != cache.device:

@@ -11,8 +11,9 @@ from contextlib import ExitStack, contextmanager, suppress
 from types import TracebackType
 from typing import Any
 
-from ..arguments import is_int, require_int
-from ..attention import AttentionBackend, declared, get, require_fit
+from ..arguments import is_int, require_bool, require_int
+from ..attention import AttentionBackend, declared, require_fit
+from ..attention.choice import backend_of
 from ..decode import DecodeLoop
 from ..decode.state import features_of
 from ..errors import ConfigError, OutOfPages, OutOfSlots, QueueFull
@@ -84,7 +85,8 @@ class Engine:
         if max_step_tokens is not None:
             max_step_tokens = require_int("max_step_tokens", max_step_tokens, 1)
         self.max_waiting = None if max_waiting is None else require_int("max_waiting", max_waiting, 1)
-        attention = get(attention) if isinstance(attention, str) else attention
+        attention = None if attention is None else backend_of(attention)
+        prefix_caching = require_bool("prefix_caching", prefix_caching)
         if max_batch is None:
             max_batch = _MAX_BATCH if cache is None else max(1, cache.max_slots - 1)
         max_batch = require_int("max_batch", max_batch, 1)

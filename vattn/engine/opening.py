@@ -42,6 +42,8 @@ def runtime_of(model: Any, made: ExitStack) -> RuntimeModel:
     Raises:
         ConfigError: it is no model that can be run.
     """
+    if isinstance(model, type):
+        raise ConfigError(f"an engine takes a model, not the class {model.__name__}: make one of it first")
     if not isinstance(model, RuntimeModel) and callable(getattr(model, "runtime", None)):
         model = model.runtime()
     if isinstance(model, RuntimeModel):

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from ..arguments import require_int
+from ..arguments import require_bool, require_int
 from ..decode.graphs import GraphReport
 from ..errors import ConfigError
 from ..kv_cache import KVCache
@@ -95,7 +95,8 @@ class Accelerated:
         self._max_length = None if max_length is None else require_int("max_length", max_length, 1)
         self._max_batch = require_int("max_batch", max_batch, 1)
         self._memory_limit = None if memory_limit is None else require_int("memory_limit", memory_limit, 1)
-        self._run_ahead, self._fuse = run_ahead, fuse
+        self._run_ahead = None if run_ahead is None else require_bool("run_ahead", run_ahead)
+        self._fuse = None if fuse is None else require_bool("fuse", fuse)
         self.model = model
         self.reasons: list[str] = []
         self._lock = threading.RLock()

@@ -93,6 +93,8 @@ def described(model: Any) -> str:
     name = f"a {type(model).__name__}"
     parts = model.modules() if isinstance(model, torch.nn.Module) else ()
     inside = next((type(each).__name__ for each in parts if isinstance(each, PreTrainedModel)), None)
+    if isinstance(model, PreTrainedModel):
+        return f"{name}, which has no head that returns logits: give it what AutoModelForCausalLM loads"
     if inside is None:
         return name
     if type(model).__module__.partition(".")[0] == "peft":

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
+from ..arguments import require_bool, shown
 from ..attention import AttentionBackend, AttentionBatch, DecodeBatch
 from ..errors import ConfigError
 from ..kv_cache import KVCache
@@ -58,6 +59,9 @@ class TransformersModel:
         *,
         fuse: bool | None = None,
     ) -> None:
+        fuse = None if fuse is None else require_bool("fuse", fuse)
+        if ops is not None and not isinstance(ops, Ops):
+            raise ConfigError(f"ops must be operations, as vattn.tuning.default_ops(device, dtype), got {shown(ops)}")
         self.config = checked(model)
         self.model = model
         self._name = type(model).__name__
