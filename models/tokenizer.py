@@ -16,6 +16,7 @@ from vattn.errors import ConfigError
 
 from .chat_template import harmless, mapped, render, texts
 from .files import lacks_package
+from .token_length import TooLong, byte_letters, least_tokens
 
 __all__ = ["TextStream", "Tokenizer"]
 
@@ -119,12 +120,17 @@ class Tokenizer:
                 found.add(after[0])
         return frozenset(found)
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, most_tokens: int | None = None) -> list[int]:
         """Token ids of ``text`` as it stands, with the special tokens that the model expects around a text.
 
         The model's markers in the text (``<|im_start|>``) become their tokens, so that a chat can be written by hand.
         For text of others use ``encode_chat``.
+
+        Raises:
+            TooLong: it is sure, before a long text is encoded, that it has more than ``most_tokens``. A list may still
+                come that has more.
         """
+        self._refuse_longer([text], most_tokens)
         return self._ids(text, add_special_tokens=True)
 
     @property
@@ -140,6 +146,7 @@ class Tokenizer:
         self,
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None = None,
+        most_tokens: int | None = None,
         /,
         *,
         add_generation_prompt: bool = True,
@@ -154,12 +161,13 @@ class Tokenizer:
             messages: dictionaries with ``role`` and ``content``, both strings; the rest, as ``tool_calls``, is for the
                 template, and plain enough for JSON.
             tools: what the model may call, as JSON schemas of functions, where the template takes them.
+            most_tokens: as of ``encode``.
             add_generation_prompt: begin the assistant's answer.
             template_kwargs: variables of the template, as ``enable_thinking``.
 
         Raises:
             ConfigError: no chat template, or one that cannot be used (see ``chat_template.render``); messages that are
-                not as above; a message that the template or the tokenizer turns into a marker.
+                not as above; a message that the template or the tokenizer turns into a marker. TooLong: as ``encode``.
         """
         if not self.has_chat_template:
             raise ConfigError("this model has no chat template; encode its prompt as plain text")
@@ -172,7 +180,7 @@ class Tokenizer:
                 raise ConfigError(
                     f"template_kwargs cannot set {escaped(name)}, which is set to what was given or to the model's"
                 )
-        ids = self._chat_ids(given, add_generation_prompt)
+        ids = self._chat_ids(given, add_generation_prompt, most_tokens)
         if self._may_forge(given):
             # A normaliser or the template may turn other text into a marker. Compare the number of markers with that
             # of a chat in which only the assistant says anything.
@@ -192,10 +200,14 @@ class Tokenizer:
     def _num_markers(self, ids: list[int]) -> Counter[int]:
         return Counter(token for token in ids if token in self._control_ids)
 
-    def _chat_ids(self, given: dict[str, Any], add_generation_prompt: bool) -> list[int]:
+    def _chat_ids(
+        self, given: dict[str, Any], add_generation_prompt: bool, most_tokens: int | None = None
+    ) -> list[int]:
         markers = re.compile("|".join(map(re.escape, sorted(self._control, key=len, reverse=True))) or "(?!)")
         if not any(markers.search(text) for text in texts(given)):
-            return self._ids(self._render(given, add_generation_prompt))
+            text = self._render(given, add_generation_prompt)
+            self._refuse_longer([text], most_tokens)
+            return self._ids(text)
 
         # Put each marker that was given between two strings that nobody can guess, render, and find them in the text.
         # Where the template cut a message, one string of a pair may be missing; the text is split there all the same.
@@ -205,7 +217,9 @@ class Tokenizer:
         text = self._render(marked, add_generation_prompt)
         ids: list[int] = []
         continued = cache(self._continued)  # of the same few markers, which may be a hundred thousand
-        for number, piece in enumerate(re.split(f"{start}({markers.pattern}){end}|{start}|{end}", text)):
+        pieces = re.split(f"{start}({markers.pattern}){end}|{start}|{end}", text)
+        self._refuse_longer(filter(None, pieces), most_tokens)
+        for number, piece in enumerate(pieces):
             if piece and number % 2:
                 spelled = continued(piece[:1]) + continued(piece[1:])
                 if self._special.intersection(spelled):
@@ -240,12 +254,9 @@ class Tokenizer:
     @cached_property
     def _byte_letters(self) -> dict[str, int]:
         """The letters that a tokenizer of bytes writes for them (GPT-2's); none where it is one of characters."""
-        shown = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-        others = [byte for byte in range(256) if byte not in shown]
-        letters = {chr(byte): byte for byte in shown} | {chr(256 + i): byte for i, byte in enumerate(others)}
         unknown = self._hf.unk_token_id
         ids = [self._hf.convert_tokens_to_ids(letter) for letter in ("Ġ", "Ċ", "Ã")]
-        return letters if all(i is not None and i != unknown for i in ids) else {}
+        return byte_letters() if all(i is not None and i != unknown for i in ids) else {}
 
     def stream(self, skip_special: bool = True) -> TextStream:
         """A decoder for tokens that arrive one by one; special ones are left out or have their names as text."""
@@ -255,6 +266,14 @@ class Tokenizer:
 
         backend = getattr(self._hf, "backend_tokenizer", None)
         return TextStream(self.decode, self._special, backend if isinstance(backend, Backend) else None)
+
+    @cached_property
+    def _least_tokens(self) -> Callable[[str], int]:
+        return least_tokens(self._hf)
+
+    def _refuse_longer(self, given: Iterable[str], most_tokens: int | None) -> None:
+        if most_tokens is not None and (least := sum(map(self._least_tokens, given))) > most_tokens:
+            raise TooLong(f"the text has at least {least} tokens; at most {most_tokens} are possible")
 
     def _ids(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         try:

@@ -1,23 +1,35 @@
-"""A server in this process, on a thread, over an engine that the test can look into."""
+"""A server in this process, on a thread, over an engine that the test can look into; or in a process of its own."""
 
 from __future__ import annotations
 
+import gc
 import json
+import multiprocessing
+import os
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import openai
 
 from vattn import Engine
 from vattn.models import Tokenizer
+from vattn.models import load as load_model
 from vattn.serve.run import listening_socket, serve
 from vattn.serve.service import Service, Settings
 
 NAME = "tiny"
+
+
+def address_of(url: str) -> tuple[str, int]:
+    host, port = url.removeprefix("http://").rsplit(":", 1)
+    return host, int(port)
 
 
 @dataclass
@@ -31,14 +43,13 @@ class Running:
 
     @property
     def address(self) -> tuple[str, int]:
-        host, port = self.url.removeprefix("http://").rsplit(":", 1)
-        return host, int(port)
-
-    def client(self, key: str = "none", **options: Any) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=120, **options)
+        return address_of(self.url)
 
     def is_idle(self) -> bool:
         return not self.engine.has_work
+
+    def client(self, key: str = "none", **options: Any) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=120, **options)
 
 
 @contextmanager
@@ -79,7 +90,54 @@ def running(
         engine.cache.check_integrity()
 
 
-def raw(running: Running, data: bytes, *more: bytes) -> bytes:
+@dataclass
+class Elsewhere:
+    """A server in a process of its own, whose memory is not its clients'."""
+
+    address: tuple[str, int]
+    _pipe: Connection
+
+    def measure(self) -> dict[str, float]:
+        """What the process holds once nothing is under way."""
+        self._pipe.send(True)
+        found: dict[str, float] = self._pipe.recv()
+        return found
+
+
+@contextmanager
+def running_elsewhere(folder: Path, **options: Any) -> Iterator[Elsewhere]:
+    """As ``running``, in another process, over the model of that folder and an engine with those options."""
+    context = multiprocessing.get_context("spawn")
+    pipe, theirs = context.Pipe()
+    process = context.Process(target=_serve_elsewhere, args=(folder, options, theirs))
+    process.start()
+    theirs.close()  # so that its end is seen here
+    try:
+        yield Elsewhere(address_of(pipe.recv()), pipe)
+        pipe.send(False)
+        process.join(120)
+        assert process.exitcode == 0
+    finally:
+        process.kill()
+        process.join()
+        pipe.close()
+
+
+def _serve_elsewhere(folder: Path, options: dict[str, Any], pipe: Connection) -> None:
+    model, tokenizer = load_model(folder)
+    with running(lambda: Engine(model, **options), tokenizer) as server:
+        pipe.send(server.url)
+        while pipe.recv():
+            while not server.is_idle():  # clients that vanished are found out one by one
+                time.sleep(0.01)
+            gc.collect()
+            # Without the cache's pages, which are files' and have a limit of their own.
+            resident = Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]
+            counted = {"descriptors": len(os.listdir("/proc/self/fd")), "objects": len(gc.get_objects())}
+            pipe.send({"MiB resident": int(resident) / 1024, **counted})
+
+
+def raw(running: Running | Elsewhere, data: bytes, *more: bytes) -> bytes:
     """What comes back on a connection of its own, until the server closes it."""
     with socket.create_connection(running.address, timeout=60) as connection:
         connection.sendall(data)

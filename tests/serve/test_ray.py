@@ -11,6 +11,7 @@ import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,12 @@ pytest.importorskip("ray", reason="Ray is not installed: pip install 'vattn[ray]
 import ray
 from prometheus_client.parser import text_string_to_metric_families
 from ray import serve
+from ray.serve.exceptions import DeploymentUnavailableError
 from ray.util.state import list_actors
 
 from vattn.errors import ConfigError
 from vattn.models.loader import find
-from vattn.serve.ray import Options, Replica, _Asked, api_keys, build_app
+from vattn.serve.ray import Options, Replica, _Asked, _Front, api_keys, build_app
 from vattn.serve.ray_router import prefix_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
@@ -52,6 +54,10 @@ class Cluster:
             text = answer.read().decode()
         samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
         return {sample.labels["replica"]: sample.value for sample in samples if sample.name == f"vattn:{name}"}
+
+    def actor_of(self, replica: str) -> Any:
+        (actor,) = [each for each in list_actors(filters=[("state", "=", "ALIVE")]) if replica in (each.name or "")]
+        return actor
 
     def running_at(self, replica: str) -> float:
         return self.metrics("num_requests_running").get(replica, 0)
@@ -120,8 +126,7 @@ def test_prompts_go_where_they_are_stored_and_outlive_a_replica(cluster: Cluster
         whole = {"max_tokens": 200, "extra_body": {"ignore_eos": True}}
         waiting = [threads.submit(cluster.asked, prompt, **whole) for _ in range(2)]
         until(lambda: cluster.running_at(lost) == 3)
-        (actor,) = [each for each in list_actors(filters=[("state", "=", "ALIVE")]) if lost in (each.name or "")]
-        os.kill(actor.pid, signal.SIGKILL)
+        os.kill(cluster.actor_of(lost).pid, signal.SIGKILL)
         with pytest.raises(openai.APIError, match="the replica that answered was lost"):
             for _ in stream:
                 pass
@@ -131,6 +136,18 @@ def test_prompts_go_where_they_are_stored_and_outlive_a_replica(cluster: Cluster
             assert answer.usage.completion_tokens == 200
     until(lambda: len(cluster.metrics("num_requests_running").keys() - {lost}) == 2)
     assert other in cluster.metrics("num_requests_running")
+
+
+def test_a_replica_that_dies_while_it_is_asked_for_metrics_is_left_out(cluster: Cluster) -> None:
+    lost, other = until(lambda: len(found := list(cluster.metrics("num_requests_running"))) == 2 and found)
+    actor = cluster.actor_of(lost)
+    os.kill(actor.pid, signal.SIGSTOP)  # it is asked, and does not answer
+    with ThreadPoolExecutor(1) as threads:
+        asked = threads.submit(cluster.metrics, "num_requests_running")
+        time.sleep(1)
+        assert not asked.done()
+        os.kill(actor.pid, signal.SIGKILL)
+        assert list(asked.result()) == [other]
 
 
 def test_without_the_key_nothing_gets_to_a_replica(cluster: Cluster) -> None:
@@ -195,6 +212,42 @@ def test_everybody_may_come_in_where_that_is_said(monkeypatch):
     assert api_keys(Options()) == ["secret"]
     with pytest.raises(ConfigError, match="one of them"):
         api_keys(Options(no_api_key=True))
+
+
+@pytest.mark.parametrize("wrong", [0, -1, "many"])
+def test_at_least_one_replica(wrong):
+    with pytest.raises(ValueError, match="num_replicas"):
+        Options(num_replicas=wrong)
+    assert Options(num_replicas="auto").num_replicas == "auto"
+
+
+def test_where_no_replica_can_be_asked_a_front_pauses_between_its_attempts():
+    """Ray says so at once, of a deployment that failed. Here it always does; a cluster would need to break in time."""
+    begins, sent = [], []
+
+    class Failed:
+        def options(self, **_):
+            return self
+
+        def remote(self, *_, **__):
+            begins.append(time.monotonic())
+            return self
+
+        async def __aiter__(self):
+            raise DeploymentUnavailableError("Replica")
+            yield
+
+        def cancel(self):
+            pass
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(_Front(Failed())._answer(_Asked({"type": "http"}, b""), b"", send))
+    gaps = [later - earlier for earlier, later in pairwise(begins)]
+    assert len(gaps) == 4
+    assert all(gap > 0.09 * 2**i for i, gap in enumerate(gaps))
+    assert sent[0]["status"] == 503
 
 
 @pytest.mark.parametrize("raises", [True, False])

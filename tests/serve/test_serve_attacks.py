@@ -277,3 +277,23 @@ def test_a_thousand_idle_connections(guarded: Running) -> None:
     finally:
         for connection in idle:
             connection.close()
+
+
+def test_a_text_that_cannot_fit_is_refused_before_it_is_encoded(loaded: tuple[Llama, Tokenizer]) -> None:
+    model, tokenizer = loaded
+    text, one = "x" * 100_000, {"max_tokens": 1}
+    long_chat = {"messages": [{"role": "user", "content": text}]}
+    # Not for the server: a variable of the template.
+    chat = {"messages": [{"role": "user", "content": "x"}], "chat_template_kwargs": {"most_tokens": 0}}
+    with running(lambda: Engine(model, max_batch=4, memory_limit=64 << 20), tokenizer, max_model_len=200) as server:
+        for path, body, field in (
+            ("completions", {"prompt": ["x", text]}, "prompt"),
+            ("chat/completions", long_chat, "messages"),
+        ):
+            answer = raw(server, post(f"/v1/{path}", {**body, **one}))
+            error = error_of(answer)
+            assert (status_of(answer), error["code"], error["param"]) == (400, "context_length_exceeded", field)
+            assert "the text has at least" in error["message"]
+        assert status_of(raw(server, post("/v1/completions", {"prompt": "x" * 199, **one}))) == 200
+        assert status_of(raw(server, post("/v1/chat/completions", {**chat, **one}))) == 200
+        assert status_of(raw(server, post("/tokenize", chat))) == 200

@@ -34,6 +34,7 @@ def prompt_tokens(
     tokenizer: Tokenizer,
     messages: Sequence[Mapping[str, Any]],
     tools: Sequence[Mapping[str, Any]] | None = None,
+    most_tokens: int | None = None,
     /,
     **template_kwargs: Any,
 ) -> list[int]:
@@ -47,6 +48,7 @@ def prompt_tokens(
     Args:
         messages: as OpenAI's, in plain Python values.
         tools: as OpenAI's.
+        most_tokens: as of ``Tokenizer.encode``.
         template_kwargs: variables of the chat template.
 
     Raises:
@@ -59,7 +61,7 @@ def prompt_tokens(
         chat = [m | {"role": "system"} if m["role"] == "developer" else m for m in chat]
     if not tokenizer.takes_tools and (tools or any("tool_calls" in m or m["role"] == "tool" for m in chat)):
         chat, tools = _in_words(chat, tools), None
-    return tokenizer.encode_chat(chat, tools, **template_kwargs)
+    return tokenizer.encode_chat(chat, tools, most_tokens, **template_kwargs)
 
 
 def _message(where: str, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import os
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -40,6 +40,7 @@ __all__ = ["Options", "build_app"]
 
 _log = logging.getLogger("vattn.serve")
 _ATTEMPTS = 5  # at a request of which the client has seen nothing
+_PAUSE_S = 0.1  # behind the first where no replica could be asked; twice as long behind each other
 _METRICS_S = 10.0
 _MAX_AT_FRONT = 100_000  # requests; the replicas bound how many there are
 _SCOPE = ("type", "http_version", "method", "scheme", "path", "raw_path", "query_string", "headers", "client", "server")
@@ -70,7 +71,7 @@ class Options(BaseModel):
 
     model: str = "smollm2"
     served_model_name: str = ""
-    num_replicas: int | Literal["auto"] = 1
+    num_replicas: Annotated[int, Field(ge=1)] | Literal["auto"] = 1
     num_fronts: int = Field(1, ge=1)
     num_cpus: float = Field(1, ge=0)
     num_gpus: float = Field(0, ge=0)
@@ -269,8 +270,7 @@ class _Front:
             return None
         body = (await receive())["body"]
         if (scope["method"], scope["path"]) == ("GET", "/metrics"):
-            texts = dict(await self._all.broadcast("metrics").results_async(timeout_s=_METRICS_S))
-            return await Response(merged(texts), media_type=CONTENT_TYPE_LATEST)(scope, receive, send)
+            return await (await self._metrics())(scope, receive, send)
         asked = _Asked({key: scope[key] for key in _SCOPE if key in scope}, body)
         work = asyncio.ensure_future(self._answer(asked, prefix_of(body), send))
         gone = asyncio.ensure_future(_until_gone(receive))
@@ -281,6 +281,19 @@ class _Front:
                 task.cancel()
             await asyncio.gather(work, gone, return_exceptions=True)
         return None if work.cancelled() else work.result()
+
+    async def _metrics(self) -> Response:
+        """Of the replicas that answer."""
+        try:
+            told = self._all.broadcast("metrics")
+            found = await told.results_async(timeout_s=_METRICS_S, return_exceptions=True)
+        except (TimeoutError, DeploymentUnavailableError) as error:
+            _log.warning("no metrics: %s", error)
+            return response_of(ApiError(503, f"no metrics from the replicas within {_METRICS_S:g} s"))
+        for lost in (each for each in found if isinstance(each, BaseException)):
+            _log.warning("no metrics of a replica: %s", lost)
+        texts = dict(each for each in found if not isinstance(each, BaseException))
+        return Response(merged(texts), media_type=CONTENT_TYPE_LATEST)
 
     async def _answer(self, asked: _Asked, prefix: bytes, send: Send) -> None:
         for attempt in range(_ATTEMPTS):
@@ -304,7 +317,12 @@ class _Front:
                 error = ApiError(429, "the queue is full; send it again later", code="queue_full")
                 error.headers = {"retry-after": "1"}
                 break
-            except (RayActorError, DeploymentUnavailableError) as lost:
+            except DeploymentUnavailableError as failed:
+                _log.warning("no replica for a request, attempt %d of %d: %s", attempt + 1, _ATTEMPTS, failed)
+                error = ApiError(503, "no replica takes requests; send it again later", code="no_replica")
+                if attempt + 1 < _ATTEMPTS:
+                    await asyncio.sleep(_PAUSE_S * 2**attempt)
+            except RayActorError as lost:
                 _log.warning("a replica was lost at a request, attempt %d of %d: %s", attempt + 1, _ATTEMPTS, lost)
                 error = ApiError(503, "the replica that answered was lost", code="replica_lost")
                 if has_begun:

@@ -19,6 +19,7 @@ from pydantic_core import to_json
 
 from ..engine import AsyncEngine
 from ..errors import ConfigError
+from ..models.token_length import TooLong
 from ..requests import Request
 from . import chat, tools
 from .errors import ApiError
@@ -138,7 +139,8 @@ class Service:
             skip_special = skip_special and parser.skip_special
             names = [tool["function"]["name"] for tool in chosen]
             new_reader = partial(_Reader, parser, names, several)
-        tokens = chat.prompt_tokens(self.tokenizer, body.messages, chosen or None, **variables)
+        most = self.settings.max_model_len - 1
+        tokens = chat.prompt_tokens(self.tokenizer, body.messages, chosen or None, most, **variables)
         return _Asked("messages", [tokens], form, skip_special, new_reader)
 
     async def complete(self, body: CompletionRequest, http: HttpRequest) -> Response:
@@ -146,7 +148,8 @@ class Service:
         name = self._begin(body.model)
 
         def encode() -> _Asked:
-            prompts = [self.tokenizer.encode(each) if isinstance(each, str) else each for each in body.prompt]
+            most = self.settings.max_model_len - 1
+            prompts = [self.tokenizer.encode(each, most) if isinstance(each, str) else each for each in body.prompt]
             return _Asked("prompt", prompts, body.response_format, body.skip_special_tokens is not False)
 
         style = CompletionFormat(name, self.tokenizer, body.logprobs is not None)
@@ -194,6 +197,8 @@ class Service:
         try:
             made = asyncio.get_running_loop().run_in_executor(worker or self._worker, make)
             return await unless_gone(http.receive, _awaited(made), self.settings.request_timeout_s)
+        except TooLong as error:
+            raise _wrong(field, str(error), "context_length_exceeded") from error
         except ConfigError as error:
             raise ApiError.of_field(error, field) from error
         finally:
