@@ -193,6 +193,7 @@ def run_case(records: Records, name: str, model: PreTrainedModel, batch: int, re
                 label, "hf-static-compile", "generate_step", "ms", step_ms(case, repeats, cache_implementation="static")
             )
         torch.compiler.reset()
+    records.write()
     free_all()
 
 
