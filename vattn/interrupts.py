@@ -92,8 +92,8 @@ def _take_over() -> None:
 
 def _put_back() -> None:
     for number, handler in tuple(_handlers.items()):  # one that is back may run at once, and begin a block of its own
-        if signal.getsignal(number) is _note:  # else somebody has set another one in the block
-            signal.signal(number, handler)
+        if (found := signal.signal(number, handler)) is not _note:  # somebody has set another one in the block
+            signal.signal(number, found)
 
 
 def _hand_over() -> None:

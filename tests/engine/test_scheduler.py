@@ -154,6 +154,20 @@ def test_a_head_that_does_not_fit_is_neither_overtaken_nor_planned_anew(monkeypa
     assert bench.admit() == [small]
 
 
+def test_a_head_is_looked_at_again_after_a_preemption_that_frees_nothing() -> None:
+    """Whoever gave way is not going to grow any more: that alone may be the room that the head needs."""
+    bench = Bench(num_pages=8)
+    running = bench.submit(10, 100)[0]
+    assert bench.admit() == [running]
+    head = bench.submit(33, 10, priority=5)[0]
+    assert bench.admit() == []
+    free = bench.free
+    bench.rows.pop(running)
+    assert bench.free == free
+    bench.scheduler.requeue(running)
+    assert bench.admit() == [head]
+
+
 def test_a_preempted_sample_waits_until_it_fits() -> None:
     bench = Bench(num_pages=13)
     first, second = (bench.submit(33, 64)[0] for _ in range(2))

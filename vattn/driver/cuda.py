@@ -230,6 +230,8 @@ class CudaDriver(RuledDriver):
             torch.cuda.synchronize(self.device)
 
     def is_capturing(self) -> bool:
+        if torch.cuda.current_device() == self.device.index:  # asked at every growth, and a block takes longer
+            return torch.cuda.is_current_stream_capturing()
         with torch.cuda.device(self.device):
             return torch.cuda.is_current_stream_capturing()
 

@@ -111,7 +111,8 @@ class RuleBook:
             del self.handles[handle]
 
     # -- mappings ------------------------------------------------------------------------------------------------
-    def check_map(self, address: int, size_bytes: int, handle: int) -> None:
+    def check_map(self, address: int, size_bytes: int, handle: int) -> int:
+        """Returns the first address of the range that it lies in."""
         entry = self.handles.get(handle)
         if entry is None or entry.released:
             raise self._refuse("map", f"handle {handle:#x} is not live")
@@ -124,12 +125,14 @@ class RuleBook:
             raise self._refuse("map", f"[{address:#x}, +{size_bytes}) lies in no reserved range")
         if self._tile_bytes and self._touching(address, size_bytes, base):
             raise self._refuse("map", f"[{address:#x}, +{size_bytes}) is mapped already")
+        return base
 
-    def map(self, address: int, size_bytes: int, handle: int) -> Mapping:
+    def map(self, address: int, size_bytes: int, handle: int, base: int) -> Mapping:
+        """``base``: of its range, as ``check_map`` said."""
         mapping = Mapping(address, size_bytes, handle)
         tile_bytes = self._tile_bytes
-        if size_bytes != tile_bytes or (address - (self._range_of(address, size_bytes) or 0)) % tile_bytes:
-            self._lay(mapping)
+        if size_bytes != tile_bytes or (address - base) % tile_bytes:
+            self._lay(mapping, base)
         self.mappings[address] = mapping
         self.handles[handle].num_maps += 1
         return mapping
@@ -184,9 +187,8 @@ class RuleBook:
                 return base
         return None
 
-    def _lay(self, mapping: Mapping) -> None:
+    def _lay(self, mapping: Mapping, base: int) -> None:
         """Note the tiles of a mapping that is not one; smaller ones from now on if it does not consist of them."""
-        base = self._range_of(mapping.address, mapping.size_bytes) or 0
         tile_bytes = gcd(self._tile_bytes, mapping.size_bytes, mapping.address - base)
         laid = [mapping]
         if tile_bytes != self._tile_bytes:

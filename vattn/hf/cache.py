@@ -18,6 +18,7 @@ from ..kv_cache import KVCache
 from ..stats import CacheStats
 from .configs import decoder_config, layers_of
 from .layer import VirtualLayer
+from .prefixes import NUM_STORED, Prefixes
 from .storage import Options, Storage
 
 __all__ = ["VirtualCache"]
@@ -42,6 +43,7 @@ class VirtualCache(Cache):
         page_bytes: as for ``KVCache``.
         attention: ``"auto"``, the name of one of vattn's attention backends, or None to leave the model's own attention
             in place, which then reads the same memory through views.
+        prefix_caching: whether sequences can be stored, for ``begin`` to find their rows: ``store`` says how.
 
     Raises:
         ConfigError: the config is not one of a decoder, or has layers that this cache cannot hold.
@@ -57,6 +59,7 @@ class VirtualCache(Cache):
         memory_limit: int | None = None,
         page_bytes: int | None = None,
         attention: str | None = "auto",
+        prefix_caching: bool = False,
     ) -> None:
         text_config = decoder_config(config)
         if max_length is None:
@@ -72,16 +75,23 @@ class VirtualCache(Cache):
             None if memory_limit is None else require_int("memory_limit", memory_limit, 1),
             None if page_bytes is None else require_int("page_bytes", page_bytes, 1),
             attention,
+            NUM_STORED if prefix_caching else 0,
         )
         if dtype is not None and not isinstance(dtype, torch.dtype):
             raise ConfigError(f"dtype must be a torch.dtype, got {dtype!r}")
         layers, configured = layers_of(text_config)
         self._config = text_config
         self._assemble(layers, Storage(configured, options))
+        if prefix_caching and (text_config is not config or self._storage.is_hybrid):
+            raise ConfigError(
+                "prefix_caching=True finds rows by their tokens, and this model's depend on more, on images or on a "
+                "recurrent state: leave it out"
+            )
 
     def _assemble(self, templates: list[Any], storage: Storage) -> None:
         """Layers over the storage: attention layers are replaced, others kept."""
-        self._storage, self._virtual = storage, {index: VirtualLayer(storage, index) for index in storage.configured}
+        self._storage, self._prefixes = storage, Prefixes(storage)
+        self._virtual = {index: VirtualLayer(storage, index) for index in storage.configured}
         layers = [self._virtual.get(index, template) for index, template in enumerate(templates)]
         super().__init__(layers=layers)
         # Layers that share another's K and V are dummies.
@@ -194,6 +204,44 @@ class VirtualCache(Cache):
             fresh, _ = layers_of(self._config)
             self.layers = [self._virtual.get(index, layer) for index, layer in enumerate(fresh)]
         self._torn = False
+
+    def begin(self, input_ids: torch.Tensor) -> int:
+        """Forget every token, and begin a batch with the rows that stored sequences have of its prompts.
+
+        ``generate`` with these ``input_ids`` then computes the rest of them.
+
+        Args:
+            input_ids: ``[batch, tokens]``. Padding counts as tokens.
+
+        Returns:
+            How many tokens the cache has of each prompt now: as many as there are of every one, and less than all.
+
+        Raises:
+            ConfigError: the cache was made without ``prefix_caching=True``, or these are no tokens of a batch.
+        """
+        self._open()
+        tokens = self._prefixes.tokens("begin", input_ids)
+        self.reset()
+        return self._prefixes.begin(tokens)
+
+    def store(self, token_ids: torch.Tensor) -> None:
+        """Keep the rows that the cache has now for a later ``begin``, until this cache needs their memory, or
+        ``kv_cache.trim()`` gives it back to the device.
+
+        They share it with the batch, which goes on. The sequence that was used least recently goes first. All go where
+        the batch gets another size.
+
+        Args:
+            token_ids: ``[batch, tokens]``, what these rows were computed from: the model's input so far, or what
+                ``generate`` returned, whose last tokens have no rows yet. A mask must have hidden none of them but
+                padding, which counts as tokens, and the model's weights stay what they are, adapters included.
+
+        Raises:
+            ConfigError: as ``begin``; also where there are fewer tokens than rows, or another number of sequences.
+        """
+        self._open()
+        self._whole()
+        self._prefixes.store(self._prefixes.tokens("store", token_ids))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Make every sequence ``repeats`` sequences, neighbours in the batch.

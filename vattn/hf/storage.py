@@ -28,6 +28,7 @@ class Options:
 
     Attributes:
         attention: ``"auto"``, the name of a backend, or None to leave the model's own attention in place.
+        num_stored: slots for sequences that are stored.
     """
 
     max_length: int
@@ -36,11 +37,12 @@ class Options:
     memory_limit: int | None = None
     page_bytes: int | None = None
     attention: str | None = "auto"
+    num_stored: int = 0
 
 
 class Storage:
     """Slot ``i`` holds row ``i`` of the batch. All rows have one length, as in transformers. One more slot is free, for
-    rows that change places.
+    rows that change places; behind it are those of stored sequences (``prefixes``).
 
     The shapes of layers not seen yet are predicted. Where a prediction is wrong, the cache moves to another layout:
     only during the first forward pass.
@@ -81,7 +83,7 @@ class Storage:
     @property
     def batch_size(self) -> int:
         """Sequences that it holds, -1 before the first use."""
-        return -1 if self.kv_cache is None else self.kv_cache.max_slots - 1
+        return -1 if self.kv_cache is None else self.kv_cache.max_slots - 1 - self.options.num_stored
 
     def require_open(self) -> None:
         """ConfigError after ``close``."""
@@ -157,9 +159,10 @@ class Storage:
     def _make(self, batch_size: int, layout: KVLayout, device: torch.device, rows: int) -> KVCache:
         """A ``KVCache`` with a slot for each sequence, backed for ``rows`` tokens, and a spare slot."""
         self.require_open()
-        limit, page_bytes = self.options.memory_limit, self.options.page_bytes
+        options, max_slots = self.options, batch_size + 1 + self.options.num_stored
+        limit, page_bytes = options.memory_limit, options.page_bytes
         try:
-            cache = KVCache(layout, batch_size + 1, device, memory_limit=limit, page_bytes=page_bytes)
+            cache = KVCache(layout, max_slots, device, memory_limit=limit, page_bytes=page_bytes)
         except ConfigError as error:
             raise ConfigError(
                 f"no cache for a batch of {batch_size} (and a spare slot) with max_length={layout.max_seq_len}: {error}"
@@ -201,8 +204,7 @@ class Storage:
         except BaseException:
             new.close()
             raise
-        if self._stream is not None:
-            self._stream = torch.cuda.current_stream(self._stream.device)  # whoever comes next waits for the copies
+        self.submitted()
         return new
 
     def _move(self, layout: KVLayout, sources: Iterable[int]) -> None:
@@ -315,6 +317,11 @@ class Storage:
         """Make the current stream wait for the newest pass, if that ran on another stream."""
         if self._stream is not None and self._stream != (stream := torch.cuda.current_stream(self._stream.device)):
             stream.wait_stream(self._stream)
+
+    def submitted(self) -> None:
+        """Copies were, to the current stream: whoever comes next waits for them."""
+        if self._stream is not None:
+            self._stream = torch.cuda.current_stream(self._stream.device)
 
     def begin_pass(self, layer: int) -> None:
         """Check that all layers hold equally many tokens, and order this pass after the one before.

@@ -106,9 +106,10 @@ class PageTable(Planner):
 
     def _note_plan(self, plan: Plan) -> None:
         self.parking.num_adopted += plan.num_adopted
-        self.parking.num_unparked += sum(page.size for page in plan.unparked_pages)
-        for page in dict.fromkeys(plan.unparked_pages):  # one may have been parked in two slots
-            self.pool.put_back(page)
+        if plan.unparked_pages:
+            self.parking.num_unparked += sum(page.size for page in plan.unparked_pages)
+            for page in dict.fromkeys(plan.unparked_pages):  # one may have been parked in two slots
+                self.pool.put_back(page)
         for slot in plan.slots_adopting:
             self.parking.forget_empty(slot)
 

@@ -6,8 +6,8 @@ Pages are of several sizes (see ``page_sizes``); wherever they are counted, it i
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from types import TracebackType
 
 from ..driver import Driver
 from ..errors import DriverError, OutOfPages, VattnError
@@ -115,13 +115,14 @@ class PhysicalPagePool:
         wanted: dict[int, int] = {1: asked} if asked == len(sizes) else Counter(sizes)
         missing: dict[int, int] = {}
         for size, number in wanted.items():
-            free = self._free.get(size, [])
-            kept = max(0, len(free) - number)
-            reused += free[kept:]
-            self.num_free -= size * (len(free) - kept)
-            if number > len(free):
-                missing[size] = number - len(free)
-            del free[kept:]
+            if free := self._free.get(size):
+                kept = max(0, len(free) - number)
+                reused += free[kept:]
+                number -= len(free) - kept
+                self.num_free -= size * (len(free) - kept)
+                del free[kept:]
+            if number:
+                missing[size] = number
         for size, number in missing.items():
             self._create(size, number, created, asked)
         if len(wanted) == 1:
@@ -151,7 +152,8 @@ class PhysicalPagePool:
                 created += new
                 self.pages.update(new)
                 self.num_pages += size * len(new)
-                self.peak_pages = max(self.peak_pages, self.num_pages)
+                if self.num_pages > self.peak_pages:
+                    self.peak_pages = self.num_pages
             if len(created) < last:
                 self._give_back(size * (last - len(created)))
 
@@ -204,33 +206,13 @@ class PhysicalPagePool:
             limit_bytes=self.limit_bytes,
         )
 
-    @contextmanager
-    def shortage(self, wait: bool = True) -> Iterator[None]:
+    def shortage(self, wait: bool = True) -> _Shortage:
         """Around an operation: a shortage of any kind raises OutOfPages, and is counted if the operation may ``wait``.
 
         Raises:
             DriverError: instead, where not everything is as it was; callers go on after a shortage.
         """
-        try:
-            yield
-        except OutOfPages as error:
-            if is_incomplete(error):
-                fault = DriverError("undo", "INCOMPLETE", f"rows are lost, for this could not be undone: {error}")
-                fault.undo_incomplete = True  # type: ignore[attr-defined]
-                raise _with_notes(fault, error) from error
-            self.num_oom += wait
-            raise
-        except DriverError as error:
-            if not error.out_of_memory or is_incomplete(error):
-                raise
-            self.num_oom += wait
-            out = OutOfPages(
-                f"the system ran out of what mapping pages takes: {error}; {self.physical_bytes} bytes are taken, "
-                f"memory_limit is {self.limit_bytes} bytes",
-                free_bytes=self.num_available * self.page_bytes,
-                limit_bytes=self.limit_bytes,
-            )
-            raise _with_notes(out, error) from error
+        return _Shortage(self, wait)
 
     def gain(self, pages: Sequence[Page]) -> None:
         """A live sequence has each of these pages now, at one address more."""
@@ -340,6 +322,38 @@ class PhysicalPagePool:
         assert allocated is None or allocated == self.physical_bytes, (
             f"the system has {allocated} bytes allocated for this cache, the pool counts {self.physical_bytes}"
         )
+
+
+class _Shortage:
+    """See ``PhysicalPagePool.shortage``. A class, since it is around every growth: a generator takes thrice as long."""
+
+    __slots__ = ("_pool", "_wait")
+
+    def __init__(self, pool: PhysicalPagePool, wait: bool) -> None:
+        self._pool, self._wait = pool, wait
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pool = self._pool
+        if isinstance(error, OutOfPages):
+            if is_incomplete(error):
+                fault = DriverError("undo", "INCOMPLETE", f"rows are lost, for this could not be undone: {error}")
+                fault.undo_incomplete = True  # type: ignore[attr-defined]
+                raise _with_notes(fault, error) from error
+            pool.num_oom += self._wait
+        elif isinstance(error, DriverError) and error.out_of_memory and not is_incomplete(error):
+            pool.num_oom += self._wait
+            out = OutOfPages(
+                f"the system ran out of what mapping pages takes: {error}; {pool.physical_bytes} bytes are taken, "
+                f"memory_limit is {pool.limit_bytes} bytes",
+                free_bytes=pool.num_available * pool.page_bytes,
+                limit_bytes=pool.limit_bytes,
+            )
+            raise _with_notes(out, error) from error
 
 
 def _with_notes(error: VattnError, cause: VattnError) -> VattnError:

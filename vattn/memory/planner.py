@@ -119,7 +119,7 @@ class Plan:
 
     @property
     def num_adopted(self) -> int:
-        return sum(run.stop - run.first for run in self.adopted)
+        return sum([run.stop - run.first for run in self.adopted]) if self.adopted else 0
 
 
 @dataclass(slots=True)

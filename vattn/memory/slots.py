@@ -103,8 +103,8 @@ class Slots(StoredSequences):
         Args:
             wait: whether the host may wait for the GPU to be done with pages.
         """
-        old = self.seq_len
-        self._back([Rows(slot, start := int(old[slot]), end, start) for slot, end in requests], wait)
+        # What lies before a slot's reach is backed and private.
+        self._back([Rows(slot, int(self.reach[slot]), end, int(self.seq_len[slot])) for slot, end in requests], wait)
         look = self.stale_to or self.table.over_read.tokens
         for slot, end in requests:
             self.seq_len[slot] = end
@@ -153,7 +153,7 @@ class Slots(StoredSequences):
         growth = Growth()
         for rows in targets:
             self.table.growth(rows, growth)
-        stale = any(rows.slot in self.stale_to for rows in targets)
+        stale = self.stale_to and any(rows.slot in self.stale_to for rows in targets)
         if not (growth.num_pages or growth.adopted or growth.unparked or stale):
             return None
         self.refuse_capture("mapping a page")
@@ -213,8 +213,10 @@ class Slots(StoredSequences):
     def _await_parked(self, plan: Plan) -> None:
         """Parked pages are unmapped when the work that used them has ended, and scrubbed behind it."""
         fences = self.parking.fences
-        self.lock.wait_for(Fences.of(fences[slot] for slot in plan.slots_unparked))
-        self.work.order_behind(fences[slot] for slot in plan.slots_adopting)
+        if plan.slots_unparked:
+            self.lock.wait_for(Fences.of(fences[slot] for slot in plan.slots_unparked))
+        if plan.slots_adopting:
+            self.work.order_behind(fences[slot] for slot in plan.slots_adopting)
 
     # -- giving back ---------------------------------------------------------------------------------------------
     def truncate(self, slot: int, rows: int) -> None:
@@ -382,13 +384,13 @@ class Slots(StoredSequences):
         Raises:
             OutOfPages: there would be too few, whatever is taken. Nothing was.
         """
-        pool = self.pool
+        pool, num_pages = self.pool, plan.num_pages
         if not (wait or all(self.parking.fences[slot].done() for slot in plan.slots_unparked)):
-            raise pool.out_of_pages(plan.num_pages, "of which some are still in use by the GPU")
-        asked = plan.num_pages + plan.num_adopted
+            raise pool.out_of_pages(num_pages, "of which some are still in use by the GPU")
+        asked = num_pages + plan.num_adopted
         if self.to_shrink and asked and wait and self._split_kept(asked):
             return False
-        if plan.num_pages <= pool.num_available:
+        if num_pages <= pool.num_available:
             return True
         if self.finish_deferred(wait):
             return False
@@ -397,7 +399,7 @@ class Slots(StoredSequences):
             if isinstance(plan, Growth) and self._drop_sharers(plan):
                 return False
             raise pool.out_of_pages(asked, "which memory_limit does not allow", num_parked)
-        if not self.unpark(plan.num_pages - pool.num_available, plan.slots_adopting, wait) and not wait:
+        if not self.unpark(num_pages - pool.num_available, plan.slots_adopting, wait) and not wait:
             raise pool.out_of_pages(asked, "of which some are still in use by the GPU")
         return False
 
