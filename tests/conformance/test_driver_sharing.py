@@ -46,6 +46,7 @@ def test_nothing_is_written_to_what_may_only_be_read(driver, unit, base):
     with refused(driver, "copy"):
         driver.copy(base + unit, base, unit)
     driver.copy(base, base + unit + 64, 64)
+    driver.synchronize()  # the copy reads there
     driver.set_access(base + unit, unit)
     driver.zero(base + unit, unit)
 

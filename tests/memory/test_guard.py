@@ -209,6 +209,22 @@ def test_fork_waits_for_work_that_writes_what_it_shares() -> None:
         assert (cache.rows(child, 0)[0] == 7).all()
 
 
+def test_what_reads_a_page_has_ended_before_it_is_writable_again() -> None:
+    """On a GPU it could fault."""
+    driver = WatchfulDriver()
+    with guarded(driver=driver) as cache:
+        parent = new(cache, 128)
+        cache.rows(parent, 0)[0][:] = 5.0
+        child = cache.fork(parent)
+        with driver.stream(1), cache.step([parent]):
+            found = launch(cache, parent, 128)
+        cache.make_writable(child, 0, 64)  # the parent is the last to have the page
+        assert found == [True]
+        assert read_only(cache, parent) == [1]
+        driver.synchronize()
+        assert (cache.rows(child, 0)[0] == 5).all()
+
+
 def test_fork_does_not_wait_where_it_shares_nothing() -> None:
     driver = WatchfulDriver()
     with guarded(driver=driver) as cache:

@@ -94,7 +94,8 @@ class Driver(Protocol):
     def set_access(self, address: int, size_bytes: int, writable: bool = True) -> None:
         """Allow reads, and writes unless ``writable`` is False. The range must consist of whole mapped handles.
 
-        A write to memory that may only be read ends the process on the CPU, and its CUDA context on a GPU.
+        Does **not** wait for work: a kernel that uses the range meanwhile may fault, even one that only reads. A write
+        to memory that may only be read ends the process on the CPU, and its CUDA context on a GPU.
         """
 
     def unmap(self, address: int, size_bytes: int) -> None:
@@ -139,7 +140,7 @@ class Driver(Protocol):
         """Make the current stream wait for the fence. The host does not wait."""
 
     def synchronize(self) -> None:
-        """Block the host until all work on the device has ended. Used when a cache is closed only."""
+        """Block the host until all work on the device has ended. Used when a cache is closed, and by ``guard``."""
 
     def is_capturing(self) -> bool:
         """Whether the current stream is being captured into a CUDA graph."""

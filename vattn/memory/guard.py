@@ -7,6 +7,8 @@ no driver. Growing and ``make_writable`` unmap such an alias before they grant a
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from ..driver import Driver
 from .pages import Page
 
@@ -14,15 +16,19 @@ from .pages import Page
 class Guard:
     """Keeps the access to pages what the number of their mappings says.
 
-    The caller has waited for the work that may write to a page before it becomes shared.
+    The caller has waited for the work that may write to a page before it becomes shared. Before one becomes writable,
+    all work is waited for: its last owner may be reading there, and on an H200 a kernel that read while ``set_access``
+    made its pages writable faulted.
 
     Attributes:
+        hold: called before that, so that no step begins until the operation is over.
         unsettled: pages whose access is another one, since a call on the way back failed.
     """
 
     def __init__(self, driver: Driver, page_bytes: int) -> None:
         self._driver = driver
         self._page_bytes = page_bytes
+        self.hold: Callable[[], None] = lambda: None
         self.unsettled: set[Page] = set()
 
     def settle(self, page: Page) -> None:
@@ -33,6 +39,9 @@ class Guard:
         """
         writable = len(page.maps) == 1
         try:
+            if writable and not page.read_only.isdisjoint(page.maps):
+                self.hold()
+                self._driver.synchronize()
             for address in page.maps:
                 if writable == (address in page.read_only):
                     self._driver.set_access(address, page.size * self._page_bytes, writable)

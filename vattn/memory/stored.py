@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from heapq import merge
 
 import numpy as np
@@ -45,6 +46,8 @@ class StoredSequences(SlotStates):
         self.table = backing.table
         self.parking = backing.table.parking
         self.work = WorkTracker(driver, max_slots, lock)
+        if backing.guard is not None:
+            backing.guard.hold = partial(self.work.hold, range(max_slots))
         self.stale_to: dict[int, int] = {}
         self.to_shrink: set[int] = set()
         self.kept_rows = np.zeros(max_slots, np.int64)
