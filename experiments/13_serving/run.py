@@ -6,14 +6,9 @@ See README.md. The 8B shape needs an NVIDIA GPU with 80 GB; ``--quick`` tries ev
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import subprocess
 import sys
-import tempfile
 import time
-from collections import Counter
-from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -25,9 +20,10 @@ import on_cpu
 import workload
 from common import Records
 from decoding import Setting, decoding, hf_shape
+from served import TINY, Vattn, ask_vllm
 from table import read
 
-from vattn import Engine, Request
+from vattn import Engine
 from vattn.models import Llama, LlamaConfig
 from vattn.tuning import default_ops
 
@@ -36,34 +32,6 @@ DENSE_FLOPS = 989e12  # bfloat16, the data sheet of an H100 SXM and of an H200
 MAX_BATCH = 256
 VLLM_SECONDS = 400
 PARTS = ("8B", "SmolLM2")
-TINY = LlamaConfig(
-    vocab_size=500,
-    hidden_size=64,
-    intermediate_size=128,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=16,
-    max_position_embeddings=8192,
-)
-
-
-class Vattn:
-    """``workload.System`` over the engine."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-        self.cancel = engine.cancel
-
-    def submit(self, prompt: Sequence[int], max_new_tokens: int) -> int:
-        return self.engine.submit(Request(prompt, max_new_tokens=max_new_tokens))
-
-    def step(self) -> list[tuple[int, int]]:
-        tokens = self.engine.step()
-        for token in tokens:
-            if token.error is not None:
-                raise token.error
-        return list(Counter(token.request_id for token in tokens).items())
 
 
 def make_model(name: str) -> Llama:
@@ -140,27 +108,10 @@ def add(records: Records, case: str, metrics: dict[str, list[float]], system: st
 
 def run_vllm(records: Records, site: Path) -> float:
     """vLLM's side; returns the rate at which the trace's requests arrive at it."""
-    network = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "VLLM_HOST_IP": "127.0.0.1"}
-    path = os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")]))
-    with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "found.json"
-        with (Path(folder) / "log").open("w+") as log:
-            done = subprocess.run(
-                [sys.executable, Path(__file__).parent / "vllm_side.py", output],
-                env={**os.environ, **network, "PYTHONPATH": path},
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                timeout=VLLM_SECONDS,
-                check=False,
-            )
-            if done.returncode:
-                log.seek(0)
-                raise RuntimeError(f"vLLM's side failed:\n{log.read()[-4000:]}")
-        document = json.loads(output.read_text())
-    print(document["about"])
-    for case, metrics in document["found"].items():
+    found = ask_vllm(Path(__file__).parent / "vllm_side.py", site, VLLM_SECONDS)
+    for case, metrics in found.items():
         add(records, case, metrics, "vllm")
-    return float(document["found"]["8B poisson=256"]["arrivals"][0])
+    return float(found["8B poisson=256"]["arrivals"][0])
 
 
 def run_opening(records: Records) -> None:

@@ -8,13 +8,7 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
-import os
-import subprocess
 import sys
-import tempfile
-from collections import Counter
-from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -26,9 +20,10 @@ import prefix
 from backing import pages
 from common import Records
 from decoding import hf_shape
+from served import TINY, Vattn, ask_vllm
 from stepping import cuda_beside, host_beside
 
-from vattn import Engine, Request
+from vattn import Engine
 from vattn.driver.cuda import unavailable
 from vattn.models import FusedLlama, Llama, LlamaConfig
 from vattn.ops.ops_table import Ops
@@ -37,39 +32,6 @@ from vattn.tuning.table import default_ops
 HERE = Path(__file__).parent
 PARTS = ("pages", "beside", "prefix")
 VLLM_SECONDS = 300
-TINY = LlamaConfig(
-    vocab_size=500,
-    hidden_size=64,
-    intermediate_size=128,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=16,
-    max_position_embeddings=8192,
-)
-
-
-class Vattn:
-    """``prefix.System`` over the engine."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-        self.cancel = engine.cancel
-        self._salt: dict[str, str] = {}
-
-    def with_salt(self, salt: str | None) -> Vattn:
-        self._salt = {} if salt is None else {"cache_salt": salt}
-        return self
-
-    def submit(self, prompt: Sequence[int], max_new_tokens: int) -> int:
-        return self.engine.submit(Request(prompt, max_new_tokens=max_new_tokens, **self._salt))
-
-    def step(self) -> list[tuple[int, int]]:
-        tokens = self.engine.step()
-        for token in tokens:
-            if token.error is not None:
-                raise token.error
-        return list(Counter(token.request_id for token in tokens).items())
 
 
 @lru_cache(maxsize=1)
@@ -87,7 +49,9 @@ def model_of(name: str) -> tuple[Llama, Ops]:
 def run_prefix(records: Records, name: str, vllm: Path | None) -> None:
     if vllm is not None:
         with records.going_on("vLLM"):
-            run_vllm(records, vllm)
+            theirs = ask_vllm(HERE / "prefix_vllm.py", vllm, VLLM_SECONDS, "cold", "warm", "other-salt")
+            for found, metrics in theirs.items():
+                add(records, found, "vllm", metrics)
     case = prefix.CASES[name]
     kinds = {"vattn": ("cold", "warm", "other-salt"), "vattn-no-index": ("cold", "warm")}
     for system, options in {"vattn": {}, "vattn-no-index": {"prefix_caching": False}}.items():
@@ -98,29 +62,6 @@ def run_prefix(records: Records, name: str, vllm: Path | None) -> None:
                 for found, metrics in prefix.measure(Vattn(engine), case, kinds[system]):
                     add(records, found, system, metrics)
                 print(engine.stats())
-
-
-def run_vllm(records: Records, site: Path) -> None:
-    network = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "VLLM_HOST_IP": "127.0.0.1"}
-    path = os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")]))
-    with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "found.json"
-        with (Path(folder) / "log").open("w+") as log:
-            done = subprocess.run(
-                [sys.executable, HERE / "prefix_vllm.py", output, "cold", "warm", "other-salt"],
-                env={**os.environ, **network, "PYTHONPATH": path},
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                timeout=VLLM_SECONDS,
-                check=False,
-            )
-            if done.returncode:
-                log.seek(0)
-                raise RuntimeError(f"vLLM's side failed:\n{log.read()[-4000:]}")
-        document = json.loads(output.read_text())
-    print(document["about"])
-    for case, metrics in document["found"].items():
-        add(records, case, "vllm", metrics)
 
 
 def add(records: Records, case: str, system: str, metrics: dict[str, list[float]]) -> None:
