@@ -49,7 +49,7 @@ def _keeps_text(told: dict[str, Any]) -> bool:
         and not (model["unk_token"] or model["continuing_subword_prefix"] or model["end_of_word_suffix"])
         and told["normalizer"] is None
         and told["truncation"] is None
-        and any(step.get("type") == "ByteLevel" for step in steps)
+        and [step.get("type") for step in steps].count("ByteLevel") == 1  # a second one would encode its letters
         and all(step.get("type") in ("ByteLevel", "Digits", "Split") for step in steps)
         and all(step.get("behavior") != "Removed" for step in steps)
         # These take all spaces beside them.

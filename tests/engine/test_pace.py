@@ -69,6 +69,14 @@ def test_comes_earlier_where_the_device_had_to_wait(clock: Clock) -> None:
     assert after == pytest.approx(0.04 * 0.8 - 0.006)
 
 
+def test_the_first_time_of_a_size_may_have_been_too_late(clock: Clock) -> None:
+    """A pause of the caller there is not learnt for long."""
+    pace = Pace(clock)
+    run(pace, clock, 1024, 3.0)
+    assert run(pace, clock, 1024, 0.025) == pytest.approx(2.994)
+    assert run(pace, clock, 1024, 0.025, too_late=True) == pytest.approx(0.025 * 0.8 - 0.006)
+
+
 def test_does_not_come_earlier_for_what_it_did_not_wait_for(clock: Clock) -> None:
     """The caller of a step may come late by itself."""
     pace = Pace(clock)

@@ -183,3 +183,77 @@ def test_refusals(model, past):
         VirtualCache(hybrid, max_length=64, prefix_caching=True)
     with pytest.raises(ConfigError, match="images"):
         VirtualCache(transformers.Gemma3Config(), max_length=64, prefix_caching=True)
+
+
+# -- what is not stored ----------------------------------------------------------------------------------------------
+def test_half_a_pass_is_not_stored(model, past):
+    """Its rows would be found, and most layers have none."""
+
+    def fail(*args):
+        raise RuntimeError("interrupted")
+
+    tokens = prompt(1, length=40)
+    hook = model.model.layers[1].register_forward_pre_hook(fail)
+    try:
+        with torch.no_grad(), pytest.raises(RuntimeError, match="interrupted"):
+            model(tokens, **{CACHE: past})
+    finally:
+        hook.remove()
+    with pytest.raises(ConfigError, match="a pass ended half-way"):
+        past.store(tokens)
+    assert past.begin(tokens) == 0
+
+
+def test_beams_are_not_stored(model, past):
+    """The rows are those of the running beams, not of the sequences that are returned."""
+    tokens = prompt(1, length=40)
+    options = {"num_beams": 4, "num_return_sequences": 4, "max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
+    found = model.generate(tokens, **options, **{CACHE: past})
+    with pytest.raises(ConfigError, match="changed places, as in beam search"):
+        past.store(found)
+    past.begin(tokens)
+    past.store(generate(model, tokens, past))  # after it the cache can be used as before
+    assert past.begin(tokens) == 39
+
+
+def test_padding_is_not_stored(model, past):
+    tokens = prompt(2, length=40)
+    mask = torch.ones_like(tokens)
+    mask[0, :5] = 0
+    out = model.generate(
+        tokens, attention_mask=mask, max_new_tokens=NEW, do_sample=False, pad_token_id=0, **{CACHE: past}
+    )
+    with pytest.raises(ConfigError, match="a mask has hidden tokens"):
+        past.store(out)
+    assert past.begin(tokens) == 0
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_angles_that_depend_on_the_length_are_refused(kind):
+    parameters = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0, "short_factor": [1.0], "long_factor": [2.0]}
+    config = transformers.LlamaConfig(hidden_size=8, num_attention_heads=4, num_key_value_heads=4, num_hidden_layers=1)
+    config.rope_parameters = parameters
+    with pytest.raises(ConfigError, match="longrope RoPE"):
+        VirtualCache(config, prefix_caching=True)
+    VirtualCache(config).close()
+
+
+@pytest.mark.parametrize("value", ["False", 1, None])
+def test_prefix_caching_is_a_switch(model, value):
+    with pytest.raises(ConfigError, match="prefix_caching must be True or False"):
+        VirtualCache(model.config, prefix_caching=value)
+
+
+def test_an_interrupted_begin_leaves_an_empty_batch(model, past, monkeypatch):
+    tokens = prompt(2, length=40)
+    past.store(generate(model, tokens, past))
+
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(past.kv_cache, "fork", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            past.begin(tokens)
+    assert past.get_seq_length() == 0
+    assert torch.equal(generate(model, tokens, past), generate(model, tokens))

@@ -80,16 +80,20 @@ class StepTimes:
         self._before: EngineStats | None = None
         self._seconds = {"prefill": 0.0, "decode": 0.0, "both": 0.0}
         self._num_steps = {"prefill": 0, "decode": 0, "both": 0}
+        self._waited_s = 0.0  # in steps that brought nothing: it belongs to the next one that does
 
     def note(self, stats: EngineStats, seconds: float) -> None:
         """A step has taken so long, and these are the engine's figures after it."""
         before, self._before = self._before, stats
         prefilled = stats.num_prefill_tokens > (0 if before is None else before.num_prefill_tokens)
         decoded = stats.num_decode_tokens > (0 if before is None else before.num_decode_tokens)
-        # A step that brought nothing is the first of sequences that begin to decode.
+        seconds, self._waited_s = seconds + self._waited_s, 0.0
+        if not (prefilled or decoded):
+            self._waited_s = seconds
+            return
         kind = "both" if prefilled and decoded else "prefill" if prefilled else "decode"
         self._seconds[kind] += seconds
-        self._num_steps[kind] += decoded or prefilled
+        self._num_steps[kind] += 1
 
     def counts(self, num_decode_rows: int) -> RunCounts:
         """Of steps that did both, the part that decoding took is what a step of decode alone took on average."""

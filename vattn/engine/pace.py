@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 
@@ -43,11 +44,9 @@ class Pace:
         """
         now, ended = self._clock(), self._rows
         if ended:
-            took, least = now - self._begun, self._least.get(ended)
-            if least is None:
-                self._least[ended] = took
-            elif too_late and self.has_waited:
-                self._least[ended] = least * _TOO_LATE
+            took, least = now - self._begun, self._least.get(ended, math.inf)
+            if too_late and self.has_waited:
+                self._least[ended] = min(took, least) * _TOO_LATE
             else:
                 self._least[ended] = min(took, least * _FORGETTING)
         self._rows, self._begun, self.has_waited = rows, now, False

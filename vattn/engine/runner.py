@@ -228,7 +228,7 @@ class Runner:
             if prompts is not None and prompts.is_taken:
                 self._computed(parts)
             samples.note(tokens)
-            if loop.stream is not None:
+            if loop.stream is not None and (prompts is None or prompts.is_taken):
                 self._pace.launched(0 if prompts is None else prompts.num_rows(len(samples.decoding)), too_late)
             if not may_ride:
                 self._launch_alone(*self._next_pass())

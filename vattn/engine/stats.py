@@ -62,7 +62,7 @@ class EngineStats:
         num_waiting, num_running: samples.
         num_prefill_tokens: rows computed by prefill passes, what preemption made necessary again included.
         num_decode_tokens: tokens reported.
-        num_steps: calls of ``step``.
+        num_steps: calls of ``step``, but for those that launched nothing, as a pass of prompts went on.
         num_preemptions: times that a sample gave its memory back to others.
         num_prefix_queries, num_prefix_hits: tokens of prompts (and of answers, after a preemption) that rows were
             looked up for before they were computed, and those of them whose rows were there. Further samples of a

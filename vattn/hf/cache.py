@@ -12,11 +12,11 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, LinearAttentionLayer
 
 from .. import attention as backends
-from ..arguments import require_int
+from ..arguments import require_bool, require_int
 from ..errors import ConfigError
 from ..kv_cache import KVCache
 from ..stats import CacheStats
-from .configs import decoder_config, layers_of
+from .configs import decoder_config, layers_of, turns_by_length
 from .layer import VirtualLayer
 from .prefixes import NUM_STORED, Prefixes
 from .storage import Options, Storage
@@ -75,17 +75,17 @@ class VirtualCache(Cache):
             None if memory_limit is None else require_int("memory_limit", memory_limit, 1),
             None if page_bytes is None else require_int("page_bytes", page_bytes, 1),
             attention,
-            NUM_STORED if prefix_caching else 0,
+            NUM_STORED if require_bool("prefix_caching", prefix_caching) else 0,
         )
         if dtype is not None and not isinstance(dtype, torch.dtype):
             raise ConfigError(f"dtype must be a torch.dtype, got {dtype!r}")
         layers, configured = layers_of(text_config)
         self._config = text_config
         self._assemble(layers, Storage(configured, options))
-        if prefix_caching and (text_config is not config or self._storage.is_hybrid):
+        if prefix_caching and (text_config is not config or self._storage.is_hybrid or turns_by_length(text_config)):
             raise ConfigError(
-                "prefix_caching=True finds rows by their tokens, and this model's depend on more, on images or on a "
-                "recurrent state: leave it out"
+                "prefix_caching=True finds rows by their tokens, and this model's depend on more, on images, on a "
+                "recurrent state or on the length of the text (dynamic and longrope RoPE): leave it out"
             )
 
     def _assemble(self, templates: list[Any], storage: Storage) -> None:
@@ -208,10 +208,11 @@ class VirtualCache(Cache):
     def begin(self, input_ids: torch.Tensor) -> int:
         """Forget every token, and begin a batch with the rows that stored sequences have of its prompts.
 
-        ``generate`` with these ``input_ids`` then computes the rest of them.
+        ``generate`` with these ``input_ids`` then computes the rest of them. (Not with ``prompt_lookup_num_tokens``: it
+        gives wrong tokens over any cache that holds some of the prompt, transformers' own included.)
 
         Args:
-            input_ids: ``[batch, tokens]``. Padding counts as tokens.
+            input_ids: ``[batch, tokens]``, without padding.
 
         Returns:
             How many tokens the cache has of each prompt now: as many as there are of every one, and less than all.
@@ -233,11 +234,13 @@ class VirtualCache(Cache):
 
         Args:
             token_ids: ``[batch, tokens]``, what these rows were computed from: the model's input so far, or what
-                ``generate`` returned, whose last tokens have no rows yet. A mask must have hidden none of them but
-                padding, which counts as tokens, and the model's weights stay what they are, adapters included.
+                ``generate`` returned, whose last tokens have no rows yet. They are for the same model: its weights stay
+                what they are, adapters included.
 
         Raises:
-            ConfigError: as ``begin``; also where there are fewer tokens than rows, or another number of sequences.
+            ConfigError: as ``begin``; also where there are fewer tokens than rows, or another number of sequences; and
+                where the rows are not of these tokens alone: after beam search, with padding, after half a pass. (With
+                ``attention=None`` padding is not seen: do not store it.)
         """
         self._open()
         self._whole()

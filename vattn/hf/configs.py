@@ -22,6 +22,13 @@ __all__ = ["decoder_config", "layers_of"]
 _INSTEAD = "use the cache that transformers gives it"
 
 
+def turns_by_length(config: PreTrainedConfig) -> bool:
+    """Whether the angles of a rotary embedding depend on how long the text is, so that K of a row does."""
+    told = [getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}]
+    told += [each for each in told[0].values() if isinstance(each, dict)]  # of each type of layer
+    return any({each.get("rope_type"), each.get("type")} & {"dynamic", "longrope"} for each in told)
+
+
 def decoder_config(config: PreTrainedConfig, holder: str = "VirtualCache") -> PreTrainedConfig:
     """The config of a model's text part.
 

@@ -111,6 +111,8 @@ def mask_for(
 ) -> Any:
     """transformers' mask interface, in front of ``function``, which makes the masks of any other cache."""
     layer = kv_length.layer if isinstance(kv_length, MaskLength) else None
+    if layer is not None and attention_mask is not None:
+        layer.storage.note_mask(attention_mask)
     make = partial(
         function,
         batch_size=batch_size,

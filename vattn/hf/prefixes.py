@@ -54,12 +54,14 @@ class Prefixes:
                 version = self._versions[slot] = self._versions.pop(slot)  # the one used last
                 cache.release(row)
                 cache.fork(slot, rows, into=row, version=version)
-        except (OutOfPages, ConfigError):  # of the page that the rows end in; or making room for it took them
+        except BaseException as error:
             for row in range(len(tokens)):
                 with suppress(OutOfSlots):
                     cache.acquire(row)
                 cache.truncate(row, 0)
-            return 0
+            if not isinstance(error, (OutOfPages, ConfigError)):
+                raise
+            return 0  # there is no page for the last of the rows, or making room for it took them
         storage.submitted()
         storage.rows = rows
         storage.lengths.update(dict.fromkeys(storage.lengths, rows))
@@ -72,6 +74,10 @@ class Prefixes:
         if cache is None or not rows:
             return
         storage.require_whole()
+        if storage.not_plain:
+            raise ConfigError(f"this batch cannot be stored, since {storage.not_plain}; call reset() or begin()")
+        if rows != min(storage.lengths.values()):
+            raise ConfigError("this batch cannot be stored, since a pass ended half-way; call reset() or begin()")
         if len(tokens) != storage.batch_size or tokens.shape[1] < rows:
             raise ConfigError(
                 f"store() takes the tokens of {storage.batch_size} sequences with {rows} rows each, got a shape of "
@@ -80,8 +86,10 @@ class Prefixes:
         storage.order()
         for row, sequence in enumerate(tokens[:, :rows]):
             found = self._index.find(None, sequence)
-            if found and found[0][0] == rows:
-                continue  # somebody has them
+            if found and found[0][0] == rows:  # somebody has them
+                slot = next(iter(found[0][1]))
+                self._versions[slot] = self._versions.pop(slot)
+                continue
             slot = self._place(found)
             self._forget(slot)
             with suppress(OutOfPages):  # of the page that the rows end in

@@ -78,6 +78,7 @@ class Storage:
         self.version = 0
         self.closed = False
         self.lost = False  # rows changed places and that failed half-way: the slots' content is undefined
+        self.not_plain = ""  # why the rows are not those of a batch's tokens alone, as a clause
         self._stream: torch.cuda.Stream | None = None  # of the newest pass
 
     @property
@@ -94,6 +95,11 @@ class Storage:
         """ConfigError after a change of rows that failed."""
         if self.lost:
             raise ConfigError("rows of this cache changed places, which failed half-way: call reset()")
+
+    def note_mask(self, mask: torch.Tensor) -> None:
+        """The mask of a pass, ``[batch, tokens]``: rows that are stored depend on tokens alone."""
+        if self.options.num_stored and not bool(mask.all()):
+            self.not_plain = "a mask has hidden tokens of it, as padding"
 
     # -- shapes --------------------------------------------------------------------------------------------------
     def admit(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -224,6 +230,7 @@ class Storage:
         rows, cache = max(self.lengths.values()), self.kv_cache
         if cache is None or not rows:
             return
+        self.not_plain = "rows have changed places, as in beam search"
         places = Places(cache, self.batch_size)
         self.order()
         try:
@@ -240,13 +247,14 @@ class Storage:
     def regroup(self, sources: Iterable[int]) -> None:
         """Make batch row ``i`` the old row ``sources[i]``; the batch may grow or shrink."""
         if self.kv_cache is not None:
+            self.not_plain = "rows have changed places"
             self._move(self.kv_cache.layout, sources)
 
     def copy(self) -> Storage:
         """The same content in memory of its own."""
         other = Storage(self.configured, self.options)
         other.shapes.seen, other.lengths = dict(self.shapes.seen), dict(self.lengths)
-        other._steps_fail = self._steps_fail
+        other._steps_fail, other.not_plain = self._steps_fail, self.not_plain
         if (cache := self.kv_cache) is not None:
             other._install(self._copied(cache.layout, range(self.batch_size)), self.rows)
             other._stream = self._stream
@@ -306,7 +314,7 @@ class Storage:
         self.lengths.update(lengths)
         rows = max(self.lengths.values())
         if not rows:
-            self.lost = False
+            self.lost, self.not_plain = False, ""
         if self.kv_cache is not None and rows < self.rows:
             self.order()
             self.rows = rows  # first: after an interrupt slots may be longer than this, never shorter

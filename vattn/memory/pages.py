@@ -19,7 +19,6 @@ class Page:
 
     Attributes:
         handle: the driver's.
-        handle: the driver's.
         size: how many units it has, a power of two.
         maps: the addresses that it is mapped at, of its first byte; none while it is free.
         owners, stored: how many of these mappings live and stored sequences have; the others are parked, or what a

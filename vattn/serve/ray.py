@@ -289,10 +289,12 @@ class _Front:
             found = await told.results_async(timeout_s=_METRICS_S, return_exceptions=True)
         except (TimeoutError, DeploymentUnavailableError) as error:
             _log.warning("no metrics: %s", error)
-            return response_of(ApiError(503, f"no metrics from the replicas within {_METRICS_S:g} s"))
+            found = []
         for lost in (each for each in found if isinstance(each, BaseException)):
             _log.warning("no metrics of a replica: %s", lost)
         texts = dict(each for each in found if not isinstance(each, BaseException))
+        if not texts:
+            return response_of(ApiError(503, f"no metrics from the replicas within {_METRICS_S:g} s"))
         return Response(merged(texts), media_type=CONTENT_TYPE_LATEST)
 
     async def _answer(self, asked: _Asked, prefix: bytes, send: Send) -> None:
