@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vattn.cli.speed import Limits, ModelWork, RunCounts, measure_limits, throughput
+from vattn.cli.speed import Limits, ModelWork, RunCounts, StepTimes, measure_limits, throughput
+from vattn.engine.stats import Meters
 
 WORK = ModelWork(weight_bytes=4000, num_weights=1000, num_head_weights=100, bytes_per_token=10)
 STATS = RunCounts(
@@ -44,3 +45,22 @@ def test_measured_limits(dtype: torch.dtype) -> None:
     limits = measure_limits(torch.device("cpu"), dtype)
     assert 1e8 < limits.read_bytes_per_s < 1e13
     assert 1e8 < limits.multiply_flops_per_s < 1e15
+
+
+def test_a_step_that_brings_nothing_belongs_to_the_next() -> None:
+    """As on a GPU, while a pass of prompts goes on."""
+    meters, times = Meters(), StepTimes()
+
+    def step(seconds: float, prefilled: int = 0, decoded: int = 0) -> None:
+        meters.num_prefill_tokens += prefilled
+        meters.num_decode_tokens += decoded
+        times.note(meters.snapshot(0, 1, None, 0.0), seconds)
+
+    step(1.0, prefilled=100)
+    for _ in range(20):
+        step(0.125)
+    step(0.5, prefilled=100)
+    step(0.25, decoded=1)
+    counts = times.counts(0)
+    assert (counts.prefill_s, counts.decode_s) == (4.0, 0.25)
+    assert (counts.num_prefill_steps, counts.num_decode_steps) == (2, 1)

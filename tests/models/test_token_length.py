@@ -86,6 +86,7 @@ def test_nothing_is_sure_where_text_may_be_lost():
         made(pre_tokenizer=pre_tokenizers.Sequence([split, byte_level])),
         made(pre_tokenizer=pre_tokenizers.Whitespace()),
         made(end_of_word_suffix="</w>"),
+        made(pre_tokenizer=pre_tokenizers.Sequence([byte_level, byte_level])),
         object(),
     ):
         assert least_tokens(lossy)(text) == 0
