@@ -23,6 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from client import Case, Run, at_engine, at_server
 from common import Records
+from decoding import SHAPES as LLAMA
 
 from vattn import Engine
 from vattn.models import load
@@ -36,13 +37,7 @@ CASES = {
     "tiny": Case("tiny", 1000, requests=24, streams=8, prompt=(20, 60), answer=(10, 30), repeats=1),
 }
 SHAPES = {
-    "8B": {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-    },
+    "8B": LLAMA["8B"],
     "tiny": {
         "hidden_size": 64,
         "intermediate_size": 128,
