@@ -1,8 +1,13 @@
 """When the next step is launched: late in a pass of prompts, and never so late that the device waits for long."""
 
-import pytest
+from dataclasses import replace
 
+import pytest
+from helpers.llama import SMALL
+
+from vattn import Engine, Request
 from vattn.engine.pace import Pace
+from vattn.models import Llama
 
 
 class Clock:
@@ -84,3 +89,22 @@ def test_does_not_come_earlier_for_what_it_did_not_wait_for(clock: Clock) -> Non
     clock.now += 0.04
     pace.launched(1024, too_late=True)
     assert pace.early_s() == pytest.approx(0.034)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "expected"), [((2500,), 1024), ((900, 900), 1024), ((1300, 1300), 2048), ((500,) * 5, 4096)], ids=str
+)
+def test_several_long_prompts_are_computed_in_larger_passes(prompts: tuple[int, ...], expected: int) -> None:
+    """With the budgets of a GPU, and 12 sequences that wait for the pass."""
+    model = Llama.random(replace(SMALL, max_position_embeddings=4096, num_layers=1))
+    with Engine(model, max_batch=20, memory_limit=1 << 28, prefix_caching=False) as engine:
+        engine._runner._busy_budget, engine._runner._idle_budget = 1024, 8192
+        for _ in range(12):
+            engine.submit(Request([3], 64))
+        while engine.num_waiting or engine.stats().num_decode_tokens < 12:
+            engine.step()
+        before = engine.stats().num_prefill_tokens
+        for length in prompts:
+            engine.submit(Request([5] * (length + 1), 1))
+        engine.step()
+        assert engine.stats().num_prefill_tokens - before == min(expected, sum(prompts))
