@@ -12,11 +12,13 @@ from vattn.errors import ConfigError
 from vattn.tuning.measure import measure_attention, measure_linear, measure_prefill
 from vattn.tuning.table import (
     TuningTable,
+    _read_for,
     default_attention,
     default_decode,
     default_ops,
     table_for,
     table_paths,
+    table_to_add_to,
 )
 
 LAYOUT = KVLayout(4, 8, 128, 4096, torch.bfloat16)
@@ -167,6 +169,35 @@ def test_the_shipped_table_is_read():
     assert products.find(128256, 4096, 64).splits == 1
     assert len(found.decode_backends(32, LAYOUT, 1, 1024)) == 1
     assert table_for(CPU).attention == []
+
+
+@pytest.mark.parametrize(
+    ("gpu", "capability", "measured_on"),
+    [
+        ("NVIDIA H200", (9, 0), "NVIDIA H100 80GB HBM3"),
+        ("NVIDIA H100 80GB HBM3", (9, 0), "NVIDIA H100 80GB HBM3"),
+        ("NVIDIA L40S", (8, 9), "NVIDIA L40S"),
+    ],
+)
+def test_a_gpu_without_a_table_takes_that_of_another_of_its_capability(
+    gpu, capability, measured_on, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: gpu)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
+    monkeypatch.setattr("vattn.tuning.table._read_for", _read_for.__wrapped__)  # without what it remembers
+    device = torch.device("cuda", 0)
+    found = table_for(device)
+    assert found.gpu == measured_on
+    assert bool(found.linear) == bool(found.attention) == found.pdl == (measured_on != "NVIDIA L40S")
+    # What is measured on this GPU is its own, beside what is known of the other.
+    own = table_to_add_to(device)
+    assert (own.gpu, own.capability, own.pdl) == (gpu, capability, capability >= (9, 0))
+    assert own.linear == found.linear
+    own.add("attention", [record(1, 1024, "torch-varlen")])
+    own.write(table_paths(gpu)[0])
+    assert table_for(device) == own != found
+    assert table_for(device).decode_backends(32, LAYOUT, 1, 1024) == [get("torch-varlen")]
 
 
 @pytest.mark.parametrize("max_batch", [1, 2, 15, 16, 17, 40, 64, 100, 256])

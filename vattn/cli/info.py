@@ -16,6 +16,7 @@ from .. import __version__
 from ..attention import AttentionBackend, decode_backends
 from ..driver import probe
 from ..errors import ConfigError
+from ..tuning import table_for
 from .report import facts_table, format_bytes, show
 from .size import print_size, size
 from .threads import num_threads
@@ -73,6 +74,7 @@ def collect() -> dict[str, Any]:
             }
             for backend in decode_backends()
         ],
+        "kernels": _kernels(),
         "models": {"smollm2": _model("smollm2")},
     }
 
@@ -81,6 +83,16 @@ def _support(backend: AttentionBackend, device: torch.device) -> dict[str, Any]:
     """Asked for the dtype that ``vattn generate`` would use there, at the most common head_dim."""
     reason = backend.supports(device, torch.bfloat16 if device.type == "cuda" else torch.float32, 128)
     return {"available": reason is None, "reason": reason}
+
+
+def _kernels() -> dict[str, Any] | None:
+    """Where the choice of kernels on the current GPU comes from; None without a GPU."""
+    if not torch.cuda.is_available():
+        return None
+    device = torch.device("cuda", torch.cuda.current_device())
+    table = table_for(device)
+    measured = bool(table.linear or table.attention or table.prefill)
+    return {"gpu": torch.cuda.get_device_name(device), "measured_on": table.gpu if measured else None}
 
 
 def _version(distribution: str) -> str | None:
@@ -116,6 +128,12 @@ def _print(document: dict[str, Any]) -> None:
         rows = backend["over_read_tokens"]
         reads = f"reads up to {rows} rows past the end" if rows else "never reads past the end"
         facts.append((f"attention {backend['name']}", "; ".join([*where, reads])))
+    if (kernels := document["kernels"]) is not None:
+        chosen = (
+            "not measured on this GPU" if kernels["measured_on"] is None else f"as measured on {kernels['measured_on']}"
+        )
+        advice = "" if kernels["measured_on"] == kernels["gpu"] else "; vattn tune FOLDER measures a model's here"
+        facts.append(("kernels", chosen + advice))
     for name, model in document["models"].items():
         facts.append((f"model {name}", model["path"] or f"not available: {model['reason']}"))
     for name, version in document["packages"].items():

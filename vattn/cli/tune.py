@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from copy import deepcopy
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ import torch
 from ..errors import ConfigError
 from ..models.fused_llama import products
 from ..ops.triton_support import unavailable
-from ..tuning import table_for, table_paths
+from ..tuning import table_paths, table_to_add_to
 from ..tuning.measure import measure_attention, measure_linear, measure_prefill
 from .model import read_config
 from .options import parse_whole
@@ -37,9 +36,7 @@ def tune(args: argparse.Namespace) -> None:
         raise ConfigError(reason)
     device = torch.device("cuda", torch.cuda.current_device())
     dtype = _DTYPES[args.dtype]
-    table = deepcopy(table_for(device))
-    # What a kernel of compute capability 9.0 or newer can do, and measured to pay on an H100.
-    table.pdl = torch.cuda.get_device_capability(device) >= (9, 0)
+    table = table_to_add_to(device)
     for config in configs:
         for outputs, inputs, kind in products(config):
             table.add("linear", measure_linear(outputs, inputs, batches, dtype, device, kind, _print_linear))

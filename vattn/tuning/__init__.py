@@ -8,6 +8,7 @@ from .table import (
     dtype_name,
     table_for,
     table_paths,
+    table_to_add_to,
 )
 
 __all__ = [
@@ -18,4 +19,5 @@ __all__ = [
     "dtype_name",
     "table_for",
     "table_paths",
+    "table_to_add_to",
 ]

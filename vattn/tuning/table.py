@@ -2,7 +2,8 @@
 
 A table says for each product of a decode step, by its shape and number of tokens, which kernel to use, and for each
 shape of attention, by batch and context (a decode step) or by new and all tokens (a prefill), which backend. What was
-not measured falls back to cuBLAS and to the orders in ``vattn.attention.choice``.
+not measured falls back to cuBLAS and to the orders in ``vattn.attention.choice``. A GPU without a table of its own takes
+a shipped one of the same compute capability: an H100's kernels are the fast ones of an H200, too.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import math
 import os
 import re
 from collections.abc import Iterable
+from copy import deepcopy
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cache
@@ -35,6 +37,7 @@ __all__ = [
     "dtype_name",
     "table_for",
     "table_paths",
+    "table_to_add_to",
 ]
 
 _SHIPPED = Path(__file__).parent / "tuned"
@@ -53,6 +56,7 @@ class TuningTable:
 
     Attributes:
         gpu: its name.
+        capability: its compute capability, such as ``(9, 0)``; None where it is not known.
         linear: records with outputs, inputs, dtype, tokens, swiglu, config (None: cuBLAS), us, cublas_us.
         attention: records with num_heads, num_kv_heads, head_dim, dtype, batch, context, backend, options, us.
         prefill: records with num_heads, num_kv_heads, head_dim, dtype, new, total, us (of each backend).
@@ -66,6 +70,7 @@ class TuningTable:
     prefill: list[dict[str, Any]] = field(default_factory=list)
     pdl: bool = False
     made: dict[str, str] = field(default_factory=dict)
+    capability: tuple[int, int] | None = None
 
     @classmethod
     def read(cls, path: Path) -> TuningTable:
@@ -75,8 +80,10 @@ class TuningTable:
             ConfigError: it is not a table.
         """
         try:
-            return cls(**json.loads(path.read_text()))
-        except (OSError, ValueError, TypeError) as error:
+            found = cls(**json.loads(path.read_text()))
+            found.capability = None if found.capability is None else (found.capability[0], found.capability[1])
+            return found
+        except (OSError, ValueError, TypeError, IndexError) as error:
             raise ConfigError(f"{path} is no tuning table ({error}): delete it, or run vattn tune again") from error
 
     def write(self, path: Path) -> None:
@@ -88,7 +95,7 @@ class TuningTable:
         }
         path.write_text(
             "{\n"
-            f' "gpu": {json.dumps(self.gpu)},\n "pdl": {json.dumps(self.pdl)},\n "made": {json.dumps(self.made)},\n'
+            f' "gpu": {json.dumps(self.gpu)},\n "capability": {json.dumps(self.capability)},\n "pdl": {json.dumps(self.pdl)},\n "made": {json.dumps(self.made)},\n'
             f' "linear": {lists["linear"]},\n "attention": {lists["attention"]},\n "prefill": {lists["prefill"]}\n}}\n'
         )
 
@@ -156,16 +163,31 @@ def table_paths(gpu: str) -> tuple[Path, Path]:
 
 
 @cache
-def _read_for(gpu: str) -> TuningTable:
+def _read_for(gpu: str, capability: tuple[int, int]) -> TuningTable:
     for path in table_paths(gpu):
         if path.exists():
             return TuningTable.read(path)
-    return TuningTable(gpu)
+    for path in sorted(_SHIPPED.glob("*.json")):
+        if (table := TuningTable.read(path)).capability == capability:
+            return table
+    return TuningTable(gpu, capability=capability)
 
 
 def table_for(device: torch.device) -> TuningTable:
-    """The table of a device's GPU: the user's own, else the shipped one, else an empty one."""
-    return _read_for(torch.cuda.get_device_name(device)) if device.type == "cuda" else TuningTable("none")
+    """The table of a device's GPU: the user's own, else a shipped one, of that GPU or of another of its compute
+    capability, else an empty one."""
+    if device.type != "cuda":
+        return TuningTable("none")
+    return _read_for(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
+
+
+def table_to_add_to(device: torch.device) -> TuningTable:
+    """A copy of ``table_for``, as this GPU's own; what it has of another GPU stays until it is measured here."""
+    found = deepcopy(table_for(device))
+    found.gpu, found.capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+    # What a kernel of compute capability 9.0 or newer can do, and measured to pay on an H100.
+    found.pdl = found.capability >= (9, 0)
+    return found
 
 
 def default_ops(device: torch.device, dtype: torch.dtype) -> Ops:
