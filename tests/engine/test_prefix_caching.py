@@ -70,12 +70,15 @@ def test_a_prompt_that_many_begin_with_is_computed_once(model: Llama, plain: Eng
 
 
 def test_two_that_share_more_wait_for_each_other_too(model: Llama, plain: Engine) -> None:
-    system, topic = text(100), text(60, seed=1)
+    system, topic = (
+        text(96),
+        text(60, seed=1),
+    )  # three passes: nobody comes when a few rows of it are still to be computed
     prompts = [system + text(30, seed=2), *(system + topic + text(20, seed=3 + i) for i in range(3))]
     with cache_of(model, max_slots=9, num_pages=300) as cache, Engine(model, cache, max_step_tokens=32) as engine:
         requests = [Request(prompt, 10) for prompt in prompts]
         assert tokens_of(engine.generate(requests)) == tokens_of(plain.generate(requests))
-        assert engine.stats().num_prefill_tokens == 100 + 29 + 60 + 3 * 19
+        assert engine.stats().num_prefill_tokens == 96 + 29 + 60 + 3 * 19
 
 
 def test_the_same_prompt_again_only_decodes(model: Llama, plain: Engine) -> None:
@@ -404,3 +407,23 @@ def walk(
         cache.check_integrity()
         assert cache.stats().in_use_bytes == 0
         assert PAGE_BYTES * num_pages >= cache.stats().peak_physical_bytes
+
+
+def test_only_those_are_given_a_slot_that_the_next_pass_has_room_for(model: Llama, plain: Engine) -> None:
+    """What a stored prefix takes to be shared is not done for all who wait before the first of them is computed."""
+    system = text(130)
+    requests = [Request(system + text(31, seed=1 + i), 4) for i in range(12)]
+    with cache_of(model, max_slots=16, num_pages=600) as cache, Engine(model, cache, max_step_tokens=32) as engine:
+        engine.generate([Request(system + text(9), 1)])
+        answers: dict[int, list[int | None]] = {engine.submit(request): [] for request in requests}
+        forks = []
+        while engine.has_work:
+            before = hits(engine)
+            for token in engine.step():
+                answers[token.request_id].append(token.token)
+            forks.append((hits(engine) - before) // 130)
+        # A pass takes 32 tokens, and each of them has 30 of its own.
+        assert forks[0] == max(forks) == 3
+        assert sum(forks) == 12
+        assert engine.stats().num_prefill_tokens == 130 + 8 + 12 * 30
+        assert list(answers.values()) == tokens_of(plain.generate(requests))

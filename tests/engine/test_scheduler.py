@@ -42,7 +42,7 @@ class Bench:
         return self.num_bytes - sum(COSTS.bytes(rows) for rows in self.rows.values())
 
     def admit(self) -> list[Sample]:
-        admitted = self.scheduler.admit(lambda: self.free, lambda sample: self.rows.get(sample, 0))
+        admitted = list(self.scheduler.admit(lambda: self.free, lambda sample: self.rows.get(sample, 0)))
         for sample in admitted:
             if sample.phase is Phase.PREFILLING:
                 sample.slot = 1

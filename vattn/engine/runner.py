@@ -23,8 +23,9 @@ __all__ = ["Runner"]
 _GROWN = "its slot was given more rows in the cache while the engine computed its prompt"
 
 # In budgets of a step while somebody decodes: what an idle GPU gets first, and what n prompts that wait behind another
-# weigh, n² times this, against a sequence that decodes. In steps of so many tokens.
-_FIRST, _PRESSING, _STEP = 4, 3, 256
+# weigh, n² times this, against a sequence that decodes; and what several get that are more than that. In steps of so
+# many tokens.
+_FIRST, _PRESSING, _SEVERAL, _STEP = 4, 3, 2, 256
 _NAP_S = 1e-3  # of a call of ``advance`` that launches nothing yet
 
 
@@ -59,6 +60,7 @@ class Runner:
         self._scheduler, self._meters = scheduler, meters
         self._busy_budget, self._idle_budget = budgets
         self._pace = Pace()
+        self._held_back = 0  # prompts that wait only for the next pass
 
     def advance(self, now: float) -> None:
         """One step, or none while a pass of prompts runs and somebody may still come for the next; ``Samples.collect``
@@ -82,22 +84,29 @@ class Runner:
             raise samples.shortage
 
     def _admit(self) -> None:
-        """Give slots to those whose turn it is."""
+        """Give slots to those whose turn it is: as many as the next pass has room for. What the others begin with is
+        mapped while that pass runs."""
         scheduler, samples = self._scheduler, self._samples
+        self._held_back = 0
         if not scheduler.num_waiting or samples.shortage is not None:
             return
+        admitted, rows, enough = [], scheduler.num_prefilling_rows, self._budget_for(scheduler.num_admissible)
+        enough = max(enough, _SEVERAL * self._busy_budget + 1)
         try:
-            admitted = scheduler.admit(samples.free_bytes, samples.backed_rows)
+            for sample in scheduler.admit(samples.free_bytes, samples.backed_rows):
+                admitted.append(sample)
+                if sample.phase is Phase.PREFILLING:  # it does not follow another
+                    self._place(sample)
+                if sample.phase is Phase.PREFILLING:
+                    rows += sample.num_rows - sample.computed
+                if samples.shortage is not None:
+                    break
+                if rows >= enough:
+                    self._held_back = scheduler.num_admissible
+                    break
         except ConfigError as error:  # the cache was closed
             samples.fail(list(scheduler), error)
             return
-        for sample in admitted:
-            if sample.phase is not Phase.PREFILLING:
-                continue  # it follows another, or could not
-            if samples.shortage is not None:
-                scheduler.requeue(sample)
-            else:
-                self._place(sample)
         self._start([s for s in admitted if s.phase is Phase.PREFILLING and s.slot >= 0 and s.computed == s.num_rows])
         if not scheduler.running and samples.shortage is None and (head := scheduler.head) is not None:
             asked, free, limit = scheduler.least_bytes(head), samples.free_bytes(), self._cache.memory_limit
@@ -287,7 +296,7 @@ class Runner:
     def _next_pass(self) -> tuple[PromptPass | None, list[tuple[Sample, int]]]:
         """The next parts of prompts, backed, and (sample, rows) of each; None and nothing where none is to be
         computed."""
-        while parts := self._scheduler.chunks(self._budget):
+        while parts := self._scheduler.chunks(self._budget_for(self._held_back)):
             chunks = [
                 Chunk(sample.slot, sample.version, sample.tokens(sample.computed, end), end)
                 for sample, end in ((sample, sample.computed + count) for sample, count in parts)
@@ -300,19 +309,22 @@ class Runner:
                 self._fail_parts(parts, error)
         return None, []
 
-    @property
-    def _budget(self) -> int:
+    def _budget_for(self, num_to_come: int) -> int:
         """Prompt tokens of the next pass. A large one costs every sequence that decodes a wait. Small ones cost every
         prompt that waits what they take longer, once for each prompt before it: the square of their number. Where
         several are more than two passes, two become one. A pass that an idle GPU waits for is small: while it runs, the
-        pages of the next one are mapped."""
+        pages of the next one are mapped.
+
+        Args:
+            num_to_come: prompts that could be given a slot, beside those that have one.
+        """
         num_decoding = len(self._samples.decoding)
         if not num_decoding:
             return min(self._idle_budget, _FIRST * self._busy_budget) if self._passes.idle else self._idle_budget
-        behind = self._scheduler.num_prefilling - 1
+        behind = self._scheduler.num_prefilling + num_to_come - 1
         pressing = max(1, _PRESSING * behind**2 / num_decoding)
-        if behind and self._scheduler.num_prefilling_rows > 2 * self._busy_budget:
-            pressing = max(2, pressing)
+        if behind and self._scheduler.num_prefilling_rows > _SEVERAL * self._busy_budget:
+            pressing = max(_SEVERAL, pressing)
         budget = min(self._idle_budget, int(pressing * self._busy_budget) // _STEP * _STEP or self._busy_budget)
         return self._passes.room(budget, self._loop.rows_beside(min(num_decoding + 1, self._loop.max_batch)))
 

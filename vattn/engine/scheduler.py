@@ -202,26 +202,25 @@ class Scheduler:
             heappop(self._waiting)
         return None
 
-    def admit(self, free_bytes: Callable[[], int], backed_rows: Callable[[Sample], int]) -> list[Sample]:
+    def admit(self, free_bytes: Callable[[], int], backed_rows: Callable[[Sample], int]) -> Iterator[Sample]:
         """Take samples off the queue as long as what all who run may come to, and they, fit into free memory.
 
         One that does not fit is not overtaken, and not looked at again before more is free or somebody has ended.
-        Where nothing runs, whoever can begin to decode is taken.
+        Where nothing runs, whoever can begin to decode is taken. Who stops asking leaves the others waiting.
 
         Args:
             free_bytes: physical memory that nobody uses.
             backed_rows: of a sample with a slot, rows that have pages.
 
-        Returns:
-            Those that are PREFILLING now and have no slot yet, or FOLLOWING.
+        Yields:
+            One at a time, PREFILLING now and without a slot yet, or FOLLOWING.
         """
-        found: list[Sample] = []
         if not self.num_waiting or len(self.running) >= self.max_batch:
-            return found
+            return
         head, free = self.head, free_bytes()
         if self._refused is not None and self._refused[0] is head and free <= self._refused[1]:
             self._refused = head, free  # those who run grow into what is free, and need less from then on
-            return found
+            return
         self._refused = None
         costs = self.costs
         growth = sum(self._cost(each) - costs.bytes(min(backed_rows(each), self.expected_rows(each)))
@@ -231,7 +230,7 @@ class Scheduler:
             growth += self._cost(head)
             if growth > free and (self.running or self.least_bytes(head) > free):
                 self._refused = head, free
-                break
+                return
             heappop(self._waiting)
             self.num_waiting -= 1
             self.running[head] = None
@@ -240,9 +239,8 @@ class Scheduler:
                 self.prefill(head)
             else:
                 self.follow(head, leader, head.num_prompt_rows)
-            found.append(head)
+            yield head
             head = self.head
-        return found
 
     def expected_rows(self, sample: Sample) -> int:
         """Rows that it probably comes to: as many of its ``max_new_tokens`` as others needed of theirs, and a deviation
@@ -287,6 +285,11 @@ class Scheduler:
         """It does not decode yet, after all: rows of its prompt are not computed."""
         sample.phase = Phase.PREFILLING
         self._prefilling[sample] = None
+
+    @property
+    def num_admissible(self) -> int:
+        """Samples that wait and that ``max_batch`` leaves room for."""
+        return min(self.num_waiting, self.max_batch - len(self.running))
 
     @property
     def num_prefilling(self) -> int:
