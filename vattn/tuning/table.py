@@ -2,8 +2,8 @@
 
 A table says for each product of a decode step, by its shape and number of tokens, which kernel to use, and for each
 shape of attention, by batch and context (a decode step) or by new and all tokens (a prefill), which backend. What was
-not measured falls back to cuBLAS and to the orders in ``vattn.attention.choice``. A GPU without a table of its own takes
-a shipped one of the same compute capability: an H100's kernels are the fast ones of an H200, too.
+not measured falls back to cuBLAS and to the orders in ``vattn.attention.choice``. A GPU without a table of its own
+takes a shipped one of the same compute capability: an H100's kernels are the fast ones of an H200, too.
 """
 
 from __future__ import annotations
@@ -93,11 +93,9 @@ class TuningTable:
             name: "[\n" + ",\n".join("  " + json.dumps(record) for record in getattr(self, name)) + "\n ]"
             for name in _CASES
         }
-        path.write_text(
-            "{\n"
-            f' "gpu": {json.dumps(self.gpu)},\n "capability": {json.dumps(self.capability)},\n "pdl": {json.dumps(self.pdl)},\n "made": {json.dumps(self.made)},\n'
-            f' "linear": {lists["linear"]},\n "attention": {lists["attention"]},\n "prefill": {lists["prefill"]}\n}}\n'
-        )
+        head = {name: getattr(self, name) for name in ("gpu", "capability", "pdl", "made")}
+        facts = "".join(f' "{name}": {json.dumps(value)},\n' for name, value in head.items())
+        path.write_text("{\n" + facts + ",\n".join(f' "{name}": {text}' for name, text in lists.items()) + "\n}\n")
 
     def add(self, kind: str, records: Iterable[dict[str, Any]]) -> None:
         """Take records over, in place of earlier ones for the same cases.
