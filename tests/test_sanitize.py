@@ -35,6 +35,14 @@ def test_a_chunk_and_what_became_of_it(leaves, outcome, tmp_path, monkeypatch):
     assert chunk.summary().startswith({0: "1 passed", 1: "1 failed", None: "no summary"}[outcome])
 
 
+def test_a_chunk_of_which_no_test_is_to_run(tmp_path, monkeypatch):
+    (tmp_path / "test_it.py").write_text("import pytest\n\n\n@pytest.mark.skip\ndef test_it():\n    pass\n")
+    monkeypatch.setattr(sanitize, "LOGS", tmp_path)
+    chunk = sanitize.Chunk(0, [f"{tmp_path}/test_it.py::test_it"])
+    chunk.run((sys.executable, "-m", "pytest", "-q", "-c", "/dev/null", "-k", "other"), "", seconds=120)
+    assert chunk.outcome == sanitize.NO_TESTS
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
 def test_says_what_it_needs():
     done = subprocess.run([sys.executable, Path(sanitize.__file__)], capture_output=True, text=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from typing import Any
 
@@ -15,6 +16,9 @@ from tests.hf.test_accelerate import COLUMNS, accelerated, run, same
 from vattn.hf import accelerate
 
 pytestmark = pytest.mark.gpu
+# Calls of many sizes, and how long one may take that captures nothing, which takes longer. Under compute-sanitizer
+# everything takes ten times as long and more.
+CALLS, LATE_S = (25, 20.0) if os.environ.get("VATTN_SHORT") else (100, 1.0)
 FAMILIES = ["Llama", "Gemma 3", "Mistral, window 16", "Qwen3-MoE"]
 
 
@@ -41,7 +45,7 @@ def test_one_graph_a_batch_size_and_no_outliers() -> None:
     seen: set[int] = set()
     late = []
     with accelerated(model) as fast:
-        for call in range(100):
+        for call in range(CALLS):
             rows, length, new = int(draw.integers(1, 5)), int(draw.integers(1, 40)), int(draw.integers(2, 12))
             tokens = prompt(rows, seed=call, length=length).cuda()
             start = time.perf_counter()
@@ -52,7 +56,7 @@ def test_one_graph_a_batch_size_and_no_outliers() -> None:
             seen.add(rows)
             same(got, plain.generate(tokens, max_new_tokens=new, do_sample=False))
         assert {report.batch for report in fast.graphs} == seen
-    assert max(late) < 1.0  # capturing takes longer than any of these
+    assert max(late) < LATE_S
 
 
 def test_a_processor_that_disagrees_on_the_stream_of_the_user() -> None:
