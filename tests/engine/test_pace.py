@@ -108,3 +108,44 @@ def test_several_long_prompts_are_computed_in_larger_passes(prompts: tuple[int, 
             engine.submit(Request([5] * (length + 1), 1))
         engine.step()
         assert engine.stats().num_prefill_tokens - before == min(expected, sum(prompts))
+
+
+def test_while_a_pass_runs_slots_are_given_to_those_who_wait_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a shared prefix takes to be mapped is done beside the GPU; the pass is launched when its time has come."""
+    model = Llama.random(replace(SMALL, max_position_embeddings=1024, num_layers=1))
+    system = [7, 3] * 100
+    with Engine(model, max_batch=8, memory_limit=1 << 28, max_step_tokens=512) as engine:
+        engine.generate([Request([*system, 5], 1)])
+        engine.submit(Request([3], 64))
+        while not engine.stats().num_running or engine.num_waiting:
+            engine.step()
+        for i in range(3):
+            engine.submit(Request([*system, 9 + i, 4], 2))
+        runner, before = engine._runner, engine.stats()
+        with monkeypatch.context() as running:
+            running.setattr(type(runner), "_is_busy", True)
+            running.setattr(runner._pace, "early_s", lambda: 0.01)
+            for placed in (1, 2, 3, 3):
+                assert engine.step() == []
+                now = engine.stats()
+                assert now.num_running == 1 + placed
+                assert now.num_prefix_hits - before.num_prefix_hits == placed * len(system)
+                assert (now.num_steps, now.num_prefill_tokens) == (before.num_steps, before.num_prefill_tokens)
+        while engine.has_work:
+            engine.step()
+        assert engine.stats().num_prefill_tokens - before.num_prefill_tokens == 3
+
+
+def test_an_idle_gpu_does_not_wait_for_the_slots_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Llama.random(replace(SMALL, max_position_embeddings=1024, num_layers=1))
+    with Engine(model, max_batch=8, memory_limit=1 << 28, max_step_tokens=512, prefix_caching=False) as engine:
+        for i in range(6):
+            engine.submit(Request([5 + i] * 61, 2))
+        asked = []
+        monkeypatch.setattr(engine._runner, "_is_idle_since", lambda begin, rows: asked.append(rows) or rows >= 180)
+        engine.step()
+        assert asked == [60, 120, 180]
+        assert engine.stats().num_prefill_tokens == 180
+        assert (engine.stats().num_running, engine.num_waiting) == (3, 3)
+        answers = [token for _ in iter(lambda: engine.has_work, False) for token in engine.step()]
+        assert sum(token.finish_reason is not None for token in answers) == 6

@@ -7,6 +7,7 @@ launches those together with the next token of everybody who decodes.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 
 from ..decode import DecodedToken, DecodeLoop, Start
@@ -27,6 +28,7 @@ _GROWN = "its slot was given more rows in the cache while the engine computed it
 # many tokens.
 _FIRST, _PRESSING, _SEVERAL, _STEP = 4, 3, 2, 256
 _NAP_S = 1e-3  # of a call of ``advance`` that launches nothing yet
+_LONG_S = 5e-3  # that an idle GPU waits for others' slots, when there is a pass to compute
 
 
 class Runner:
@@ -61,6 +63,7 @@ class Runner:
         self._busy_budget, self._idle_budget = budgets
         self._pace = Pace()
         self._held_back = 0  # prompts that wait only for the next pass
+        self._woken: dict[Sample, None] = {}  # that follow nobody any more, and have no slot yet
 
     def advance(self, now: float) -> None:
         """One step, or none while a pass of prompts runs and somebody may still come for the next; ``Samples.collect``
@@ -71,11 +74,13 @@ class Runner:
                 waiting.
         """
         samples = self._samples
+        samples.now = now
         if samples.decoding and (early := self._pace.early_s()) > 0 and self._is_busy:
-            time.sleep(min(early, _NAP_S))
+            if not self._admit(at_most=1):
+                time.sleep(min(early, _NAP_S))
             return
         self._meters.num_steps += 1
-        samples.now, samples.shortage = now, None
+        samples.shortage = None
         for sample in self._scheduler.expired(now):
             samples.end(sample, "deadline")
         self._admit()
@@ -83,30 +88,39 @@ class Runner:
         if samples.shortage is not None and not self._scheduler.running and not samples.reported:
             raise samples.shortage
 
-    def _admit(self) -> None:
-        """Give slots to those whose turn it is: as many as the next pass has room for. What the others begin with is
-        mapped while that pass runs."""
+    def _admit(self, at_most: int | None = None) -> bool:
+        """Give slots to those whose turn it is: as many as the next pass has room for, or fewer where what they begin
+        with takes long to map and the GPU has nothing to do. For the others that is done while the pass runs.
+
+        Args:
+            at_most: so many; None for all.
+
+        Returns:
+            Whether anybody was looked at.
+        """
         scheduler, samples = self._scheduler, self._samples
         self._held_back = 0
-        if not scheduler.num_waiting or samples.shortage is not None:
-            return
-        admitted, rows, enough = [], scheduler.num_prefilling_rows, self._budget_for(scheduler.num_admissible)
-        enough = max(enough, _SEVERAL * self._busy_budget + 1)
+        if not (scheduler.num_waiting or self._woken) or samples.shortage is not None:
+            return False
+        begin, rows = time.monotonic(), scheduler.num_prefilling_rows
+        enough = max(self._budget_for(self._num_to_place), _SEVERAL * self._busy_budget + 1)
+        admitted: list[Sample] = []
         try:
-            for sample in scheduler.admit(samples.free_bytes, samples.backed_rows):
+            for sample in self._next_to_place():
                 admitted.append(sample)
-                if sample.phase is Phase.PREFILLING:  # it does not follow another
+                if sample.phase is Phase.PREFILLING or sample in self._woken:  # it does not follow another any more
                     self._place(sample)
+                self._woken.pop(sample, None)
                 if sample.phase is Phase.PREFILLING:
                     rows += sample.num_rows - sample.computed
                 if samples.shortage is not None:
                     break
-                if rows >= enough:
-                    self._held_back = scheduler.num_admissible
+                if rows >= enough or len(admitted) == at_most or self._is_idle_since(begin, rows):
+                    self._held_back = self._num_to_place
                     break
         except ConfigError as error:  # the cache was closed
             samples.fail(list(scheduler), error)
-            return
+            return True
         self._start([s for s in admitted if s.phase is Phase.PREFILLING and s.slot >= 0 and s.computed == s.num_rows])
         if not scheduler.running and samples.shortage is None and (head := scheduler.head) is not None:
             asked, free, limit = scheduler.least_bytes(head), samples.free_bytes(), self._cache.memory_limit
@@ -117,6 +131,26 @@ class Runner:
                 free_bytes=free,
                 limit_bytes=limit,
             )
+        return bool(admitted)
+
+    def _is_idle_since(self, begin: float, rows: int) -> bool:
+        """Whether a device waits longer than it should for a pass of so many rows."""
+        if self._loop.stream is None or rows < self._busy_budget:
+            return False
+        return time.monotonic() - begin > _LONG_S and not self._is_busy
+
+    def _next_to_place(self) -> Iterator[Sample]:
+        """Whom others have computed enough for, then those that wait, in the order of their turns."""
+        while self._woken:
+            sample = next(iter(self._woken))
+            if sample.phase is Phase.FOLLOWING:  # it has not ended meanwhile, nor waits again with whom it followed
+                yield sample
+            self._woken.pop(sample, None)
+        yield from self._scheduler.admit(self._samples.free_bytes, self._samples.backed_rows)
+
+    @property
+    def _num_to_place(self) -> int:
+        return self._scheduler.num_admissible + len(self._woken)
 
     def _place(self, sample: Sample) -> None:
         """Give a sample that was admitted a slot, or let it follow one that computes what it needs."""
@@ -129,14 +163,16 @@ class Runner:
             self._samples.take_slot(sample, source)
 
     def _wake(self, leaders: list[Sample]) -> list[Sample]:
-        """Place those that follow these, where the rows are computed that they wait for. Returns those that can decode
-        at once."""
-        waiting = [(each, leader.computed) for leader in leaders for each in self._scheduler.followers(leader)]
-        woken = [each for each, computed in waiting if each.shared_rows <= computed]
-        for sample in woken:
-            if sample.phase is Phase.FOLLOWING:  # no other one's failure has ended it
+        """Those that follow these, where the rows are computed that they wait for: samples of the same request are
+        placed now, before it decodes, and others with the next pass. Returns those that can decode at once."""
+        waiting = [(each, leader) for leader in leaders for each in self._scheduler.followers(leader)]
+        woken = [(each, leader) for each, leader in waiting if each.shared_rows <= leader.computed]
+        for sample, leader in woken:
+            if sample.request_id != leader.request_id:
+                self._woken[sample] = None
+            elif sample.phase is Phase.FOLLOWING:  # no other one's failure has ended it
                 self._place(sample)
-        return [s for s in woken if s.phase is Phase.PREFILLING and s.slot >= 0 and s.computed == s.num_rows]
+        return [s for s, _ in woken if s.phase is Phase.PREFILLING and s.slot >= 0 and s.computed == s.num_rows]
 
     def _start(self, ready: list[Sample]) -> list[Sample]:
         """Decode these from now on; those that follow them fork first, while the slots hold the prompts and no more.

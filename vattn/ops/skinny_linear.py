@@ -20,7 +20,6 @@ from .triton_support import (
     jit,
     launch_options,
     next_power_of_2,
-    prefetch_l2,
     require_triton,
     tl,
 )
@@ -38,8 +37,6 @@ class LinearConfig:
         splits: programs that share an output, each for its part of the inputs; above 1 the result is partial sums.
         num_warps, num_stages: Triton's.
         dot: use tensor cores, ``[block_n, block_k] @ [block_k, tokens]``; else multiply and add, for one token only.
-        prefetch: bytes at the beginning of each of its weight rows that a program asks the L2 cache for while it still
-            waits for the kernel before it; with dependent launch only.
     """
 
     block_n: int
@@ -48,7 +45,6 @@ class LinearConfig:
     num_warps: int = 4
     num_stages: int = 4
     dot: bool = True
-    prefetch: int = 0
 
 
 def skinny_linear_reference(
@@ -122,21 +118,11 @@ def skinny_linear(
         HAS_BIAS=bias is not None, SWIGLU=swiglu, GELU=activation == "gelu_tanh",
         BLOCK_M=max(8, next_power_of_2(tokens)) if config.dot else 1, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
         WHOLE=outputs % config.block_n == 0 and inputs % (splits * config.block_k) == 0,
-        PREFETCH=_lines(config.prefetch, stretch * weight.element_size()),
         DOT=config.dot, STAGES=config.num_stages, UPCAST=interpreted(),
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
         num_warps=config.num_warps, num_stages=config.num_stages, **launch_options(pdl),
     )  # fmt: skip
     return out
-
-
-_LINE = 128  # bytes of the L2 cache that come together
-
-
-def _lines(prefetch: int, row_bytes: int) -> int:
-    """A power of two, or none, as Triton's ranges are."""
-    count = min(prefetch, row_bytes) // _LINE
-    return 1 << (count.bit_length() - 1) if count else 0
 
 
 @jit
@@ -146,7 +132,7 @@ def skinny_linear_kernel(  # type: ignore[no-untyped-def]
     x_stride, weight_stride, split_stride, out_stride,
     HAS_BIAS: tl.constexpr, SWIGLU: tl.constexpr, GELU: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    WHOLE: tl.constexpr, PREFETCH: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr, UPCAST: tl.constexpr,
+    WHOLE: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr, UPCAST: tl.constexpr,
     PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     split = tl.program_id(1)
@@ -154,25 +140,16 @@ def skinny_linear_kernel(  # type: ignore[no-untyped-def]
     k = split * stretch + tl.arange(0, BLOCK_K)
     m = tl.arange(0, BLOCK_M)
     weight_at = weight_ptr + n.to(tl.int64)[:, None] * weight_stride + k[None, :]
-    up = outputs.to(tl.int64) * weight_stride  # from a gate's row to that of the other half
     if PDL:
         # Measured: long programs (DOT) slow down when the next kernel's programs start early. For short ones a late
         # start of the next kernel costs a tenth.
         if not DOT:
             gdc_launch_dependents()
-        if PREFETCH > 0:  # no kernel of a step writes weights
-            line = split * stretch + tl.arange(0, PREFETCH) * (
-                8 * 128 // weight_ptr.dtype.element_ty.primitive_bitwidth
-            )
-            row = weight_ptr + tl.minimum(n, outputs - 1).to(tl.int64)[:, None] * weight_stride
-            lines = row + tl.minimum(line, inputs - 1)[None, :]
-            prefetch_l2(lines.to(tl.int64))
-            if SWIGLU:
-                prefetch_l2((lines + up).to(tl.int64))
         gdc_wait()
     # The bias is added by the first split alone. Written as a bound: Triton 3.9's interpreter refuses a mask that
     # joins a block with a scalar.
     biased = tl.where(split == 0, outputs, 0)
+    up = outputs.to(tl.int64) * weight_stride  # from a gate's row to that of the other half
     if DOT:
         x_at = x_ptr + m[None, :] * x_stride + k[:, None]
         sums = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)

@@ -16,7 +16,7 @@ from ..errors import ConfigError
 
 __all__ = [
     *("address_of", "gdc_launch_dependents", "gdc_wait", "interpreted", "jit", "launch_options", "next_power_of_2"),
-    *("num_warps", "prefetch_l2", "require_triton", "tl", "triton", "unavailable"),
+    *("num_warps", "require_triton", "tl", "triton", "unavailable"),
 ]
 
 _REASON: str | None = None
@@ -88,11 +88,3 @@ def next_power_of_2(n: int) -> int:
 def num_warps(block: int) -> int:
     """Warps for a block of so many elements: about eight elements a thread."""
     return min(16, max(1, block // 256))
-
-
-@jit
-def prefetch_l2(addresses):  # type: ignore[no-untyped-def]
-    """Ask the L2 cache for the lines at these addresses (int64); nobody waits for them."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [addresses], dtype=tl.int32, is_pure=False, pack=1
-    )
