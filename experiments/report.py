@@ -30,7 +30,7 @@ def results(_: list[Record]) -> str:
     memory = "03 peak_memory:B=8:L=32768"
     dynamic, static = (marked(f"{memory} transformers-{name}") for name in ("dynamic", "static"))
     rows = [
-        *(_step(*case) for case in (("8B", 1), ("8B", 8), ("8B", 64), ("1B", 1))),
+        *(_step(*case) for case in (("8B", 1), ("8B", 64), ("1B", 1))),
         [
             "`generate`, 8B, 8 × 32,768 tokens: memory beyond the weights",
             f"{marked(f'{memory} vattn')} MiB",
@@ -38,6 +38,7 @@ def results(_: list[Record]) -> str:
         ],
         _generate(),
         _serving(),
+        _server(),
         _prefill(8192, "the worst of four lengths"),
     ]
     return markdown(["what", "vattn", "instead"], rows)
@@ -79,6 +80,17 @@ def _serving() -> list[str]:
         "serving, 8B: 256 requests; a prompt of 16,384 tokens beside 8 sequences, and their longest silence",
         f"{vattn[0]} tokens/s; {vattn[1]} ms, {vattn[2]} ms",
         f"vLLM {vllm[0]} tokens/s; {vllm[1]} ms, {vllm[2]} ms",
+    ]
+
+
+def _server() -> list[str]:
+    """What clients see over HTTP."""
+    metrics = (("tokens_per_s", ",.0f"), ("first_token", ".0f"), ("between_tokens", ".2f"))
+    vattn, vllm = ([marked(f"17 {metric} {system} {form}") for metric, form in metrics] for system in ("vattn", "vllm"))
+    return [
+        "`vattn serve`, 8B, 64 streams: all; first token, between tokens",
+        f"{vattn[0]} tokens/s; {vattn[1]}, {vattn[2]} ms",
+        f"`vllm serve` {vllm[0]} tokens/s; {vllm[1]}, {vllm[2]} ms",
     ]
 
 
