@@ -142,7 +142,7 @@ def test_an_idle_gpu_does_not_wait_for_the_slots_of_all(monkeypatch: pytest.Monk
         for i in range(6):
             engine.submit(Request([5 + i] * 61, 2))
         asked = []
-        monkeypatch.setattr(engine._runner, "_is_idle_since", lambda begin, rows: asked.append(rows) or rows >= 180)
+        monkeypatch.setattr(engine._runner._admission, "_is_starved", lambda rows, s: asked.append(rows) or rows >= 180)
         engine.step()
         assert asked == [60, 120, 180]
         assert engine.stats().num_prefill_tokens == 180

@@ -7,11 +7,11 @@ launches those together with the next token of everybody who decodes.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 
 from ..decode import DecodedToken, DecodeLoop, Start
 from ..errors import ConfigError, DriverError, OutOfPages
+from .admission import Admission
 from .pace import Pace
 from .prefill import Chunk, PrefillPasses, PromptPass
 from .prefixes import Prefixes
@@ -58,12 +58,10 @@ class Runner:
         budgets: tuple[int, int],
     ) -> None:
         self._samples, self._loop, self._cache, self._passes = samples, loop, loop.cache, passes
-        self._prefixes = prefixes
         self._scheduler, self._meters = scheduler, meters
         self._busy_budget, self._idle_budget = budgets
         self._pace = Pace()
-        self._held_back = 0  # prompts that wait only for the next pass
-        self._woken: dict[Sample, None] = {}  # that follow nobody any more, and have no slot yet
+        self._admission = Admission(samples, scheduler, prefixes, self._enough, self._is_starved)
 
     def advance(self, now: float) -> None:
         """One step, or none while a pass of prompts runs and somebody may still come for the next; ``Samples.collect``
@@ -89,35 +87,10 @@ class Runner:
             raise samples.shortage
 
     def _admit(self, at_most: int | None = None) -> bool:
-        """Give slots to those whose turn it is: as many as the next pass has room for, or fewer where what they begin
-        with takes long to map and the GPU has nothing to do. For the others that is done while the pass runs.
-
-        Args:
-            at_most: so many; None for all.
-
-        Returns:
-            Whether anybody was looked at.
-        """
-        scheduler, samples = self._scheduler, self._samples
-        self._held_back = 0
-        if not (scheduler.num_waiting or self._woken) or samples.shortage is not None:
-            return False
-        begin, rows = time.monotonic(), scheduler.num_prefilling_rows
-        enough = max(self._budget_for(self._num_to_place), _SEVERAL * self._busy_budget + 1)
-        admitted: list[Sample] = []
+        """Give slots to those whose turn it is; returns whether there was anybody."""
+        samples, scheduler = self._samples, self._scheduler
         try:
-            for sample in self._next_to_place():
-                admitted.append(sample)
-                if sample.phase is Phase.PREFILLING or sample in self._woken:  # it does not follow another any more
-                    self._place(sample)
-                self._woken.pop(sample, None)
-                if sample.phase is Phase.PREFILLING:
-                    rows += sample.num_rows - sample.computed
-                if samples.shortage is not None:
-                    break
-                if rows >= enough or len(admitted) == at_most or self._is_idle_since(begin, rows):
-                    self._held_back = self._num_to_place
-                    break
+            admitted = self._admission.admit(at_most)
         except ConfigError as error:  # the cache was closed
             samples.fail(list(scheduler), error)
             return True
@@ -133,52 +106,11 @@ class Runner:
             )
         return bool(admitted)
 
-    def _is_idle_since(self, begin: float, rows: int) -> bool:
-        """Whether a device waits longer than it should for a pass of so many rows."""
-        if self._loop.stream is None or rows < self._busy_budget:
-            return False
-        return time.monotonic() - begin > _LONG_S and not self._is_busy
-
-    def _next_to_place(self) -> Iterator[Sample]:
-        """Whom others have computed enough for, then those that wait, in the order of their turns."""
-        while self._woken:
-            sample = next(iter(self._woken))
-            if sample.phase is Phase.FOLLOWING:  # it has not ended meanwhile, nor waits again with whom it followed
-                yield sample
-            self._woken.pop(sample, None)
-        yield from self._scheduler.admit(self._samples.free_bytes, self._samples.backed_rows)
-
-    @property
-    def _num_to_place(self) -> int:
-        return self._scheduler.num_admissible + len(self._woken)
-
-    def _place(self, sample: Sample) -> None:
-        """Give a sample that was admitted a slot, or let it follow one that computes what it needs."""
-        source, leader = self._scheduler.source_of(sample), sample.leader
-        if leader is not None and leader.request_id == sample.request_id:
-            source = leader
-        if source is None and (found := self._prefixes.leader(sample)) is not None:
-            self._scheduler.follow(sample, *found)
-        else:
-            self._samples.take_slot(sample, source)
-
-    def _wake(self, leaders: list[Sample]) -> list[Sample]:
-        """Those that follow these, where the rows are computed that they wait for: samples of the same request are
-        placed now, before it decodes, and others with the next pass. Returns those that can decode at once."""
-        waiting = [(each, leader) for leader in leaders for each in self._scheduler.followers(leader)]
-        woken = [(each, leader) for each, leader in waiting if each.shared_rows <= leader.computed]
-        for sample, leader in woken:
-            if sample.request_id != leader.request_id:
-                self._woken[sample] = None
-            elif sample.phase is Phase.FOLLOWING:  # no other one's failure has ended it
-                self._place(sample)
-        return [s for s, _ in woken if s.phase is Phase.PREFILLING and s.slot >= 0 and s.computed == s.num_rows]
-
     def _start(self, ready: list[Sample]) -> list[Sample]:
         """Decode these from now on; those that follow them fork first, while the slots hold the prompts and no more.
         Returns those that do decode."""
         led = ready
-        while led := self._wake(led):
+        while led := self._admission.wake(led):
             ready = ready + led
         if lost := self._samples.lost(ready):
             self._samples.fail(lost, ConfigError(CHANGED), gone=True)
@@ -286,6 +218,12 @@ class Runner:
             return self._loop.stream is not None and not self._loop.stream.query()
         return False
 
+    def _is_starved(self, rows: int, waited_s: float) -> bool:
+        """Whether a device has nothing to do, and should get a pass of so many rows now."""
+        if self._loop.stream is None or rows < self._busy_budget or waited_s <= _LONG_S:
+            return False
+        return not self._is_busy
+
     def _begin(self, parts: list[tuple[Sample, int]]) -> list[Sample]:
         """Let those decode whose prompts a pass completes, before it is launched: a decode row finds what the same pass
         computes. Not those whom others follow: a fork copies rows at once."""
@@ -332,7 +270,7 @@ class Runner:
     def _next_pass(self) -> tuple[PromptPass | None, list[tuple[Sample, int]]]:
         """The next parts of prompts, backed, and (sample, rows) of each; None and nothing where none is to be
         computed."""
-        while parts := self._scheduler.chunks(self._budget_for(self._held_back)):
+        while parts := self._scheduler.chunks(self._budget_for(self._admission.held_back)):
             chunks = [
                 Chunk(sample.slot, sample.version, sample.tokens(sample.computed, end), end)
                 for sample, end in ((sample, sample.computed + count) for sample, count in parts)
@@ -364,6 +302,10 @@ class Runner:
         budget = min(self._idle_budget, int(pressing * self._busy_budget) // _STEP * _STEP or self._busy_budget)
         return self._passes.room(budget, self._loop.rows_beside(min(num_decoding + 1, self._loop.max_batch)))
 
+    def _enough(self, num_to_come: int) -> int:
+        """Rows of prompts that fill the next pass."""
+        return max(self._budget_for(num_to_come), _SEVERAL * self._busy_budget + 1)
+
     def _launch_alone(self, prompts: PromptPass | None, parts: list[tuple[Sample, int]]) -> None:
         """A pass that nobody decodes in, if there is one."""
         if prompts is None:
@@ -381,7 +323,7 @@ class Runner:
             sample.computed += count
             self._meters.num_prefill_tokens += count
         complete = [sample for sample, _ in parts if sample.computed == sample.num_rows]
-        complete += self._wake([sample for sample, _ in parts if sample.computed < sample.num_rows])
+        complete += self._admission.wake([sample for sample, _ in parts if sample.computed < sample.num_rows])
         self._start([sample for sample in complete if sample.phase is Phase.PREFILLING])
 
     def _fail_parts(self, parts: list[tuple[Sample, int]], error: Exception) -> None:
