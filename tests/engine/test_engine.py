@@ -218,6 +218,18 @@ def test_log_probabilities(model: Llama, engine: Engine) -> None:
     assert none.top_logprobs == ((), ())
 
 
+def test_log_probabilities_that_cannot_be_computed(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    (wanted,) = engine.generate([Request([3, 5], 6)])
+
+    def fail(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("no room for log-probabilities")
+
+    monkeypatch.setattr("vattn.decode.step.logprobs", fail)
+    asked, other = engine.generate([Request([3, 5, 7], 6, num_logprobs=1), Request([3, 5], 6)])
+    assert (asked.finish_reason, str(asked.error)) == ("error", "no room for log-probabilities")
+    assert (other.finish_reason, other.tokens) == ("length", wanted.tokens)
+
+
 @pytest.mark.parametrize("kind", ["bools", "torch", "bits"])
 def test_allowed_tokens(engine: Engine, kind: str) -> None:
     """Called before each token with the answer so far; nothing else is chosen, and others are not held up."""

@@ -76,10 +76,11 @@ class DecodedToken:
 
     Attributes:
         slot: whose.
-        token: its id; None where every token was forbidden or had a logit of NaN.
+        token: its id; None where every token was forbidden or had a logit of NaN, or with an ``error``.
         finish_reason: ``"stop"``, ``"length"``, ``"error"`` without a token, or None while the sequence goes on.
         logprob: its log-probability, where ``num_logprobs`` asked for it.
         top_logprobs: (token, log-probability) of the likeliest tokens, likeliest first.
+        error: what was raised where log-probabilities could not be computed, which ends a sequence that asked for them.
     """
 
     slot: int
@@ -87,6 +88,7 @@ class DecodedToken:
     finish_reason: str | None = None
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
+    error: Exception | None = None
 
 
 @dataclass(frozen=True, slots=True)
