@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..arguments import require_int
+from ..driver import open_driver
 from ..errors import ConfigError, OutOfPages
 from .configs import decoder_config, layers_of
 from .pass_attention import Recording
@@ -25,6 +26,7 @@ __all__ = [
     "described",
     "implementations",
     "learnt",
+    "least_bytes",
     "positions",
     "refusing",
     "require_positions",
@@ -121,6 +123,20 @@ def attention_layers(name: str, config: PreTrainedConfig) -> tuple[int, dict[int
                 f"layer {index} of {name} keeps a recurrent state, the runtime has room for K and V only: {_INSTEAD}"
             )
     return len(templates), configured
+
+
+def least_bytes(model: PreTrainedModel) -> int:
+    """Memory that a sequence of one token takes at least, by the config: a page for each kind of attention layer. On a
+    GPU the row that fills up batches takes as much. 0 where model or device cannot be served, whatever there is."""
+    try:
+        _, configured = attention_layers(type(model).__name__, model.config.get_text_config(decoder=True))
+        driver = open_driver(model.device)
+    except ConfigError:
+        return 0
+    page_bytes = driver.default_page_bytes
+    driver.close()
+    kinds = {(each.num_kv_heads, each.head_dim, None if each.chunked else each.window) for each in configured.values()}
+    return len(kinds) * page_bytes * (2 if model.device.type == "cuda" else 1)
 
 
 def implementations(model: PreTrainedModel) -> dict[str, str]:
