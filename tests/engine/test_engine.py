@@ -490,6 +490,7 @@ def test_what_no_engine_can_be_made_of(model: Llama, cache: KVCache) -> None:
         ((model, cache), {"prefix_caching": 0}, "prefix_caching must be True or False"),
         ((Llama, cache), {}, "not the class Llama"),
         ((model,), {"memory_limit": 1}, "page"),
+        ((model,), {"max_batch": 10**9}, r"max_batch=1000000000 takes \d{13} bytes .* bytes free"),
     ):
         with pytest.raises(ConfigError, match=message):
             Engine(*arguments, **options)

@@ -170,6 +170,7 @@ def test_an_encoder_decoder_is_refused() -> None:
         ({"max_length": 0}, "max_length"),
         ({"max_batch": 0}, "max_batch"),
         ({"max_batch": "many"}, "max_batch"),
+        ({"max_batch": 10**9}, r"max_batch=1000000000 takes \d{13} bytes"),
         ({"memory_limit": -1}, "memory_limit"),
         ({"memory_limit": 1000}, "memory_limit must be at least 2097152 bytes.* got 1000"),
         ({"memory_limit": 2**21 - 1}, "memory_limit must be at least 2097152 bytes.* got 2097151"),

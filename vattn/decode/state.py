@@ -235,6 +235,14 @@ class DecodeState:
         self.num_logprobs: dict[int, int] = {}
         self._masks: dict[int, np.ndarray | None] = {}  # that the device is still to get
 
+    @classmethod
+    def bytes_per_slot(cls, max_stop_tokens: int, vocab_size: int) -> int:
+        """What a slot takes of the device's memory."""
+        one = cls(1, max_stop_tokens, vocab_size, torch.device("meta"))
+        sampler = one.sampler
+        tables = sampler.seeds, sampler.counts, sampler.bias_ids, sampler.bias_values, sampler.allowed
+        return sum(each.nbytes for each in (one.integers, one.floats, *tables, sampler.stop_tokens))
+
     def start(
         self, upload: Callable[[np.ndarray], torch.Tensor], starts: Sequence[CheckedStart], rows: Sequence[int]
     ) -> None:

@@ -26,7 +26,7 @@ from ..decode.graphs import GraphReport
 from ..errors import ConfigError
 from ..kv_cache import KVCache
 from .captured_steps import CapturedSteps
-from .examine import described, least_bytes
+from .examine import described, require_memory
 from .examine_generation import call_reason, fingerprint, kept_tensors, model_reason, padding_of, result_class
 from .generation_cache import GenerationCache
 from .model import TransformersModel
@@ -63,7 +63,7 @@ def accelerate(
         fuse: as for ``TransformersModel``; False: the model's own forward is captured as it is.
 
     Raises:
-        ConfigError: an argument is wrong, or this model is accelerated already.
+        ConfigError: an argument is wrong, there is no memory for so many rows, or this model is accelerated already.
     """
     return Accelerated(model, max_length, max_batch, memory_limit, run_ahead, fuse)
 
@@ -96,11 +96,7 @@ class Accelerated:
         self._max_length = None if max_length is None else require_int("max_length", max_length, 1)
         self._max_batch = require_int("max_batch", max_batch, 1)
         self._memory_limit = None if memory_limit is None else require_int("memory_limit", memory_limit, 1)
-        if self._memory_limit is not None and self._memory_limit < (least := least_bytes(model)):
-            raise ConfigError(
-                f"memory_limit must be at least {least} bytes, the pages that one token of this "
-                f"{type(model).__name__} takes, got {self._memory_limit}"
-            )
+        require_memory(model, self._max_batch, self._memory_limit)
         self._run_ahead = None if run_ahead is None else require_bool("run_ahead", run_ahead)
         self._fuse = None if fuse is None else require_bool("fuse", fuse)
         self.model = model

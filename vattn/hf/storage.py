@@ -28,7 +28,7 @@ class Options:
 
     Attributes:
         attention: ``"auto"``, the name of a backend, or None to leave the model's own attention in place.
-        num_stored: slots for sequences that are stored; a larger batch has one for each of its rows. 0: none are stored.
+        num_stored: slots for sequences that are stored; a larger batch has one for each of its rows. 0: none is stored.
     """
 
     max_length: int
