@@ -15,8 +15,8 @@ from .storage import Storage
 
 __all__ = ["NUM_STORED", "Prefixes"]
 
-# Slots of stored sequences, for batches of up to so many. They cost addresses, and memory only while nobody else needs
-# it.
+# Slots of stored sequences; a batch of more rows has one for each. They cost addresses, and memory only while nobody
+# else needs it.
 NUM_STORED = 32
 
 
