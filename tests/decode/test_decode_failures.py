@@ -259,6 +259,36 @@ def test_a_nan_stays_with_its_sequence(fused, model):
         assert tuple(before) == expected[2][: len(before)]
 
 
+def test_log_probabilities_that_cannot_be_computed_end_who_asked_for_them(fused, model, monkeypatch):
+    """The step was launched by then: its other sequences keep their tokens and go on."""
+    prompts = prompts_for(model, 3)
+    expected = eager(model, prompts, 20)
+    with open_cache(model, 5) as cache, DecodeLoop(fused, cache) as loop:
+        slots = [prefill(model, cache, prompt) for prompt in prompts]
+        for slot, prompt in zip(slots, prompts, strict=True):
+            loop.start(slot, prompt[-1], 20, num_logprobs=2 if slot == slots[1] else None)
+        found = [each for _ in range(4) for each in loop.step()]
+
+        def fail(*arguments):
+            raise torch.OutOfMemoryError("no room for log-probabilities")
+
+        with monkeypatch.context() as patch:
+            patch.setattr("vattn.decode.step.logprobs", fail)
+            found += loop.step()
+        found += loop.run()
+        tokens = by_slot(found)
+        assert [tuple(tokens[slots[i]]) for i in (0, 2)] == [expected[0], expected[2]]
+        assert tokens[slots[1]] == [*expected[1][:4], None]
+        ends = {each.slot: each for each in found if each.finish_reason is not None}
+        assert ends[slots[1]].finish_reason == "error"
+        assert "no room for log-probabilities" in str(ends[slots[1]].error)
+        assert ends[slots[0]].error is None
+        assert cache.seq_len(slots[1]) == len(prompts[1]) + 4
+        loop.start(slots[1], expected[1][4], 15, num_logprobs=2)  # as if nothing had been
+        assert tuple(each.token for each in loop.run()) == expected[1][5:]
+        cache.check_integrity()
+
+
 def test_two_threads_at_once(fused, model):
     """Refused, and nothing is lost: what the first thread does goes on as if nobody had come."""
     prompts = prompts_for(model, 3)

@@ -181,6 +181,7 @@ def test_what_does_not_fit_is_refused(fused, model):
             ({"buckets": []}, "at least one"),
             ({"max_batch": 2, "buckets": [2, 3]}, "largest bucket"),
             ({"ahead_tokens": 2.5}, "ahead_tokens"),
+            ({"max_stop_tokens": 2**40}, r"max_batch=3 takes 1759\d{10} bytes for tables of 4 slots"),
         ):
             with pytest.raises(ConfigError, match=message):
                 DecodeLoop(fused, cache, **options)

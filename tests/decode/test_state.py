@@ -132,6 +132,14 @@ def test_what_a_slot_has(device):
     assert state.num_logprobs == {}
 
 
+def test_what_a_slot_takes(device):
+    state = DecodeState(7, 16, 1000, torch.device(device))
+    tensors = [*vars(state).values(), *vars(state.sampler).values()]
+    storages = [each.untyped_storage() for each in tensors if isinstance(each, torch.Tensor)]
+    taken = {each.data_ptr(): each.nbytes() for each in storages}
+    assert sum(taken.values()) == 7 * DecodeState.bytes_per_slot(16, 1000)
+
+
 def test_counts_end_where_their_bits_do(device):
     answer = [5] * 40_000
     state = state_of(device, Start(0, 5, 1, Sampling(presence_penalty=1.0), (), [5], answer))

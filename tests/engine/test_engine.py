@@ -218,6 +218,18 @@ def test_log_probabilities(model: Llama, engine: Engine) -> None:
     assert none.top_logprobs == ((), ())
 
 
+def test_log_probabilities_that_cannot_be_computed(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    (wanted,) = engine.generate([Request([3, 5], 6)])
+
+    def fail(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("no room for log-probabilities")
+
+    monkeypatch.setattr("vattn.decode.step.logprobs", fail)
+    asked, other = engine.generate([Request([3, 5, 7], 6, num_logprobs=1), Request([3, 5], 6)])
+    assert (asked.finish_reason, str(asked.error)) == ("error", "no room for log-probabilities")
+    assert (other.finish_reason, other.tokens) == ("length", wanted.tokens)
+
+
 @pytest.mark.parametrize("kind", ["bools", "torch", "bits"])
 def test_allowed_tokens(engine: Engine, kind: str) -> None:
     """Called before each token with the answer so far; nothing else is chosen, and others are not held up."""
@@ -478,6 +490,7 @@ def test_what_no_engine_can_be_made_of(model: Llama, cache: KVCache) -> None:
         ((model, cache), {"prefix_caching": 0}, "prefix_caching must be True or False"),
         ((Llama, cache), {}, "not the class Llama"),
         ((model,), {"memory_limit": 1}, "page"),
+        ((model,), {"max_batch": 10**9}, r"max_batch=1000000000 takes \d{13} bytes .* bytes free"),
     ):
         with pytest.raises(ConfigError, match=message):
             Engine(*arguments, **options)

@@ -170,7 +170,10 @@ def test_an_encoder_decoder_is_refused() -> None:
         ({"max_length": 0}, "max_length"),
         ({"max_batch": 0}, "max_batch"),
         ({"max_batch": "many"}, "max_batch"),
+        ({"max_batch": 10**9}, r"max_batch=1000000000 takes \d{13} bytes"),
         ({"memory_limit": -1}, "memory_limit"),
+        ({"memory_limit": 1000}, "memory_limit must be at least 2097152 bytes.* got 1000"),
+        ({"memory_limit": 2**21 - 1}, "memory_limit must be at least 2097152 bytes.* got 2097151"),
         ({"fuse": "no"}, "fuse must be True or False, got 'no'"),
         ({"run_ahead": 1}, "run_ahead must be True or False"),
     ],
@@ -179,6 +182,18 @@ def test_arguments_are_checked(model: PreTrainedModel, arguments: dict[str, Any]
     with pytest.raises(ConfigError, match=message):
         accelerate(model, **arguments)
     assert "forward" not in vars(model)
+
+
+@pytest.mark.parametrize(("name", "num_pages"), [("Llama", 1), ("Gemma 3", 2)])
+def test_the_least_memory_is_enough_for_a_sequence(name: str, num_pages: int) -> None:
+    """A page for layers with a window, and one for those without."""
+    model, least = make_model(name), num_pages * 2**21
+    wanted = generate(model, prompt(1)).tolist()
+    with pytest.raises(ConfigError, match=f"at least {least} bytes"):
+        accelerate(model, 64, memory_limit=least - 1)
+    with accelerate(model, 64, memory_limit=least) as fast:
+        assert generate(model, prompt(1)).tolist() == wanted
+        assert fast.reasons == []
 
 
 def test_something_else_is_refused() -> None:

@@ -108,6 +108,21 @@ def test_a_batch_begins_with_what_all_of_it_has(model, past):
     assert torch.equal(generate(model, texts[:2], past), generate(model, texts[:2]))
 
 
+@pytest.mark.parametrize("size", [33, 40])
+def test_a_large_batch_does_not_push_out_its_own_rows(model, past, size):
+    texts = prompt(size, length=20)
+    for turn in range(3):
+        begun = past.begin(texts)
+        assert begun == (texts.shape[1] - 2 if turn else 0)  # all but the turn's new tokens
+        close(logits(model, texts[:, begun:], past), logits(model, texts)[:, begun:])
+        past.store(texts)
+        assert past.batch_size == size
+        assert past.kv_cache.stats().num_stored_slots == size
+        texts = torch.cat([texts, prompt(size, seed=20 + turn, length=2)], dim=1)
+    past.reset()
+    assert past.begin(texts[:, :-2]) == texts.shape[1] - 3
+
+
 def test_storing_shares_memory(model, past):
     text = prompt(1, length=100)
     logits(model, text, past)

@@ -6,15 +6,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from ..arguments import require_int
 from ..attention import AttentionBackend
 from ..attention.choice import backend_of
 from ..errors import ConfigError
 from ..kv_cache import KVCache
+from ..machine import available_and_total_bytes
 from .graphs import default_buckets
-from .state import DecodeModel, bind_for
+from .state import DecodeModel, DecodeState, bind_for
 
-__all__ = ["LoopOptions", "checked_options"]
+__all__ = ["LoopOptions", "checked_options", "require_state_room"]
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,8 @@ def checked_options(
     if model.embedding.device != cache.device:
         raise ConfigError(f"the model is on {model.embedding.device}, the cache on {cache.device}")
     model.require_fit(cache)
+    max_stop_tokens = require_int("max_stop_tokens", max_stop_tokens, 1)
+    require_state_room(max_batch, cache.max_slots, model.config.vocab_size, cache.device, max_stop_tokens)
     max_seq_len = min(cache.layout.max_seq_len, model.max_seq_len)
     if graphs is None:
         graphs = "always" if cache.device.type == "cuda" else "never"
@@ -78,6 +83,37 @@ def checked_options(
         buckets,
         graphs,
         require_int("ahead_tokens", ahead_tokens, 0),
-        require_int("max_stop_tokens", max_stop_tokens, 1),
+        max_stop_tokens,
         fills_up=graphs != "never" or len(set(buckets)) < max_batch,
     )
+
+
+def require_state_room(
+    max_batch: int, max_slots: int, vocab_size: int, device: torch.device, max_stop_tokens: int = 16
+) -> None:
+    """Refuse what a machine has no memory for, before any is taken: the system ends a process that takes too much.
+
+    Args:
+        max_batch: what the user asked for.
+        max_slots: of the cache that it needs; a loop has tables with an entry for each.
+        vocab_size: of the model.
+        device: where the tables are going to be.
+        max_stop_tokens: of a sequence.
+
+    Raises:
+        ConfigError: says what it takes and what is free.
+    """
+    needed = max_slots * DecodeState.bytes_per_slot(max_stop_tokens, vocab_size)
+    if needed > (free := _free_bytes(device)):
+        raise ConfigError(
+            f"max_batch={max_batch} takes {needed} bytes for tables of {max_slots} slots, and {device} has {free} "
+            "bytes free: lower max_batch, or max_slots of the cache"
+        )
+
+
+def _free_bytes(device: torch.device) -> int:
+    """What torch could allocate there now."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    return available_and_total_bytes()[0]

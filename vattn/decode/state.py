@@ -76,10 +76,11 @@ class DecodedToken:
 
     Attributes:
         slot: whose.
-        token: its id; None where every token was forbidden or had a logit of NaN.
+        token: its id; None where every token was forbidden or had a logit of NaN, or with an ``error``.
         finish_reason: ``"stop"``, ``"length"``, ``"error"`` without a token, or None while the sequence goes on.
         logprob: its log-probability, where ``num_logprobs`` asked for it.
         top_logprobs: (token, log-probability) of the likeliest tokens, likeliest first.
+        error: what was raised where log-probabilities could not be computed, which ends a sequence that asked for them.
     """
 
     slot: int
@@ -87,6 +88,7 @@ class DecodedToken:
     finish_reason: str | None = None
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
+    error: Exception | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,6 +234,14 @@ class DecodeState:
         )
         self.num_logprobs: dict[int, int] = {}
         self._masks: dict[int, np.ndarray | None] = {}  # that the device is still to get
+
+    @classmethod
+    def bytes_per_slot(cls, max_stop_tokens: int, vocab_size: int) -> int:
+        """What a slot takes of the device's memory."""
+        one = cls(1, max_stop_tokens, vocab_size, torch.device("meta"))
+        sampler = one.sampler
+        tables = sampler.seeds, sampler.counts, sampler.bias_ids, sampler.bias_values, sampler.allowed
+        return sum(each.nbytes for each in (one.integers, one.floats, *tables, sampler.stop_tokens))
 
     def start(
         self, upload: Callable[[np.ndarray], torch.Tensor], starts: Sequence[CheckedStart], rows: Sequence[int]

@@ -59,12 +59,14 @@ class LaunchedStep:
         place: the row of the ring that it writes.
         logprobs: for each sequence that wants log-probabilities: its place in ``slots``, and of how many tokens.
         event: behind it; None on the CPU.
+        error: that the log-probabilities could not be computed for.
     """
 
     slots: tuple[int, ...]
     place: int
     logprobs: tuple[tuple[int, int], ...]
     event: torch.cuda.Event | None
+    error: Exception | None = None
 
 
 class DecodeStep:
@@ -155,18 +157,15 @@ class DecodeStep:
             self._slots.copy_(self.upload(padded))
             self._order = slots
         self.state.upload_allowed(self.upload)
-        key = self._submit(len(slots), compute)
         wanted = tuple((i, k) for i, slot in enumerate(slots) if (k := self.state.num_logprobs.get(slot)) is not None)
-        if wanted:
-            logits = self._graph_logits[key].tensor() if self._logits is None else self._logits
-            self._add_logprobs(logits, wanted, place)
-        self._newest = key, len(slots)
-        event = None
-        if self.stream is not None:
-            event = torch.cuda.Event()
-            event.record()
+        event = None if self.stream is None else torch.cuda.Event()
+        key = self._submit(len(slots), compute)
         self._num_launched += 1
-        return LaunchedStep(tuple(slots), place, wanted, event)
+        self._newest = key, len(slots)
+        error = self._add_logprobs(wanted, place) if wanted else None
+        if event is not None:
+            event.record()
+        return LaunchedStep(tuple(slots), place, wanted, event, error)
 
     def rows_beside(self, batch: int) -> int:
         """Rows that a captured step has for so many sequences where it is captured with other work."""
@@ -215,14 +214,18 @@ class DecodeStep:
         """What each sequence of the step got; waits for it."""
         if launched.event is not None:
             launched.event.synchronize()
-        asked = self._read_logprobs(launched) if launched.logprobs else {}
+        asked = self._read_logprobs(launched) if launched.logprobs and launched.error is None else {}
         sampled = self._ring[launched.place, : len(launched.slots)].tolist()
-        return [
+        tokens = [
             DecodedToken(slot, None, _REASONS[reason])
             if token < 0
             else DecodedToken(slot, token, _REASONS[reason], *asked.get(i, ()))
             for i, (slot, (token, reason)) in enumerate(zip(launched.slots, sampled, strict=True))
         ]
+        if launched.error is not None:
+            for i, _ in launched.logprobs:
+                tokens[i] = DecodedToken(launched.slots[i], None, "error", error=launched.error)
+        return tokens
 
     def allow(self, slot: int, mask: Any) -> None:
         """Which tokens may come from the next launch on, in a sequence that was started; None for all.
@@ -290,11 +293,18 @@ class DecodeStep:
             self._ring,
         )
 
-    def _add_logprobs(self, logits: torch.Tensor, wanted: tuple[tuple[int, int], ...], place: int) -> None:
-        """Compute them for these rows, behind the step, and bring them to the host without waiting."""
-        index = self.upload(np.array([i for i, _ in wanted], np.int64))
-        found = logprobs(logits[index], self._sampled[index], max(k for _, k in wanted))
-        self._logprobs[place, : found.shape[0], : found.shape[1]].copy_(found, non_blocking=True)
+    def _add_logprobs(self, wanted: tuple[tuple[int, int], ...], place: int) -> Exception | None:
+        """Compute them for these rows, behind the step, and bring them to the host without waiting.
+
+        Returns what is raised, as memory may run out here: the step is launched already and has to be told of.
+        """
+        try:
+            index = self.upload(np.array([i for i, _ in wanted], np.int64))
+            found = logprobs(self.logits()[index], self._sampled[index], max(k for _, k in wanted))
+            self._logprobs[place, : found.shape[0], : found.shape[1]].copy_(found, non_blocking=True)
+        except Exception as error:
+            return error.with_traceback(None)  # whose frames hold the memory that is short
+        return None
 
     def _read_logprobs(self, launched: LaunchedStep) -> dict[int, tuple[float, tuple[tuple[int, float], ...]]]:
         """By place in the batch: the chosen token's log-probability, and the likeliest tokens with theirs."""

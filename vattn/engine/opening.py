@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 from ..attention import AttentionBackend
+from ..decode.options import require_state_room
 from ..decode.state import features_of
 from ..errors import ConfigError
 from ..kv_cache import KVCache
@@ -78,8 +79,16 @@ def opened_cache(
 ) -> KVCache:
     """For so many sequences of the model's whole context, and the slot that a decode loop takes; with the margin that
     ``attention`` wants, or what is fastest for prompts and for decode, of what reads ``max_over_read`` rows past the
-    end at most. ``stores``: with further slots, for stored sequences."""
+    end at most. ``stores``: with further slots, for stored sequences.
+
+    Raises:
+        ConfigError: there is no memory for the tables of so many slots, or no such cache.
+    """
     layout, device, features = model.kv_layout(), model.device, features_of(model)
+    within = _MOST_ADDRESSES // (layout.bytes_per_token * layout.max_seq_len)
+    num_stored = max(0, min(_STORED_FOR_EACH * max_batch, within - max_batch)) if stores else 0
+    max_slots = max_batch + 1 + num_stored
+    require_state_room(max_batch, max_slots, model.config.vocab_size, device)
     if attention is None:
         wanted = [
             default_attention(
@@ -96,11 +105,9 @@ def opened_cache(
         ]
     else:
         wanted = [attention]
-    within = _MOST_ADDRESSES // (layout.bytes_per_token * layout.max_seq_len)
-    num_stored = max(0, min(_STORED_FOR_EACH * max_batch, within - max_batch)) if stores else 0
     return KVCache(
         layout,
-        max_batch + 1 + num_stored,
+        max_slots,
         device,
         memory_limit,
         max_page_bytes=_LARGEST_PAGE_BYTES,

@@ -86,8 +86,8 @@ class Samples:
             if sample is None:
                 continue
             if token.token is None:
-                error = RuntimeError("no token could be chosen: each one was forbidden, or its logit was NaN")
-                self.fail([sample], error)
+                none = RuntimeError("no token could be chosen: each one was forbidden, or its logit was NaN")
+                self.fail([sample], token.error or none)
                 continue
             if sample.answer:
                 gaps[sample.last_s] = gaps.get(sample.last_s, 0) + 1

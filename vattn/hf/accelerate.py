@@ -26,7 +26,7 @@ from ..decode.graphs import GraphReport
 from ..errors import ConfigError
 from ..kv_cache import KVCache
 from .captured_steps import CapturedSteps
-from .examine import described
+from .examine import described, require_memory
 from .examine_generation import call_reason, fingerprint, kept_tensors, model_reason, padding_of, result_class
 from .generation_cache import GenerationCache
 from .model import TransformersModel
@@ -56,13 +56,14 @@ def accelerate(
         max_length: the most tokens a sequence can have, new ones included; None: the model's context. It costs
             addresses, not memory. What is longer goes on in the model's own forward.
         max_batch: rows of a batch, beams included, to open for. A larger batch opens for twice as many, once.
-        memory_limit: bytes for K and V; None: 90 % of what is free at the first ``generate``.
+        memory_limit: bytes for K and V, at least the pages of one token; None: 90 % of what is free at the first
+            ``generate``.
         run_ahead: whether a step may be launched before transformers has chosen its tokens, with the likeliest ones;
             None: on a GPU. What ``generate`` returns does not depend on it.
         fuse: as for ``TransformersModel``; False: the model's own forward is captured as it is.
 
     Raises:
-        ConfigError: an argument is wrong, or this model is accelerated already.
+        ConfigError: an argument is wrong, there is no memory for so many rows, or this model is accelerated already.
     """
     return Accelerated(model, max_length, max_batch, memory_limit, run_ahead, fuse)
 
@@ -95,6 +96,7 @@ class Accelerated:
         self._max_length = None if max_length is None else require_int("max_length", max_length, 1)
         self._max_batch = require_int("max_batch", max_batch, 1)
         self._memory_limit = None if memory_limit is None else require_int("memory_limit", memory_limit, 1)
+        require_memory(model, self._max_batch, self._memory_limit)
         self._run_ahead = None if run_ahead is None else require_bool("run_ahead", run_ahead)
         self._fuse = None if fuse is None else require_bool("fuse", fuse)
         self.model = model

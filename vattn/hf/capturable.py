@@ -7,7 +7,8 @@ within the model's first context, and texts end there.
 Mixtures of experts are computed by transformers' ``ExpertsInterface``. Of its implementations ``eager`` waits for the
 GPU, and ``grouped_mm`` does unless torch has a kernel for it: for bfloat16 on GPUs of compute capability 9 and 10.
 
-Some, as Gemma 3n, make a tensor of a number of Python's in every pass, which PyTorch copies from the CPU.
+Some, as Gemma 3n, make a tensor of a number of Python's in every pass, or keep a number in a tensor of the CPU. PyTorch
+copies it from there.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
@@ -28,9 +30,23 @@ __all__ = ["FilledNumbers", "FixedRopes", "capturable_experts"]
 
 
 # -- numbers ---------------------------------------------------------------------------------------------------------
+_BUILDERS = {torch.tensor, torch.as_tensor, torch.asarray, torch.Tensor.new_tensor}
+_MOVERS = {torch.Tensor.to, torch.Tensor.type_as, torch.Tensor.cuda}
+# Given a number in a tensor of the CPU, these move it to the device of the others. All else takes it as a parameter. By
+# function, the arguments before the first that can be one: what is written to is none, nor is an index.
+_TAKERS = {
+    torch.where: 0,
+    torch.Tensor.where: 0,
+    torch.Tensor.copy_: 1,
+    torch.Tensor.__setitem__: 2,
+    torch.Tensor.index_put_: 2,
+}
+
+
 class FilledNumbers(TorchFunctionMode):
-    """Inside, ``torch.tensor(0.5, device=...)`` is filled by its device, and no copy from the CPU. So is what ``to``
-    makes of a single number of the CPU.
+    """Inside, a number that comes to the device is filled by it, and not copied from the CPU: Python's, NumPy's or that
+    in a tensor of the CPU without dimensions; made there, as by ``torch.tensor(0.5, device=...)``, moved there, or
+    taken by an operation there.
 
     Attributes:
         count: how many were.
@@ -44,17 +60,53 @@ class FilledNumbers(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         given = kwargs or {}
-        is_number = len(args) == 1 and type(args[0]) in (bool, int, float)
-        if func in (torch.tensor, torch.as_tensor) and is_number and given.get("device") is not None:
-            self.count += 1
-            return torch.full((), args[0], **given)
-        if func is torch.Tensor.to and args[0].dim() == 0 and args[0].device.type == "cpu":
-            where = [each for each in (*args[1:], given.get("device")) if isinstance(each, (str, torch.device))]
-            kind = [each for each in (*args[1:], given.get("dtype")) if isinstance(each, torch.dtype)]
-            if where and torch.device(where[0]).type != "cpu":
-                self.count += 1
-                return torch.full((), args[0].item(), dtype=(kind or [args[0].dtype])[0], device=where[0])
+        if func in _BUILDERS:
+            of, device = func is torch.Tensor.new_tensor, given.get("device")
+            is_told = of or device is not None
+            if device is None:
+                device = args[0].device if of else torch.get_default_device()
+            data = args[of] if len(args) > of else given.get("obj" if func is torch.asarray else "data")
+            if _is_number(data) and (is_told or device.type != "cpu"):
+                return self._filled(func(*args, **{**given, "device": "cpu"}), device)
+        elif func in _MOVERS and _is_number(args[0]):
+            device, dtype = _target(func, [*args[1:], *given.values()])
+            if device is not None and device.type != "cpu":
+                return self._filled(args[0] if dtype is None else args[0].to(dtype), device)
+        elif func in _TAKERS:
+            there = next((a.device for a in args if isinstance(a, torch.Tensor) and a.device.type != "cpu"), None)
+            if there is not None:
+                first = _TAKERS[func]
+                args = (*args[:first], *(self._taken(each, there) for each in args[first:]))
+                given = {name: self._taken(each, there) for name, each in given.items()}
         return func(*args, **given)
+
+    def _taken(self, value: Any, device: torch.device) -> Any:
+        return self._filled(value, device) if isinstance(value, torch.Tensor) and _is_number(value) else value
+
+    def _filled(self, number: torch.Tensor, device: Any) -> torch.Tensor:
+        self.count += 1
+        return torch.full((), number.item(), dtype=number.dtype, device=device)
+
+
+def _is_number(data: Any) -> bool:
+    """Whether it is a single one, and the host has it."""
+    if isinstance(data, torch.Tensor):
+        return data.dim() == 0 and data.device.type == "cpu"
+    return isinstance(data, (bool, int, float, np.generic)) or (isinstance(data, np.ndarray) and not data.ndim)
+
+
+def _target(func: Any, given: list[Any]) -> tuple[torch.device | None, torch.dtype | None]:
+    """Where a tensor is moved by these arguments, and as which type; None where it stays what it is."""
+    device = torch.device("cuda") if func is torch.Tensor.cuda else None
+    dtype: torch.dtype | None = None
+    for each in given:
+        if isinstance(each, torch.Tensor):
+            device, dtype = each.device, each.dtype
+        elif isinstance(each, (str, torch.device)) or type(each) is int:
+            device = torch.device(each)
+        elif isinstance(each, torch.dtype):
+            dtype = each
+    return device, dtype
 
 
 # -- rotary embeddings -----------------------------------------------------------------------------------------------

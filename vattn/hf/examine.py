@@ -11,6 +11,8 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..arguments import require_int
+from ..decode.options import require_state_room
+from ..driver import open_driver
 from ..errors import ConfigError, OutOfPages
 from .configs import decoder_config, layers_of
 from .pass_attention import Recording
@@ -27,6 +29,7 @@ __all__ = [
     "learnt",
     "positions",
     "refusing",
+    "require_memory",
     "require_positions",
 ]
 
@@ -121,6 +124,37 @@ def attention_layers(name: str, config: PreTrainedConfig) -> tuple[int, dict[int
                 f"layer {index} of {name} keeps a recurrent state, the runtime has room for K and V only: {_INSTEAD}"
             )
     return len(templates), configured
+
+
+def require_memory(model: PreTrainedModel, max_batch: int, memory_limit: int | None) -> None:
+    """Refuse what no call could be served with, as far as the config tells. Says nothing of models and devices that
+    cannot be served anyway.
+
+    Args:
+        max_batch: sequences of a step; there are slots for twice as many.
+        memory_limit: bytes for K and V.
+
+    Raises:
+        ConfigError: there is no memory for so many slots; or the limit does not hold a token, which takes a page for
+            each kind of attention layer, and on a GPU as many for the row that fills up batches.
+    """
+    name, text, device = type(model).__name__, model.config.get_text_config(decoder=True), model.device
+    try:
+        _, configured = attention_layers(name, text)
+        driver = open_driver(device)
+    except ConfigError:
+        return
+    page_bytes = driver.default_page_bytes
+    driver.close()
+    if isinstance(vocab_size := getattr(text, "vocab_size", None), int):
+        require_state_room(max_batch, 2 * max_batch + 1, vocab_size, device)
+    kinds = {(each.num_kv_heads, each.head_dim, None if each.chunked else each.window) for each in configured.values()}
+    least = len(kinds) * page_bytes * (2 if device.type == "cuda" else 1)
+    if memory_limit is not None and memory_limit < least:
+        raise ConfigError(
+            f"memory_limit must be at least {least} bytes, the pages that one token of this {name} takes, got "
+            f"{memory_limit}"
+        )
 
 
 def implementations(model: PreTrainedModel) -> dict[str, str]:

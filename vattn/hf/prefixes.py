@@ -15,7 +15,9 @@ from .storage import Storage
 
 __all__ = ["NUM_STORED", "Prefixes"]
 
-NUM_STORED = 32  # slots of stored sequences: they cost addresses, and memory only while nobody else needs it
+# Slots of stored sequences; a batch of more rows has one for each. They cost addresses, and memory only while nobody
+# else needs it.
+NUM_STORED = 32
 
 
 class Prefixes:
@@ -90,7 +92,7 @@ class Prefixes:
                 slot = next(iter(found[0][1]))
                 self._versions[slot] = self._versions.pop(slot)
                 continue
-            slot = self._place(found)
+            slot = self._place(cache, found)
             self._forget(slot)
             with suppress(OutOfPages):  # of the page that the rows end in
                 cache.fork(row, rows, into=slot)
@@ -99,14 +101,14 @@ class Prefixes:
                 self._index.put(slot, None, sequence)
         storage.submitted()
 
-    def _place(self, found: list[tuple[int, Collection[int]]]) -> int:
+    def _place(self, cache: KVCache, found: list[tuple[int, Collection[int]]]) -> int:
         """A slot to store a sequence in: that of one which it goes on with, a free one, or that used least recently."""
         for length, slots in found:
             for slot in slots:
                 if self._index.length(slot) == length:
                     return slot
         first = self._storage.batch_size + 1
-        free = (slot for slot in range(first, first + self._storage.options.num_stored) if slot not in self._versions)
+        free = (slot for slot in range(first, cache.max_slots) if slot not in self._versions)
         return next(free, next(iter(self._versions), first))
 
     def _look(self) -> KVCache | None:

@@ -28,7 +28,7 @@ class Options:
 
     Attributes:
         attention: ``"auto"``, the name of a backend, or None to leave the model's own attention in place.
-        num_stored: slots for sequences that are stored.
+        num_stored: slots for sequences that are stored; a larger batch has one for each of its rows. 0: none is stored.
     """
 
     max_length: int
@@ -53,6 +53,7 @@ class Storage:
 
     Attributes:
         kv_cache: None before the first use.
+        batch_size: sequences that it holds, -1 before the first use.
         lengths: tokens that each attention layer holds of each sequence, padding included.
         rows: tokens that every slot is backed for.
         version: changes whenever the tensors do.
@@ -67,6 +68,7 @@ class Storage:
         self.configured = configured
         self.options = options
         self.kv_cache: KVCache | None = None
+        self.batch_size = -1
         self.shapes = Shapes(configured)
         self.lengths = dict.fromkeys(configured, 0)
         self.rows = 0
@@ -80,11 +82,6 @@ class Storage:
         self.lost = False  # rows changed places and that failed half-way: the slots' content is undefined
         self.not_plain = ""  # why the rows are not those of a batch's tokens alone, as a clause
         self._stream: torch.cuda.Stream | None = None  # of the newest pass
-
-    @property
-    def batch_size(self) -> int:
-        """Sequences that it holds, -1 before the first use."""
-        return -1 if self.kv_cache is None else self.kv_cache.max_slots - 1 - self.options.num_stored
 
     def require_open(self) -> None:
         """ConfigError after ``close``."""
@@ -114,7 +111,7 @@ class Storage:
         if cache is None or (not holds_rows and (self.batch_size != k.shape[0] or cache.layout.dtype != k.dtype)):
             self._drop()
             self.shapes.seen = {layer: shape}
-            self._install(self._make(k.shape[0], self._layout(k.dtype), k.device, 0), 0)
+            self._install(self._make(k.shape[0], self._layout(k.dtype), k.device, 0), k.shape[0], 0)
         elif layer not in self.shapes.seen:
             predicted = self.shapes.predict(layer)
             self.shapes.seen[layer] = shape
@@ -165,8 +162,9 @@ class Storage:
     def _make(self, batch_size: int, layout: KVLayout, device: torch.device, rows: int) -> KVCache:
         """A ``KVCache`` with a slot for each sequence, backed for ``rows`` tokens, and a spare slot."""
         self.require_open()
-        options, max_slots = self.options, batch_size + 1 + self.options.num_stored
-        limit, page_bytes = options.memory_limit, options.page_bytes
+        options, limit, page_bytes = self.options, self.options.memory_limit, self.options.page_bytes
+        # A batch with more rows than there are slots for would push out rows of its own when it is stored.
+        max_slots = batch_size + 1 + (max(options.num_stored, batch_size) if options.num_stored else 0)
         try:
             cache = KVCache(layout, max_slots, device, memory_limit=limit, page_bytes=page_bytes)
         except ConfigError as error:
@@ -181,22 +179,22 @@ class Storage:
             raise
         return cache
 
-    def _install(self, cache: KVCache | None, rows: int) -> None:
-        self.kv_cache, self.rows = cache, rows
+    def _install(self, cache: KVCache | None, batch_size: int, rows: int) -> None:
+        self.kv_cache, self.batch_size, self.rows = cache, batch_size, rows
         self._step_views.clear()
         self.steps = self.batch = None
         self.version += 1
 
     def _drop(self) -> None:
         cache, steps = self.kv_cache, self.steps
-        self._install(None, 0)
+        self._install(None, -1, 0)
         if cache is not None:
             cache.close()
         del steps  # only now: closing waits for the work on the device, which reads them
 
-    def _copied(self, layout: KVLayout, sources: Iterable[int]) -> KVCache:
-        """A new cache whose batch row ``i`` holds what row ``sources[i]`` of this one does, layer by layer."""
-        old, index = self.kv_cache, list(sources)
+    def _copied(self, layout: KVLayout, index: Sequence[int]) -> KVCache:
+        """A new cache whose batch row ``i`` holds what row ``index[i]`` of this one does, layer by layer."""
+        old = self.kv_cache
         assert old is not None
         self.order()
         new = self._make(len(index), layout, old.device, self.rows)
@@ -215,9 +213,9 @@ class Storage:
 
     def _move(self, layout: KVLayout, sources: Iterable[int]) -> None:
         """Continue in another cache. Both exist for a moment, each within ``memory_limit``."""
-        old, new = self.kv_cache, self._copied(layout, sources)
+        old, index = self.kv_cache, list(sources)
         assert old is not None
-        self._install(new, self.rows)
+        self._install(self._copied(layout, index), len(index), self.rows)
         old.close()
 
     def reorder(self, sources: Sequence[int]) -> None:
@@ -256,7 +254,7 @@ class Storage:
         other.shapes.seen, other.lengths = dict(self.shapes.seen), dict(self.lengths)
         other._steps_fail, other.not_plain = self._steps_fail, self.not_plain
         if (cache := self.kv_cache) is not None:
-            other._install(self._copied(cache.layout, range(self.batch_size)), self.rows)
+            other._install(self._copied(cache.layout, range(self.batch_size)), self.batch_size, self.rows)
             other._stream = self._stream
         return other
 
