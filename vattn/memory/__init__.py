@@ -9,6 +9,7 @@ How ``KVCache.ensure`` comes to a driver call, each step in the file that it is 
 5. ``reservation``: calls the driver, and registers beside each call how to take it back (``undo``).
 
 Beside that way: ``guard`` makes shared pages read-only if asked, ``parking`` keeps what released sequences left mapped,
-``work`` knows which work on the GPU may still touch a page, ``slot_states`` checks what callers say of slots, and
-``backing`` owns it all and ends it.
+``work`` knows which work on the GPU may still touch a page, ``steps`` enters and leaves the launches of such work,
+``slot_states`` checks what callers say of slots, ``opened`` whether the cache is open, and ``backing`` owns it all and
+ends it.
 """
