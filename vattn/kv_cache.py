@@ -9,7 +9,7 @@ from types import TracebackType
 import numpy as np
 import torch
 
-from .arguments import is_int, require_bool, require_int
+from .arguments import is_int, optional_int, require_bool, require_int
 from .driver import Driver, open_driver
 from .errors import ConfigError
 from .layout import KVLayout
@@ -78,12 +78,9 @@ class KVCache(StoredSequences):
             raise ConfigError(f"layout must be a vattn.KVLayout, got {layout!r}")
         self.layout = layout
         self.max_slots = require_int("max_slots", max_slots, 1)
-        if memory_limit is not None:
-            memory_limit = require_int("memory_limit", memory_limit, 1)
-        if page_bytes is not None:
-            page_bytes = require_int("page_bytes", page_bytes, 1)
-        if max_page_bytes is not None:
-            max_page_bytes = require_int("max_page_bytes", max_page_bytes, 1)
+        memory_limit = optional_int("memory_limit", memory_limit, 1)
+        page_bytes = optional_int("page_bytes", page_bytes, 1)
+        max_page_bytes = optional_int("max_page_bytes", max_page_bytes, 1)
         self.over_read_tokens = require_int("over_read_tokens", over_read_tokens, 0)
         self.over_read_masked = require_bool("over_read_masked", over_read_masked) or not over_read_tokens
         self.guard = require_bool("guard", guard)

@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from types import TracebackType
 from typing import Any
 
-from ..arguments import is_int, require_bool, require_int
+from ..arguments import is_int, optional_int, require_bool, require_int
 from ..attention import AttentionBackend, declared, require_fit
 from ..attention.choice import backend_of
 from ..decode import DecodeLoop
@@ -82,9 +82,8 @@ class Engine:
             raise ConfigError(f"an engine takes a model and a vattn.KVCache, got a {type(cache).__name__} as cache")
         if cache is not None and memory_limit is not None:
             raise ConfigError("memory_limit is of a cache that the engine opens; the one given has its own")
-        if max_step_tokens is not None:
-            max_step_tokens = require_int("max_step_tokens", max_step_tokens, 1)
-        self.max_waiting = None if max_waiting is None else require_int("max_waiting", max_waiting, 1)
+        max_step_tokens = optional_int("max_step_tokens", max_step_tokens, 1)
+        self.max_waiting = optional_int("max_waiting", max_waiting, 1)
         attention = None if attention is None else backend_of(attention)
         prefix_caching = require_bool("prefix_caching", prefix_caching)
         if max_batch is None:

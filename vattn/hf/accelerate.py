@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from ..arguments import require_bool, require_int
+from ..arguments import optional_int, require_bool, require_int
 from ..decode.graphs import GraphReport
 from ..errors import ConfigError
 from ..kv_cache import KVCache
@@ -92,9 +92,9 @@ class Accelerated:
             raise ConfigError(f"{type(model).__name__} is an encoder-decoder, accelerate takes decoders")
         if any(isinstance(each := vars(model).get(name), Shadow) and each.on for name in _SHADOWED):
             raise ConfigError(f"this {type(model).__name__} is accelerated already: restore() that first")
-        self._max_length = None if max_length is None else require_int("max_length", max_length, 1)
+        self._max_length = optional_int("max_length", max_length, 1)
         self._max_batch = require_int("max_batch", max_batch, 1)
-        self._memory_limit = None if memory_limit is None else require_int("memory_limit", memory_limit, 1)
+        self._memory_limit = optional_int("memory_limit", memory_limit, 1)
         self._run_ahead = None if run_ahead is None else require_bool("run_ahead", run_ahead)
         self._fuse = None if fuse is None else require_bool("fuse", fuse)
         self.model = model
