@@ -1,4 +1,4 @@
-"""Which attention an engine computes prompts with, and the cache that it opens where it is given none."""
+"""What an engine opens: its model's runtime, its decode loop, and a cache where it is given none."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
-from ..attention import AttentionBackend
+from ..attention import AttentionBackend, declared
+from ..decode import DecodeLoop
 from ..decode.state import features_of
 from ..errors import ConfigError
 from ..kv_cache import KVCache
 from ..tuning import default_attention, default_decode
 from .prefill import RuntimeModel
 
-__all__ = ["BUDGETS", "FOREIGN", "TYPICAL_LEN", "attention_for_prompts", "opened_cache", "runtime_of"]
+__all__ = ["BUDGETS", "FOREIGN", "TYPICAL_LEN", "attention_for_prompts", "decode_loop", "opened_cache", "runtime_of"]
 
 # Prompt tokens of a step while somebody decodes, who waits for them, and while nobody does.
 BUDGETS = {"cuda": (1024, 8192), "cpu": (64, 256)}
@@ -66,6 +67,20 @@ def attention_for_prompts(model: RuntimeModel, cache: KVCache, new: int) -> Atte
     margin = 0 if cache.over_read_masked else cache.over_read_tokens
     case = (cache.layout, cache.device, model.num_heads)
     return default_attention(*case, max_over_read=margin, new=new, features=features_of(model))
+
+
+def decode_loop(model: RuntimeModel, cache: KVCache, attention: AttentionBackend | None, max_batch: int) -> DecodeLoop:
+    """That of an engine; with this attention where captured steps can use it."""
+    on_gpu = model.device.type == "cuda"
+    decodes = attention is not None and (not on_gpu or declared(attention, "capturable"))
+    return DecodeLoop(
+        model,
+        cache,
+        max_batch=max_batch,
+        attention=attention if decodes else None,
+        typical_len=min(TYPICAL_LEN, cache.layout.max_seq_len),
+        mapping="thread" if on_gpu else "inline",
+    )
 
 
 def opened_cache(
