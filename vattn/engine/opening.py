@@ -14,11 +14,12 @@ from ..kv_cache import KVCache
 from ..tuning import default_attention, default_decode
 from .prefill import RuntimeModel
 
-__all__ = ["BUDGETS", "FOREIGN", "TYPICAL_LEN", "attention_for_prompts", "decode_loop", "opened_cache", "runtime_of"]
+__all__ = ["BUDGETS", "FOREIGN", "attention_for_prompts", "decode_loop", "opened_cache", "runtime_of"]
 
 # Prompt tokens of a step while somebody decodes, who waits for them, and while nobody does.
 BUDGETS = {"cuda": (1024, 8192), "cpu": (64, 256)}
-TYPICAL_LEN = 2048  # rows of a sequence, for the choice of a kernel for decode: most requests are far from the context
+# Rows of a sequence, for the choice of a kernel for decode: most requests are far from the context.
+_TYPICAL_LEN = 2048
 
 # Slots for stored sequences, for each that may run. Of a model with 128,000 tokens in its vocabulary a slot takes 0.3
 # MB of tables, so 64 sequences take 54 MB more.
@@ -69,8 +70,10 @@ def attention_for_prompts(model: RuntimeModel, cache: KVCache, new: int) -> Atte
     return default_attention(*case, max_over_read=margin, new=new, features=features_of(model))
 
 
-def decode_loop(model: RuntimeModel, cache: KVCache, attention: AttentionBackend | None, max_batch: int) -> DecodeLoop:
-    """That of an engine; with this attention where captured steps can use it."""
+def decode_loop(
+    model: RuntimeModel, cache: KVCache, attention: AttentionBackend | None, max_batch: int, graphs: str | None = None
+) -> DecodeLoop:
+    """With this attention where captured steps can use it; ``graphs`` as of ``DecodeLoop``."""
     on_gpu = model.device.type == "cuda"
     decodes = attention is not None and (not on_gpu or declared(attention, "capturable"))
     return DecodeLoop(
@@ -78,7 +81,8 @@ def decode_loop(model: RuntimeModel, cache: KVCache, attention: AttentionBackend
         cache,
         max_batch=max_batch,
         attention=attention if decodes else None,
-        typical_len=min(TYPICAL_LEN, cache.layout.max_seq_len),
+        typical_len=min(_TYPICAL_LEN, cache.layout.max_seq_len),
+        graphs=graphs,
         mapping="thread" if on_gpu else "inline",
     )
 
@@ -104,7 +108,7 @@ def opened_cache(
                 features=features,
             ),
             default_decode(
-                *(layout, device, max_batch, min(TYPICAL_LEN, layout.max_seq_len), model.num_heads),
+                *(layout, device, max_batch, min(_TYPICAL_LEN, layout.max_seq_len), model.num_heads),
                 max_over_read=max_over_read,
                 features=features,
             ),

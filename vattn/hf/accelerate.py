@@ -149,7 +149,7 @@ class Accelerated:
     @property
     def num_ahead(self) -> tuple[int, int]:
         """Steps that were launched before their tokens were known, with the right ones and with wrong ones."""
-        return (0, 0) if self._steps is None else (self._steps.num_hits, self._steps.num_misses)
+        return (0, 0) if self._steps is None else (self._steps.guesses.num_hits, self._steps.guesses.num_misses)
 
     def __repr__(self) -> str:
         if not self._shadows["generate"].on:
@@ -200,7 +200,7 @@ class Accelerated:
         cache = GenerationCache(steps) if given is None else given
         greedy = config.num_beams in (None, 1) and not config.do_sample
         ends, padding = _tokens(config.eos_token_id), _tokens(config.pad_token_id)
-        steps.expect(greedy, ends, next(iter(padding or ends), None))
+        steps.guesses.expect(greedy, ends, next(iter(padding or ends), None))
         self._generating, self._trusted = True, False
         result = None
         try:
