@@ -24,8 +24,8 @@ import torch
 from ..errors import ConfigError, DriverError
 from ..machine import available_and_total_bytes
 from . import native
-from .base import RuledDriver
 from .host_errors import failed, refused, soft_limit, too_many_mappings
+from .ruled import RuledDriver
 from .rules import Mapping
 
 # From Linux's uapi headers. They are the same on every architecture that PyTorch supports.
