@@ -24,6 +24,7 @@ MEMORY = [
     "reservation",
     "work",
     "parking",
+    "plans",
     "planner",
     "page_table",
 ]

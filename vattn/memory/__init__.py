@@ -4,7 +4,7 @@ How ``KVCache.ensure`` comes to a driver call, each step in the file that it is 
 
 1. ``lock``: one thread at a time, with signals put off.
 2. ``slots``: plan; where pages are short, make room and plan again; carry the plan out, all of it or none.
-3. ``planner``: which pages are missing, shared, or parked in the slot already.
+3. ``planner``: which pages are missing, shared, or parked in the slot already; what it finds is one of the ``plans``.
 4. ``page_table``: takes pages from the pool (``pages``), and scrubs and copies.
 5. ``reservation``: calls the driver, and registers beside each call how to take it back (``undo``).
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..errors import ConfigError, DriverError, OutOfPages, VattnError
 from .pages import Page
-from .planner import Growth, Plan, Rows, Split
+from .plans import Growth, Plan, Rows, Split
 from .slot_states import LIVE, STORED
 from .stored import StoredSequences
 from .undo import Undo, is_incomplete
