@@ -16,8 +16,8 @@ import torch
 
 import vattn
 from vattn.driver import CudaDriver, Driver, HostDriver, LedgerDriver, native
-from vattn.driver.base import RuledDriver
 from vattn.driver.cuda import unavailable
+from vattn.driver.ruled import RuledDriver
 from vattn.errors import DriverError
 
 MIB = 1 << 20

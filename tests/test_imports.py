@@ -24,10 +24,11 @@ MEMORY = [
     "reservation",
     "work",
     "parking",
+    "plans",
     "planner",
     "page_table",
 ]
-MEMORY += ["backing", "slot_states", "stored", "slots", "integrity"]
+MEMORY += ["backing", "slot_states", "stored", "slots", "opened", "steps", "integrity"]
 # Lowest first. "" is the package itself, vattn/__init__.py: it shows what is public, and only the command line uses it.
 ROOMS = [
     *("errors", "arguments", "stats", "interrupts", "machine", "driver", "layout"),

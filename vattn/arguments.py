@@ -37,6 +37,11 @@ def require_int(name: str, value: object, minimum: int, maximum: int | None = No
     return number
 
 
+def optional_int(name: str, value: object, minimum: int) -> int | None:
+    """As ``require_int``; None stays None."""
+    return None if value is None else require_int(name, value, minimum)
+
+
 def require_bool(name: str, value: object) -> bool:
     """``value``, or a ConfigError where it is anything but True or False: ``"no"`` and ``0`` are not what they seem."""
     if not isinstance(value, bool):

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from types import TracebackType
 
 import numpy as np
 import torch
 
-from .arguments import is_int, require_bool, require_int
+from .arguments import is_int, optional_int, require_bool, require_int
 from .driver import Driver, open_driver
 from .errors import ConfigError
-from .interrupts import finish
 from .layout import KVLayout
 from .memory.backing import Backing
 from .memory.integrity import cache_stats, check_integrity
 from .memory.lock import FairLock, locked
+from .memory.opened import Opened
 from .memory.planner import OverRead
 from .memory.slots import Slots
+from .memory.steps import Steps
 from .memory.tensors import BackedRows
-from .memory.work import OpenStep
 from .stats import CacheStats, Event
 from .stored import StoredSequences, give_back
 
@@ -75,18 +73,14 @@ class KVCache(StoredSequences):
         driver: Driver | None = None,
     ) -> None:
         self._lock = FairLock()
-        self._slots_or_none: Slots | None = None
-        self._closing = False
+        self._opened = Opened()
         if not isinstance(layout, KVLayout):
             raise ConfigError(f"layout must be a vattn.KVLayout, got {layout!r}")
         self.layout = layout
         self.max_slots = require_int("max_slots", max_slots, 1)
-        if memory_limit is not None:
-            memory_limit = require_int("memory_limit", memory_limit, 1)
-        if page_bytes is not None:
-            page_bytes = require_int("page_bytes", page_bytes, 1)
-        if max_page_bytes is not None:
-            max_page_bytes = require_int("max_page_bytes", max_page_bytes, 1)
+        memory_limit = optional_int("memory_limit", memory_limit, 1)
+        page_bytes = optional_int("page_bytes", page_bytes, 1)
+        max_page_bytes = optional_int("max_page_bytes", max_page_bytes, 1)
         self.over_read_tokens = require_int("over_read_tokens", over_read_tokens, 0)
         self.over_read_masked = require_bool("over_read_masked", over_read_masked) or not over_read_tokens
         self.guard = require_bool("guard", guard)
@@ -107,8 +101,8 @@ class KVCache(StoredSequences):
         self.memory_limit = backing.pool.limit_bytes
         self._k, self._v = backing.views(layout.dtype)
         self._backed_rows = BackedRows(backing)
-        self._pid = os.getpid()
-        self._slots_or_none = Slots(backing, driver, self.max_slots, layout.max_seq_len, self._lock)
+        self._opened.or_none = Slots(backing, driver, self.max_slots, layout.max_seq_len, self._lock)
+        self._steps = Steps(self._opened, self._lock)
 
     # -- sequences -----------------------------------------------------------------------------------------------
     @locked(give_back=give_back)
@@ -279,10 +273,9 @@ class KVCache(StoredSequences):
         return backed_k[:rows], backed_v[:rows]
 
     # -- launching work ------------------------------------------------------------------------------------------
-    @contextmanager
     def step(
         self, slots: Sequence[int] | np.ndarray, *, versions: Sequence[int] | np.ndarray | None = None
-    ) -> Iterator[None]:
+    ) -> AbstractContextManager[None]:
         """Bracket the launch of work on some slots: ``with cache.step(slots): graph.replay()``.
 
         No page of these slots is unmapped or given away before the work that the block submits to its current stream
@@ -299,69 +292,7 @@ class KVCache(StoredSequences):
             OutOfPages: rows past the end that kernels read unmasked lie on a shared page, after ``truncate``, and there
                 is no page to copy it to.
         """
-        opened, dropped = OpenStep(), False
-        try:
-            if not self._enter(slots, versions, opened):
-                self._enter_in_turn(slots, versions, opened)
-            yield
-        except GeneratorExit:
-            dropped = True
-            raise
-        finally:
-            try:
-                self._leave(opened, dropped)
-            except BaseException:  # a signal's handler may have raised on the way
-                self._leave(opened, dropped)
-                raise
-
-    @locked(quick=True)
-    def _enter(
-        self, slots: Sequence[int] | np.ndarray, versions: Sequence[int] | np.ndarray | None, opened: OpenStep
-    ) -> bool:
-        """False: it takes a turn, to wait for an operation on one of the slots or to wipe rows past their end."""
-        if self._closing:
-            return False
-        state = self._slots
-        state.refuse_capture("step() itself")
-        wanted = state.all_live(slots, versions).copy()  # the caller may change his while the step is open
-        return state.is_clean(wanted) and state.work.enter(opened, wanted)
-
-    @locked(urgent=True, waits_outside=True)
-    def _enter_in_turn(
-        self, slots: Sequence[int] | np.ndarray, versions: Sequence[int] | np.ndarray | None, opened: OpenStep
-    ) -> None:
-        state = self._slots
-        state.refuse_capture("step() itself")
-        wanted = state.all_live(slots, versions).copy()
-        state.clean_over_read(wanted)
-        state.work.enter(opened, wanted)
-
-    def _leave(self, opened: OpenStep, dropped: bool) -> None:
-        if dropped:
-            finish(partial(self._leave_forgotten, opened))
-        else:
-            self._leave_now(opened)
-
-    def _leave_forgotten(self, opened: OpenStep) -> None:
-        """Leave a step that was not left, but forgotten: its stream is not known any more."""
-        state = self._slots_or_none
-        if state is not None and os.getpid() == self._pid and opened in state.work.open_steps:
-            self.driver.synchronize()
-        self._leave_now(opened)
-
-    @locked(quick=True, from_finaliser=True)
-    def _leave_now(self, opened: OpenStep) -> None:
-        state = self._slots_or_none
-        if state is None or os.getpid() != self._pid:
-            return
-        self._lock.left_over = self._finish_deferred
-        state.work.leave(opened)
-
-    def _finish_deferred(self) -> None:
-        """What had to wait until steps were left."""
-        state = self._slots_or_none
-        if state is not None and not self._closing:
-            state.finish_deferred(wait=False)
+        return self._steps.step(slots, versions)
 
     # -- looking -------------------------------------------------------------------------------------------------
     @locked
@@ -398,12 +329,12 @@ class KVCache(StoredSequences):
             ConfigError: a step is open, but for the calling thread's while an exception is on its way through it.
             DriverError: something could not be freed; calling ``close`` again tries what is left.
         """
-        if self._slots_or_none is None or os.getpid() != self._pid:  # a forked child has nothing to free
+        slots = self._opened.here
+        if slots is None:  # a forked child has nothing to free
             return
-        slots = self._slots_or_none
         with self._lock.books:
             slots.work.forget_steps()
-            self._closing = True  # no step is entered any more
+            self._opened.closing = True  # no step is entered any more
         self._k.clear()
         self._v.clear()
         self._backed_rows = BackedRows(None)
@@ -411,7 +342,7 @@ class KVCache(StoredSequences):
             slots.backing.close()
         finally:
             if slots.backing.closed:
-                self._slots_or_none = None
+                self._opened.or_none = None
 
     def __enter__(self) -> KVCache:
         self._slots  # noqa: B018 - says so where the cache is closed
@@ -428,22 +359,13 @@ class KVCache(StoredSequences):
         )
 
     def __repr__(self) -> str:
-        state = "closed" if self._slots_or_none is None else f"device={self.device}, page_bytes={self.page_bytes}"
+        state = "closed" if self._opened.or_none is None else f"device={self.device}, page_bytes={self.page_bytes}"
         return f"KVCache({self.layout!r}, max_slots={self.max_slots}, {state})"
 
     # -- what everything begins with ---------------------------------------------------------------------------------
     @property
     def _slots(self) -> Slots:
-        slots = self._slots_or_none
-        if slots is None:
-            raise ConfigError("this KVCache is closed; open a new one")
-        if os.getpid() != self._pid:
-            raise ConfigError("this KVCache belongs to the process that opened it; open one of its own after fork")
-        if self._closing:
-            raise ConfigError(
-                "this KVCache is closing; if that failed half-way, call close() again: nothing else works"
-            )
-        return slots
+        return self._opened.slots
 
     def _view(self, views: dict[int, torch.Tensor], layer: int) -> torch.Tensor:
         self._slots  # noqa: B018 - says so where the cache is closed, or its parent's

@@ -14,7 +14,7 @@ from traces import SHAPES
 
 import vattn
 from vattn.driver import Driver
-from vattn.driver.base import RuledDriver
+from vattn.driver.ruled import RuledDriver
 
 PAGE_BYTES, PAGE_TOKENS = 2 << 20, 16
 COUNTS = (1, 16, 256)

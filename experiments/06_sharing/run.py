@@ -21,8 +21,8 @@ from scrub import run_scrub, run_share
 from serving import run_serving
 
 from vattn.driver import CudaDriver, HostDriver, LedgerDriver
-from vattn.driver.base import RuledDriver
 from vattn.driver.cuda import unavailable
+from vattn.driver.ruled import RuledDriver
 from vattn.models import FusedLlama, Llama, LlamaConfig
 from vattn.ops.ops_table import Ops
 from vattn.tuning.table import default_ops

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from traces import SHAPES
 from vattn import KVCache, KVLayout
 from vattn.driver import HostDriver, LedgerDriver
 from vattn.memory.lock import locked
+from vattn.memory.steps import Steps
 from vattn.memory.work import OpenStep
 from vattn.models import Llama
 from vattn.ops.ops_table import Ops
@@ -32,16 +34,22 @@ NUM_OTHERS = 2
 WORK = bytes(1 << 20)  # hashed in every step, outside of the interpreter's lock
 
 
-class OneLock(KVCache):
-    """Entering and leaving a step take turns with all operations."""
-
-    def _enter(self, *arguments: object) -> bool:
+class StepsInTurn(Steps):
+    def _enter_step(self, *arguments: object) -> bool:
         return False
 
     @locked(urgent=True, from_finaliser=True)
-    def _leave(self, opened: OpenStep, dropped: bool) -> None:
-        self._slots.work.leave(opened)
-        self._slots.finish_deferred(wait=False)
+    def _leave(self, step: OpenStep, dropped: bool) -> None:
+        self._opened.slots.work.leave(step)
+        self._opened.slots.finish_deferred(wait=False)
+
+
+class OneLock(KVCache):
+    """Entering and leaving a step take turns with all operations."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._steps = StepsInTurn(self._opened, self._lock)
 
 
 SYSTEMS = {"vattn": KVCache, "vattn-one-lock": OneLock}

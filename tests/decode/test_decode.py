@@ -143,7 +143,7 @@ def walk(fused: FusedLlama, model: Llama, num_events: int, seed: int) -> None:
             if event < 0.3 and len(running) < 9:
                 prompt, count = rng.randrange(12), rng.randrange(1, 61)
                 stop = rng.choice(expected[prompt]) if rng.random() < 0.3 else None
-                slot = rng.choice([slot for slot in range(12) if slot not in running and slot != loop._scratch])
+                slot = rng.choice([slot for slot in range(12) if slot not in running and slot != loop.own_slot])
                 try:
                     slot = cache.acquire(slot)
                     if len(prompts[prompt]) > 1:
@@ -194,7 +194,7 @@ def test_cancelled_before_it_was_told(fused, model):
             slot = prefill(model, cache, prompt)
             loop.start(slot, prompt[-1], count)
             told = [each for _ in range(num_steps) for each in loop.step()]
-            loop._drain(0)
+            loop._pipeline.drain(0)
             loop.cancel(slot)
             assert loop.drain() == []
             assert cache.seq_len(slot) == 2 + len(told) == 5
@@ -224,8 +224,8 @@ def test_a_slot_is_in_one_loop_only(fused, model):
         first.step()
         with pytest.raises(ConfigError, match=f"slot {slot} belongs to another DecodeLoop"):
             second.start(slot, 7, 10)
-        with pytest.raises(ConfigError, match=f"slot {first._scratch} belongs to another"):
-            second.start(first._scratch, 7, 10)
+        with pytest.raises(ConfigError, match=f"slot {first.own_slot} belongs to another"):
+            second.start(first.own_slot, 7, 10)
         assert tuple(by_slot(first.run())[slot]) == expected
         cache.truncate(slot, 2)
         second.start(slot, 7, 10)  # which has ended there

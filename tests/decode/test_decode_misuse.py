@@ -119,7 +119,7 @@ def test_wrong_arguments_change_nothing(fused, model):
         slot = prefill(model, cache, [1, 2, 3])
         before = cache.stats()
         for arguments, message in (
-            ((loop._scratch, 1, 1), "own"),
+            ((loop.own_slot, 1, 1), "own"),
             ((7, 1, 1), "slot"),
             ((2, 1, 1), "holds no sequence"),
             ((slot, 128, 1), "vocabulary"),
@@ -147,7 +147,7 @@ def test_wrong_arguments_change_nothing(fused, model):
         with pytest.raises(ConfigError, match="a sequence is"):
             loop.start_batch([(slot, 1, 1)])
         with pytest.raises(ConfigError, match="own"):
-            loop.release(loop._scratch)
+            loop.release(loop.own_slot)
         assert cache.stats() == before
         assert loop.slots == ()
         loop.start(slot, 1, 5)

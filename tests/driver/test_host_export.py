@@ -44,9 +44,9 @@ FAILURES = {
     "no more files": (host.os, "memfd_create", 1, OSError(24, "too many")),
     "no memory": (host.os, "posix_fallocate", 1, OSError(28, "no space")),
     "no copy": (host.os, "sendfile", 1, OSError(5, "input/output")),
-    "no first mapping": (HostDriver, "_mmap", 1, failed("mmap", 12)),
-    "no last mapping": (HostDriver, "_mmap", 3, failed("mmap", 12)),
-    "no hole": (HostDriver, "_punch", 1, failed("fallocate", 95)),
+    "no first mapping": (host, "map_range", 1, failed("mmap", 12)),
+    "no last mapping": (host, "map_range", 3, failed("mmap", 12)),
+    "no hole": (host, "punch", 1, failed("fallocate", 95)),
 }
 
 

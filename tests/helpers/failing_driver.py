@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from vattn.driver.base import RuledDriver
+from vattn.driver.ruled import RuledDriver
 from vattn.errors import DriverError
 
 CALLS = ("reserve", "free_range", "create", "release", "map", "set_access", "unmap", "zero", "copy")

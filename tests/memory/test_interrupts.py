@@ -12,6 +12,7 @@ from test_streams import LAYOUT, PAGE, launch_fill, new
 
 import vattn
 from vattn.interrupts import Uninterrupted
+from vattn.memory.steps import Steps
 
 
 @pytest.fixture
@@ -83,7 +84,7 @@ def test_ctrl_c_on_leaving_a_step_does_not_leave_it_open(interrupted):
 @pytest.mark.parametrize("where", ["before it is left", "after it was left"])
 def test_a_handler_that_raises_around_the_leaving_of_a_step_does_not_leave_it_open(cache, monkeypatch, where):
     slot = new(cache, 64)
-    leave = vattn.KVCache._leave
+    leave = Steps._leave
 
     def interrupted(*arguments):
         monkeypatch.undo()
@@ -91,7 +92,7 @@ def test_a_handler_that_raises_around_the_leaving_of_a_step_does_not_leave_it_op
             leave(*arguments)
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(vattn.KVCache, "_leave", interrupted)
+    monkeypatch.setattr(Steps, "_leave", interrupted)
     with pytest.raises(KeyboardInterrupt), cache.step([slot]):
         pass
     cache.release(slot)

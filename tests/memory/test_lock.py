@@ -18,6 +18,7 @@ from helpers.llama import open_cache, small_model
 import vattn
 from vattn.decode.loop import DecodeLoop
 from vattn.memory.lock import FairLock, locked
+from vattn.memory.opened import Opened
 from vattn.models import FusedLlama
 
 
@@ -157,7 +158,7 @@ def test_a_turn_within_a_turn_comes_after_it_or_not_at_all() -> None:
         @locked
         def outer(self) -> None:
             self.inner()
-            with pytest.raises(vattn.ConfigError, match=r"work\(\) in the middle of another operation of this Nested"):
+            with pytest.raises(vattn.ConfigError, match=r"work\(\) in the middle of another operation of the same"):
                 self.work()
             done.append("outer")
 
@@ -216,9 +217,9 @@ def test_the_collector_ends_a_loop_after_the_turn_that_it_runs_in(look: str, mon
         mapper.track(slot, 0, 9)
         cycle.append(cycle)
         del cycle
-        live_slots = vattn.kv_cache.KVCache._slots
+        live_slots = Opened.slots
 
-        def collect(self: vattn.KVCache) -> object:
+        def collect(self: Opened) -> object:
             monkeypatch.undo()
             mapper._jobs.put((np.array([slot]), np.array([9]), mapper._generation[[slot]]))
             deadline = time.monotonic() + 30
@@ -230,7 +231,7 @@ def test_the_collector_ends_a_loop_after_the_turn_that_it_runs_in(look: str, mon
             assert thread.is_alive()
             return live_slots.fget(self)  # type: ignore[attr-defined]
 
-        monkeypatch.setattr(vattn.kv_cache.KVCache, "_slots", property(collect))
+        monkeypatch.setattr(Opened, "slots", property(collect))
         if look == "step":
             with cache.step([slot]):
                 pass

@@ -13,7 +13,8 @@ from helpers.llama import save_folder
 
 from vattn.errors import ConfigError
 from vattn.models.loader import find, load_tokenizer
-from vattn.models.tokenizer import TextStream, Tokenizer
+from vattn.models.text_stream import TextStream
+from vattn.models.tokenizer import Tokenizer
 
 pytest.importorskip("transformers")
 

@@ -1,40 +1,37 @@
 """The decode loop: sequences come and go, each step is one replay, and the host never makes the GPU wait.
 
 Everything that a step reads lies in device tensors with an entry per slot: the token that a sequence feeds next, its
-length, how to sample, when to stop (``state``). What the device does in a step is in ``step``, who decodes and what was
-reported in ``progress``; here is what a user calls, and in which order that happens.
+length, how to sample, when to stop (``state``). What the device does in a step is in ``step``, in which order steps are
+launched and read in ``pipeline``, who decodes and what was reported in ``progress``; here is what a user calls.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..arguments import require_int
 from ..attention import AttentionBackend
-from ..errors import ConfigError, OutOfPages
+from ..errors import ConfigError
 from ..interrupts import Uninterrupted, finish, for_one_thread
 from ..kv_cache import KVCache
 from ..requests import Sampling
 from .graphs import GraphReport
 from .map_ahead import MapAhead
 from .options import checked_options
+from .pipeline import Pipeline
 from .progress import Progress
 from .state import DecodedToken, DecodeModel, DecodeState, Start
-from .step import RING, CapturableCompute, Compute, DecodeStep
+from .step import CapturableCompute, Compute, DecodeStep
 
 __all__ = ["DecodeLoop"]
-
-
-_LOOPS: weakref.WeakKeyDictionary[KVCache, weakref.WeakSet[DecodeLoop]] = weakref.WeakKeyDictionary()
 
 
 class DecodeLoop:
@@ -63,6 +60,7 @@ class DecodeLoop:
         max_stop_tokens: of a sequence.
 
     Attributes:
+        own_slot: that of rows which only fill up a batch.
         stream: that steps are launched on; None on the CPU.
 
     Raises:
@@ -95,16 +93,16 @@ class DecodeLoop:
         device = cache.device
         self.state = DecodeState(cache.max_slots, self.max_stop_tokens, model.config.vocab_size, device)
         self.stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
-        self._scratch = cache.acquire()
-        self._scratch_version = int(cache.versions([self._scratch])[0])
+        self.own_slot = cache.acquire()
+        self._own_version = int(cache.versions([self.own_slot])[0])
         try:
             if options.fills_up:
-                cache.ensure(self._scratch, 1)
+                cache.ensure(self.own_slot, 1)
             self._step = DecodeStep(
                 model,
                 cache,
                 self.state,
-                self._scratch,
+                self.own_slot,
                 max_batch=self.max_batch,
                 attention=options.attention,
                 typical_len=options.typical_len,
@@ -114,11 +112,11 @@ class DecodeLoop:
                 stream=self.stream,
             )
             self._mapper = MapAhead(cache, options.ahead_tokens, threaded=mapping == "thread")
-            self._progress = Progress(cache, self._mapper, self.stream)
+            self._progress = Progress(cache, self._mapper, self.stream, self.own_slot, self.max_batch, self.max_seq_len)
         except BaseException:
-            cache.release(self._scratch)
+            cache.release(self.own_slot)
             raise
-        _LOOPS.setdefault(cache, weakref.WeakSet()).add(self)
+        self._pipeline = Pipeline(cache, self._step, self._progress, self._mapper, self.stream)
 
     # -- sequences -----------------------------------------------------------------------------------------------
     def start(
@@ -161,30 +159,9 @@ class DecodeLoop:
                 raise ConfigError(f"a sequence is a Start(slot, token, max_new_tokens, ...), got {each!r}")
         vocab_size = self.model.config.vocab_size
         checked = [each.checked(vocab_size=vocab_size, max_stop_tokens=self.max_stop_tokens) for each in starts]
-        rows = [self._check(start.slot, start.max_new_tokens) for start in checked]
-        slots = [start.slot for start in checked]
-        if not slots:
-            return
-        if len(set(slots)) < len(slots):
-            raise ConfigError(f"expected every slot once, got {slots}")
-        num_live = len(self._progress.live) + len(slots)
-        if num_live > self.max_batch:
-            raise ConfigError(f"{num_live} sequences exceed max_batch, {self.max_batch}")
-        with Uninterrupted():
-            known = self.cache.versions(slots) if versions is None else np.array(versions, np.int64)
-            # What a page shared with another sequence takes to become private, it takes here, before any step is open.
-            self.cache.ensure_batch(slots, [n + 1 for n in rows], versions=known)
-            try:
-                if self.stream is not None:
-                    self.stream.wait_stream(torch.cuda.current_stream(self.cache.device))
-                with torch.inference_mode(), torch.cuda.stream(self.stream):
-                    self.state.start(self._step.upload, checked, rows)
-            except BaseException:
-                for slot, n in zip(slots, rows, strict=True):
-                    self.cache.truncate(slot, n)
-                raise
-            for n, start, version in zip(rows, checked, known.tolist(), strict=True):
-                self._progress.begin(start.slot, n, n + start.max_new_tokens, version)
+        if checked:
+            with Uninterrupted():
+                self._progress.begin(checked, versions, partial(self.state.start, self._step.upload))
 
     @for_one_thread
     def allow(self, slot: int, mask: Any) -> None:
@@ -262,25 +239,8 @@ class DecodeLoop:
             ConfigError: it is the loop's own slot, or not live in the cache, or another sequence's by now than the one
                 that decoded.
         """
-        if slot == self._scratch:
-            raise ConfigError(f"slot {slot} is the loop’s own: close the loop to have it back")
-        live = self._progress.live.get(slot)
-        self.cancel(slot)
-        versions = None if live is None else [live.version]
-        caller = None if self.stream is None else torch.cuda.current_stream(self.cache.device)
-        with (
-            torch.cuda.stream(self.stream),
-            self.cache.step([slot], versions=versions),
-            torch.cuda.stream(caller),
-        ):
-            version = int(self.cache.versions([slot])[0])
-            self.cache.store(slot, min(store, self.cache.seq_len(slot)))  # of either stream's work so far
-        return version
-
-    @property
-    def own_slot(self) -> int:
-        """That of rows which only fill up a batch."""
-        return self._scratch
+        self._require_open()
+        return self._progress.release(slot, store)
 
     def rows_beside(self, batch: int) -> int:
         """Rows that a step has for so many sequences where it is captured with other work (``CapturableCompute``)."""
@@ -320,15 +280,7 @@ class DecodeLoop:
                 call refuses the sequence as a truncated one.
         """
         self._require_open()
-        self._drain(RING // 2)  # more than one is left only where something was raised after a launch
-        try:
-            launched = self._launch(slots, compute, beside)
-        except OutOfPages:
-            if not self._progress.under_way:
-                raise
-            self._drain(0)  # sequences that have ended give their pages back
-            launched = self._launch(slots, compute, beside)
-        self._drain(1 if launched else 0)
+        self._pipeline.advance(slots, compute, beside)
         return self._progress.report()
 
     @for_one_thread
@@ -340,12 +292,12 @@ class DecodeLoop:
             others: rows of a step -> what is to be captured with it, of all sizes that come.
         """
         self._require_open()
-        self._drain(0)
+        self._pipeline.drain(0)
         with (
             Uninterrupted(),
             torch.inference_mode(),
             torch.cuda.stream(self.stream),
-            self.cache.step([self._scratch], versions=[self._scratch_version]),
+            self.cache.step([self.own_slot], versions=[self._own_version]),
         ):
             self._step.capture_beside(others)
 
@@ -371,7 +323,7 @@ class DecodeLoop:
     def drain(self) -> list[DecodedToken]:
         """Report the tokens of every step launched so far; waits for them."""
         self._require_open()
-        self._drain(0)
+        self._pipeline.drain(0)
         return self._progress.report()
 
     @property
@@ -392,12 +344,12 @@ class DecodeLoop:
         self._mapper.close()
         if self.stream is not None:
             self.stream.synchronize()
-        self._progress.under_way.clear()
         self._step.release()
         with Uninterrupted():
             with suppress(ConfigError):  # the cache is closed already, or somebody else has released the slot
-                if self.cache.versions([self._scratch])[0] == self._scratch_version:
-                    self.cache.release(self._scratch)
+                if self.cache.versions([self.own_slot])[0] == self._own_version:
+                    self.cache.release(self.own_slot)
+            self._progress.close()
             self._closed = True
 
     def __del__(self) -> None:
@@ -412,74 +364,6 @@ class DecodeLoop:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    # -- inside --------------------------------------------------------------------------------------------------
-    def _launch(self, slots: Collection[int] | None, compute: Compute | None, beside: Mapping[int, int] | None) -> bool:
-        """Launch a step for every sequence (of these slots) that has rows to come; False if none has.
-
-        Raises:
-            ConfigError: some are not in the cache as they were; they are dropped.
-        """
-        sequences = self._progress.due(slots)
-        if not sequences:
-            return False
-        taken = [sequence.slot for sequence in sequences]
-        index = np.array(taken, np.int64)
-        rows = np.array([sequence.rows for sequence in sequences], np.int64) + 1
-        versions = np.array([sequence.version for sequence in sequences], np.int64)
-        touched, known = index, versions
-        if beside and (others := [slot for slot in beside if slot not in taken]):
-            touched = np.concatenate((index, np.array(others, np.int64)))
-            known = np.concatenate((versions, np.array([beside[slot] for slot in others], np.int64)))
-        try:
-            self._mapper.require(index, rows)
-            # Handlers run before the launch or after its entry in the books, also out of the end of ``cache.step``.
-            with (
-                Uninterrupted(),
-                torch.inference_mode(),
-                torch.cuda.stream(self.stream),
-                self.cache.step(touched, versions=known),
-            ):
-                self._progress.launched(sequences, self._step.launch(taken, compute))
-        except ConfigError as error:
-            self._drop(index, versions, error)
-            raise
-        self._mapper.look_ahead(index, rows)
-        return True
-
-    def _drop(self, index: np.ndarray, versions: np.ndarray, error: ConfigError) -> None:
-        """Decode no more what is somebody else's slot by now, or of another length."""
-        gone = index[self.cache.versions(index) != versions].tolist()
-        if gone:
-            with Uninterrupted():
-                self._progress.forget(gone)
-            raise ConfigError(
-                f"slots {gone} were released or truncated in the cache while this loop decoded them, and are dropped: "
-                "cancel a sequence, or let it end, before its slot is changed"
-            ) from error
-
-    def _drain(self, keep: int) -> None:
-        """Read the ring up to the newest ``keep`` steps."""
-        self._progress.drain(keep, self._step.read)
-
-    def _check(self, slot: int, max_new_tokens: int) -> int:
-        """ConfigError unless the slot can take so many more; returns its rows."""
-        slot = require_int("slot", slot, 0, self.cache.max_slots - 1)
-        if slot in self._progress.live or slot == self._scratch:
-            raise ConfigError(
-                f"slot {slot} is {'decoding already' if slot in self._progress.live else 'the loop’s own'}"
-            )
-        if any(token.slot == slot for token in self._progress.unreported):
-            raise ConfigError(f"slot {slot} has tokens that were not reported yet: call step or drain first")
-        for loop in _LOOPS[self.cache] - {self}:
-            if not loop._closed and (slot in loop._progress.live or slot == loop._scratch):
-                raise ConfigError(f"slot {slot} belongs to another DecodeLoop: cancel it there first")
-        rows = self.cache.seq_len(slot)
-        if rows + max_new_tokens > self.max_seq_len:
-            raise ConfigError(
-                f"slot {slot} has {rows} rows; {max_new_tokens} new ones exceed the context of {self.max_seq_len}"
-            )
-        return rows
 
     def _require_open(self) -> None:
         if self._closed:

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
+from ..arguments import require_int
 from ..errors import ConfigError
 from ..interrupts import Uninterrupted
 from ..kv_cache import KVCache
 from .map_ahead import MapAhead
-from .state import DecodedToken
+from .state import CheckedStart, DecodedToken
 from .step import LaunchedStep
 
 __all__ = ["Live", "Progress"]
+
+
+# The books of the open loops over each cache: a slot decodes in one of them at most.
+_OF_CACHE: weakref.WeakKeyDictionary[KVCache, weakref.WeakSet[Progress]] = weakref.WeakKeyDictionary()
 
 
 @dataclass(eq=False)
@@ -39,24 +46,72 @@ class Progress:
         cache: holds the sequences.
         mapper: maps rows ahead of them.
         stream: of the steps; None on the CPU.
+        own_slot: the loop's own, in which no sequence decodes.
+        max_batch: sequences that decode together.
+        max_seq_len: rows of a sequence.
 
     Attributes:
         live: by slot.
         unreported: tokens that were read and not reported.
     """
 
-    def __init__(self, cache: KVCache, mapper: MapAhead, stream: torch.cuda.Stream | None) -> None:
+    def __init__(
+        self,
+        cache: KVCache,
+        mapper: MapAhead,
+        stream: torch.cuda.Stream | None,
+        own_slot: int,
+        max_batch: int,
+        max_seq_len: int,
+    ) -> None:
         self._cache, self._mapper, self._stream = cache, mapper, stream
+        self._own_slot, self._max_batch, self._max_seq_len = own_slot, max_batch, max_seq_len
         self.live: dict[int, Live] = {}
         self.unreported: list[DecodedToken] = []
         self.under_way: deque[tuple[tuple[Live, ...], LaunchedStep]] = deque()
         self._ended: dict[int, Live] = {}  # the last sequence of each slot, which has exactly its rows
+        _OF_CACHE.setdefault(cache, weakref.WeakSet()).add(self)
 
-    def begin(self, slot: int, rows: int, limit: int, version: int) -> None:
-        """A sequence decodes from now on; row ``rows`` is mapped already."""
-        self._mapper.track(slot, rows + 1, limit, version)
-        self.live[slot] = Live(slot, rows, limit, version)
-        self._ended.pop(slot, None)
+    def begin(
+        self,
+        starts: Sequence[CheckedStart],
+        versions: Sequence[int] | None,
+        write: Callable[[Sequence[CheckedStart], Sequence[int]], None],
+    ) -> None:
+        """Sequences decode from now on, all or none of them; the next row of each gets its page here.
+
+        Args:
+            versions: of their slots; None for those of now.
+            write: called with ``starts`` and the rows that each has in the cache, on the stream of the steps, to tell
+                the device.
+
+        Raises:
+            ConfigError, OutOfPages: as ``DecodeLoop.start``.
+        """
+        rows = [self._require_room(start.slot, start.max_new_tokens) for start in starts]
+        slots = [start.slot for start in starts]
+        if len(set(slots)) < len(slots):
+            raise ConfigError(f"expected every slot once, got {slots}")
+        num_live = len(self.live) + len(slots)
+        if num_live > self._max_batch:
+            raise ConfigError(f"{num_live} sequences exceed max_batch, {self._max_batch}")
+        known = self._cache.versions(slots) if versions is None else np.array(versions, np.int64)
+        # What a page shared with another sequence takes to become private, it takes here, before any step is open.
+        self._cache.ensure_batch(slots, [n + 1 for n in rows], versions=known)
+        try:
+            if self._stream is not None:
+                self._stream.wait_stream(torch.cuda.current_stream(self._cache.device))
+            with torch.inference_mode(), torch.cuda.stream(self._stream):
+                write(starts, rows)
+        except BaseException:
+            for slot, n in zip(slots, rows, strict=True):
+                self._cache.truncate(slot, n)
+            raise
+        for n, start, version in zip(rows, starts, known.tolist(), strict=True):
+            limit = n + start.max_new_tokens
+            self._mapper.track(start.slot, n + 1, limit, version)
+            self.live[start.slot] = Live(start.slot, n, limit, version)
+            self._ended.pop(start.slot, None)
 
     def due(self, slots: Collection[int] | None) -> tuple[Live, ...]:
         """Those (of these slots, or of all) that have rows to come."""
@@ -107,6 +162,46 @@ class Progress:
             del self.live[slot]
             self._mapper.forget(slot)
         self.unreported = [token for token in self.unreported if token.slot not in slots]
+
+    def release(self, slot: int, store: int) -> int:
+        """As ``DecodeLoop.release``."""
+        if slot == self._own_slot:
+            raise ConfigError(f"slot {slot} is the loop’s own: close the loop to have it back")
+        live = self.live.get(slot)
+        with Uninterrupted():
+            self.cancel(slot)
+        versions = None if live is None else [live.version]  # the one that it has now
+        caller = None if self._stream is None else torch.cuda.current_stream(self._cache.device)
+        with (
+            torch.cuda.stream(self._stream),
+            self._cache.step([slot], versions=versions),
+            torch.cuda.stream(caller),
+        ):
+            version = int(self._cache.versions([slot])[0])
+            self._cache.store(slot, min(store, self._cache.seq_len(slot)))  # of either stream's work so far
+        return version
+
+    def close(self) -> None:
+        """No slot is the loop's any more."""
+        self.under_way.clear()
+        _OF_CACHE[self._cache].discard(self)
+
+    def _require_room(self, slot: int, max_new_tokens: int) -> int:
+        """Rows of a slot that no loop decodes in; ConfigError where one does, or it cannot take so many more."""
+        slot = require_int("slot", slot, 0, self._cache.max_slots - 1)
+        if slot in self.live or slot == self._own_slot:
+            raise ConfigError(f"slot {slot} is {'decoding already' if slot in self.live else 'the loop’s own'}")
+        if any(token.slot == slot for token in self.unreported):
+            raise ConfigError(f"slot {slot} has tokens that were not reported yet: call step or drain first")
+        for other in _OF_CACHE[self._cache] - {self}:
+            if slot in other.live or slot == other._own_slot:
+                raise ConfigError(f"slot {slot} belongs to another DecodeLoop: cancel it there first")
+        rows = self._cache.seq_len(slot)
+        if rows + max_new_tokens > self._max_seq_len:
+            raise ConfigError(
+                f"slot {slot} has {rows} rows; {max_new_tokens} new ones exceed the context of {self._max_seq_len}"
+            )
+        return rows
 
     def _hand_back(self, sequence: Live, num_dropped: int = 0) -> None:
         """A sequence has ended: leave its slot with its rows, but for those of tokens that are dropped."""

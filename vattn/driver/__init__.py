@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 import torch
 
 from ..errors import ConfigError, VattnError
-from .base import Driver, Fence, RuledDriver
+from .base import Driver, Fence
 from .cuda import CudaDriver, unavailable
 from .host import HostDriver
 from .ledger import LedgerDriver
+from .ruled import RuledDriver
 
 __all__ = ["CudaDriver", "Driver", "DriverStatus", "Fence", "HostDriver", "LedgerDriver", "open_driver", "probe"]
 

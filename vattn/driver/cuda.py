@@ -14,7 +14,8 @@ import torch
 
 from ..errors import ConfigError, DriverError
 from . import native
-from .base import Fence, RuledDriver
+from .base import Fence
+from .ruled import RuledDriver
 
 try:
     from cuda.bindings import driver as _cu

@@ -16,7 +16,7 @@ import os
 import resource
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count
 
 import torch
@@ -24,32 +24,12 @@ import torch
 from ..errors import ConfigError, DriverError
 from ..machine import available_and_total_bytes
 from . import native
-from .base import RuledDriver
+from .host_calls import MAP_FIXED, PROT_NONE, READ_WRITE, RESERVED, map_range, protect, punch, unmap_range
 from .host_errors import failed, refused, soft_limit, too_many_mappings
+from .ruled import RuledDriver
 from .rules import Mapping
 
-# From Linux's uapi headers. They are the same on every architecture that PyTorch supports.
-_MAP_FIXED = 0x10
-_MAP_NORESERVE = 0x4000
-_FALLOC_FL_KEEP_SIZE = 0x01
-_FALLOC_FL_PUNCH_HOLE = 0x02
-_MADV_DONTFORK = 10
-_PROT_NONE = 0
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.mmap.restype = ctypes.c_void_p
-_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64]
-_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-_libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
-_MAP_FAILED = ctypes.c_void_p(-1).value
-
-_RESERVED = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
-_READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
 _RANGE_ALIGNMENT_BYTES = 2 << 20
-
-
 # Spare mappings, removed when the process reaches its limit of mappings. At that limit every ``mmap`` fails, also that
 # of an ``unmap`` and of the interpreter's next allocation.
 _NUM_SPARE = 128
@@ -96,15 +76,15 @@ class HostDriver(RuledDriver):
     # -- address ranges ------------------------------------------------------------------------------------------
     def _reserve(self, size_bytes: int) -> int:
         wide = size_bytes + _RANGE_ALIGNMENT_BYTES
-        start = self._mmap(None, wide, _PROT_NONE, _RESERVED, -1, 0)
+        start = map_range(None, wide, PROT_NONE, RESERVED, -1, 0)
         address = -(-start // _RANGE_ALIGNMENT_BYTES) * _RANGE_ALIGNMENT_BYTES
         for surplus, length in ((start, address - start), (address + size_bytes, start + wide - address - size_bytes)):
             if length:
-                self._munmap(surplus, length)
+                unmap_range(surplus, length)
         return address
 
     def _free_range(self, address: int, size_bytes: int) -> None:
-        self._munmap(address, size_bytes)
+        unmap_range(address, size_bytes)
 
     # -- handles -------------------------------------------------------------------------------------------------
     def _create(self, size_bytes: int) -> int:
@@ -181,14 +161,9 @@ class HostDriver(RuledDriver):
         if (own := self._files.pop(handle, None)) is not None:
             os.close(own)
         else:
-            self._punch(handle, size_bytes)
+            punch(self._fd, handle - 1, size_bytes)
         if handle < _FIRST_IMPORTED:
             self._holes.setdefault(size_bytes, []).append(handle - 1)
-
-    def _punch(self, handle: int, size_bytes: int) -> None:
-        mode = _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE
-        if _libc.fallocate(self._fd, mode, handle - 1, size_bytes):
-            raise failed("fallocate")
 
     # -- handles of two processes ----------------------------------------------------------------------------------
     def _export(self, handle: int, size_bytes: int) -> int:
@@ -212,7 +187,7 @@ class HostDriver(RuledDriver):
             while num_copied < size_bytes:
                 num_copied += os.sendfile(own, self._fd, handle - 1 + num_copied, size_bytes - num_copied)
             self._remap(mappings, own, 0)
-            self._punch(handle, size_bytes)
+            punch(self._fd, handle - 1, size_bytes)
         except BaseException:
             self._remap(mappings, self._fd, handle - 1)
             os.close(own)
@@ -222,8 +197,8 @@ class HostDriver(RuledDriver):
     def _remap(self, mappings: list[Mapping], fd: int, offset: int) -> None:
         """In one step each: others may be reading there."""
         for mapping in mappings:
-            prot = _PROT_NONE if not mapping.accessible else _READ_WRITE if mapping.writable else mmap.PROT_READ
-            self._mmap(mapping.address, mapping.size_bytes, prot, mmap.MAP_SHARED | _MAP_FIXED, fd, offset)
+            prot = PROT_NONE if not mapping.accessible else READ_WRITE if mapping.writable else mmap.PROT_READ
+            map_range(mapping.address, mapping.size_bytes, prot, mmap.MAP_SHARED | MAP_FIXED, fd, offset)
 
     def _import(self, fd: int, size_bytes: int) -> int:
         try:
@@ -241,11 +216,11 @@ class HostDriver(RuledDriver):
     # -- mappings ------------------------------------------------------------------------------------------------
     def _map(self, address: int, size_bytes: int, handle: int) -> None:
         self._hold_spare("mmap")
-        flags = mmap.MAP_SHARED | _MAP_FIXED
+        flags = mmap.MAP_SHARED | MAP_FIXED
         own = self._files.get(handle)
         fd, offset = (self._fd, handle - 1) if own is None else (own, 0)
         with self._at_the_limit("mmap"):
-            self._mmap(address, size_bytes, _PROT_NONE, flags, fd, offset)
+            map_range(address, size_bytes, PROT_NONE, flags, fd, offset)
 
     def _map_batch(
         self, size_bytes: int, addresses: Sequence[int], handles: Sequence[int]
@@ -271,12 +246,12 @@ class HostDriver(RuledDriver):
 
     def _set_access(self, address: int, size_bytes: int, writable: bool) -> None:
         with self._at_the_limit("mprotect"):
-            self._mprotect(address, size_bytes, _READ_WRITE if writable else mmap.PROT_READ)
+            protect(address, size_bytes, READ_WRITE if writable else mmap.PROT_READ)
 
     def _unmap(self, address: int, size_bytes: int) -> None:
         for attempt in range(2):
             try:
-                self._mmap(address, size_bytes, _PROT_NONE, _RESERVED | _MAP_FIXED, -1, 0)
+                map_range(address, size_bytes, PROT_NONE, RESERVED | MAP_FIXED, -1, 0)
                 return
             except DriverError as error:
                 # Removing a mapping may split another one, so it fails at the limit. The spare ones make room.
@@ -315,35 +290,15 @@ class HostDriver(RuledDriver):
             if fd >= 0:
                 os.close(fd)
 
-    # -- system calls --------------------------------------------------------------------------------------------
-    def _mmap(self, address: int | None, size_bytes: int, prot: int, flags: int, fd: int, offset: int) -> int:
-        result = _libc.mmap(address, size_bytes, prot, flags, fd, offset)
-        if result == _MAP_FAILED:
-            raise failed("mmap")
-        # A forked child must not get this mapping: it is shared, so the child's writes would change our data.
-        if _libc.madvise(result, size_bytes, _MADV_DONTFORK):
-            failure = failed("madvise")
-            if not flags & _MAP_FIXED:
-                _libc.munmap(result, size_bytes)
-            raise failure
-        return result or 0
-
-    def _munmap(self, address: int, size_bytes: int) -> None:
-        if _libc.munmap(address, size_bytes):
-            raise failed("munmap")
-
-    def _mprotect(self, address: int, size_bytes: int, prot: int) -> None:
-        if _libc.mprotect(address, size_bytes, prot):
-            raise failed("mprotect")
-
+    # -- the limit of mappings -----------------------------------------------------------------------------------
     def _hold_spare(self, call: str) -> None:
         """Make the spare mappings. Raises the error of ``call`` where the limit leaves no room for them."""
         if self._spare is not None:
             return
         with self._at_the_limit(call):
-            self._spare = self._mmap(None, _NUM_SPARE * mmap.PAGESIZE, _PROT_NONE, _RESERVED, -1, 0)
+            self._spare = map_range(None, _NUM_SPARE * mmap.PAGESIZE, PROT_NONE, RESERVED, -1, 0)
             for index in range(0, _NUM_SPARE, 2):  # the kernel merges neighbours of equal protection into one mapping
-                self._mprotect(self._spare + index * mmap.PAGESIZE, mmap.PAGESIZE, mmap.PROT_READ)
+                protect(self._spare + index * mmap.PAGESIZE, mmap.PAGESIZE, mmap.PROT_READ)
 
     @contextmanager
     def _at_the_limit(self, call: str) -> Iterator[None]:
@@ -358,7 +313,8 @@ class HostDriver(RuledDriver):
 
     def _drop_spare(self) -> None:
         if self._spare is not None:
-            _libc.munmap(self._spare, _NUM_SPARE * mmap.PAGESIZE)
+            with suppress(DriverError):
+                unmap_range(self._spare, _NUM_SPARE * mmap.PAGESIZE)
             self._spare = None
 
 

@@ -7,7 +7,7 @@ from itertools import count
 import torch
 
 from ..errors import ConfigError, DriverError
-from .base import RuledDriver
+from .ruled import RuledDriver
 
 _FIRST_ADDRESS = 1 << 32
 _ADDRESS_END = 1 << 47

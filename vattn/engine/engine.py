@@ -11,19 +11,18 @@ from contextlib import ExitStack, contextmanager, suppress
 from types import TracebackType
 from typing import Any
 
-from ..arguments import is_int, require_bool, require_int
-from ..attention import AttentionBackend, declared, require_fit
+from ..arguments import is_int, optional_int, require_bool, require_int
+from ..attention import AttentionBackend, require_fit
 from ..attention.choice import backend_of
-from ..decode import DecodeLoop
 from ..decode.state import features_of
 from ..errors import ConfigError, OutOfPages, OutOfSlots, QueueFull
 from ..interrupts import Uninterrupted, finish
 from ..kv_cache import KVCache
 from ..requests import Completion, Request, StepToken, checked_request
-from .answers import Answer
+from .answers import Answers
 from .costs import SequenceCosts
 from .mail import Mail, Turns, nobody
-from .opening import BUDGETS, TYPICAL_LEN, attention_for_prompts, opened_cache, runtime_of
+from .opening import BUDGETS, attention_for_prompts, decode_loop, opened_cache, runtime_of
 from .prefill import PrefillPasses
 from .prefixes import Prefixes
 from .runner import Runner
@@ -82,9 +81,8 @@ class Engine:
             raise ConfigError(f"an engine takes a model and a vattn.KVCache, got a {type(cache).__name__} as cache")
         if cache is not None and memory_limit is not None:
             raise ConfigError("memory_limit is of a cache that the engine opens; the one given has its own")
-        if max_step_tokens is not None:
-            max_step_tokens = require_int("max_step_tokens", max_step_tokens, 1)
-        self.max_waiting = None if max_waiting is None else require_int("max_waiting", max_waiting, 1)
+        max_step_tokens = optional_int("max_step_tokens", max_step_tokens, 1)
+        self.max_waiting = optional_int("max_waiting", max_waiting, 1)
         attention = None if attention is None else backend_of(attention)
         prefix_caching = require_bool("prefix_caching", prefix_caching)
         if max_batch is None:
@@ -93,7 +91,6 @@ class Engine:
         self._made = ExitStack()  # what this engine made and closes
         self.model = model = runtime_of(model, self._made)
         try:
-            on_gpu = model.device.type == "cuda"
             budgets = BUDGETS[model.device.type] if max_step_tokens is None else (max_step_tokens,) * 2
             if cache is None:
                 opened = opened_cache(model, attention, max_batch, memory_limit, stores=prefix_caching)
@@ -101,15 +98,7 @@ class Engine:
             self.cache = cache
             self.attention = attention_for_prompts(model, self.cache, budgets[1]) if attention is None else attention
             require_fit(self.attention, self.cache, features=features_of(model))
-            decodes = attention is not None and (not on_gpu or declared(attention, "capturable"))
-            self._loop = DecodeLoop(
-                model,
-                self.cache,
-                max_batch=max_batch,
-                attention=attention if decodes else None,
-                typical_len=min(TYPICAL_LEN, self.cache.layout.max_seq_len),
-                mapping="thread" if on_gpu else "inline",
-            )
+            self._loop = decode_loop(model, self.cache, attention, max_batch)
         except BaseException:
             self._made.close()
             raise
@@ -251,34 +240,24 @@ class Engine:
         if isinstance(requests, Request) or not isinstance(requests, Iterable):
             raise ConfigError(f"generate takes a list of requests, as [Request(prompt_tokens)], got {requests!r}")
         checked = [self._checked(request) for request in requests]
-        answers: dict[tuple[int, int], Answer] = {}
-        ids: list[int] = []
+        answers = Answers()
         try:
             with self._alone():  # so that nobody else takes in who is cancelled
                 with Uninterrupted(), self._mail.lock:
                     for request in checked:
-                        ids.append(self._mail.post(request))
-                        answers.update(((ids[-1], index), Answer()) for index in range(request.n))
-                pending = {request_id: request.n for request_id, request in zip(ids, checked, strict=True)}
-                while pending:
+                        answers.expect(self._mail.post(request), request.n)
+                while answers.pending:
                     with Uninterrupted():
-                        for request_id in self._take_in():
-                            pending.pop(request_id, None)
+                        answers.expect_no_more(self._take_in())
                         self._runner.advance(time.monotonic())
                         tokens = self._mail.reportable(self._samples.collect(), with_kept=False)
-                        self._mail.keep([new for new in tokens if (new.request_id, new.index) not in answers])
-                        for new in tokens:
-                            if (answer := answers.get((new.request_id, new.index))) is not None:
-                                answer.add(new)
-                                pending[new.request_id] -= new.finish_reason is not None
-                                if not pending[new.request_id]:
-                                    del pending[new.request_id]
+                        self._mail.keep(answers.add(tokens))
         except BaseException:
             with Uninterrupted():
-                for request_id in ids:
+                for request_id in answers.request_ids:
                     self.cancel(request_id)
             raise
-        return [answer.completion(*key) for key, answer in answers.items()]
+        return answers.completions()
 
     def warm_up(self) -> None:
         """Capture passes of every size before any request comes, as a server does; it takes a few seconds at most.

@@ -1,4 +1,4 @@
-"""Which attention an engine computes prompts with, and the cache that it opens where it is given none."""
+"""What an engine opens: its model's runtime, its decode loop, and a cache where it is given none."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
-from ..attention import AttentionBackend
+from ..attention import AttentionBackend, declared
+from ..decode import DecodeLoop
 from ..decode.options import require_state_room
 from ..decode.state import features_of
 from ..errors import ConfigError
@@ -14,11 +15,12 @@ from ..kv_cache import KVCache
 from ..tuning import default_attention, default_decode
 from .prefill import RuntimeModel
 
-__all__ = ["BUDGETS", "FOREIGN", "TYPICAL_LEN", "attention_for_prompts", "opened_cache", "runtime_of"]
+__all__ = ["BUDGETS", "FOREIGN", "attention_for_prompts", "decode_loop", "opened_cache", "runtime_of"]
 
 # Prompt tokens of a step while somebody decodes, who waits for them, and while nobody does.
 BUDGETS = {"cuda": (1024, 8192), "cpu": (64, 256)}
-TYPICAL_LEN = 2048  # rows of a sequence, for the choice of a kernel for decode: most requests are far from the context
+# Rows of a sequence, for the choice of a kernel for decode: most requests are far from the context.
+_TYPICAL_LEN = 2048
 
 # Slots for stored sequences, for each that may run. Of a model with 128,000 tokens in its vocabulary a slot takes 0.3
 # MB of tables, so 64 sequences take 54 MB more.
@@ -69,6 +71,23 @@ def attention_for_prompts(model: RuntimeModel, cache: KVCache, new: int) -> Atte
     return default_attention(*case, max_over_read=margin, new=new, features=features_of(model))
 
 
+def decode_loop(
+    model: RuntimeModel, cache: KVCache, attention: AttentionBackend | None, max_batch: int, graphs: str | None = None
+) -> DecodeLoop:
+    """With this attention where captured steps can use it; ``graphs`` as of ``DecodeLoop``."""
+    on_gpu = model.device.type == "cuda"
+    decodes = attention is not None and (not on_gpu or declared(attention, "capturable"))
+    return DecodeLoop(
+        model,
+        cache,
+        max_batch=max_batch,
+        attention=attention if decodes else None,
+        typical_len=min(_TYPICAL_LEN, cache.layout.max_seq_len),
+        graphs=graphs,
+        mapping="thread" if on_gpu else "inline",
+    )
+
+
 def opened_cache(
     model: RuntimeModel,
     attention: AttentionBackend | None,
@@ -98,7 +117,7 @@ def opened_cache(
                 features=features,
             ),
             default_decode(
-                *(layout, device, max_batch, min(TYPICAL_LEN, layout.max_seq_len), model.num_heads),
+                *(layout, device, max_batch, min(_TYPICAL_LEN, layout.max_seq_len), model.num_heads),
                 max_over_read=max_over_read,
                 features=features,
             ),

@@ -21,13 +21,13 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from ..arguments import require_bool, require_int
+from ..arguments import optional_int, require_bool, require_int
 from ..decode.graphs import GraphReport
 from ..errors import ConfigError
 from ..kv_cache import KVCache
-from .captured_steps import CapturedSteps
+from .current_steps import CurrentSteps
 from .examine import described, require_memory
-from .examine_generation import call_reason, fingerprint, kept_tensors, model_reason, padding_of, result_class
+from .examine_generation import call_reason, model_reason, padding_of, result_class
 from .generation_cache import GenerationCache
 from .model import TransformersModel
 from .shadow import Shadow
@@ -93,21 +93,22 @@ class Accelerated:
             raise ConfigError(f"{type(model).__name__} is an encoder-decoder, accelerate takes decoders")
         if any(isinstance(each := vars(model).get(name), Shadow) and each.on for name in _SHADOWED):
             raise ConfigError(f"this {type(model).__name__} is accelerated already: restore() that first")
-        self._max_length = None if max_length is None else require_int("max_length", max_length, 1)
-        self._max_batch = require_int("max_batch", max_batch, 1)
-        self._memory_limit = None if memory_limit is None else require_int("memory_limit", memory_limit, 1)
-        require_memory(model, self._max_batch, self._memory_limit)
-        self._run_ahead = None if run_ahead is None else require_bool("run_ahead", run_ahead)
-        self._fuse = None if fuse is None else require_bool("fuse", fuse)
+        max_batch = require_int("max_batch", max_batch, 1)
+        memory_limit = optional_int("memory_limit", memory_limit, 1)
+        require_memory(model, max_batch, memory_limit)
+        self._current = CurrentSteps(
+            model,
+            optional_int("max_length", max_length, 1),
+            max_batch,
+            memory_limit,
+            None if run_ahead is None else require_bool("run_ahead", run_ahead),
+            None if fuse is None else require_bool("fuse", fuse),
+        )
         self.model = model
         self.reasons: list[str] = []
         self._lock = threading.RLock()
         self._generating = False
         self._trusted = False  # whether this call of generate has shown its padding and positions
-        self._hf: TransformersModel | None = None
-        self._steps: CapturedSteps | None = None
-        self._known: tuple[Any, str | None] | None = None  # a state of the model, and what is against it
-        self._kept: set[tuple[int, str]] = set()  # tensors that the model's forward leaves on its modules
         self._result = result_class(type(model))
         parameters = inspect.signature(model.forward).parameters
         self._cache_name = next((name for name in _CACHES if name in parameters), None)
@@ -131,34 +132,35 @@ class Accelerated:
                     delattr(self.model, name)
                     if name in self._own:
                         setattr(self.model, name, self._own[name])
-            self._close()
+            self._current.close()
 
     @property
     def kv_cache(self) -> KVCache | None:
         """Where K and V are; None before the first ``generate``."""
-        return None if self._steps is None else self._steps.cache
+        return None if (steps := self._current.steps) is None else steps.cache
 
     @property
     def graphs(self) -> tuple[GraphReport, ...]:
         """What was captured so far, by batch size."""
-        return () if self._steps is None else self._steps.graphs
+        return () if (steps := self._current.steps) is None else steps.graphs
 
     @property
     def transformers_model(self) -> TransformersModel | None:
         """The model as the runtime runs it; None before the first ``generate``."""
-        return self._hf
+        return self._current.hf
 
     @property
     def num_ahead(self) -> tuple[int, int]:
         """Steps that were launched before their tokens were known, with the right ones and with wrong ones."""
-        return (0, 0) if self._steps is None else (self._steps.num_hits, self._steps.num_misses)
+        steps = self._current.steps
+        return (0, 0) if steps is None else (steps.guesses.num_hits, steps.guesses.num_misses)
 
     def __repr__(self) -> str:
         if not self._shadows["generate"].on:
             state = "restored"
-        elif (reason := self._against() or (self._known or (None, None))[1]) is not None:
+        elif (reason := self._against() or self._current.reason) is not None:
             state = f"the model's own forward, because {reason}"
-        elif self._steps is None:
+        elif self._current.steps is None:
             state = "nothing generated yet"
         elif self.model.device.type != "cuda":
             state = "steps that run eagerly, as CUDA graphs need a GPU"
@@ -183,7 +185,7 @@ class Accelerated:
         config = self._config(call)
         if config is None:  # transformers says what is wrong with it
             return self._generate(*args, **kwargs)
-        ours = isinstance(given, GenerationCache) and given.steps is self._steps is not None
+        ours = isinstance(given, GenerationCache) and given.steps is self._current.steps is not None
         reason = call_reason(config, call, None if ours else given)
         if self._cache_name is None:
             reason = f"{type(self.model).__name__} takes no cache of K and V"
@@ -197,16 +199,16 @@ class Accelerated:
         return self._generate(*args, **kwargs)
 
     def _run(self, given: GenerationCache | None, config: GenerationConfig, args: Any, kwargs: Any) -> Any:
-        steps = self._opened()
+        steps = self._current.opened()
         assert self._cache_name is not None
         cache = GenerationCache(steps) if given is None else given
         greedy = config.num_beams in (None, 1) and not config.do_sample
         ends, padding = _tokens(config.eos_token_id), _tokens(config.pad_token_id)
-        steps.expect(greedy, ends, next(iter(padding or ends), None))
+        steps.guesses.expect(greedy, ends, next(iter(padding or ends), None))
         self._generating, self._trusted = True, False
         result = None
         try:
-            self._attach()
+            self._current.attach()
             if given is None:
                 kwargs = {name: value for name, value in kwargs.items() if name not in _CACHES}
                 kwargs[self._cache_name] = cache
@@ -214,7 +216,7 @@ class Accelerated:
             return result
         finally:
             self._generating = self._trusted = False
-            self._detach()
+            self._current.detach()
             if given is None and getattr(result, self._cache_name, None) is not cache:
                 cache.give_up()
 
@@ -256,16 +258,16 @@ class Accelerated:
             cache.require_steps()  # gone where the model has changed
             try:
                 if answer is None:
-                    self._attach()
+                    self._current.attach()
                     answer = self._answer(cache, call)
             finally:
                 if not self._generating:
-                    self._detach()
+                    self._current.detach()
             if isinstance(answer, torch.Tensor):
                 result = self._result(logits=answer[:, None], **{self._cache_name: cache})
                 return (result.to_tuple() if call.get("return_dict") is False else result), call
             self._say(answer)
-            self._detach()
+            self._current.detach()
             # transformers goes on with the cache that a model returns.
             return None, {**call, self._cache_name: cache.dynamic(self.model.config.get_text_config(decoder=True))}
 
@@ -289,31 +291,17 @@ class Accelerated:
         if batch > steps.max_batch:
             if cache.slots:
                 return f"the batch has become larger than max_batch={steps.max_batch}"
-            self._grow(batch)
-            cache.use(self._opened())
+            self._current.grow(batch)
+            cache.use(self._current.opened())
         self._trusted = self._generating
         if cache.slots:
             return cache.append(tokens)
         return cache.begin([row[n:] for row, n in zip(tokens.tolist(), padding, strict=True)], padding)
 
-    # -- the model as it is now ----------------------------------------------------------------------------------
+    # -- what is against it --------------------------------------------------------------------------------------
     def _ready(self) -> str | None:
         """Have steps of the model as it is now, or say why there are none."""
-        if (reason := self._against()) is not None:
-            return reason
-        if self._known is None or self._known[0] != fingerprint(self.model, self._kept):
-            self._close()
-            before = kept_tensors(self.model)
-            try:
-                self._hf = self._run_by_passes()
-                self._opened()
-                self._detach()
-            except ConfigError as error:
-                self._close()
-                reason = str(error)
-            self._kept = {key for key, where in kept_tensors(self.model).items() if before.get(key) != where}
-            self._known = fingerprint(self.model, self._kept), reason
-        return self._known[1]
+        return self._against() or self._current.ready()
 
     def _against(self) -> str | None:
         """What is against captured steps in the model at a glance."""
@@ -321,50 +309,6 @@ class Accelerated:
         if vars(self.model).get("forward") is not self._shadows["forward"]:
             return "the model's forward was replaced inside of accelerate()"
         return model_reason(self.model)
-
-    def _attach(self) -> None:
-        """While the model runs passes; else it has its own attention, whoever asks."""
-        if self._hf is not None:
-            self._hf.attach()
-
-    def _detach(self) -> None:
-        if self._hf is not None:
-            self._hf.detach()
-
-    def _run_by_passes(self) -> TransformersModel:
-        """For texts of ``max_length``, or as long as the model allows where that is shorter."""
-        text = self.model.config.get_text_config(decoder=True)
-        if getattr(text, "max_position_embeddings", None) is None:
-            return TransformersModel(self.model, self._max_length, fuse=self._fuse)
-        hf = TransformersModel(self.model, fuse=self._fuse)
-        hf.max_seq_len = min(hf.max_seq_len, self._max_length or hf.max_seq_len)
-        return hf
-
-    def _opened(self) -> CapturedSteps:
-        if self._steps is None:
-            assert self._hf is not None
-            on_gpu = self._hf.device.type == "cuda"
-            run_ahead = on_gpu if self._run_ahead is None else self._run_ahead
-            self._steps = CapturedSteps(self._hf, self._max_batch, self._memory_limit, run_ahead)
-        return self._steps
-
-    def _grow(self, batch: int) -> None:
-        """Open for a larger batch. Sequences of earlier calls are lost."""
-        self._close_steps()
-        while self._max_batch < batch:
-            self._max_batch *= 2
-
-    def _close_steps(self) -> None:
-        steps, self._steps = self._steps, None
-        if steps is not None:
-            steps.close()
-
-    def _close(self) -> None:
-        self._known = None
-        self._close_steps()
-        hf, self._hf = self._hf, None
-        if hf is not None:
-            hf.close()
 
     def _say(self, reason: str) -> None:
         if reason not in self.reasons:

@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, LinearAttentionLayer
 
 from .. import attention as backends
-from ..arguments import require_bool, require_int
+from ..arguments import optional_int, require_bool, require_int
 from ..errors import ConfigError
 from ..kv_cache import KVCache
 from ..stats import CacheStats
@@ -72,8 +72,8 @@ class VirtualCache(Cache):
             require_int("max_length", max_length, 1),
             _device(device),
             dtype,
-            None if memory_limit is None else require_int("memory_limit", memory_limit, 1),
-            None if page_bytes is None else require_int("page_bytes", page_bytes, 1),
+            optional_int("memory_limit", memory_limit, 1),
+            optional_int("page_bytes", page_bytes, 1),
             attention,
             NUM_STORED if require_bool("prefix_caching", prefix_caching) else 0,
         )

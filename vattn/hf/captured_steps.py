@@ -10,25 +10,24 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
-from ..decode import DecodeLoop, Start
+from ..decode import Start
 from ..decode.graphs import GraphReport
-from ..engine.opening import BUDGETS, TYPICAL_LEN, attention_for_prompts, opened_cache
+from ..engine.opening import BUDGETS, attention_for_prompts, decode_loop, opened_cache
 from ..engine.prefill import Chunk, PrefillPasses, RuntimeModel
 from ..errors import OutOfPages, OutOfSlots
 from ..interrupts import Uninterrupted
 from ..memory.tensors import upload
+from .guesses import Guesses
 
 __all__ = ["CapturedSteps"]
 
 _PASS_TOKENS = 4096  # of prompts; more make a pass hardly faster, and its intermediate results take memory
-# A miss costs up to a step; a hit gains what the host takes between two steps, a tenth of a large model's step.
-_MISS, _FIRST_CREDIT, _MOST_CREDIT = 8, 12, 32
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ class CapturedSteps:
 
     Attributes:
         cache: with a slot for each sequence of two batches, so that the sequences of one may outlast the next.
-        num_hits, num_misses: of steps that were launched ahead.
+        guesses: which steps may be launched ahead, and how that went.
 
     Raises:
         ConfigError: the model does not fit.
@@ -70,18 +69,11 @@ class CapturedSteps:
 
     def __init__(self, model: RuntimeModel, max_batch: int, memory_limit: int | None, run_ahead: bool) -> None:
         self.model, self.max_batch = model, max_batch
-        on_gpu = model.device.type == "cuda"
         # A margin behind every sequence would take more memory than faster attention over prompts is worth here.
         self.cache = opened_cache(model, None, 2 * max_batch, memory_limit, max_over_read=0)
         try:
-            self._loop = DecodeLoop(
-                model,
-                self.cache,
-                max_batch=max_batch,
-                typical_len=min(TYPICAL_LEN, self.cache.layout.max_seq_len),
-                graphs="first use" if on_gpu else "never",
-                mapping="thread" if on_gpu else "inline",
-            )
+            graphs = "first use" if model.device.type == "cuda" else "never"
+            self._loop = decode_loop(model, self.cache, None, max_batch, graphs)
         except BaseException:
             self.cache.close()
             raise
@@ -91,10 +83,8 @@ class CapturedSteps:
         self._owners: weakref.WeakValueDictionary[int, SlotOwner] = weakref.WeakValueDictionary()  # oldest first
         self._numbers = itertools.count()
         self._rows: dict[int, int] = {}  # of each slot, the step ahead not counted
-        self._may_run_ahead = run_ahead
+        self.guesses = Guesses(run_ahead)
         self._ahead: _Launched | None = None
-        self.expect(False)
-        self.num_hits = self.num_misses = 0
 
     @property
     def max_seq_len(self) -> int:
@@ -109,17 +99,6 @@ class CapturedSteps:
     def rows(self, slot: int) -> int:
         """Tokens of a slot whose K and V are computed."""
         return self._rows[slot]
-
-    def expect(self, greedy: bool, ends: Collection[int] = (), padding: int | None = None) -> None:
-        """Say what the next tokens are like.
-
-        Args:
-            greedy: they are mostly the likeliest ones.
-            ends, padding: tokens that end a sequence, and what it is fed afterwards.
-        """
-        self._credit = _FIRST_CREDIT if greedy and self._may_run_ahead else 0
-        self._ends, self._padding = frozenset(ends), padding
-        self._repeats: dict[int, int] = {}  # slots that are fed one token for ever, which is padding
 
     # -- tokens --------------------------------------------------------------------------------------------------
     def begin(self, prompts: Sequence[Sequence[int]]) -> tuple[list[int], torch.Tensor]:
@@ -169,10 +148,10 @@ class CapturedSteps:
         Returns:
             ``[sequences, vocab_size]``, a tensor of its own, ready on the current stream.
         """
-        given: list[int] | None = tokens.tolist() if self._credit > 0 or self._ahead is not None else None
+        given: list[int] | None = tokens.tolist() if self.guesses.are_worth_it or self._ahead is not None else None
         ahead = self._ahead
         if ahead is not None and given is not None:
-            if ahead.slots == slots and self._was_right(ahead, given):
+            if ahead.slots == slots and self.guesses.compare(slots, ahead.tokens, given):
                 self._ahead = None
                 self._count(slots)
                 self._run_ahead(slots, given)
@@ -346,19 +325,15 @@ class CapturedSteps:
     # -- ahead ---------------------------------------------------------------------------------------------------
     def _run_ahead(self, slots: list[int], given: Sequence[int]) -> None:
         """Launch the step after the one just launched, which was given these tokens."""
-        if self._credit <= 0 or any(self._rows[slot] >= self.max_seq_len for slot in slots):
+        if not self.guesses.are_worth_it or any(self._rows[slot] >= self.max_seq_len for slot in slots):
             return
-        if self._padding is not None:
-            self._repeats.update(
-                {slot: self._padding for slot, each in zip(slots, given, strict=True) if each in self._ends}
-            )
-        fixed = {slot: self._repeats[slot] for slot in slots if slot in self._repeats}
+        fixed = self.guesses.padded(slots, given)
         if fixed:
             self._feed(fixed)
         try:
             launched, sampled = self._launch(slots)
         except OutOfPages:  # of a row that may not be needed
-            self._credit = 0
+            self.guesses.stop()
             return
         if any(sampled[slot].finish_reason is not None for slot in slots):  # a NaN
             for slot in slots:
@@ -366,15 +341,3 @@ class CapturedSteps:
             return
         tokens = [fixed.get(slot, sampled[slot].token) for slot in slots]
         self._ahead = _Launched(slots, launched.logits, launched.event, tokens)
-
-    def _was_right(self, ahead: _Launched, given: list[int]) -> bool:
-        if given == list(ahead.tokens):
-            self.num_hits += 1
-            self._credit = min(self._credit + 1, _MOST_CREDIT)
-            return True
-        self.num_misses += 1
-        self._credit -= _MISS
-        for slot, expected, token in zip(ahead.slots, ahead.tokens, given, strict=True):
-            if expected != token:
-                self._repeats.pop(slot, None)
-        return False

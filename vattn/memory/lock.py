@@ -242,8 +242,8 @@ def locked(
                 if from_finaliser:
                     return finish(partial(with_lock, self, *args, **kwargs))
                 raise ConfigError(
-                    f"{method.__name__.lstrip('_')}() in the middle of another operation of this {type(self).__name__}:"
-                    " a finaliser may release sequences and close, and nothing else"
+                    f"{method.__name__.lstrip('_')}() in the middle of another operation of the same cache: "
+                    "a finaliser may release sequences and close, and nothing else"
                 )
             call = Call(_NUM_LEAVES if waits_outside else 0)
             results: list[Any] = []

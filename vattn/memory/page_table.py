@@ -13,7 +13,8 @@ from .guard import Guard
 from .page_sizes import PageSizes
 from .pages import Page, PhysicalPagePool
 from .parking import Parking
-from .planner import Copy, Growth, OverRead, Placed, Plan, Planner, Sharing, Split
+from .planner import OverRead, Planner
+from .plans import Copy, Growth, Placed, Plan, Sharing, Split
 from .reservation import LanePages, Reservation
 from .undo import Undo
 

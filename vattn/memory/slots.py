@@ -1,4 +1,4 @@
-"""What is done to slots: when a sequence gets pages, from where, and when they may go."""
+"""What is done to live sequences: when one gets pages, from where, and when they may go."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from contextlib import suppress
 
 import numpy as np
 
-from ..errors import ConfigError, DriverError, OutOfPages, OutOfSlots, VattnError
+from ..errors import ConfigError, DriverError, OutOfPages, VattnError
 from .pages import Page
-from .planner import Growth, Plan, Rows, Split
-from .slot_states import FREE, LIVE, RETIRED, STORED
+from .plans import Growth, Plan, Rows, Split
+from .slot_states import LIVE, STORED
 from .stored import StoredSequences
 from .undo import Undo, is_incomplete
 from .work import Fences
@@ -18,65 +18,6 @@ from .work import Fences
 
 class Slots(StoredSequences):
     """The slots of one cache. Arguments are right: the methods of ``SlotStates`` have checked them."""
-
-    # -- taking and ending ---------------------------------------------------------------------------------------
-    def find_free(self, slot: int | None, expect_len: int | None = None, parent: int = -1) -> int:
-        """A free slot: the one named, or that which fits best. What is stored there is given up.
-
-        That is the one with the most parked pages that ``expect_len`` rows (None: any number) can use, then with the
-        fewest others, then the lowest; to fork a ``parent``, whose pages are mapped anew, that with the fewest parked
-        ones. Where none is free, or pages are so short that stored ones have to go anyway: that of the sequence stored
-        and not used for longest.
-
-        Raises:
-            OutOfSlots: it has a sequence, or all have.
-        """
-        self.park_retired()
-        if slot is not None:
-            slot = self.number(slot)
-            if self.state[slot] not in (FREE, STORED) or slot == parent:
-                raise OutOfSlots(f"slot {slot} belongs to a sequence; release it first, or take another")
-        else:
-            free = np.flatnonzero(self.state == FREE)
-            is_short = parent < 0 and expect_len is not None and self._takes_stored_pages(expect_len)
-            stored = None if free.size and not is_short else self.least_recent(besides=parent)
-            if stored is not None:
-                slot = stored
-            elif not free.size:
-                raise OutOfSlots(f"all {self.max_slots} slots belong to sequences; release one, or raise max_slots")
-            elif parent >= 0:
-                slot = self.parking.emptiest(free)
-            else:
-                slot = self.parking.best_fit(free, self.table.num_pages(expect_len or self.max_seq_len))
-        if self.state[slot] == STORED:
-            self.drop(slot)
-        return slot
-
-    def _takes_stored_pages(self, rows: int) -> bool:
-        """Whether there are too few free and parked pages for a sequence of so many rows."""
-        pool = self.pool
-        return sum(self.table.num_pages(rows)) > pool.num_pages - pool.num_owned - pool.num_index + pool.num_creatable
-
-    def start(self, slot: int) -> None:
-        """Begin an empty sequence in a free slot."""
-        self.generation[slot] += 1  # before a step can be entered
-        self.state[slot] = LIVE
-        self.seq_len[slot] = self.reach[slot] = 0
-        self.stale_to.pop(slot, None)
-
-    def end(self, slot: int, keep: int = 0) -> None:
-        """End a sequence, and store its first rows; its other pages stay mapped, for the next one in the slot or until
-        they are needed elsewhere."""
-        self.refuse_capture("release")
-        self.work.submitted([slot])
-        self.to_shrink.discard(slot)
-        self.table.disown(slot)  # statistics do not count its pages as in use, even if a step keeps them for a while
-        if not self.table.over_read.masked:
-            self.stale_to[slot] = max(self.stale_to.get(slot, 0), int(self.seq_len[slot]))
-        self.kept_rows[slot] = keep
-        self.seq_len[slot] = self.reach[slot] = 0
-        self.state[slot] = RETIRED
-        self.park_retired()
 
     # -- growing -------------------------------------------------------------------------------------------------
     def ensure(self, slots: np.ndarray, seq_lens: np.ndarray, wait: bool) -> None:
@@ -90,11 +31,8 @@ class Slots(StoredSequences):
                 self.grow(list(zip(slots[short].tolist(), seq_lens[short].tolist(), strict=True)), wait)
             except BaseException:
                 self.seq_len[ready] = old
-                self.to_shrink.update(
-                    slot
-                    for slot, rows in zip(ready.tolist(), old.tolist(), strict=True)
-                    if self.table.has_pages_past(slot, rows)
-                )
+                for slot, rows in zip(ready.tolist(), old.tolist(), strict=True):
+                    self.note_pages_past(slot, rows)
                 raise
 
     def grow(self, requests: list[tuple[int, int]], wait: bool = True) -> None:
@@ -222,15 +160,14 @@ class Slots(StoredSequences):
     def truncate(self, slot: int, rows: int) -> None:
         """Cut a sequence to its first rows. Its other pages go now, or once no step is open on the slot."""
         self.refuse_capture("truncate")
-        table = self.table
-        if not self.table.over_read.masked and rows < self.seq_len[slot]:
-            self.stale_to[slot] = max(self.stale_to.get(slot, 0), int(self.seq_len[slot]))
+        if rows < self.seq_len[slot]:
+            self.note_stale(slot)
         if self.work.is_open(slot):
             self.work.submitted([slot])
             self._cut_to(slot, rows)
             self.to_shrink.add(slot)
         else:
-            if table.can_shrink(slot, rows) or any(table.straddling(slot, rows)):
+            if self.table.can_shrink(slot, rows) or any(self.table.straddling(slot, rows)):
                 self.work.wait([slot], current_stream=True)
             self._shrink_now(slot, rows)
             self._cut_to(slot, rows)  # reach is measured below, once all is done
@@ -293,14 +230,8 @@ class Slots(StoredSequences):
             with self._transaction([slot]) as undo:
                 taken = self.table.shrink(slot, rows, undo)
             self.table.finish_shrink(slot, rows, taken)
-        self._note_cut(slot, rows)
+        self.note_pages_past(slot, rows)
         return bool(taken)
-
-    def _note_cut(self, slot: int, rows: int) -> None:
-        if self.table.has_pages_past(slot, rows):
-            self.to_shrink.add(slot)
-        else:
-            self.to_shrink.discard(slot)
 
     def _split_where_cut(self, slot: int) -> None:
         """Have back the units that rows do not need of the page in which they end, if there is room for their copy;
@@ -340,7 +271,7 @@ class Slots(StoredSequences):
             self.table.split(split, undo)
         self.table.note_split(split)
         self.work.submitted([split.slot])
-        self._note_cut(split.slot, int(self.seq_len[split.slot]))
+        self.note_pages_past(split.slot, int(self.seq_len[split.slot]))
 
     def finish_deferred(self, wait: bool) -> bool:
         """Do what had to be left while steps were open: park slots that were released, and take the pages of sequences
@@ -396,7 +327,7 @@ class Slots(StoredSequences):
             return False
         num_parked = self.num_reclaimable(enough=asked - pool.num_available)
         if num_parked < asked - pool.num_available:
-            if isinstance(plan, Growth) and self._drop_sharers(plan):
+            if isinstance(plan, Growth) and self.drop_all_stored(plan.slots_read):
                 return False
             raise pool.out_of_pages(asked, "which memory_limit does not allow", num_parked)
         if not self.unpark(num_pages - pool.num_available, plan.slots_adopting, wait) and not wait:
@@ -413,25 +344,6 @@ class Slots(StoredSequences):
             return self.finish_deferred(wait) or self.unpark(missing, plan.slots_adopting, wait)
         # The tables that the system keeps of mappings, parked ones too.
         return bool(getattr(error, "out_of_memory", False)) and self.unpark(pool.num_pages, wait=wait)
-
-    def unpark(self, count: int, sparing: Iterable[int] = (), wait: bool = True) -> bool:
-        """Unmap parked pages, then those of stored sequences, last those parked in the slots of ``sparing``, until
-        ``count`` more are free or none is left. Returns whether any was unmapped."""
-        pool, wait_for = self.pool, self.lock.wait_for if wait else None
-        target, sparing = pool.num_free + count, set(sparing)
-        found = self.parking.reclaim(count, wait_for, sparing)
-        while pool.num_free < target and self.give_up(target - pool.num_free, wait):
-            found |= self.parking.reclaim(target - pool.num_free, wait_for, sparing)
-        if sparing:
-            found |= self.parking.reclaim(target - pool.num_free, wait_for, ())
-        return found
-
-    def _drop_sharers(self, growth: Growth) -> bool:
-        """Give up the stored sequences whose pages would have to be copied, and need not be without them."""
-        found = [slot for slot in growth.slots_read if self.state[slot] == STORED]
-        for slot in found:
-            self.drop(slot)
-        return bool(found)
 
     # -- all or nothing ------------------------------------------------------------------------------------------
     def _transaction(self, slots: Iterable[int]) -> Undo:

@@ -1,8 +1,9 @@
-"""Stored sequences: they have ended and stay in their slots, until somebody needs the slot or the pages.
+"""Slots between two sequences: how one ends, and is stored; how the next begins; and whose pages go in the meantime.
 
-A stored sequence is nobody's. Its slot counts as free, and its pages as memory that can be had. But its rows stay as
-they are meanwhile, so that a new sequence can begin with them: as a fork, which shares the whole pages, or in the very
-slot (``resume``), which takes no driver call.
+A stored sequence has ended and stays in its slot, until somebody needs the slot or the pages. It is nobody's. Its slot
+counts as free, and its pages as memory that can be had. But its rows stay as they are meanwhile, so that a new sequence
+can begin with them: as a fork, which shares the whole pages, or in the very slot (``resume``), which takes no driver
+call.
 
 Rows go from the end of the sequence that was used least recently. They are parked by that, so that unmapping them, the
 waiting and the undoing included, is what it is for parked pages.
@@ -10,7 +11,7 @@ waiting and the undoing included, is what it is for parked pages.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from heapq import merge
@@ -19,7 +20,7 @@ import numpy as np
 
 from ..arguments import require_int
 from ..driver import Driver
-from ..errors import ConfigError
+from ..errors import ConfigError, OutOfSlots
 from .backing import Backing
 from .lock import FairLock
 from .pages import Page
@@ -29,7 +30,7 @@ from .work import WorkTracker
 
 
 class StoredSequences(SlotStates):
-    """The part of ``Slots`` that begins where a sequence ends.
+    """The part of ``Slots`` from where a sequence ends to where the next one in its slot begins.
 
     Attributes:
         backing: what the cache owns of the driver; and its pool, table and parking.
@@ -54,7 +55,20 @@ class StoredSequences(SlotStates):
         self._used, self._num_uses = np.zeros(max_slots, np.int64), 0  # per slot, the number of its last use
         self._floor = (-1, 0)  # (slot, rows) that an operation is reading
 
-    # -- coming ---------------------------------------------------------------------------------------------------
+    # -- ending ---------------------------------------------------------------------------------------------------
+    def end(self, slot: int, keep: int = 0) -> None:
+        """End a sequence, and store its first rows; its other pages stay mapped, for the next one in the slot or until
+        they are needed elsewhere."""
+        self.refuse_capture("release")
+        self.work.submitted([slot])
+        self.to_shrink.discard(slot)
+        self.table.disown(slot)  # statistics do not count its pages as in use, even if a step keeps them for a while
+        self.note_stale(slot)
+        self.kept_rows[slot] = keep
+        self.seq_len[slot] = self.reach[slot] = 0
+        self.state[slot] = RETIRED
+        self.park_retired()
+
     def park_retired(self) -> None:
         """Of sequences that have ended, where no step is open any more: store the rows to keep, and park the pages."""
         for slot in self.with_state(RETIRED):
@@ -72,6 +86,18 @@ class StoredSequences(SlotStates):
         """It is the one that was used last."""
         self._num_uses += 1
         self._used[slot] = self._num_uses
+
+    def note_stale(self, slot: int) -> None:
+        """The slot's sequence ends or gets shorter: its rows may be read past the end of what comes after it."""
+        if not self.table.over_read.masked:
+            self.stale_to[slot] = max(self.stale_to.get(slot, 0), int(self.seq_len[slot]))
+
+    def note_pages_past(self, slot: int, rows: int) -> None:
+        """A live sequence has so many rows now, and may have pages past them."""
+        if self.table.has_pages_past(slot, rows):
+            self.to_shrink.add(slot)
+        else:
+            self.to_shrink.discard(slot)
 
     # -- looking --------------------------------------------------------------------------------------------------
     def stored_versions(self) -> np.ndarray:
@@ -134,22 +160,85 @@ class StoredSequences(SlotStates):
         finally:
             self._floor = -1, 0
 
-    # -- going ----------------------------------------------------------------------------------------------------
+    # -- the next sequence ----------------------------------------------------------------------------------------
+    def find_free(self, slot: int | None, expect_len: int | None = None, parent: int = -1) -> int:
+        """A free slot: the one named, or that which fits best. What is stored there is given up.
+
+        That is the one with the most parked pages that ``expect_len`` rows (None: any number) can use, then with the
+        fewest others, then the lowest; to fork a ``parent``, whose pages are mapped anew, that with the fewest parked
+        ones. Where none is free, or pages are so short that stored ones have to go anyway: that of the sequence stored
+        and not used for longest.
+
+        Raises:
+            OutOfSlots: it has a sequence, or all have.
+        """
+        self.park_retired()
+        if slot is not None:
+            slot = self.number(slot)
+            if self.state[slot] not in (FREE, STORED) or slot == parent:
+                raise OutOfSlots(f"slot {slot} belongs to a sequence; release it first, or take another")
+        else:
+            free = np.flatnonzero(self.state == FREE)
+            is_short = parent < 0 and expect_len is not None and self._takes_stored_pages(expect_len)
+            stored = None if free.size and not is_short else self.least_recent(besides=parent)
+            if stored is not None:
+                slot = stored
+            elif not free.size:
+                raise OutOfSlots(f"all {self.max_slots} slots belong to sequences; release one, or raise max_slots")
+            elif parent >= 0:
+                slot = self.parking.emptiest(free)
+            else:
+                slot = self.parking.best_fit(free, self.table.num_pages(expect_len or self.max_seq_len))
+        if self.state[slot] == STORED:
+            self.drop(slot)
+        return slot
+
+    def _takes_stored_pages(self, rows: int) -> bool:
+        """Whether there are too few free and parked pages for a sequence of so many rows."""
+        pool = self.pool
+        return sum(self.table.num_pages(rows)) > pool.num_pages - pool.num_owned - pool.num_index + pool.num_creatable
+
+    def start(self, slot: int) -> None:
+        """Begin an empty sequence in a free slot."""
+        self.generation[slot] += 1  # before a step can be entered
+        self.state[slot] = LIVE
+        self.seq_len[slot] = self.reach[slot] = 0
+        self.stale_to.pop(slot, None)
+
     def resume(self, slot: int, rows: int) -> None:
         """Make a stored sequence, cut to its first rows, the slot's live one."""
         self._cut_stored(slot, rows)
         pages = self.table.owned([slot])
         self.pool.unstore(pages)
         self.pool.gain(pages)
-        if self.table.has_pages_past(slot, rows):
-            self.to_shrink.add(slot)
+        self.note_pages_past(slot, rows)
         self.generation[slot] += 1  # before a step can be entered
         self.state[slot] = LIVE
 
+    # -- giving up ------------------------------------------------------------------------------------------------
     def drop(self, slot: int) -> None:
         """Give a stored sequence up: its slot is free, and its pages are parked there."""
         self._cut_stored(slot, 0)
         self.state[slot] = FREE
+
+    def drop_all_stored(self, slots: Iterable[int]) -> bool:
+        """Give up the stored ones of these sequences. Returns whether there were any."""
+        found = [slot for slot in slots if self.state[slot] == STORED]
+        for slot in found:
+            self.drop(slot)
+        return bool(found)
+
+    def unpark(self, count: int, sparing: Iterable[int] = (), wait: bool = True) -> bool:
+        """Unmap parked pages, then those of stored sequences, last those parked in the slots of ``sparing``, until
+        ``count`` more are free or none is left. Returns whether any was unmapped."""
+        pool, wait_for = self.pool, self.lock.wait_for if wait else None
+        target, sparing = pool.num_free + count, set(sparing)
+        found = self.parking.reclaim(count, wait_for, sparing)
+        while pool.num_free < target and self.give_up(target - pool.num_free, wait):
+            found |= self.parking.reclaim(target - pool.num_free, wait_for, sparing)
+        if sparing:
+            found |= self.parking.reclaim(target - pool.num_free, wait_for, ())
+        return found
 
     def give_up(self, count: int, wait: bool) -> bool:
         """Park the last pages of the stored sequence that was used least recently, of those that have any which no
@@ -192,9 +281,8 @@ class StoredSequences(SlotStates):
 
     def _cut_stored(self, slot: int, rows: int) -> None:
         """Park what lies behind a stored sequence's first rows."""
-        old = int(self.seq_len[slot])
+        if rows < self.seq_len[slot]:
+            self.note_stale(slot)
         self.pool.unstore([page for lane in self.table.lanes for _, page in self._tail_of(slot, lane, rows)])
         self.parking.park(slot, self.work.fences(slot), rows)
         self.seq_len[slot] = self.reach[slot] = rows
-        if not self.table.over_read.masked and rows < old:
-            self.stale_to[slot] = max(self.stale_to.get(slot, 0), old)
