@@ -62,7 +62,7 @@ class Bench:
         under_way = []
         for _ in range(num):
             for slot, mask in (allow or {}).items():
-                self.step.allow(slot, mask)
+                self.step.state.allow(slot, mask)
             with torch.inference_mode(), torch.cuda.stream(self.stream):
                 under_way.append(self.step.launch(list(slots)))
             if len(under_way) > 1:
@@ -160,7 +160,7 @@ def test_flags_of_the_sequence_before_are_gone(bench):
     how = Sampling(repetition_penalty=3.0, logit_bias={1: 100.0}, min_new_tokens=12)
     slot = bench.start(prompt, sampling=how, stop_tokens=range(16), num_logprobs=2)
     bench.tokens([slot], allow={slot: np.arange(VOCAB) < 20})
-    bench.step.allow(slot, np.arange(VOCAB) < 20)  # and one that no step has taken
+    bench.step.state.allow(slot, np.arange(VOCAB) < 20)  # and one that no step has taken
     bench.cache.release(slot)
     assert bench.start(prompt) == slot
     (tokens,) = bench.tokens([slot])
@@ -210,7 +210,7 @@ def test_masks(bench):
     prompt = random_tokens(9, VOCAB, 8)
     slots = [bench.start(prompt) for _ in range(3)]
     masks = [np.random.default_rng(i).random(VOCAB) < 0.05 for i in range(4)]
-    bench.step.allow(slots[1], torch.from_numpy(masks[3]))
+    bench.step.state.allow(slots[1], torch.from_numpy(masks[3]))
     said: list[list[int]] = [[], [], []]
     for step in range(3):
         words = np.packbits(masks[step], bitorder="little").view(np.int32)
@@ -253,7 +253,7 @@ def test_a_sequence_of_which_no_token_may_come_ends(bench):
 )
 def test_masks_that_are_none(bench, mask):
     with pytest.raises(ConfigError, match="allowed tokens"):
-        bench.step.allow(0, mask)
+        bench.step.state.allow(0, mask)
 
 
 def test_captures_that_fail_are_no_steps(bench, monkeypatch):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -226,20 +226,6 @@ class DecodeStep:
             for i, _ in launched.logprobs:
                 tokens[i] = DecodedToken(launched.slots[i], None, "error", error=launched.error)
         return tokens
-
-    def allow(self, slot: int, mask: Any) -> None:
-        """Which tokens may come from the next launch on, in a sequence that was started; None for all.
-
-        Args:
-            slot: of the sequence.
-            mask: booleans ``[vocab_size]``, or int32 ``[ceil(vocab_size / 32)]`` with the first token in the lowest
-                bit. It stays until another is given, or another sequence starts in that slot.
-
-        Raises:
-            ConfigError: it is neither, or allows nothing. What it allows may be forbidden by a bias or the minimum
-                length; the sequence then ends with ``"error"`` and without a token.
-        """
-        self.state.allow(slot, mask)
 
     def upload(self, array: np.ndarray) -> torch.Tensor:
         """On the device, in the order of the current stream."""
