@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from helpers.llama import save_folder
 
-pytest.importorskip("fastapi")
-pytest.importorskip("openai")
-pytest.importorskip("transformers")
-
-from helpers.server import Running, running
-
 from vattn import Engine
 from vattn.models import Llama, Tokenizer
 from vattn.models import load as load_model
+
+MISSING = [name for name in ("fastapi", "openai", "transformers") if importlib.util.find_spec(name) is None]
+if not MISSING:
+    from helpers.server import Running, running
+
+
+class _Skipped(pytest.Module):
+    """A module in this folder where a package is missing. A skip out of this file would end pytest where the folder is
+    named on its command line."""
+
+    def collect(self) -> list[pytest.Item]:
+        pytest.skip(f"without {', '.join(MISSING)}: pip install 'vattn[hf,serve,dev]'")
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
+    return _Skipped.from_parent(parent, path=module_path) if MISSING else None
 
 
 def _mapped() -> set[str]:
