@@ -18,6 +18,7 @@ import torch
 from helpers.cli import COMMAND, ON_CPU, called, vattn
 from helpers.llama import hf_llama, save_folder
 
+from vattn.cli.info import _source_of
 from vattn.cli.main import main
 from vattn.cli.text import printable
 from vattn.errors import ConfigError
@@ -358,6 +359,14 @@ def test_a_closed_pipe_ends_quietly(endless: Path) -> None:
         process.stdout.close()
         process.wait(timeout=60)
         assert (process.returncode, process.stderr.read()) == (1, "")
+
+
+def test_where_the_choice_of_kernels_comes_from() -> None:
+    assert _source_of("A", [], None) == "not measured for this GPU; vattn tune FOLDER measures a model's here"
+    assert _source_of("A", ["A"], None) == "as measured on A"
+    assert _source_of("A", ["B"], None) == "as measured on B; vattn tune FOLDER measures a model's here"
+    assert _source_of("A", ["A", "B"], None).startswith("as measured on A, else on B; ")
+    assert _source_of("A", [], "x.json is no tuning table") == "x.json is no tuning table"
 
 
 def test_info(capfd: pytest.CaptureFixture[str]) -> None:

@@ -96,6 +96,33 @@ def test_a_dropped_loop_ends(fused, model):
         cache.release(slot)
 
 
+def test_a_loop_that_is_dropped_in_a_cycle_ends_without_a_word(fused, model, capfd):
+    """The collector clears weak references before finalisers run."""
+    before = threading.active_count()
+    cycle: list[object] = []
+    cycle += [cycle, DecodeLoop(fused, open_cache(model, 3))]
+    del cycle
+    gc.collect()
+    assert threading.active_count() == before
+    assert capfd.readouterr().err == ""
+
+
+def test_a_loop_that_cannot_be_made_leaves_nothing(fused, model, monkeypatch, capfd):
+    def fail(*arguments):
+        raise RuntimeError("no books")
+
+    before = threading.active_count()
+    with open_cache(model, 3) as cache:
+        with monkeypatch.context() as patch:
+            patch.setattr("vattn.decode.loop.Progress", fail)
+            with pytest.raises(RuntimeError, match="no books"):
+                DecodeLoop(fused, cache)
+        gc.collect()
+        assert threading.active_count() == before
+        assert cache.stats().num_live_slots == 0
+    assert capfd.readouterr().err == ""
+
+
 def test_weights_that_moved_and_caches_of_other_shapes(device):
     model = small_model().to(device)
     first, second = FusedLlama(model), FusedLlama(model)
@@ -181,6 +208,7 @@ def test_what_does_not_fit_is_refused(fused, model):
             ({"buckets": []}, "at least one"),
             ({"max_batch": 2, "buckets": [2, 3]}, "largest bucket"),
             ({"ahead_tokens": 2.5}, "ahead_tokens"),
+            ({"max_stop_tokens": 2**100}, "at most"),
             ({"max_stop_tokens": 2**40}, r"max_batch=3 takes 1759\d{10} bytes for tables of 4 slots"),
         ):
             with pytest.raises(ConfigError, match=message):

@@ -77,6 +77,17 @@ def test_in_the_order_of_arrival() -> None:
     assert bench.admit() == samples[3:4]
 
 
+def test_those_who_were_not_asked_for_count_as_far_as_there_is_memory() -> None:
+    """The next pass is larger for who is to come, but not for who has to wait for memory."""
+    for num_pages, fitting in ((100, 7), (4, 1), (2, 0)):
+        bench = Bench(num_pages=num_pages)
+        for _ in range(9):
+            bench.submit(prompt=17, max_new=10)  # two pages each
+        scheduler = bench.scheduler
+        assert next(scheduler.admit(lambda bench=bench: bench.free, lambda sample: 0)) in scheduler.running
+        assert (scheduler.num_admissible, scheduler.num_fitting) == (7, fitting)
+
+
 def test_a_higher_priority_goes_first() -> None:
     bench = Bench(max_batch=2)
     low, high, highest = (bench.submit(at=0.001 * i, priority=priority)[0] for i, priority in enumerate((-1, 5, 7)))

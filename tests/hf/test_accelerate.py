@@ -21,6 +21,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from tests.helpers.hf_models import CACHE, MODELS, PROMPT_LENGTH, VOCABULARY, make_model, prompt
+from vattn.decode.state import DecodeState
 from vattn.hf import accelerate
 from vattn.hf.accelerate import Accelerated
 
@@ -278,6 +279,23 @@ def test_a_hundred_random_calls_in_a_row(ahead: bool) -> None:
             opened.add(fast.kv_cache)
             fast.kv_cache.check_integrity()
     assert len(opened) == 1
+
+
+def test_a_larger_batch_that_there_is_no_room_for_is_the_models_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, model = make_model("Llama"), make_model("Llama")
+    slot = DecodeState.bytes_per_slot(16, model.config.vocab_size)
+    with accelerated(model, max_batch=2) as fast:
+        same(model.generate(prompt(2), max_new_tokens=5), plain.generate(prompt(2), max_new_tokens=5))
+        with monkeypatch.context() as full:
+            full.setattr("vattn.decode.options.available_and_total_bytes", lambda: (7 * slot, 7 * slot))
+            with pytest.warns(UserWarning, match="no room for a batch of 5: max_batch="):
+                found = model.generate(prompt(5), max_new_tokens=5)
+            same(found, plain.generate(prompt(5), max_new_tokens=5))
+            assert len(fast.reasons) == 1
+            same(model.generate(prompt(2), max_new_tokens=5), plain.generate(prompt(2), max_new_tokens=5))
+            assert fast.kv_cache is not None
+        same(model.generate(prompt(5), max_new_tokens=5), plain.generate(prompt(5), max_new_tokens=5))
+        assert len(fast.reasons) == 1
 
 
 def test_a_larger_batch_opens_once_more() -> None:

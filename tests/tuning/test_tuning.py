@@ -198,6 +198,23 @@ def test_a_gpu_without_a_table_takes_that_of_another_of_its_capability(
     own.write(table_paths(gpu)[0])
     assert table_for(device) == own != found
     assert table_for(device).decode_backends(32, LAYOUT, 1, 1024) == [get("torch-varlen")]
+    assert own.based_on == (None if measured_on == gpu else measured_on)
+    # One of an older version has what was measured alone, and the rest is as without it.
+    older = TuningTable(gpu, attention=[record(1, 1024, "flash-attn-2")], pdl=found.pdl)
+    older.write(table_paths(gpu)[0])
+    both = table_for(device)
+    assert both.decode_backends(32, LAYOUT, 1, 1024) == [get("flash-attn-2")]
+    assert (both.linear, both.prefill, both.based_on) == (found.linear, found.prefill, own.based_on)
+    assert len(both.attention) == max(1, len(found.attention))
+
+
+@pytest.mark.parametrize("text", ["[1]", "{", '{"gpu": "X", "linear": 5}', '{"gpu": "X", "linear": [{}]}',
+                                  '{"gpu": "X", "capability": {"a": 1}}', '{"gpu": "X", "new": 1}'])  # fmt: skip
+def test_what_is_no_table(text, tmp_path, monkeypatch):
+    path = tmp_path / "table.json"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="no tuning table"):
+        TuningTable.read(path)
 
 
 @pytest.mark.parametrize("max_batch", [1, 2, 15, 16, 17, 40, 64, 100, 256])

@@ -90,9 +90,20 @@ def _kernels() -> dict[str, Any] | None:
     if not torch.cuda.is_available():
         return None
     device = torch.device("cuda", torch.cuda.current_device())
-    table = table_for(device)
-    measured = bool(table.linear or table.attention or table.prefill)
-    return {"gpu": torch.cuda.get_device_name(device), "measured_on": table.gpu if measured else None}
+    gpu = torch.cuda.get_device_name(device)
+    try:
+        table = table_for(device)
+    except ConfigError as error:
+        return {"gpu": gpu, "measured_on": [], "reason": str(error)}
+    known = [table.gpu, table.based_on] if table.linear or table.attention or table.prefill else []
+    return {"gpu": gpu, "measured_on": [each for each in known if each is not None], "reason": None}
+
+
+def _source_of(gpu: str, measured_on: list[str], reason: str | None) -> str:
+    if reason is not None:
+        return reason
+    chosen = f"as measured on {', else on '.join(measured_on)}" if measured_on else "not measured for this GPU"
+    return chosen if measured_on == [gpu] else f"{chosen}; vattn tune FOLDER measures a model's here"
 
 
 def _version(distribution: str) -> str | None:
@@ -129,11 +140,7 @@ def _print(document: dict[str, Any]) -> None:
         reads = f"reads up to {rows} rows past the end" if rows else "never reads past the end"
         facts.append((f"attention {backend['name']}", "; ".join([*where, reads])))
     if (kernels := document["kernels"]) is not None:
-        chosen = (
-            "not measured on this GPU" if kernels["measured_on"] is None else f"as measured on {kernels['measured_on']}"
-        )
-        advice = "" if kernels["measured_on"] == kernels["gpu"] else "; vattn tune FOLDER measures a model's here"
-        facts.append(("kernels", chosen + advice))
+        facts.append(("kernels", _source_of(**kernels)))
     for name, model in document["models"].items():
         facts.append((f"model {name}", model["path"] or f"not available: {model['reason']}"))
     for name, version in document["packages"].items():

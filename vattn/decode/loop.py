@@ -114,6 +114,8 @@ class DecodeLoop:
             self._mapper = MapAhead(cache, options.ahead_tokens, threaded=mapping == "thread")
             self._progress = Progress(cache, self._mapper, self.stream, self.own_slot, self.max_batch, self.max_seq_len)
         except BaseException:
+            if (mapper := getattr(self, "_mapper", None)) is not None:
+                mapper.close()
             cache.release(self.own_slot)
             raise
         self._pipeline = Pipeline(cache, self._step, self._progress, self._mapper, self.stream)
@@ -354,7 +356,7 @@ class DecodeLoop:
 
     def __del__(self) -> None:
         # Nobody closed it: work may be under way, and the mapper's thread would live on.
-        if not sys.is_finalizing() and getattr(self, "_mapper", None) is not None and os.getpid() == self._pid:
+        if not sys.is_finalizing() and getattr(self, "_pipeline", None) is not None and os.getpid() == self._pid:
             finish(self.close)
 
     def __enter__(self) -> DecodeLoop:

@@ -19,6 +19,8 @@ from .state import DecodeModel, DecodeState, bind_for
 
 __all__ = ["LoopOptions", "checked_options", "require_state_room"]
 
+_MOST_STOP_TOKENS = 1 << 40  # memory refuses far fewer
+
 
 @dataclass(frozen=True)
 class LoopOptions:
@@ -66,7 +68,7 @@ def checked_options(
     if model.embedding.device != cache.device:
         raise ConfigError(f"the model is on {model.embedding.device}, the cache on {cache.device}")
     model.require_fit(cache)
-    max_stop_tokens = require_int("max_stop_tokens", max_stop_tokens, 1)
+    max_stop_tokens = require_int("max_stop_tokens", max_stop_tokens, 1, _MOST_STOP_TOKENS)
     require_state_room(max_batch, cache.max_slots, model.config.vocab_size, cache.device, max_stop_tokens)
     max_seq_len = min(cache.layout.max_seq_len, model.max_seq_len)
     if graphs is None:
@@ -107,7 +109,7 @@ def require_state_room(
     if needed > (free := _free_bytes(device)):
         raise ConfigError(
             f"max_batch={max_batch} takes {needed} bytes for tables of {max_slots} slots, and {device} has {free} "
-            "bytes free: lower max_batch, or max_slots of the cache"
+            f"bytes free: lower max_batch or max_stop_tokens={max_stop_tokens}, or give a cache that has fewer slots"
         )
 
 

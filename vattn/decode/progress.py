@@ -70,7 +70,8 @@ class Progress:
         self.unreported: list[DecodedToken] = []
         self.under_way: deque[tuple[tuple[Live, ...], LaunchedStep]] = deque()
         self._ended: dict[int, Live] = {}  # the last sequence of each slot, which has exactly its rows
-        _OF_CACHE.setdefault(cache, weakref.WeakSet()).add(self)
+        self._of_cache = _OF_CACHE.setdefault(cache, weakref.WeakSet())
+        self._of_cache.add(self)
 
     def begin(
         self,
@@ -184,7 +185,7 @@ class Progress:
     def close(self) -> None:
         """No slot is the loop's any more."""
         self.under_way.clear()
-        _OF_CACHE[self._cache].discard(self)
+        self._of_cache.discard(self)
 
     def _require_room(self, slot: int, max_new_tokens: int) -> int:
         """Rows of a slot that no loop decodes in; ConfigError where one does, or it cannot take so many more."""
@@ -193,7 +194,7 @@ class Progress:
             raise ConfigError(f"slot {slot} is {'decoding already' if slot in self.live else 'the loop’s own'}")
         if any(token.slot == slot for token in self.unreported):
             raise ConfigError(f"slot {slot} has tokens that were not reported yet: call step or drain first")
-        for other in _OF_CACHE[self._cache] - {self}:
+        for other in self._of_cache - {self}:
             if slot in other.live or slot == other._own_slot:
                 raise ConfigError(f"slot {slot} belongs to another DecodeLoop: cancel it there first")
         rows = self._cache.seq_len(slot)

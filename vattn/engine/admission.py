@@ -39,7 +39,7 @@ class Admission:
     ) -> None:
         self._samples, self._scheduler, self._prefixes = samples, scheduler, prefixes
         self._enough, self._is_starved = enough, is_starved
-        self._woken: dict[Sample, None] = {}  # that follow nobody any more, and have no slot yet
+        self._woken: dict[Sample, None] = {}  # whose first rows others have computed; without a slot yet
         self.held_back = 0
 
     def admit(self, at_most: int | None = None) -> list[Sample]:
@@ -67,7 +67,7 @@ class Admission:
             if samples.shortage is not None:
                 break
             if rows >= enough or len(admitted) == at_most or self._is_starved(rows, time.monotonic() - begin):
-                self.held_back = self._num_to_place
+                self.held_back = scheduler.num_fitting + len(self._woken)
                 break
         return admitted
 

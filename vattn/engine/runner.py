@@ -219,10 +219,10 @@ class Runner:
         return False
 
     def _is_starved(self, rows: int, waited_s: float) -> bool:
-        """Whether a device has nothing to do, and should get a pass of so many rows now."""
-        if self._loop.stream is None or rows < self._busy_budget or waited_s <= _LONG_S:
+        """Whether a device has nothing to do, and should get a pass of so many rows, or the next tokens, now."""
+        if self._loop.stream is None or waited_s <= _LONG_S:
             return False
-        return not self._is_busy
+        return (rows >= self._busy_budget or bool(self._samples.decoding)) and not self._is_busy
 
     def _begin(self, parts: list[tuple[Sample, int]]) -> list[Sample]:
         """Let those decode whose prompts a pass completes, before it is launched: a decode row finds what the same pass

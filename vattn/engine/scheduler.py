@@ -137,6 +137,7 @@ class Scheduler:
         self._families: dict[int, list[Sample]] = {}  # the samples of requests that have several
         self._prefilling: dict[Sample, None] = {}
         self._refused: tuple[Sample, int] | None = None  # the head that did not fit, and the bytes free since
+        self._planned, self._free = 0, 0  # bytes that all who run may still come to, and that nobody used, in ``admit``
         self._share, self._variance = 1.0, 0.0  # of max_new_tokens that samples come to use
 
     # -- coming and going ----------------------------------------------------------------------------------------
@@ -225,6 +226,7 @@ class Scheduler:
         costs = self.costs
         growth = sum(self._cost(each) - costs.bytes(min(backed_rows(each), self.expected_rows(each)))
                      for each in self.running)  # fmt: skip
+        self._planned, self._free = growth, free
         while head is not None and len(self.running) < self.max_batch:
             head.shared_rows = head.num_prompt_rows if self._has_relative(head) else self._running_rows(head)
             growth += self._cost(head)
@@ -232,6 +234,7 @@ class Scheduler:
                 self._refused = head, free
                 return
             heappop(self._waiting)
+            self._planned = growth
             self.num_waiting -= 1
             self.running[head] = None
             leader = self._leader_of(head)
@@ -290,6 +293,14 @@ class Scheduler:
     def num_admissible(self) -> int:
         """Samples that wait and that ``max_batch`` leaves room for."""
         return min(self.num_waiting, self.max_batch - len(self.running))
+
+    @property
+    def num_fitting(self) -> int:
+        """Of those, as many as ``admit``, which was not asked for them, would find memory for: about so many."""
+        head = self.head
+        if head is None:
+            return 0
+        return min(self.num_admissible, max(0, self._free - self._planned) // max(1, self._cost(head)))
 
     @property
     def num_prefilling(self) -> int:

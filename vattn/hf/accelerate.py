@@ -291,8 +291,10 @@ class Accelerated:
         if batch > steps.max_batch:
             if cache.slots:
                 return f"the batch has become larger than max_batch={steps.max_batch}"
-            self._current.grow(batch)
+            reason = self._current.grow(batch)
             cache.use(self._current.opened())
+            if reason is not None:
+                return reason
         self._trusted = self._generating
         if cache.slots:
             return cache.append(tokens)

@@ -40,6 +40,9 @@ _TAKERS = {
     torch.Tensor.copy_: 1,
     torch.Tensor.__setitem__: 2,
     torch.Tensor.index_put_: 2,
+    torch.Tensor.index_put: 2,
+    torch.index_put_: 2,
+    torch.index_put: 2,
 }
 
 
@@ -73,7 +76,8 @@ class FilledNumbers(TorchFunctionMode):
             if device is not None and device.type != "cpu":
                 return self._filled(args[0] if dtype is None else args[0].to(dtype), device)
         elif func in _TAKERS:
-            there = next((a.device for a in args if isinstance(a, torch.Tensor) and a.device.type != "cpu"), None)
+            tensors = [each for each in (*args, *given.values()) if isinstance(each, torch.Tensor)]
+            there = next((each.device for each in tensors if each.device.type != "cpu"), None)
             if there is not None:
                 first = _TAKERS[func]
                 args = (*args[:first], *(self._taken(each, there) for each in args[first:]))

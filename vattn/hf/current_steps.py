@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..errors import ConfigError
+from ..errors import ConfigError, OutOfPages
 from .captured_steps import CapturedSteps
 from .examine_generation import fingerprint, kept_tensors
 from .model import TransformersModel
@@ -79,11 +79,19 @@ class CurrentSteps:
             self.steps = CapturedSteps(self.hf, self._max_batch, self._memory_limit, run_ahead)
         return self.steps
 
-    def grow(self, batch: int) -> None:
-        """Open for a larger batch. Sequences of earlier calls are lost."""
+    def grow(self, batch: int) -> str | None:
+        """Open for a larger batch; sequences of earlier calls are lost. Returns why that cannot be: it is as large as
+        before then."""
+        before = self._max_batch
         self._close_steps()
         while self._max_batch < batch:
             self._max_batch *= 2
+        try:
+            self.opened()
+        except (ConfigError, OutOfPages) as error:
+            self._max_batch = before
+            return f"there is no room for a batch of {batch}: {error}"
+        return None
 
     def close(self) -> None:
         """Free everything; ``ready`` makes it anew."""

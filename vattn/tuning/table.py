@@ -57,6 +57,7 @@ class TuningTable:
     Attributes:
         gpu: its name.
         capability: its compute capability, such as ``(9, 0)``; None where it is not known.
+        based_on: another GPU, whose measurements stand in for what was not measured on this one.
         linear: records with outputs, inputs, dtype, tokens, swiglu, config (None: cuBLAS), us, cublas_us.
         attention: records with num_heads, num_kv_heads, head_dim, dtype, batch, context, backend, options, us.
         prefill: records with num_heads, num_kv_heads, head_dim, dtype, new, total, us (of each backend).
@@ -71,6 +72,7 @@ class TuningTable:
     pdl: bool = False
     made: dict[str, str] = field(default_factory=dict)
     capability: tuple[int, int] | None = None
+    based_on: str | None = None
 
     @classmethod
     def read(cls, path: Path) -> TuningTable:
@@ -82,9 +84,12 @@ class TuningTable:
         try:
             found = cls(**json.loads(path.read_text()))
             found.capability = None if found.capability is None else (found.capability[0], found.capability[1])
+            for kind in _CASES:
+                for record in getattr(found, kind):
+                    _case(kind, record)
             return found
-        except (OSError, ValueError, TypeError, IndexError) as error:
-            raise ConfigError(f"{path} is no tuning table ({error}): delete it, or run vattn tune again") from error
+        except (OSError, ValueError, TypeError, LookupError) as error:
+            raise ConfigError(f"{path} is no tuning table ({error!r}): delete it, or run vattn tune again") from error
 
     def write(self, path: Path) -> None:
         """To a file, one record a line."""
@@ -93,7 +98,7 @@ class TuningTable:
             name: "[\n" + ",\n".join("  " + json.dumps(record) for record in getattr(self, name)) + "\n ]"
             for name in _CASES
         }
-        head = {name: getattr(self, name) for name in ("gpu", "capability", "pdl", "made")}
+        head = {name: getattr(self, name) for name in ("gpu", "capability", "based_on", "pdl", "made")}
         facts = "".join(f' "{name}": {json.dumps(value)},\n' for name, value in head.items())
         path.write_text("{\n" + facts + ",\n".join(f' "{name}": {text}' for name, text in lists.items()) + "\n}\n")
 
@@ -162,18 +167,33 @@ def table_paths(gpu: str) -> tuple[Path, Path]:
 
 @cache
 def _read_for(gpu: str, capability: tuple[int, int]) -> TuningTable:
-    for path in table_paths(gpu):
-        if path.exists():
-            return TuningTable.read(path)
-    for path in sorted(_SHIPPED.glob("*.json")):
-        if (table := TuningTable.read(path)).capability == capability:
-            return table
-    return TuningTable(gpu, capability=capability)
+    own, shipped = table_paths(gpu)
+    found = TuningTable.read(shipped) if shipped.exists() else _shipped_for(capability)
+    if found is None:
+        found = TuningTable(gpu, capability=capability)
+    if own.exists():
+        measured = TuningTable.read(own)
+        made = {**found.made, **measured.made}
+        for kind in _CASES:
+            found.add(kind, getattr(measured, kind))
+        found.made, found.pdl = made, measured.pdl
+        found.based_on = measured.based_on or (None if found.gpu == gpu else found.gpu)
+        found.gpu, found.capability = gpu, capability
+    return found
+
+
+def _shipped_for(capability: tuple[int, int]) -> TuningTable | None:
+    tables = map(TuningTable.read, sorted(_SHIPPED.glob("*.json")))
+    return next((table for table in tables if table.capability == capability), None)
 
 
 def table_for(device: torch.device) -> TuningTable:
-    """The table of a device's GPU: the user's own, else a shipped one, of that GPU or of another of its compute
-    capability, else an empty one."""
+    """What is known of a device's GPU: the user's own measurements, else those of a shipped table, of that GPU or of
+    another of its compute capability.
+
+    Raises:
+        ConfigError: the user's table is none.
+    """
     if device.type != "cuda":
         return TuningTable("none")
     return _read_for(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
@@ -181,8 +201,10 @@ def table_for(device: torch.device) -> TuningTable:
 
 def table_to_add_to(device: torch.device) -> TuningTable:
     """A copy of ``table_for``, as this GPU's own; what it has of another GPU stays until it is measured here."""
-    found = deepcopy(table_for(device))
-    found.gpu, found.capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+    found, gpu = deepcopy(table_for(device)), torch.cuda.get_device_name(device)
+    if found.gpu != gpu:
+        found.based_on = found.gpu
+    found.gpu, found.capability = gpu, torch.cuda.get_device_capability(device)
     # What a kernel of compute capability 9.0 or newer can do, and measured to pay on an H100.
     found.pdl = found.capability >= (9, 0)
     return found
