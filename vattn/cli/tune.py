@@ -39,7 +39,8 @@ def tune(args: argparse.Namespace) -> None:
     table = table_to_add_to(device)
     for config in configs:
         for outputs, inputs, kind in products(config):
-            table.add("linear", measure_linear(outputs, inputs, batches, dtype, device, kind, _print_linear))
+            shape = (outputs, inputs, batches, dtype, device, kind)
+            table.add("linear", measure_linear(*shape, table.pdl, _print_linear))
         cases = [(batch, context) for batch in batches for context in contexts]
         heads = (config.num_heads, config.num_kv_heads, config.head_dim)
         table.add("attention", measure_attention(*heads, dtype, device, cases, table.pdl, _print_attention))

@@ -36,7 +36,7 @@ def _dots(*tiles: tuple[int, int, int, int], splits: Sequence[int] = (1, 2, 4)) 
 
 
 # Configurations to time. The key is the largest number of tokens that they are for. They are the best ones of a sweep
-# of 300 over the shapes of Llama 8B on an H100, and their neighbours.
+# of 300 over the shapes of Llama 8B on an H100 and of 350 on an H200, and their neighbours.
 _CANDIDATES: dict[int, list[LinearConfig]] = {
     1: [
         *(
@@ -50,6 +50,9 @@ _CANDIDATES: dict[int, list[LinearConfig]] = {
                 (4, 1024, 4, 3, (1, 2)),
                 (8, 1024, 8, 1, (1, 2)),
                 (8, 512, 4, 3, (1, 2)),
+                (8, 512, 2, 1, (1, 2)),
+                (8, 512, 2, 3, (1, 2)),
+                (8, 2048, 8, 4, (1,)),
                 (1, 2048, 2, 3, (1,)),
             )
             for s in splits
@@ -59,12 +62,12 @@ _CANDIDATES: dict[int, list[LinearConfig]] = {
     16: _dots(
         *((16, 256, 1, 3), (16, 256, 1, 4), (16, 256, 2, 2), (16, 512, 1, 3), (32, 128, 2, 3), (32, 128, 2, 4)),
         *((32, 256, 2, 4), (32, 256, 2, 3), (64, 128, 4, 3), (64, 128, 4, 4), (64, 256, 4, 3), (128, 128, 4, 3)),
-        *((128, 64, 4, 4), (128, 128, 8, 3)),
+        *((128, 64, 4, 4), (128, 128, 8, 3), (16, 128, 1, 4), (32, 128, 2, 5), (64, 128, 4, 5)),
     ),
     64: _dots(
         *((32, 128, 2, 3), (32, 128, 2, 4), (32, 128, 4, 3), (32, 256, 2, 3), (64, 64, 4, 4), (64, 128, 4, 2)),
         *((64, 128, 4, 3), (64, 128, 4, 4), (64, 256, 4, 2), (64, 256, 4, 3), (128, 64, 4, 3), (128, 64, 4, 4)),
-        *((128, 64, 8, 4), (128, 128, 4, 2), (128, 128, 4, 3), (128, 128, 8, 3)),
+        *((128, 64, 8, 4), (128, 128, 4, 2), (128, 128, 4, 3), (128, 128, 8, 3), (128, 128, 8, 4), (64, 128, 4, 5)),
     ),
 }
 
@@ -115,6 +118,7 @@ def measure_linear(
     dtype: torch.dtype,
     device: torch.device,
     kind: str = "plain",
+    pdl: bool = False,
     report: Callable[[dict[str, Any]], None] = lambda record: None,
 ) -> list[dict[str, Any]]:
     """Time the kernels for one matrix product. The weights are read from memory, not from the L2 cache.
@@ -124,6 +128,7 @@ def measure_linear(
         tokens: numbers of tokens to time; ``x`` is ``[tokens, inputs]``.
         kind: ``"plain"``: any kernel. ``"whole"``: kernels that do not split the sum over ``inputs``. ``"swiglu"``: as
             ``"whole"``, followed by SwiGLU, which vattn's kernels compute in the same launch.
+        pdl: time vattn's kernels with programmatic dependent launch, as a loop runs them.
         report: called with each record.
 
     Returns:
@@ -146,7 +151,7 @@ def measure_linear(
         for config in candidates(outputs, inputs, num_tokens, whole=kind != "plain"):
 
             def launch(i: int, x: torch.Tensor = x, config: LinearConfig = config) -> torch.Tensor:
-                return skinny_linear(x, weights[i], config, swiglu=fused)
+                return skinny_linear(x, weights[i], config, swiglu=fused, pdl=pdl)
 
             try:
                 us = graph_us(launch, count, 3)

@@ -3,7 +3,7 @@
 A table says for each product of a decode step, by its shape and number of tokens, which kernel to use, and for each
 shape of attention, by batch and context (a decode step) or by new and all tokens (a prefill), which backend. What was
 not measured falls back to cuBLAS and to the orders in ``vattn.attention.choice``. A GPU without a table of its own
-takes a shipped one of the same compute capability: an H100's kernels are the fast ones of an H200, too.
+takes a shipped one of the same compute capability: most of an H100's fast kernels are fast on an H200, too.
 """
 
 from __future__ import annotations
