@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -59,7 +60,11 @@ def test_tune(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     assert main(["tune", str(folder), "--batches", "1,3", "--contexts", "200"]) == 0
     (path,) = (tmp_path / "vattn" / "tuned").glob("*.json")
     table = TuningTable.read(path)
-    assert str(path) in capfd.readouterr().out
+    output = capfd.readouterr().out
+    assert str(path) in output
+    steps = re.findall(r"step, batch (\d), context 200: +([\d.]+) us .* alone, ([\d.]+) us", output)
+    assert [int(batch) for batch, _, _ in steps] == [1, 3]
+    assert "runners_up" not in path.read_text()
     config = json.loads((folder / "config.json").read_text())
     for outputs, inputs, kind in products(LlamaConfig.from_hf(config)):
         found = [

@@ -10,7 +10,7 @@ from vattn.ops.ops_table import LinearTable
 from vattn.ops.skinny_linear import LinearConfig, skinny_linear, skinny_linear_reference
 from vattn.ops.swiglu import swiglu_reference
 from vattn.ops.triton_support import unavailable
-from vattn.tuning.measure import candidates
+from vattn.tuning.candidates import linear_candidates
 from vattn.tuning.table import TuningTable, table_for, table_paths
 
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
@@ -155,9 +155,9 @@ def test_candidates_fit_the_product():
     for tokens in (1, 2, 16, 17, 64):
         for outputs, inputs in ((6144, 4096), (128256, 2048), (600, 300)):
             for whole in (False, True):
-                for config in candidates(outputs, inputs, tokens, whole):
+                for config in linear_candidates(outputs, inputs, tokens, whole):
                     assert inputs >= config.splits * config.block_k
                     assert config.dot or tokens == 1
                     assert config.splits == 1 or not whole
-    assert candidates(6144, 4096, 65, False) == []
-    assert len(candidates(6144, 4096, 8, False)) > 10
+    assert linear_candidates(6144, 4096, 65, False) == []
+    assert len(linear_candidates(6144, 4096, 8, False)) > 10

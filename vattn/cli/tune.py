@@ -1,4 +1,4 @@
-"""``vattn tune``: time the kernels for a model's shapes on this GPU, and keep what won."""
+"""``vattn tune``: time the kernels for a model's shapes on this GPU, alone and in steps, and keep what won."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from ..models.fused_llama import products
 from ..ops.triton_support import unavailable
 from ..tuning import table_paths, table_to_add_to
 from ..tuning.measure import measure_attention, measure_linear, measure_prefill
+from ..tuning.steps import choose_in_steps
 from .model import read_config
 from .options import parse_whole
 from .text import one_line
@@ -38,12 +39,17 @@ def tune(args: argparse.Namespace) -> None:
     dtype = _DTYPES[args.dtype]
     table = table_to_add_to(device)
     for config in configs:
-        for outputs, inputs, kind in products(config):
-            shape = (outputs, inputs, batches, dtype, device, kind)
-            table.add("linear", measure_linear(*shape, table.pdl, _print_linear))
+        linear = [
+            record
+            for outputs, inputs, kind in products(config)
+            for record in measure_linear(outputs, inputs, batches, dtype, device, kind, table.pdl, _print_linear)
+        ]
         cases = [(batch, context) for batch in batches for context in contexts]
         heads = (config.num_heads, config.num_kv_heads, config.head_dim)
-        table.add("attention", measure_attention(*heads, dtype, device, cases, table.pdl, _print_attention))
+        attention = measure_attention(*heads, dtype, device, cases, table.pdl, _print_attention)
+        choose_in_steps(config, linear, attention, dtype, device, table.pdl, _print_step)
+        table.add("linear", linear)
+        table.add("attention", attention)
         table.add("prefill", measure_prefill(*heads, dtype, device, _PREFILL, _print_attention))
     path, _ = table_paths(table.gpu)
     table.write(path)
@@ -73,3 +79,8 @@ def _print_attention(record: dict[str, Any]) -> None:
     case = "batch {batch}, context {context}" if "batch" in record else "{new} new tokens of {total}"
     times = ", ".join(f"{name} {us:.1f}" for name, us in sorted(record["us"].items(), key=lambda item: item[1]))
     print(f"attention, {case.format(**record)}:  {times} us", flush=True)
+
+
+def _print_step(batch: int, context: int, before_us: float, after_us: float) -> None:
+    times = f"{before_us:.1f} us with the kernels that are fastest alone, {after_us:.1f} us with those chosen in steps"
+    print(f"step, batch {batch}, context {context}:  {times}", flush=True)

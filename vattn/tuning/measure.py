@@ -7,7 +7,8 @@ cache.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from itertools import pairwise
@@ -21,55 +22,22 @@ from ..kv_cache import KVCache
 from ..layout import KVLayout
 from ..ops.skinny_linear import LinearConfig, skinny_linear
 from ..ops.swiglu import swiglu
+from .candidates import attention_candidates, linear_candidates
 from .table import dtype_name
 
-__all__ = ["candidates", "graph_us", "measure_attention", "measure_linear", "measure_prefill", "replays_us"]
+__all__ = [
+    "filled_cache",
+    "graph_us",
+    "measure_attention",
+    "measure_linear",
+    "measure_prefill",
+    "replays_us",
+]
 
 PREFILL_BACKENDS = ("flash-attn-3", "flash-attn-2", "torch-varlen")
 _BUSY_CYCLES = 2_000_000  # the GPU waits so long, about a millisecond, while the host launches what is timed
 _MIN_GAIN = 1.01  # a kernel must be faster than cuBLAS by this factor, because timings are noisy
 _COLD_BYTES = 400 << 20  # weights used in turn; they are more than the L2 cache holds
-
-
-def _dots(*tiles: tuple[int, int, int, int], splits: Sequence[int] = (1, 2, 4)) -> list[LinearConfig]:
-    return [LinearConfig(n, k, s, warps, stages) for n, k, warps, stages in tiles for s in splits]
-
-
-# Configurations to time. The key is the largest number of tokens that they are for. They are the best ones of a sweep
-# of 300 over the shapes of Llama 8B on an H100 and of 350 on an H200, and their neighbours.
-_CANDIDATES: dict[int, list[LinearConfig]] = {
-    1: [
-        *(
-            LinearConfig(n, k, s, warps, stages, dot=False)
-            for n, k, warps, stages, splits in (
-                (2, 2048, 8, 1, (1,)),
-                (1, 2048, 8, 1, (1,)),
-                (4, 2048, 8, 1, (1,)),
-                (2, 1024, 4, 1, (1, 2)),
-                (4, 1024, 4, 1, (1, 2)),
-                (4, 1024, 4, 3, (1, 2)),
-                (8, 1024, 8, 1, (1, 2)),
-                (8, 512, 4, 3, (1, 2)),
-                (8, 512, 2, 1, (1, 2)),
-                (8, 512, 2, 3, (1, 2)),
-                (8, 2048, 8, 4, (1,)),
-                (1, 2048, 2, 3, (1,)),
-            )
-            for s in splits
-        ),
-        *_dots((32, 128, 2, 4), (64, 128, 4, 4), splits=(1, 2, 4, 8)),
-    ],
-    16: _dots(
-        *((16, 256, 1, 3), (16, 256, 1, 4), (16, 256, 2, 2), (16, 512, 1, 3), (32, 128, 2, 3), (32, 128, 2, 4)),
-        *((32, 256, 2, 4), (32, 256, 2, 3), (64, 128, 4, 3), (64, 128, 4, 4), (64, 256, 4, 3), (128, 128, 4, 3)),
-        *((128, 64, 4, 4), (128, 128, 8, 3), (16, 128, 1, 4), (32, 128, 2, 5), (64, 128, 4, 5)),
-    ),
-    64: _dots(
-        *((32, 128, 2, 3), (32, 128, 2, 4), (32, 128, 4, 3), (32, 256, 2, 3), (64, 64, 4, 4), (64, 128, 4, 2)),
-        *((64, 128, 4, 3), (64, 128, 4, 4), (64, 256, 4, 2), (64, 256, 4, 3), (128, 64, 4, 3), (128, 64, 4, 4)),
-        *((128, 64, 8, 4), (128, 128, 4, 2), (128, 128, 4, 3), (128, 128, 8, 3), (128, 128, 8, 4), (64, 128, 4, 5)),
-    ),
-}
 
 
 def replays_us(launch: Callable[[int], object], count: int, repeats: int) -> list[float]:
@@ -132,7 +100,8 @@ def measure_linear(
         report: called with each record.
 
     Returns:
-        A record for each number of tokens: the best configuration (None: cuBLAS), and microseconds of both.
+        A record for each number of tokens: the best configuration (None: cuBLAS), and microseconds of both; and
+        ``runners_up``, configurations that are nearly as fast, and their microseconds.
     """
     weight_bytes = outputs * inputs * dtype.itemsize
     count = max(2, min(16, _COLD_BYTES // weight_bytes))
@@ -147,68 +116,35 @@ def measure_linear(
             return swiglu(out) if fused else out
 
         cublas_us = graph_us(by_cublas, count)
-        best_us, best = cublas_us / _MIN_GAIN, None
-        for config in candidates(outputs, inputs, num_tokens, whole=kind != "plain"):
+        times: dict[LinearConfig | None, float] = {None: cublas_us / _MIN_GAIN}
+        for config in linear_candidates(outputs, inputs, num_tokens, whole=kind != "plain"):
 
             def launch(i: int, x: torch.Tensor = x, config: LinearConfig = config) -> torch.Tensor:
                 return skinny_linear(x, weights[i], config, swiglu=fused, pdl=pdl)
 
             try:
-                us = graph_us(launch, count, 3)
+                if (us := graph_us(launch, count, 3)) < cublas_us:
+                    times[config] = us
             except Exception as error:
                 if "out of resource" not in str(error):  # the tiles do not fit into this GPU's shared memory
                     raise
-                continue
-            if us < best_us:
-                best_us, best = us, config
+        times = _close(times)
+        times |= {None: cublas_us} if None in times else {}
+        found = [(None if config is None else asdict(config), round(us, 2)) for config, us in times.items()]
         record = {
             "outputs": outputs,
             "inputs": inputs,
             "dtype": dtype_name(dtype),
             "tokens": num_tokens,
             "swiglu": fused,
-            "config": None if best is None else asdict(best),
-            "us": round(cublas_us if best is None else best_us, 2),
+            "config": found[0][0],
+            "us": found[0][1],
             "cublas_us": round(cublas_us, 2),
+            "runners_up": found[1:],
         }
         report(record)
         records.append(record)
     return records
-
-
-def candidates(outputs: int, inputs: int, tokens: int, whole: bool) -> list[LinearConfig]:
-    """Configurations to time for a product ``[tokens, inputs] x [inputs, outputs]``.
-
-    There are none for more than 64 tokens, where cuBLAS is faster.
-
-    Args:
-        whole: leave out those that split the sum over ``inputs``.
-    """
-    limit = next((limit for limit in _CANDIDATES if tokens <= limit), None)
-    if limit is None:
-        return []
-    return [
-        config
-        for config in _CANDIDATES[limit]
-        if inputs >= config.splits * config.block_k
-        and not (whole and config.splits > 1)
-        and (config.splits == 1 or outputs // config.block_n * config.splits <= 1056)  # eight programs per SM
-    ]
-
-
-def _attention_candidates() -> list[tuple[str, dict[str, Any]]]:
-    """(backend, options) to time for captured decode steps."""
-    triton = [
-        {"block_n": block_n, "num_warps": warps, "num_stages": stages, "fused_combine": fused}
-        for block_n, warps, stages in ((64, 4, 3), (64, 4, 2), (128, 4, 2), (128, 8, 2), (32, 2, 4))
-        for fused in (True, False)
-    ]
-    return [
-        ("flash-attn-3", {}),
-        ("flash-attn-2", {}),
-        ("torch-varlen", {}),
-        *(("triton-decode", options) for options in triton),
-    ]
 
 
 def measure_attention(
@@ -229,40 +165,53 @@ def measure_attention(
         report: called with each record.
 
     Returns:
-        A record for each case: the fastest backend, its options, and microseconds of every backend.
+        A record for each case: the fastest backend, its options, and microseconds of every backend; and
+        ``runners_up``, backends and their options that are nearly as fast.
     """
     records = []
     for batch, context in cases:
-        num_layers = _layers_of(batch * context * num_kv_heads * head_dim * 2 * dtype.itemsize, device)
-        layout = KVLayout(num_layers, num_kv_heads, head_dim, context + 64, dtype)
-        margin = max(backend.over_read_tokens for backend in decode_backends())
-        with KVCache(layout, batch, device, over_read_tokens=margin) as cache:
-            slots = [cache.acquire() for _ in range(batch)]
-            cache.ensure_batch(slots, [context] * batch)
-            for slot in slots:
-                for layer in range(num_layers):
-                    for rows in cache.rows(slot, layer):
-                        rows.normal_()
+        with filled_cache(num_kv_heads, head_dim, dtype, device, batch, context) as (cache, decode_batch):
             q = torch.randn(batch, num_heads, head_dim, device=device, dtype=dtype)
-            index = torch.arange(batch, dtype=torch.int32, device=device)
-            rows = torch.full_like(index, context - 1)
-            decode_batch = DecodeBatch(index, rows, rows + 1, layout.max_seq_len)
-            times: dict[str, float] = {}
-            best_us = float("inf")
-            best: tuple[str, dict[str, Any]] = ("", {})
-            for name, options in _attention_candidates():
+            times: dict[tuple[str, int], float] = {}
+            for number, (name, options) in enumerate(every := attention_candidates()):
                 backend = get(name).tuned(options, pdl=pdl)
                 if backend.supports(device, dtype, head_dim):
                     continue
-                us = graph_us(partial(_attend, bind(backend), q, cache, decode_batch), num_layers)
-                times[name] = round(min(us, times.get(name, us)), 2)
-                if us < best_us:
-                    best_us, best = us, (name, options)
+                attend = partial(_attend, bind(backend), q, cache, decode_batch)
+                times[name, number] = graph_us(attend, len(cache.layout.layers))
+        close = [every[number] for _, number in _close(times)]
+        by_backend = {name: round(min(us for (other, _), us in times.items() if other == name), 2) for name, _ in times}
         record = _heads(num_heads, num_kv_heads, head_dim, dtype) | {"batch": batch, "context": context}
-        record |= {"backend": best[0], "options": best[1], "us": times}
+        record |= {"backend": close[0][0], "options": close[0][1], "us": by_backend, "runners_up": close[1:]}
         report(record)
         records.append(record)
     return records
+
+
+def _close(times: dict[Any, float]) -> dict[Any, float]:
+    """Those within 15 % of the fastest, at most eight of them, the fastest first."""
+    ordered = sorted(times.items(), key=lambda item: item[1])
+    return {what: us for what, us in ordered[:8] if us <= 1.15 * ordered[0][1]}
+
+
+@contextmanager
+def filled_cache(
+    num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device, batch: int, context: int
+) -> Iterator[tuple[KVCache, DecodeBatch]]:
+    """A cache of ``batch`` sequences of ``context`` random rows, the newest of which a decode step is to compute."""
+    num_layers = _layers_of(batch * context * num_kv_heads * head_dim * 2 * dtype.itemsize, device)
+    layout = KVLayout(num_layers, num_kv_heads, head_dim, context + 64, dtype)
+    margin = max(backend.over_read_tokens for backend in decode_backends())
+    with KVCache(layout, batch, device, over_read_tokens=margin) as cache:
+        slots = [cache.acquire() for _ in range(batch)]
+        cache.ensure_batch(slots, [context] * batch)
+        for slot in slots:
+            for layer in range(num_layers):
+                for rows in cache.rows(slot, layer):
+                    rows.normal_()
+        index = torch.tensor(slots, dtype=torch.int32, device=device)
+        ends = torch.full_like(index, context)
+        yield cache, DecodeBatch(index, ends - 1, ends, layout.max_seq_len)
 
 
 def measure_prefill(
