@@ -69,13 +69,16 @@ class Setting:
     mapping: str = "thread"
     ahead_tokens: int | None = None
     pdl: bool = True
+    steps_ahead: int = 1
 
 
 @contextmanager
-def decoding(model: Llama, batch: int, length: int, setting: Setting, stagger: int = 0) -> Iterator[DecodeLoop]:
+def decoding(
+    model: Llama, batch: int, length: int, setting: Setting, stagger: int = 0, steps: int = STEPS
+) -> Iterator[DecodeLoop]:
     """A loop in the middle of decoding ``batch`` sequences that will have ``length`` rows on average."""
-    start = length - (STEPS + WARM_UP) // 2
-    layout = model.kv_layout(length + STEPS + WARM_UP + 64 + batch * stagger)
+    start = length - (steps + WARM_UP) // 2
+    layout = model.kv_layout(length + steps + WARM_UP + 64 + batch * stagger)
     attention = setting.attention or default_decode(layout, model.device, batch, length, model.config.num_heads)
     if not setting.pdl and isinstance(attention, TritonDecodeAttention):
         attention = replace(attention, pdl=False)
@@ -102,8 +105,9 @@ def decoding(model: Llama, batch: int, length: int, setting: Setting, stagger: i
             graphs=setting.graphs,
             mapping=setting.mapping,
             ahead_tokens=setting.ahead_tokens,
+            steps_ahead=setting.steps_ahead,
         ) as loop:
-            loop.start_batch([Start(slot, 5 + slot, STEPS + WARM_UP + 1) for slot in slots])
+            loop.start_batch([Start(slot, 5 + slot, steps + WARM_UP + 1) for slot in slots])
             yield loop
 
 

@@ -108,7 +108,7 @@ def test_ten_thousand_events():
     walk(FusedLlama(model), model, num_events=10_000, seed=4)
 
 
-def walk(fused: FusedLlama, model: Llama, num_events: int, seed: int) -> None:
+def walk(fused: FusedLlama, model: Llama, num_events: int, seed: int, steps_ahead: int = 1) -> None:
     rng = random.Random(seed)
     prompts = prompts_for(model, 12)
     expected = eager(model, prompts, 60)
@@ -122,7 +122,7 @@ def walk(fused: FusedLlama, model: Llama, num_events: int, seed: int) -> None:
         page_bytes=4096 if on_cpu else None,
     )
     seen = {"started": 0, "ended": 0, "cancelled": 0, "refused": 0, "stopped": 0}
-    with cache, DecodeLoop(fused, cache, max_batch=9, ahead_tokens=20) as loop:
+    with cache, DecodeLoop(fused, cache, max_batch=9, ahead_tokens=20, steps_ahead=steps_ahead) as loop:
         running: dict[int, tuple[int, int, int | None, list[int]]] = {}  # slot -> prompt, tokens to come, stop, so far
 
         def note(tokens: list[DecodedToken]) -> None:
@@ -183,6 +183,34 @@ def walk(fused: FusedLlama, model: Llama, num_events: int, seed: int) -> None:
         assert cache.stats().num_live_slots == 1
     assert min(seen[key] for key in ("ended", "cancelled", "stopped")) > num_events / 50
     assert seen["refused"] or not on_cpu
+
+
+@pytest.mark.parametrize("steps_ahead", [1, 2, 3, 4])
+def test_steps_are_reported_so_many_later(fused, model, steps_ahead):
+    prompt = [3, 5, 7]
+    (expected,) = eager(model, [prompt], 30)
+    with open_cache(model, 3) as cache, DecodeLoop(fused, cache, steps_ahead=steps_ahead) as loop:
+        slot = prefill(model, cache, prompt)
+        loop.start(slot, 7, 12)
+        counts = [len(loop.step()) for _ in range(12)]
+        assert counts == [0] * steps_ahead + [1] * (12 - steps_ahead)
+        assert [each.token for each in loop.step()] == list(expected[12 - steps_ahead : 12])  # nothing to launch
+        assert loop.slots == ()
+        # What stops is seen late; the slot has its own rows and no more.
+        cache.truncate(slot, 2)
+        loop.start(slot, 7, 30, stop_tokens=[expected[9]])
+        length = expected.index(expected[9]) + 1
+        assert tuple(by_slot(loop.run())[slot]) == expected[:length]
+        assert cache.seq_len(slot) == 2 + length
+        cache.check_integrity()
+
+
+@pytest.mark.parametrize("wrong", [0, 5, -1, 1.5, True, "2"])
+def test_steps_ahead_that_there_are_not(fused, model, wrong):
+    with open_cache(model, 3) as cache:
+        with pytest.raises(ConfigError, match="steps_ahead"):
+            DecodeLoop(fused, cache, steps_ahead=wrong)
+        assert cache.stats().num_live_slots == 0
 
 
 def test_cancelled_before_it_was_told(fused, model):

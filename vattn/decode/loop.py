@@ -58,6 +58,9 @@ class DecodeLoop:
         ahead_tokens: rows to map ahead of each sequence; None for two pages' worth.
         mapping: ``"thread"``, or ``"inline"`` to map between steps in the caller's thread.
         max_stop_tokens: of a sequence.
+        steps_ahead: steps, 1 to 4, that are under way while an older one's tokens are read. With more the GPU goes on
+            while the host is kept from launching; a new sequence waits for them, and a stop token is seen so many steps
+            later.
 
     Attributes:
         own_slot: that of rows which only fill up a batch.
@@ -80,9 +83,20 @@ class DecodeLoop:
         ahead_tokens: int | None = None,
         mapping: str = "thread",
         max_stop_tokens: int = 16,
+        steps_ahead: int = 1,
     ) -> None:
         options = checked_options(
-            model, cache, max_batch, attention, typical_len, buckets, graphs, ahead_tokens, mapping, max_stop_tokens
+            model,
+            cache,
+            max_batch,
+            attention,
+            typical_len,
+            buckets,
+            graphs,
+            ahead_tokens,
+            mapping,
+            max_stop_tokens,
+            steps_ahead,
         )
         self.model, self.cache = model, cache
         self._pid = os.getpid()
@@ -118,7 +132,7 @@ class DecodeLoop:
                 mapper.close()
             cache.release(self.own_slot)
             raise
-        self._pipeline = Pipeline(cache, self._step, self._progress, self._mapper, self.stream)
+        self._pipeline = Pipeline(cache, self._step, self._progress, self._mapper, self.stream, options.steps_ahead)
 
     # -- sequences -----------------------------------------------------------------------------------------------
     def start(
@@ -261,9 +275,9 @@ class DecodeLoop:
         compute: Compute | None = None,
         beside: Mapping[int, int] | None = None,
     ) -> list[DecodedToken]:
-        """Launch a step for every sequence, then report the tokens of the step before it.
+        """Launch a step for every sequence, then report the tokens of the step ``steps_ahead`` before it.
 
-        So the first call reports nothing, and a call without sequences reports what is left. Whatever is raised by the
+        So the first calls report nothing, and a call without sequences reports what is left. Whatever is raised by the
         model or the driver: no step was launched, no token is lost, and the sequences decode on with the next call.
 
         Args:

@@ -16,6 +16,7 @@ from ..kv_cache import KVCache
 from ..machine import available_and_total_bytes
 from .graphs import default_buckets
 from .state import DecodeModel, DecodeState, bind_for
+from .step import MAX_STEPS_AHEAD
 
 __all__ = ["LoopOptions", "checked_options", "require_state_room"]
 
@@ -35,6 +36,7 @@ class LoopOptions:
     ahead_tokens: int
     max_stop_tokens: int
     fills_up: bool
+    steps_ahead: int
 
 
 def checked_options(
@@ -48,6 +50,7 @@ def checked_options(
     ahead_tokens: int | None,
     mapping: str,
     max_stop_tokens: int,
+    steps_ahead: int,
 ) -> LoopOptions:
     """See ``DecodeLoop``.
 
@@ -87,6 +90,7 @@ def checked_options(
         require_int("ahead_tokens", ahead_tokens, 0),
         max_stop_tokens,
         fills_up=graphs != "never" or len(set(buckets)) < max_batch,
+        steps_ahead=require_int("steps_ahead", steps_ahead, 1, MAX_STEPS_AHEAD),
     )
 
 

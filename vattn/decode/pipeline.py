@@ -1,4 +1,4 @@
-"""Steps one behind the other: the next one is launched before the tokens of the one before it are read."""
+"""Steps one behind the other: the next ones are launched before the tokens of those before them are read."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..interrupts import Uninterrupted
 from ..kv_cache import KVCache
 from .map_ahead import MapAhead
 from .progress import Progress
-from .step import RING, Compute, DecodeStep
+from .step import MAX_STEPS_AHEAD, Compute, DecodeStep
 
 __all__ = ["Pipeline"]
 
@@ -26,6 +26,7 @@ class Pipeline:
         progress: says for which sequences, and hears of their tokens.
         mapper: maps rows ahead of them.
         stream: of the steps; None on the CPU.
+        steps_ahead: steps that are left under way.
     """
 
     def __init__(
@@ -35,12 +36,14 @@ class Pipeline:
         progress: Progress,
         mapper: MapAhead,
         stream: torch.cuda.Stream | None,
+        steps_ahead: int,
     ) -> None:
         self._cache, self._step, self._progress, self._mapper, self._stream = cache, step, progress, mapper, stream
+        self._steps_ahead = steps_ahead
 
     def advance(self, slots: Collection[int] | None, compute: Compute | None, beside: Mapping[int, int] | None) -> None:
-        """Launch a step and read the one before it, as ``DecodeLoop.step`` says."""
-        self.drain(RING // 2)  # more than one is left only where something was raised after a launch
+        """Launch a step and read one before it, as ``DecodeLoop.step`` says."""
+        self.drain(MAX_STEPS_AHEAD)  # more are left only where something was raised after a launch
         try:
             launched = self._launch(slots, compute, beside)
         except OutOfPages:
@@ -48,7 +51,7 @@ class Pipeline:
                 raise
             self.drain(0)  # sequences that have ended give their pages back
             launched = self._launch(slots, compute, beside)
-        self.drain(1 if launched else 0)
+        self.drain(self._steps_ahead if launched else 0)
 
     def drain(self, keep: int) -> None:
         """Read what all steps but the newest ``keep`` sampled; waits for them."""

@@ -47,6 +47,7 @@ class CapturableCompute(Protocol):
 
 
 RING = 8  # steps whose tokens the ring holds
+MAX_STEPS_AHEAD = RING // 2  # more are under way only where something was raised after a launch
 _REASONS = {0: None, 1: "stop", 2: "length", 3: "error"}
 
 

@@ -1,0 +1,82 @@
+"""Decode steps on a host whose cores are all busy, with one or more steps under way. See README.md; needs a GPU."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from common import Records
+from decoding import SHAPES, Setting, decoding, hf_shape, step_ms
+
+from vattn.models import FusedLlama, Llama, LlamaConfig
+from vattn.tuning.table import default_ops
+
+NEEDS = ("cuda",)
+STEPS = 400
+LENGTH = 1024
+BATCHES = (1, 16, 64)
+AHEAD = {"vattn": 1, "vattn-2-ahead": 2, "vattn-4-ahead": 4}
+ENDLESS = "while True: pass"
+
+
+@contextmanager
+def busy(processes: int) -> Iterator[None]:
+    """So many processes compute all the time."""
+    running = [subprocess.Popen([sys.executable, "-c", ENDLESS]) for _ in range(processes)]
+    try:
+        yield
+    finally:
+        for each in running:
+            each.kill()
+        for each in running:
+            each.wait()
+
+
+def level(times: list[float]) -> list[float]:
+    """Without the growth that longer sequences bring: a line through the faster nine tenths."""
+    index = np.arange(len(times))
+    middle = np.array(times) <= np.quantile(times, 0.9)
+    slope, _ = np.polyfit(index[middle], np.array(times)[middle], 1)
+    return (np.array(times) - slope * (index - index.mean())).tolist()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="the 1B shape only")
+    options = parser.parse_args()
+    records = Records("04_decode", options.quick, ["busy"])
+    for name in ["1B"] if options.quick else SHAPES:
+        model = Llama.random(LlamaConfig.from_hf(hf_shape(name)), device="cuda", dtype=torch.bfloat16)
+        ops = default_ops(model.device, model.dtype)
+        FusedLlama(model, 1, ops=ops)  # merges the weights
+        for batch in BATCHES:
+            for host, processes in (("idle", 0), ("busy", os.cpu_count() or 1)):
+                for system, ahead in AHEAD.items():
+                    with (
+                        decoding(model, batch, LENGTH, Setting(ops, steps_ahead=ahead), steps=STEPS) as loop,
+                        busy(processes),
+                    ):
+                        times = level(step_ms(loop, STEPS))
+                    case = f"busy {name} B={batch} L={LENGTH} host={host}"
+                    records.add(case, system, "step", "ms", times)
+                    records.add(case, system, "step_p99", "ms", [float(np.quantile(times, 0.99))])
+                    records.add(case, system, "step_max", "ms", [max(times)])
+                    gc.collect()
+        del model
+        gc.collect()
+        torch.cuda.empty_cache()
+    records.end()
+
+
+if __name__ == "__main__":
+    main()
