@@ -25,7 +25,7 @@ NEEDS = ("cuda",)
 STEPS = 400
 LENGTH = 1024
 BATCHES = (1, 16, 64)
-AHEAD = {"vattn": 1, "vattn-2-ahead": 2, "vattn-4-ahead": 4}
+AHEAD = {"vattn": 1, "vattn-2-ahead": 2, "vattn-8-ahead": 8}
 ENDLESS = "while True: pass"
 
 

@@ -111,25 +111,22 @@ def measure_linear(
     for num_tokens in tokens:
         x = torch.randn(num_tokens, inputs, device=device, dtype=dtype)
 
-        def by_cublas(i: int, x: torch.Tensor = x) -> torch.Tensor:
+        def launch(i: int, x: torch.Tensor = x, config: LinearConfig | None = None) -> torch.Tensor:
+            if config is not None:
+                return skinny_linear(x, weights[i], config, swiglu=fused, pdl=pdl)
             out = torch.nn.functional.linear(x, weights[i])
             return swiglu(out) if fused else out
 
-        cublas_us = graph_us(by_cublas, count)
-        times: dict[LinearConfig | None, float] = {None: cublas_us / _MIN_GAIN}
+        times: dict[LinearConfig | None, float] = {None: graph_us(launch, count)}
         for config in linear_candidates(outputs, inputs, num_tokens, whole=kind != "plain"):
-
-            def launch(i: int, x: torch.Tensor = x, config: LinearConfig = config) -> torch.Tensor:
-                return skinny_linear(x, weights[i], config, swiglu=fused, pdl=pdl)
-
             try:
-                if (us := graph_us(launch, count, 3)) < cublas_us:
-                    times[config] = us
+                times[config] = graph_us(partial(launch, config=config), count, 3)
             except Exception as error:
                 if "out of resource" not in str(error):  # the tiles do not fit into this GPU's shared memory
                     raise
-        times = _close(times)
-        times |= {None: cublas_us} if None in times else {}
+        times |= {config: graph_us(partial(launch, config=config), count, 11) for config in _close(times)}
+        cublas_us = times[None]
+        times = _close({config: us for config, us in times.items() if config is None or us * _MIN_GAIN < cublas_us})
         found = [(None if config is None else asdict(config), round(us, 2)) for config, us in times.items()]
         record = {
             "outputs": outputs,
@@ -172,13 +169,14 @@ def measure_attention(
     for batch, context in cases:
         with filled_cache(num_kv_heads, head_dim, dtype, device, batch, context) as (cache, decode_batch):
             q = torch.randn(batch, num_heads, head_dim, device=device, dtype=dtype)
-            times: dict[tuple[str, int], float] = {}
+            attend: dict[tuple[str, int], Callable[[int], torch.Tensor]] = {}
             for number, (name, options) in enumerate(every := attention_candidates()):
                 backend = get(name).tuned(options, pdl=pdl)
-                if backend.supports(device, dtype, head_dim):
-                    continue
-                attend = partial(_attend, bind(backend), q, cache, decode_batch)
-                times[name, number] = graph_us(attend, len(cache.layout.layers))
+                if backend.supports(device, dtype, head_dim) is None:
+                    attend[name, number] = partial(_attend, bind(backend), q, cache, decode_batch)
+            num_layers = len(cache.layout.layers)
+            times = {what: graph_us(attend[what], num_layers, 3) for what in attend}
+            times |= {what: graph_us(attend[what], num_layers, 11) for what in _close(times)}
         close = [every[number] for _, number in _close(times)]
         by_backend = {name: round(min(us for (other, _), us in times.items() if other == name), 2) for name, _ in times}
         record = _heads(num_heads, num_kv_heads, head_dim, dtype) | {"batch": batch, "context": context}

@@ -24,7 +24,7 @@ from .measure import filled_cache, graph_us
 
 __all__ = ["choose", "choose_in_steps"]
 
-_LAYERS = 4  # of the model that is timed
+_LAYERS = 8  # of the model that is timed
 _MIN_GAIN = 1.003  # a step must get shorter by this factor, because timings are noisy
 
 
@@ -64,11 +64,12 @@ def choose_in_steps(
     Args:
         linear, attention: as ``measure_linear`` and ``measure_attention`` gave them. Their runners-up are used up.
         pdl: with programmatic dependent launch.
-        report: called with batch, context, and microseconds of a step of four layers before and after.
+        report: called with batch, context, and microseconds of a step of at most eight layers before and after.
     """
     small = replace(config, num_layers=min(_LAYERS, config.num_layers), windows=None)
     max_seq_len = max((record["context"] for record in attention), default=0) + 64
     fused = FusedLlama(Llama.random(small, device=device, dtype=dtype), max_seq_len, fused_ops())
+    layers = fused.layers
     close = {id(record): record.pop("runners_up") for record in (*linear, *attention)}
     for batch, cases in groupby(attention, key=lambda record: record["batch"]):
         products = [record for record in linear if record["tokens"] == batch]
@@ -77,6 +78,7 @@ def choose_in_steps(
             backends = [(case["backend"], case["options"]), *close[id(case)]]
             shape = (config.num_kv_heads, config.head_dim, dtype, device, batch, case["context"])
             with filled_cache(*shape) as (cache, decode_batch), torch.inference_mode():
+                fused.layers = layers[: len(cache.layout.layers)]
                 time_us = partial(_step_us, fused, cache, decode_batch, products, pdl)
                 before_us = time_us([each[0] for each in (backends, *options)])
                 (backend, *found), after_us = choose([backends, *options], time_us)
@@ -105,4 +107,4 @@ def _step_us(
     fused.ops = fused_ops(LinearTable(entries, pdl))
     backend = bind(get(name).tuned(options, pdl=pdl))
     embeddings = fused.embedding[:1].repeat(num_tokens, 1)
-    return graph_us(lambda _: fused.decode(embeddings.clone(), batch, cache, backend), 1, 21)
+    return graph_us(lambda _: fused.decode(embeddings.clone(), batch, cache, backend), 1, 31)
