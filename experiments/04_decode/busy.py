@@ -26,14 +26,17 @@ STEPS = 400
 LENGTH = 1024
 BATCHES = (1, 16, 64)
 AHEAD = {"vattn": 1, "vattn-2-ahead": 2, "vattn-8-ahead": 8}
-ENDLESS = "while True: pass"
+ENDLESS = "print(flush=True)\nwhile True: pass"
 
 
 @contextmanager
 def busy(processes: int) -> Iterator[None]:
     """So many processes compute all the time."""
-    running = [subprocess.Popen([sys.executable, "-c", ENDLESS]) for _ in range(processes)]
+    running = [subprocess.Popen([sys.executable, "-c", ENDLESS], stdout=subprocess.PIPE) for _ in range(processes)]
     try:
+        for each in running:
+            assert each.stdout is not None
+            each.stdout.readline()
         yield
     finally:
         for each in running:
@@ -60,7 +63,7 @@ def main() -> None:
         ops = default_ops(model.device, model.dtype)
         FusedLlama(model, 1, ops=ops)  # merges the weights
         for batch in BATCHES:
-            for host, processes in (("idle", 0), ("busy", os.cpu_count() or 1)):
+            for host, processes in (("idle", 0), ("busy", len(os.sched_getaffinity(0)))):
                 for system, ahead in AHEAD.items():
                     with (
                         decoding(model, batch, LENGTH, Setting(ops, steps_ahead=ahead), steps=STEPS) as loop,

@@ -62,7 +62,7 @@ def test_tune(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     table = TuningTable.read(path)
     output = capfd.readouterr().out
     assert str(path) in output
-    steps = re.findall(r"step, batch (\d), context 200: +([\d.]+) us .* alone, ([\d.]+) us", output)
+    steps = re.findall(r"step, batch (\d), context 200: +([\d.]+) us before the choice, ([\d.]+) us", output)
     assert [int(batch) for batch, _, _ in steps] == [1, 3]
     assert "runners_up" not in path.read_text()
     config = json.loads((folder / "config.json").read_text())

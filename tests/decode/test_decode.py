@@ -95,9 +95,10 @@ def test_merged_weights_are_the_model_s_own(device):
     assert {(weight.shape[0], weight.shape[1]) for weight in weights} == shapes
 
 
-def test_sequences_come_and_go(fused, model):
+@pytest.mark.parametrize("steps_ahead", [1, 3, 8])
+def test_sequences_come_and_go(fused, model, steps_ahead):
     """Random arrivals, cancellations, ends and new lives of slots between steps, in a cache that runs out of pages."""
-    walk(fused, model, num_events=400, seed=3)
+    walk(fused, model, num_events=400, seed=3, steps_ahead=steps_ahead)
 
 
 @pytest.mark.gpu
@@ -202,6 +203,25 @@ def test_steps_are_reported_so_many_later(fused, model, steps_ahead):
         length = expected.index(expected[9]) + 1
         assert tuple(by_slot(loop.run())[slot]) == expected[:length]
         assert cache.seq_len(slot) == 2 + length
+        cache.check_integrity()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="counts pages of 16 rows")
+@pytest.mark.parametrize("steps_ahead", [1, 8])
+def test_pages_of_a_sequence_whose_end_was_not_read_yet(fused, model, steps_ahead):
+    prompts = [list(range(1, 14)), list(range(2, 31))]
+    expected = eager(model, prompts, 12)
+    cache = vattn.KVCache(model.kv_layout(160), 3, "cpu", memory_limit=4 * 4096, page_bytes=4096)
+    with cache, DecodeLoop(fused, cache, ahead_tokens=0, mapping="inline", steps_ahead=steps_ahead) as loop:
+        first, second = [prefill(model, cache, prompt) for prompt in prompts]
+        stop = expected[0][1]
+        loop.start(first, prompts[0][-1], 12, stop_tokens=[stop])
+        loop.start(second, prompts[1][-1], 12)
+        # The fifth step needs a fourth and a fifth page, were the first sequence not at its end.
+        found = by_slot(loop.run())
+        assert tuple(found[first]) == expected[0][: expected[0].index(stop) + 1]
+        assert tuple(found[second]) == expected[1]
+        assert cache.stats().num_oom == (steps_ahead > 1)
         cache.check_integrity()
 
 

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from types import SimpleNamespace
+
+import pytest
 import torch
 
+from vattn.attention import TritonDecodeAttention
+from vattn.errors import ConfigError
 from vattn.models import LlamaConfig
+from vattn.ops.skinny_linear import LinearConfig
 from vattn.tuning import measure, steps
-from vattn.tuning.steps import choose, choose_in_steps
+from vattn.tuning.measure import _close, _faster_than_cublas, filled_cache, measure_attention
+from vattn.tuning.steps import _step_us, choose, choose_in_steps
 
 CPU = torch.device("cpu")
 TINY = LlamaConfig(
@@ -21,21 +29,21 @@ def test_what_makes_the_whole_faster_is_taken_place_after_place():
         return sum(times[each] for each in chosen) - 4 * (chosen == ["c", "z"])
 
     # z is the slowest at its place, and the fastest beside c. y is not faster by enough.
-    assert choose([["a", "b", "c"], ["x", "y", "z"]], time_us) == (["c", "z"], 10.0)
-    assert choose([["a"], ["x", "y"]], time_us) == (["a", "x"], 15.0)
+    assert choose([["a", "b", "c"], ["x", "y", "z"]], time_us) == (["c", "z"], 15.0, 10.0)
+    assert choose([["a"], ["x", "y"]], time_us) == (["a", "x"], 15.0, 15.0)
 
 
-def test_one_lucky_timing_chooses_nothing():
-    calls = {"b": 0}
+@pytest.mark.parametrize(("name", "first_us"), [("a", 8.1), ("b", 5.0)])
+def test_one_odd_timing_chooses_nothing(name, first_us):
+    """Of what is chosen so far, which seems slow, or of another, which seems fast."""
+    seen = []
 
     def time_us(chosen):
-        if chosen == ["b"]:
-            calls["b"] += 1
-            return 5.0 if calls["b"] == 1 else 10.0
-        return 8.0
+        seen.extend(chosen)
+        return first_us if chosen == [name] and seen.count(name) == 1 else 8.0
 
-    assert choose([["a", "b"]], time_us) == (["a"], 8.0)
-    assert calls["b"] == 2
+    assert choose([["a", "b"]], time_us)[0] == ["a"]
+    assert sorted(seen) == ["a", "a", "b", "b"]
 
 
 def linear(tokens, *times):
@@ -78,3 +86,56 @@ def test_records_name_what_steps_chose(monkeypatch):
     assert [case["options"]["block_n"] for case in cases] == [32, 64, 32]
     assert seen == [(1, 8, 100.0, 89.0), (1, 16, 99.0, 99.0), (2, 8, 100.0, 89.0)]
     assert not any("runners_up" in record for record in (*products, *cases))
+
+
+def test_no_room_for_steps_leaves_what_is_fastest_alone(monkeypatch):
+    def no_room(*arguments):
+        raise torch.OutOfMemoryError("none")
+
+    monkeypatch.setattr(steps, "_step_us", no_room)
+    monkeypatch.setattr(measure, "_layers_of", lambda layer_bytes, device: 2)
+    products, cases = [linear(1, ({"block_n": 1}, 5.0), (None, 5.1))], [attention(1, 8, ("torch-varlen", {}))]
+    with pytest.raises(torch.OutOfMemoryError):
+        choose_in_steps(TINY, products, cases, torch.bfloat16, CPU)
+    assert products[0]["config"] == {"block_n": 1}
+    assert cases[0]["backend"] == "torch-varlen"
+    assert not any("runners_up" in record for record in (*products, *cases))
+
+
+def test_a_step_runs_what_is_chosen(monkeypatch):
+    monkeypatch.setattr(measure, "_layers_of", lambda layer_bytes, device: 2)
+    one, other = LinearConfig(2, 32, dot=False), LinearConfig(4, 32, splits=2)
+    chosen = [("triton-decode", {"block_n": 32}), (asdict(one), 5.0), (None, 5.0), (asdict(other), 5.0)]
+    shapes = [(64, 32, False), (64, 64, True), (32, 64, False)]
+    products = [dict(zip(("outputs", "inputs", "swiglu"), shape, strict=True)) for shape in shapes]
+    backends = []
+    fused = SimpleNamespace(embedding=torch.randn(9, 32), decode=lambda *arguments: backends.append(arguments[-1]))
+
+    def timed(launch, count, repeats):
+        launch(0)
+        return 7.0
+
+    monkeypatch.setattr(steps, "graph_us", timed)
+    with filled_cache(2, 8, torch.bfloat16, CPU, 3, 20) as (cache, batch):
+        assert _step_us(fused, cache, batch, products, True, chosen) == 7.0
+        assert [cache.seq_len(slot) for slot in range(3)] == batch.ends_int32.tolist() == [20, 20, 20]
+    table = fused.ops.linear.__self__
+    assert [table.find(outputs, inputs, 3, swiglu) for outputs, inputs, swiglu in shapes] == [None, None, other]
+    assert table.find(64, 32, 1) == one  # which is for one token
+    assert table.pdl
+    (backend,) = backends
+    assert isinstance(backend, TritonDecodeAttention)
+    assert (backend.block_n, backend.pdl) == (32, True)
+
+
+def test_what_is_near_the_fastest_runs_for_the_choice():
+    assert _close({"a": 11.4, "b": 10.0, "c": 11.6}) == {"b": 10.0, "a": 11.4}
+    assert list(_close({n: 10 + n / 100 for n in range(20)})) == list(range(8))
+    one, other = LinearConfig(2, 32), LinearConfig(4, 32)
+    assert _faster_than_cublas({None: 10.0, one: 9.95, other: 9.8}) == {None: 10.0, other: 9.8}
+
+
+def test_heads_that_no_backend_takes(monkeypatch):
+    monkeypatch.setattr(measure, "_layers_of", lambda layer_bytes, device: 2)
+    with pytest.raises(ConfigError, match="head_dim 512"):
+        measure_attention(4, 2, 512, torch.bfloat16, CPU, [(1, 16)])

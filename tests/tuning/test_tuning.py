@@ -180,6 +180,7 @@ def test_the_shipped_tables_are_read(name):
     [
         ("NVIDIA GH200 480GB", (9, 0), "NVIDIA H100 80GB HBM3"),
         ("NVIDIA H200", (9, 0), "NVIDIA H200"),
+        ("NVIDIA H200 NVL", (9, 0), "NVIDIA H200"),
         ("NVIDIA H100 80GB HBM3", (9, 0), "NVIDIA H100 80GB HBM3"),
         ("NVIDIA L40S", (8, 9), "NVIDIA L40S"),
     ],

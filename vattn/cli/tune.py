@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..errors import ConfigError
+from ..errors import ConfigError, OutOfPages
 from ..models.fused_llama import products
 from ..ops.triton_support import unavailable
 from ..tuning import table_paths, table_to_add_to
@@ -38,21 +38,24 @@ def tune(args: argparse.Namespace) -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     dtype = _DTYPES[args.dtype]
     table = table_to_add_to(device)
+    path, _ = table_paths(table.gpu)
     for config in configs:
         linear = [
             record
-            for outputs, inputs, kind in products(config)
+            for outputs, inputs, kind in dict.fromkeys(products(config))
             for record in measure_linear(outputs, inputs, batches, dtype, device, kind, table.pdl, _print_linear)
         ]
         cases = [(batch, context) for batch in batches for context in contexts]
         heads = (config.num_heads, config.num_kv_heads, config.head_dim)
         attention = measure_attention(*heads, dtype, device, cases, table.pdl, _print_attention)
-        choose_in_steps(config, linear, attention, dtype, device, table.pdl, _print_step)
+        try:
+            choose_in_steps(config, linear, attention, dtype, device, table.pdl, _print_step)
+        except (torch.OutOfMemoryError, OutOfPages) as error:
+            print(f"no room for steps, so the other kernels are those that are fastest alone: {one_line(error)}")
         table.add("linear", linear)
         table.add("attention", attention)
         table.add("prefill", measure_prefill(*heads, dtype, device, _PREFILL, _print_attention))
-    path, _ = table_paths(table.gpu)
-    table.write(path)
+        table.write(path)
     print(f"written: {one_line(path)}")
 
 
@@ -82,5 +85,5 @@ def _print_attention(record: dict[str, Any]) -> None:
 
 
 def _print_step(batch: int, context: int, before_us: float, after_us: float) -> None:
-    times = f"{before_us:.1f} us with the kernels that are fastest alone, {after_us:.1f} us with those chosen in steps"
+    times = f"{before_us:.1f} us before the choice, {after_us:.1f} us after"
     print(f"step, batch {batch}, context {context}:  {times}", flush=True)

@@ -248,7 +248,7 @@ class DecodeLoop:
         """End a sequence, decoding or not, and give its slot back to the cache, which stores its first ``store`` rows.
 
         As for ``cache.release`` and ``cache.store``, which keep the pages for work on the current stream, but that they
-        are kept for the step that may still be under way on the loop's stream, too. Returns the version that the
+        are kept for the steps that may still be under way on the loop's stream, too. Returns the version that the
         sequence had at its end.
 
         Raises:

@@ -43,7 +43,7 @@ class Pipeline:
 
     def advance(self, slots: Collection[int] | None, compute: Compute | None, beside: Mapping[int, int] | None) -> None:
         """Launch a step and read one before it, as ``DecodeLoop.step`` says."""
-        self.drain(MAX_STEPS_AHEAD)  # more are left only where something was raised after a launch
+        self.drain(MAX_STEPS_AHEAD)  # there are more only where something was raised after a launch
         try:
             launched = self._launch(slots, compute, beside)
         except OutOfPages:

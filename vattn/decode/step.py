@@ -47,7 +47,7 @@ class CapturableCompute(Protocol):
 
 
 RING = 16  # steps whose tokens the ring holds
-MAX_STEPS_AHEAD = RING // 2  # more are under way only where something was raised after a launch
+MAX_STEPS_AHEAD = RING // 2  # left under way; capturing a graph on its first use takes two rows of the ring, too
 _REASONS = {0: None, 1: "stop", 2: "length", 3: "error"}
 
 

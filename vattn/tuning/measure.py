@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from ..attention import AttentionBackend, AttentionBatch, DecodeBatch, bind, decode_backends, get
+from ..errors import ConfigError
 from ..kv_cache import KVCache
 from ..layout import KVLayout
 from ..ops.skinny_linear import LinearConfig, skinny_linear
@@ -79,6 +80,16 @@ def graph_us(launch: Callable[[int], object], count: int, repeats: int = 5) -> f
     return median(replays_us(launch, count, repeats))
 
 
+def _graph_us_if_it_fits(launch: Callable[[int], object], count: int) -> float | None:
+    """``graph_us`` of three replays; None where the kernel's tiles do not fit into this GPU's shared memory."""
+    try:
+        return graph_us(launch, count, 3)
+    except Exception as error:
+        if "out of resource" not in str(error):
+            raise
+        return None
+
+
 def measure_linear(
     outputs: int,
     inputs: int,
@@ -119,14 +130,11 @@ def measure_linear(
 
         times: dict[LinearConfig | None, float] = {None: graph_us(launch, count)}
         for config in linear_candidates(outputs, inputs, num_tokens, whole=kind != "plain"):
-            try:
-                times[config] = graph_us(partial(launch, config=config), count, 3)
-            except Exception as error:
-                if "out of resource" not in str(error):  # the tiles do not fit into this GPU's shared memory
-                    raise
+            if (us := _graph_us_if_it_fits(partial(launch, config=config), count)) is not None:
+                times[config] = us
         times |= {config: graph_us(partial(launch, config=config), count, 11) for config in _close(times)}
         cublas_us = times[None]
-        times = _close({config: us for config, us in times.items() if config is None or us * _MIN_GAIN < cublas_us})
+        times = _close(_faster_than_cublas(times))
         found = [(None if config is None else asdict(config), round(us, 2)) for config, us in times.items()]
         record = {
             "outputs": outputs,
@@ -164,6 +172,9 @@ def measure_attention(
     Returns:
         A record for each case: the fastest backend, its options, and microseconds of every backend; and
         ``runners_up``, backends and their options that are nearly as fast.
+
+    Raises:
+        ConfigError: no backend runs there.
     """
     records = []
     for batch, context in cases:
@@ -175,8 +186,11 @@ def measure_attention(
                 if backend.supports(device, dtype, head_dim) is None:
                     attend[name, number] = partial(_attend, bind(backend), q, cache, decode_batch)
             num_layers = len(cache.layout.layers)
-            times = {what: graph_us(attend[what], num_layers, 3) for what in attend}
+            found = {what: _graph_us_if_it_fits(attend[what], num_layers) for what in attend}
+            times = {what: us for what, us in found.items() if us is not None}
             times |= {what: graph_us(attend[what], num_layers, 11) for what in _close(times)}
+        if not times:
+            raise ConfigError(f"no backend of attention runs decode steps of {dtype} at head_dim {head_dim} here")
         close = [every[number] for _, number in _close(times)]
         by_backend = {name: round(min(us for (other, _), us in times.items() if other == name), 2) for name, _ in times}
         record = _heads(num_heads, num_kv_heads, head_dim, dtype) | {"batch": batch, "context": context}
@@ -184,6 +198,11 @@ def measure_attention(
         report(record)
         records.append(record)
     return records
+
+
+def _faster_than_cublas(times: dict[LinearConfig | None, float]) -> dict[LinearConfig | None, float]:
+    """Those that are faster by more than the noise, and cuBLAS (None) itself."""
+    return {config: us for config, us in times.items() if config is None or us * _MIN_GAIN < times[None]}
 
 
 def _close(times: dict[Any, float]) -> dict[Any, float]:

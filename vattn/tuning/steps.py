@@ -28,7 +28,7 @@ _LAYERS = 8  # of the model that is timed
 _MIN_GAIN = 1.003  # a step must get shorter by this factor, because timings are noisy
 
 
-def choose(options: Sequence[Sequence[Any]], time_us: Callable[[list[Any]], float]) -> tuple[list[Any], float]:
+def choose(options: Sequence[Sequence[Any]], time_us: Callable[[list[Any]], float]) -> tuple[list[Any], float, float]:
     """One of the options at each place: from the first ones on, place after place, what makes the whole faster.
 
     Args:
@@ -36,16 +36,19 @@ def choose(options: Sequence[Sequence[Any]], time_us: Callable[[list[Any]], floa
         time_us: microseconds with one option at each place.
 
     Returns:
-        The options, and microseconds with them. What seems faster is timed again, and taken if it still is.
+        The options, and microseconds with the first ones and with these. What seems faster is timed again beside what
+        is chosen so far, and taken if it still is.
     """
     chosen = [each[0] for each in options]
-    best_us = time_us(chosen)
+    first_us = best_us = time_us(chosen)
     for place, each in enumerate(options):
         for option in each[1:]:
             trial = [*chosen[:place], option, *chosen[place + 1 :]]
-            if time_us(trial) * _MIN_GAIN < best_us and (us := time_us(trial)) * _MIN_GAIN < best_us:
-                chosen, best_us = trial, us
-    return chosen, best_us
+            if time_us(trial) * _MIN_GAIN < best_us:
+                best_us = min(best_us, time_us(chosen))
+                if (us := time_us(trial)) * _MIN_GAIN < best_us:
+                    chosen, best_us = trial, us
+    return chosen, first_us, best_us
 
 
 def choose_in_steps(
@@ -59,18 +62,24 @@ def choose_in_steps(
 ) -> None:
     """Let the records of a model's products and of its attention name the kernels with which its steps are fastest.
 
-    Products are chosen at the first context of a batch, attention at each.
+    Products are chosen at the first context of a batch, attention at each. A table has a kernel for a shape: where two
+    models share one, what is chosen last stands.
 
     Args:
-        linear, attention: as ``measure_linear`` and ``measure_attention`` gave them. Their runners-up are used up.
+        linear, attention: as ``measure_linear`` and ``measure_attention`` gave them, one record for a case. Their
+            runners-up are used up.
         pdl: with programmatic dependent launch.
         report: called with batch, context, and microseconds of a step of at most eight layers before and after.
+
+    Raises:
+        torch.OutOfMemoryError, OutOfPages: there is no room for such a step. Records that were not reached name what is
+            fastest alone.
     """
+    close = {id(record): record.pop("runners_up") for record in (*linear, *attention)}
     small = replace(config, num_layers=min(_LAYERS, config.num_layers), windows=None)
     max_seq_len = max((record["context"] for record in attention), default=0) + 64
     fused = FusedLlama(Llama.random(small, device=device, dtype=dtype), max_seq_len, fused_ops())
     layers = fused.layers
-    close = {id(record): record.pop("runners_up") for record in (*linear, *attention)}
     for batch, cases in groupby(attention, key=lambda record: record["batch"]):
         products = [record for record in linear if record["tokens"] == batch]
         options = [[(record["config"], record["us"]), *close[id(record)]] for record in products]
@@ -80,13 +89,12 @@ def choose_in_steps(
             with filled_cache(*shape) as (cache, decode_batch), torch.inference_mode():
                 fused.layers = layers[: len(cache.layout.layers)]
                 time_us = partial(_step_us, fused, cache, decode_batch, products, pdl)
-                before_us = time_us([each[0] for each in (backends, *options)])
-                (backend, *found), after_us = choose([backends, *options], time_us)
+                (backend, *found), before_us, after_us = choose([backends, *options], time_us)
             case["backend"], case["options"] = backend
-            options = [[each] for each in found]
+            for record, product in zip(products, found, strict=True):
+                record["config"], record["us"] = product
+            options = [[product] for product in found]
             report(batch, case["context"], before_us, after_us)
-        for record, each in zip(products, options, strict=True):
-            record["config"], record["us"] = each[0]
 
 
 def _step_us(

@@ -3,7 +3,8 @@
 A table says for each product of a decode step, by its shape and number of tokens, which kernel to use, and for each
 shape of attention, by batch and context (a decode step) or by new and all tokens (a prefill), which backend. What was
 not measured falls back to cuBLAS and to the orders in ``vattn.attention.choice``. A GPU without a table of its own
-takes a shipped one of the same compute capability: most of an H100's fast kernels are fast on an H200, too.
+takes a shipped one of the same compute capability, that with the likest name: most of an H100's fast kernels are fast
+on others of its kind, too.
 """
 
 from __future__ import annotations
@@ -168,7 +169,7 @@ def table_paths(gpu: str) -> tuple[Path, Path]:
 @cache
 def _read_for(gpu: str, capability: tuple[int, int]) -> TuningTable:
     own, shipped = table_paths(gpu)
-    found = TuningTable.read(shipped) if shipped.exists() else _shipped_for(capability)
+    found = TuningTable.read(shipped) if shipped.exists() else _shipped_for(gpu, capability)
     if found is None:
         found = TuningTable(gpu, capability=capability)
     if own.exists():
@@ -182,9 +183,11 @@ def _read_for(gpu: str, capability: tuple[int, int]) -> TuningTable:
     return found
 
 
-def _shipped_for(capability: tuple[int, int]) -> TuningTable | None:
-    tables = map(TuningTable.read, sorted(_SHIPPED.glob("*.json")))
-    return next((table for table in tables if table.capability == capability), None)
+def _shipped_for(gpu: str, capability: tuple[int, int]) -> TuningTable | None:
+    tables = [TuningTable.read(path) for path in sorted(_SHIPPED.glob("*.json"))]
+    fitting = [table for table in tables if table.capability == capability]
+    words = set(gpu.split())
+    return max(fitting, key=lambda table: len(words.intersection(table.gpu.split())), default=None)
 
 
 def table_for(device: torch.device) -> TuningTable:
