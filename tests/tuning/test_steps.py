@@ -10,16 +10,12 @@ import torch
 
 from vattn.attention import TritonDecodeAttention
 from vattn.errors import ConfigError
-from vattn.models import LlamaConfig
 from vattn.ops.skinny_linear import LinearConfig
 from vattn.tuning import measure, steps
 from vattn.tuning.measure import _close, _faster_than_cublas, filled_cache, measure_attention
 from vattn.tuning.steps import _step_us, choose, choose_in_steps
 
 CPU = torch.device("cpu")
-TINY = LlamaConfig(
-    vocab_size=64, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8
-)
 
 
 def test_what_makes_the_whole_faster_is_taken_place_after_place():
@@ -46,6 +42,11 @@ def test_one_odd_timing_chooses_nothing(name, first_us):
     assert sorted(seen) == ["a", "a", "b", "b"]
 
 
+def model(num_layers, max_seq_len):
+    assert (num_layers, max_seq_len > 64) == (8, True)
+    return SimpleNamespace(layers=list(range(8)))
+
+
 def linear(tokens, *times):
     shape = {"outputs": 64, "inputs": 32, "dtype": "bfloat16", "tokens": tokens, "swiglu": False, "cublas_us": 9.0}
     (config, us), *runners_up = times
@@ -54,14 +55,8 @@ def linear(tokens, *times):
 
 def attention(batch, context, *options):
     (backend, first), *runners_up = options
-    return {
-        "batch": batch,
-        "context": context,
-        "backend": backend,
-        "options": first,
-        "us": {},
-        "runners_up": runners_up,
-    }
+    case = {"batch": batch, "context": context, "num_kv_heads": 2, "head_dim": 8, "us": {}}
+    return {**case, "backend": backend, "options": first, "runners_up": runners_up}
 
 
 def test_records_name_what_steps_chose(monkeypatch):
@@ -74,6 +69,7 @@ def test_records_name_what_steps_chose(monkeypatch):
     def step_us(fused, cache, batch, records, pdl, chosen):
         assert [record["tokens"] for record in records] == [len(batch.slots_int32)]
         assert (cache.seq_len(0), int(batch.rows_int32[0])) == (batch.ends_int32[0], batch.ends_int32[0] - 1)
+        assert fused.layers == [0, 1]  # as many as the cache has
         (_, options), (config, _) = chosen
         context = int(batch.ends_int32[0])
         # By turns: another backend at 8 rows, another product where that backend is.
@@ -81,7 +77,7 @@ def test_records_name_what_steps_chose(monkeypatch):
 
     monkeypatch.setattr(steps, "_step_us", step_us)
     monkeypatch.setattr(measure, "_layers_of", lambda layer_bytes, device: 2)
-    choose_in_steps(TINY, products, cases, torch.bfloat16, CPU, report=lambda *each: seen.append(each))
+    choose_in_steps(model, products, cases, torch.bfloat16, CPU, report=lambda *each: seen.append(each))
     assert [(record["config"], record["us"]) for record in products] == [(other, 5.1), (None, 9.0), (one, 5.0)]
     assert [case["options"]["block_n"] for case in cases] == [32, 64, 32]
     assert seen == [(1, 8, 100.0, 89.0), (1, 16, 99.0, 99.0), (2, 8, 100.0, 89.0)]
@@ -96,7 +92,7 @@ def test_no_room_for_steps_leaves_what_is_fastest_alone(monkeypatch):
     monkeypatch.setattr(measure, "_layers_of", lambda layer_bytes, device: 2)
     products, cases = [linear(1, ({"block_n": 1}, 5.0), (None, 5.1))], [attention(1, 8, ("torch-varlen", {}))]
     with pytest.raises(torch.OutOfMemoryError):
-        choose_in_steps(TINY, products, cases, torch.bfloat16, CPU)
+        choose_in_steps(model, products, cases, torch.bfloat16, CPU)
     assert products[0]["config"] == {"block_n": 1}
     assert cases[0]["backend"] == "torch-varlen"
     assert not any("runners_up" in record for record in (*products, *cases))

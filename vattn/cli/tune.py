@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from ..errors import ConfigError, OutOfPages
+from ..models import FusedLlama, Llama, LlamaConfig
 from ..models.fused_llama import products
 from ..ops.triton_support import unavailable
 from ..tuning import table_paths, table_to_add_to
@@ -49,7 +52,8 @@ def tune(args: argparse.Namespace) -> None:
         heads = (config.num_heads, config.num_kv_heads, config.head_dim)
         attention = measure_attention(*heads, dtype, device, cases, table.pdl, _print_attention)
         try:
-            choose_in_steps(config, linear, attention, dtype, device, table.pdl, _print_step)
+            model = partial(_small_model, config, dtype, device)
+            choose_in_steps(model, linear, attention, dtype, device, table.pdl, _print_step)
         except (torch.OutOfMemoryError, OutOfPages) as error:
             print(f"no room for steps, so the other kernels are those that are fastest alone: {one_line(error)}")
         table.add("linear", linear)
@@ -57,6 +61,13 @@ def tune(args: argparse.Namespace) -> None:
         table.add("prefill", measure_prefill(*heads, dtype, device, _PREFILL, _print_attention))
         table.write(path)
     print(f"written: {one_line(path)}")
+
+
+def _small_model(
+    config: LlamaConfig, dtype: torch.dtype, device: torch.device, num_layers: int, max_seq_len: int
+) -> FusedLlama:
+    small = replace(config, num_layers=min(num_layers, config.num_layers), windows=None)
+    return FusedLlama(Llama.random(small, dtype=dtype, device=device), max_seq_len)
 
 
 def _numbers(name: str, text: str) -> list[int]:

@@ -8,24 +8,36 @@ of a 1B shape up to 7 % shorter, and those of an 8B shape up to 3 % (probe, 2026
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from itertools import groupby
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from ..attention import DecodeBatch, bind, get
+from ..attention import AttentionBackend, DecodeBatch, bind, get
 from ..kv_cache import KVCache
-from ..models import FusedLlama, Llama, LlamaConfig
-from ..ops.ops_table import LinearTable, fused_ops
+from ..ops.ops_table import LinearTable, Ops, fused_ops
 from ..ops.skinny_linear import LinearConfig
 from .measure import filled_cache, graph_us
 
-__all__ = ["choose", "choose_in_steps"]
+__all__ = ["StepModel", "choose", "choose_in_steps"]
 
 _LAYERS = 8  # of the model that is timed
 _MIN_GAIN = 1.003  # a step must get shorter by this factor, because timings are noisy
+
+
+class StepModel(Protocol):
+    """What computes a step: its operations and layers are exchanged."""
+
+    ops: Ops
+    layers: list[Any]
+
+    @property
+    def embedding(self) -> torch.Tensor: ...
+
+    def decode(
+        self, residual: torch.Tensor, batch: DecodeBatch, cache: KVCache, attention: AttentionBackend
+    ) -> torch.Tensor: ...
 
 
 def choose(options: Sequence[Sequence[Any]], time_us: Callable[[list[Any]], float]) -> tuple[list[Any], float, float]:
@@ -52,7 +64,7 @@ def choose(options: Sequence[Sequence[Any]], time_us: Callable[[list[Any]], floa
 
 
 def choose_in_steps(
-    config: LlamaConfig,
+    model: Callable[[int, int], StepModel],
     linear: Sequence[dict[str, Any]],
     attention: Sequence[dict[str, Any]],
     dtype: torch.dtype,
@@ -66,6 +78,7 @@ def choose_in_steps(
     models share one, what is chosen last stands.
 
     Args:
+        model: called with a number of layers and of positions; it may have fewer layers.
         linear, attention: as ``measure_linear`` and ``measure_attention`` gave them, one record for a case. Their
             runners-up are used up.
         pdl: with programmatic dependent launch.
@@ -76,16 +89,14 @@ def choose_in_steps(
             fastest alone.
     """
     close = {id(record): record.pop("runners_up") for record in (*linear, *attention)}
-    small = replace(config, num_layers=min(_LAYERS, config.num_layers), windows=None)
-    max_seq_len = max((record["context"] for record in attention), default=0) + 64
-    fused = FusedLlama(Llama.random(small, device=device, dtype=dtype), max_seq_len, fused_ops())
+    fused = model(_LAYERS, max((record["context"] for record in attention), default=0) + 64)
     layers = fused.layers
     for batch, cases in groupby(attention, key=lambda record: record["batch"]):
         products = [record for record in linear if record["tokens"] == batch]
         options = [[(record["config"], record["us"]), *close[id(record)]] for record in products]
         for case in cases:
             backends = [(case["backend"], case["options"]), *close[id(case)]]
-            shape = (config.num_kv_heads, config.head_dim, dtype, device, batch, case["context"])
+            shape = (case["num_kv_heads"], case["head_dim"], dtype, device, batch, case["context"])
             with filled_cache(*shape) as (cache, decode_batch), torch.inference_mode():
                 fused.layers = layers[: len(cache.layout.layers)]
                 time_us = partial(_step_us, fused, cache, decode_batch, products, pdl)
@@ -98,7 +109,7 @@ def choose_in_steps(
 
 
 def _step_us(
-    fused: FusedLlama,
+    fused: StepModel,
     cache: KVCache,
     batch: DecodeBatch,
     products: Sequence[dict[str, Any]],
