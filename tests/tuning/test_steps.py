@@ -9,7 +9,10 @@ import pytest
 import torch
 
 from vattn.attention import TritonDecodeAttention
+from vattn.cli.tune import _small_model
 from vattn.errors import ConfigError
+from vattn.models import LlamaConfig
+from vattn.models.fused_llama import products
 from vattn.ops.skinny_linear import LinearConfig
 from vattn.tuning import measure, steps
 from vattn.tuning.measure import _close, _faster_than_cublas, filled_cache, measure_attention
@@ -122,6 +125,36 @@ def test_a_step_runs_what_is_chosen(monkeypatch):
     (backend,) = backends
     assert isinstance(backend, TritonDecodeAttention)
     assert (backend.block_n, backend.pdl) == (32, True)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the command's own test runs it there")
+def test_every_choice_gives_the_same_logits(monkeypatch):
+    """The step that is timed, in Triton's interpreter."""
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=16
+    )
+    model = _small_model(config, torch.float32, CPU, 8, 64)
+    assert len(model.layers) == 3
+    plain, parts = LinearConfig(16, 32, num_stages=1), LinearConfig(16, 16, splits=2, num_stages=1)
+    shapes = [(outputs, inputs, kind == "swiglu") for outputs, inputs, kind in products(config)]
+    records = [dict(zip(("outputs", "inputs", "swiglu"), shape, strict=True)) for shape in shapes]
+    whole = [kind != "plain" for _, _, kind in products(config)]
+    logits = []
+
+    def timed(launch, count, repeats):
+        logits.append(launch(0))
+        return 7.0
+
+    monkeypatch.setattr(steps, "graph_us", timed)
+    monkeypatch.setattr(measure, "_layers_of", lambda layer_bytes, device: 4)
+    with filled_cache(2, 16, torch.float32, CPU, 3, 20) as (cache, batch), torch.inference_mode():
+        for found in ([None] * 5, [plain] * 5, [plain if each else parts for each in whole]):
+            chosen = [(each and asdict(each), 1.0) for each in found]
+            _step_us(model, cache, batch, records, False, [("reference", {}), *chosen])
+    first, *others = logits
+    assert first.shape == (3, 64)
+    for other in others:
+        torch.testing.assert_close(other, first, rtol=1e-4, atol=1e-4)
 
 
 def test_what_is_near_the_fastest_runs_for_the_choice():
