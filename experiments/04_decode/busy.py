@@ -42,7 +42,7 @@ def busy(processes: int) -> Iterator[None]:
         for each in running:
             each.kill()
         for each in running:
-            each.wait()
+            each.communicate()
 
 
 def level(times: list[float]) -> list[float]:
