@@ -18,6 +18,7 @@ from vattn.attention import AttentionBackend, AttentionBatch, DecodeBatch
 from vattn.errors import ConfigError
 from vattn.ops.merge import adopt, merge
 from vattn.ops.ops_table import Ops
+from vattn.ops.persistent_step import PersistentStep, StepLayer, StepShape
 from vattn.ops.rope_append import rope_table
 from vattn.tuning import default_ops
 
@@ -154,6 +155,25 @@ class FusedLlama:
         x = self._layers(residual, batch.slots_int32, batch.rows_int32, cache, [(batch, attention)])
         return self.ops.linear(x, self.model.output_weight, whole=True)
 
+    def persistent(self, cache: KVCache, max_tokens: int) -> PersistentStep:
+        """``decode`` over this cache as one kernel.
+
+        Args:
+            cache: holds K and V; kept.
+            max_tokens: sequences of a step.
+
+        Raises:
+            ConfigError: there is none for this model, this GPU, or so many tokens.
+        """
+        layers = []
+        for index, layer in enumerate(self.layers):
+            weights = {name: getattr(layer, name) for name in vars(layer)}
+            layers.append(StepLayer(**weights, k=cache.k(index), v=cache.v(index)))
+        norm, output = self.model.norm.weight, self.model.output_weight
+        return PersistentStep(
+            _shape(self.config), layers, norm, output, self.table, self.config.rms_norm_eps, max_tokens
+        )
+
     def prefill(self, tokens: torch.Tensor, batch: AttentionBatch, cache: KVCache, attention: AttentionBackend) -> None:
         """Compute the new tokens of a batch and append their K and V. Nothing else: the last layer stops there.
 
@@ -277,6 +297,18 @@ class FusedLlama:
             raise ConfigError(f"the batch has {batch.num_tokens} new tokens, got a tensor of shape {[*tokens.shape]}")
         if batch.max_end > self.max_seq_len:
             raise ConfigError(f"row {batch.max_end - 1} is beyond the model's context of {self.max_seq_len} tokens")
+
+
+def _shape(config: LlamaConfig) -> StepShape:
+    return StepShape(
+        hidden=config.hidden_size,
+        heads=config.num_heads,
+        kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        intermediate=config.intermediate_size,
+        vocab=config.vocab_size,
+        layers=config.num_layers,
+    )
 
 
 def products(config: LlamaConfig) -> list[tuple[int, int, str]]:

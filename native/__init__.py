@@ -1,0 +1,1 @@
+"""Sources of CUDA C++ that are compiled at run time, and of the C++ library that the build makes."""

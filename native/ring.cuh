@@ -1,0 +1,185 @@
+// What the parts of decode_step.cu share: sizes, instructions, and the ring of weights in shared memory.
+
+typedef unsigned short bf16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+struct Layer {  // _Layer in persistent_step.py
+    const bf16 *qkv, *qkv_bias, *q_norm, *k_norm, *o, *o_bias, *gate_up, *gate_up_bias, *down, *down_bias, *norm, *mlp_norm;
+    bf16 *k, *v;                                             // [slots, rows, KV_HEADS, HEAD_DIM]
+    long long k_slot, k_row, k_head, v_slot, v_row, v_head;  // strides, in elements
+    long long window;                                        // rows that a query sees
+};
+
+struct Step {  // _step_type in persistent_step.py
+    Layer layers[LAYERS];
+    const bf16 *norm, *output;    // [HIDDEN], [VOCAB, HIDDEN]
+    const float* angles;          // [rows, 2, HEAD_DIM / 2], cosines and sines
+    const int *slots, *rows;      // [batch]: of each token
+    const bf16* embedded;         // [batch, HIDDEN]
+    bf16* logits;                 // [batch, VOCAB]
+    u64 *stream, *qkv;            // marked words: [batch, HIDDEN / 2] pairs, [batch, QKV] sums
+    u64 *partials;                // [units, GROUP, HEAD_DIM + 2] sums
+    u64 *attended, *activated;    // [batch, HEADS * HEAD_DIM / 2], [batch, INTER / 2] pairs
+    u32* counters;                // marks used so far; multiprocessors that have left
+    float eps, scale;
+    int batch, splits;            // splits: multiprocessors that share a token and KV head
+};
+
+constexpr int QKV = (HEADS + 2 * KV_HEADS) * HEAD_DIM, ATTENDED = HEADS * HEAD_DIM, GROUP = HEADS / KV_HEADS;
+constexpr int CONSUMERS = 8, THREADS = 32 * CONSUMERS, PRODUCERS = 4;  // warps, threads of consumers, warps
+constexpr int TILE = 16, CHUNK = 512;  // a stage of the ring: TILE rows of CHUNK weights
+constexpr int PAD = 64;                // bytes behind a row; so that eight lanes' reads are in different banks
+constexpr int PITCH = CHUNK * 2 + PAD, STAGE = TILE * PITCH;
+constexpr float NEVER = -1e30f;        // below every score
+
+// ---- instructions ----
+__device__ __forceinline__ u32 shared_address(const void* at) { return (u32)__cvta_generic_to_shared(at); }
+__device__ __forceinline__ float low(u32 pair) { return __uint_as_float(pair << 16); }
+__device__ __forceinline__ float high(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
+__device__ __forceinline__ float wide(bf16 x) { return __uint_as_float((u32)x << 16); }
+__device__ __forceinline__ u32 narrow(float first, float second) {
+    u32 pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+    return pair;
+}
+__device__ __forceinline__ bf16 narrow(float x) { return (bf16)narrow(x, 0.0f); }
+__device__ __forceinline__ float power(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+__device__ __forceinline__ void mma(float (&sums)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+__device__ __forceinline__ void sync_consumers() { asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory"); }
+__device__ __forceinline__ void wait(u64& barrier, u32 parity) {
+    asm volatile(
+        "{ .reg .pred done; again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1; @!done bra again; }" ::"r"(
+            shared_address(&barrier)),
+        "r"(parity)
+        : "memory");
+}
+__device__ __forceinline__ void arrive(u64& barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&barrier)) : "memory");
+}
+
+// ---- marked words: what multiprocessors tell one another ----
+// A word is 32 bits of data and a mark, which no other write of the word has. It is written and read as one, so a reader
+// that sees the mark has the data: no fence, no counter, no second look (as NCCL's protocol for low latency has it).
+__device__ __forceinline__ void tell(u64* at, u32 data, u32 mark) {
+    asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(at), "l"((u64)mark << 32 | data) : "memory");
+}
+__device__ __forceinline__ u64 look(const u64* at) {
+    u64 word;
+    asm volatile("ld.relaxed.gpu.global.b64 %0, [%1];" : "=l"(word) : "l"(at) : "memory");
+    return word;
+}
+__device__ __forceinline__ ulonglong2 look_twice(const u64* at) {
+    ulonglong2 words;
+    asm volatile("ld.relaxed.gpu.global.v2.b64 {%0, %1}, [%2];" : "=l"(words.x), "=l"(words.y) : "l"(at) : "memory");
+    return words;
+}
+__device__ __forceinline__ bool marked(u64 word, u32 mark) {
+#ifdef NOHEAR
+    return true;
+#endif
+    return (u32)(word >> 32) == mark; }
+__device__ __forceinline__ u32 hear(const u64* at, u32 mark) {
+    u64 word;
+    do word = look(at);
+    while (!marked(word, mark));
+    return (u32)word;
+}
+
+// ---- who computes what ----
+// The tiles of all products are dealt to the multiprocessors in one round, so that none gets more than one tile more.
+struct Deal {
+    u32 offset = 0;
+    __device__ __forceinline__ u32 first(u32 tiles) {
+        const u32 tile = (blockIdx.x + gridDim.x - offset) % gridDim.x;
+        offset = (offset + tiles) % gridDim.x;
+        return tile;
+    }
+};
+__host__ __device__ constexpr u32 tiles_of(int rows) { return (rows + TILE - 1) / TILE; }
+constexpr u32 PAIR_TILES = (INTER + TILE / 2 - 1) / (TILE / 2);  // half a tile of gates, and the other halves
+
+// Tiles begin at different chunks of their rows, or all multiprocessors would read the same part of their rows at once.
+__device__ __forceinline__ u32 first_chunk(u32 tile, u32 rounds) { return ROTATE ? tile % rounds : 0; }
+
+// ---- the producers ----
+// A row of every stage of the ring that this multiprocessor will use, in order.
+struct Cursor {
+    const Step& step;
+    u32 row;  // of a tile
+    int layer = 0, matrix = -1, k = 0, inner = 0;
+    u32 tile = 0, tiles = 0, round = 0, rounds = 0;
+    const bf16* from = nullptr;
+    bool done = false;
+    Deal deal{};
+
+    __device__ void open() {  // the next matrix of which there are tiles for this multiprocessor
+        do {
+            if (++matrix == 4) matrix = 0, layer++;
+            const bool last = layer == LAYERS;
+            if (last && matrix == 1) {
+                done = true;
+                return;
+            }
+            inner = last || matrix == 0 || matrix == 2 ? HIDDEN : matrix == 1 ? ATTENDED : INTER;
+            tiles = last ? tiles_of(VOCAB) : matrix == 0 ? tiles_of(QKV) : matrix == 2 ? PAIR_TILES : tiles_of(HIDDEN);
+            tile = deal.first(tiles);
+        } while (tile >= tiles);
+        seek();
+    }
+    __device__ void seek() {
+        const bool last = layer == LAYERS;
+        const Layer& at = step.layers[last ? 0 : layer];
+        const bf16* weight = last ? step.output : matrix == 0 ? at.qkv : matrix == 1 ? at.o : matrix == 2 ? at.gate_up : at.down;
+        int which;  // row of the matrix; past its end the last one again, whose products nobody takes
+        if (!last && matrix == 2) {
+            which = min((int)(tile * (TILE / 2) + row % (TILE / 2)), INTER - 1) + (row < TILE / 2 ? 0 : INTER);
+        } else {
+            which = min((int)(tile * TILE + row), (last ? VOCAB : matrix == 0 ? QKV : HIDDEN) - 1);
+        }
+        from = weight + (long long)which * inner;
+        round = 0, rounds = (inner + CHUNK - 1) / CHUNK, k = first_chunk(tile, rounds) * CHUNK;
+    }
+    __device__ __forceinline__ void next() {
+        if (++round < rounds) {
+            k += CHUNK;
+            if (k >= inner) k = 0;
+            return;
+        }
+        tile += gridDim.x;
+        if (tile < tiles) seek();
+        else open();
+    }
+};
+
+__device__ void produce(const Step& step, unsigned char* ring, u64* full, u64* empty, u32 thread) {
+    constexpr int LANES = 32 * PRODUCERS / TILE, PIECES = CHUNK / 8 / LANES;  // that copy a row; of 16 bytes, for each
+    constexpr bool WHOLE = HIDDEN % CHUNK == 0 && ATTENDED % CHUNK == 0 && INTER % CHUNK == 0;
+    const u32 row = thread / LANES, lane = thread % LANES, to = shared_address(ring) + row * PITCH + lane * 16;
+    u64 policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    u32 stage = 0, parity = 1;
+    Cursor cursor{step, row};
+    for (cursor.open(); !cursor.done; cursor.next()) {
+        wait(empty[stage], parity);
+#pragma unroll
+        for (int i = 0; i < PIECES; i++) {
+            const int k = cursor.k + (i * LANES + lane) * 8;
+            if (WHOLE || k < cursor.inner)
+                asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to + stage * STAGE + i * LANES * 16),
+                             "l"(cursor.from + k), "l"(policy)
+                             : "memory");
+        }
+        asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(&full[stage])) : "memory");
+        if (++stage == STAGES) stage = 0, parity ^= 1;
+    }
+    asm volatile("cp.async.wait_all;" ::: "memory");
+}
