@@ -14,7 +14,7 @@ from ..arguments import require_int
 from ..errors import ConfigError
 from ..graphs.capture import CaptureFailed, captured
 from ..tuning.choices import EAGER
-from .ways import GRAPH, Chosen
+from .ways import GRAPH, Chosen, why
 
 __all__ = ["GraphReport", "StepGraphs", "buckets_beside", "default_buckets"]
 
@@ -211,7 +211,7 @@ class StepGraphs:
             chosen.drop()
             if isinstance(error, CaptureFailed):
                 self._pool = torch.cuda.graph_pool_handle()
-            return replace(report, failed={**choice.failed, choice.way: f"{type(error).__name__}: {error}"})
+            return replace(report, failed={**choice.failed, choice.way: why(error)})
         return replace(made, way=choice.way, us=choice.us, rows=chosen.rows, failed=choice.failed)
 
     def _capture(self, bucket: int, launch: Callable[[], None]) -> GraphReport:

@@ -19,7 +19,7 @@ from ..kv_cache import KVCache
 from ..tuning.choices import EAGER, Choice, Choices, time_in_turns
 from .state import Compute, DecodeModel, OffersWays
 
-__all__ = ["GRAPH", "Chosen", "choose_ways", "measured", "step_key", "ways_of"]
+__all__ = ["GRAPH", "Chosen", "choose_ways", "measured", "step_key", "ways_of", "why"]
 
 GRAPH = "graph"  # of what the model offers as "kernels"
 
@@ -159,11 +159,16 @@ def measured(
             replay()  # the first one uploads it
             wait()
         except Exception as error:
-            failed[way] = f"{type(error).__name__}: {error}"
+            failed[way] = why(error)
             lasts &= not isinstance(error, torch.OutOfMemoryError)
         else:
             timed[way] = replay
     return Choice.of(time_in_turns(timed, wait), failed), lasts
+
+
+def why(error: Exception) -> str:
+    """Its type and the beginning of its first line: errors of compilers are long."""
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:300]}"
 
 
 @contextmanager
