@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -305,6 +306,9 @@ def test_measured_once_and_the_same_tokens(on_gpu, monkeypatch):
     records, reason = choices_for(torch.device("cuda")).read()
     assert reason is None
     assert len(records) == len(first)
+    for _, choice in records:
+        assert re.fullmatch(r"\d+\.\d", choice.versions["driver"])
+        assert choice.versions["cuda"] == torch.version.cuda
 
     monkeypatch.setattr("vattn.decode.ways.time_in_turns", lambda *args: pytest.fail("a step was timed again"))
     captures = []
@@ -332,6 +336,7 @@ def test_each_way_gives_the_same_tokens(on_gpu, way, monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.unsanitized
 def test_a_slower_way_is_not_chosen(on_gpu):
     tokens, reports = decode(fused_with_pdl(on_gpu, partial(Offering, seconds=0.005)), on_gpu, "measure", buckets=[6])
     assert tokens == eager(on_gpu, prompts_for(on_gpu, 5), 30)

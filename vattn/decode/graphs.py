@@ -50,8 +50,9 @@ class GraphReport:
         capture_ms: time to warm up and capture it.
         pool_bytes: what torch's allocator reserved for it in the pool that all buckets share.
         device_bytes: device memory that its capture took, the graph itself included.
-        way: how its steps are run: ``"eager"``, ``"graph"``, or ``"graph + "`` and what the model calls it.
-        us: microseconds of a step by way, where it was measured, now or earlier.
+        way: how its steps are run: ``"eager"``, ``"graph"``, or ``"graph + "`` and what the model calls it. Where none
+            was measured, ``"graph"`` is that of the model's ``decode`` as it is.
+        us: microseconds of a step by way, where they were measured, now or earlier.
         rows: that its sequences had then.
         failed: why, for each way that could not be run.
     """
