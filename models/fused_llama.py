@@ -6,7 +6,8 @@ model's own parameters become views of them. ``Llama.forward`` computes the same
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from vattn.attention import AttentionBackend, AttentionBatch, DecodeBatch
+from vattn.attention.base import Backend
 from vattn.errors import ConfigError
 from vattn.ops.merge import adopt, merge
 from vattn.ops.ops_table import Ops
@@ -173,6 +175,26 @@ class FusedLlama:
         return PersistentStep(
             _shape(self.config), layers, norm, output, self.table, self.config.rms_norm_eps, max_tokens
         )
+
+    def ways(
+        self, batch: int, cache: KVCache
+    ) -> dict[str, Callable[[torch.Tensor, DecodeBatch, AttentionBackend], torch.Tensor]]:
+        """``decode`` over a cache, without programmatic dependent launch, and with it where the operations have it; see
+        ``vattn.decode.OffersWays``."""
+
+        def own(residual: torch.Tensor, batch: DecodeBatch, attention: AttentionBackend) -> torch.Tensor:
+            return self.decode(residual, batch, cache, attention)
+
+        if self.ops.plain is None:
+            return {"kernels": own}
+        without = copy(self)
+        without.ops = self.ops.plain
+
+        def plain(residual: torch.Tensor, batch: DecodeBatch, attention: AttentionBackend) -> torch.Tensor:
+            attention = attention.tuned({}, pdl=False) if isinstance(attention, Backend) else attention
+            return without.decode(residual, batch, cache, attention)
+
+        return {"kernels": plain, "dependent launch": own}
 
     def prefill(self, tokens: torch.Tensor, batch: AttentionBatch, cache: KVCache, attention: AttentionBackend) -> None:
         """Compute the new tokens of a batch and append their K and V. Nothing else: the last layer stops there.

@@ -16,6 +16,7 @@ from helpers.llama import save_folder
 from vattn.cli.main import main
 from vattn.models import LlamaConfig
 from vattn.models.fused_llama import products
+from vattn.tuning.choices import Choice, choices_for
 from vattn.tuning.table import TuningTable, table_paths
 
 pytest.importorskip("transformers")
@@ -57,8 +58,13 @@ def test_tune_without_a_gpu_and_wrong_arguments(folder: Path, capfd: pytest.Capt
 @pytest.mark.gpu
 def test_tune(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    steps, module = {"kind": "decode step", "batch": 1}, {"kind": "module", "batch": 1}
+    choices = choices_for(torch.device("cuda"))
+    for key in (steps, module):
+        choices.keep(key, Choice.of({"eager": 1.0}))
     assert main(["tune", str(folder), "--batches", "1,3", "--contexts", "200"]) == 0
-    (path,) = (tmp_path / "vattn" / "tuned").glob("*.json")
+    assert [key for key, _ in choices.read()[0]] == [module], "steps of the kernels of before are measured again"
+    (path,) = {*(tmp_path / "vattn" / "tuned").glob("*.json")} - {choices.path}
     table = TuningTable.read(path)
     output = capfd.readouterr().out
     assert str(path) in output

@@ -360,13 +360,10 @@ def test_reference_operations_in_no_graph():
     model = small_model().to("cuda")
     prompts = prompts_for(model, 5)
     expected = eager(model, prompts, 30)
-    for ops, graphs in ((reference_ops(), "never"), (fused_ops(), "never"), (fused_ops(), "measure")):
-        with open_cache(model, 7) as cache, DecodeLoop(FusedLlama(model, ops=ops), cache, graphs=graphs) as loop:
+    for ops in (reference_ops(), fused_ops()):
+        with open_cache(model, 7) as cache, DecodeLoop(FusedLlama(model, ops=ops), cache, graphs="never") as loop:
             slots = [prefill(model, cache, prompt) for prompt in prompts]
             for slot, prompt in zip(slots, prompts, strict=True):
                 loop.start(slot, prompt[-1], 30)
             found = by_slot(loop.run())
             assert [tuple(found[slot]) for slot in slots] == expected
-            if graphs == "measure":
-                assert all(report.graph_us and report.eager_us for report in loop.graphs)
-                assert all(report.captured == (report.graph_us < report.eager_us) for report in loop.graphs)

@@ -17,6 +17,7 @@ from ..attention import AttentionBackend, decode_backends
 from ..driver import probe
 from ..errors import ConfigError
 from ..tuning import table_for
+from .graphs import graph_choices, print_graph_choices
 from .report import facts_table, format_bytes, show
 from .size import print_size, size
 from .threads import num_threads
@@ -30,18 +31,20 @@ _PACKAGES = (
 
 
 def info(args: argparse.Namespace) -> None:
-    """Print it, of the machine or of a model, as a table or with ``--json`` as one document.
+    """Print it, of the machine, of a model or of its graphs, as a table or with ``--json`` as one document.
 
     Raises:
-        ConfigError: no such model or device.
+        ConfigError: no such model, device or file.
     """
+    if args.graphs is not None and args.model is not None:
+        raise ConfigError("--graphs is about every model: leave MODEL out")
     if args.model is None:
         for option in ("device", "dtype", "memory_limit"):
             if getattr(args, option) is not None:
                 raise ConfigError(
                     f"--{option.replace('_', '-')} says where a model is to run: name one, as vattn info smollm2"
                 )
-        document, display = collect(), _print
+        document, display = (collect(), _print) if args.graphs is None else (graph_choices(args), print_graph_choices)
     else:
         document, display = size(args), print_size
     if args.json:

@@ -159,12 +159,15 @@ def parser() -> argparse.ArgumentParser:
     info = commands.add_parser(
         "info",
         help="what this machine offers, or what a model needs",
-        description="Drivers, devices and backends; or, of a model, how many sequences fit in a memory.",
+        description="Drivers, devices and backends; or, of a model, how many sequences fit in a memory; or, with "
+        "--graphs, which ways of running a step were measured as fastest.",
     )
     add = info.add_argument
     models = "smollm2, a folder with config.json, or a .gguf file; reads no weights"
     add("model", nargs="?", metavar="MODEL", help=models)
     _add_place(info)
+    graphs = "the ways of running a step that DecodeLoop(graphs='measure') timed on any GPU, or those in FILE"
+    add("--graphs", nargs="?", const="", metavar="FILE", help=graphs)
     add("--json", action="store_true", help="print one JSON document and nothing else")
     return top
 

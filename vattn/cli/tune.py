@@ -14,6 +14,7 @@ from ..models import FusedLlama, Llama, LlamaConfig
 from ..models.fused_llama import products
 from ..ops.triton_support import unavailable
 from ..tuning import table_paths, table_to_add_to
+from ..tuning.choices import choices_for
 from ..tuning.measure import measure_attention, measure_linear, measure_prefill
 from ..tuning.steps import choose_in_steps
 from .model import read_config
@@ -60,6 +61,7 @@ def tune(args: argparse.Namespace) -> None:
         table.add("attention", attention)
         table.add("prefill", measure_prefill(*heads, dtype, device, _PREFILL, _print_attention))
         table.write(path)
+        choices_for(device).forget({"kind": "decode step"})  # they were measured with the kernels of before
     print(f"written: {one_line(path)}")
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch
 from ..arguments import require_int
 from ..errors import ConfigError
 from ..graphs.capture import CaptureFailed, captured
+from ..tuning.choices import EAGER
+from .ways import GRAPH, Chosen, why
 
 __all__ = ["GraphReport", "StepGraphs", "buckets_beside", "default_buckets"]
 
@@ -47,7 +50,11 @@ class GraphReport:
         capture_ms: time to warm up and capture it.
         pool_bytes: what torch's allocator reserved for it in the pool that all buckets share.
         device_bytes: device memory that its capture took, the graph itself included.
-        graph_us, eager_us: time of a step either way, where both were measured.
+        way: how its steps are run: ``"eager"``, ``"graph"``, or ``"graph + "`` and what the model calls it. Where none
+            was measured, ``"graph"`` is that of the model's ``decode`` as it is.
+        us: microseconds of a step by way, where they were measured, now or earlier.
+        rows: that its sequences had then.
+        failed: why, for each way that could not be run.
     """
 
     batch: int
@@ -55,8 +62,20 @@ class GraphReport:
     capture_ms: float = 0.0
     pool_bytes: int = 0
     device_bytes: int = 0
-    graph_us: float | None = None
-    eager_us: float | None = None
+    way: str = EAGER
+    us: Mapping[str, float] = field(default_factory=dict, hash=False)
+    rows: int | None = None
+    failed: Mapping[str, str] = field(default_factory=dict, hash=False)
+
+    @property
+    def eager_us(self) -> float | None:
+        """Of a step whose kernels are launched one by one; None where that was not measured."""
+        return self.us.get(EAGER)
+
+    @property
+    def graph_us(self) -> float | None:
+        """Of the fastest graph; None where none was measured."""
+        return min((us for way, us in self.us.items() if way != EAGER), default=None)
 
 
 class StepGraphs:
@@ -69,9 +88,9 @@ class StepGraphs:
         run: launches the step for the first ``batch`` rows; allocates nothing that outlives it.
         buckets: batch sizes, the largest included.
         device: where it runs; graphs need CUDA.
-        mode: ``"always"`` captures every bucket; ``"measure"`` too, then drops each graph that is not faster than
-            launching the step, as PyGraph found for a quarter of the graphs it looked at, both timed on sequences of
-            one row; ``"first use"`` captures a bucket when it is first launched; ``"never"`` captures none.
+        mode: ``"always"`` captures every bucket; ``"measure"`` those whose graph was measured as faster than launching
+            the step, as PyGraph found it is not for a quarter of the graphs it looked at; ``"first use"`` captures a
+            bucket when it is first launched; ``"never"`` captures none.
 
     Raises:
         ConfigError: no buckets, sizes below 1, an unknown mode, or graphs on a device without them.
@@ -103,17 +122,25 @@ class StepGraphs:
                 return bucket
         raise ConfigError(f"a batch of {batch} exceeds the largest bucket, {self.buckets[-1]}")
 
-    def capture(self) -> None:
+    def capture(self, chosen: Mapping[int, Chosen] | None = None) -> None:
         """Capture what is to be captured, the largest bucket first so that the others fit into its memory.
 
         The caller has filled the tensors that the step reads with values that do no harm; the step runs on them.
+
+        Args:
+            chosen: of each bucket, in the mode ``"measure"``.
         """
         if self.mode == "never":
             return
         self._pool = torch.cuda.graph_pool_handle()
         if self.mode == "first use":
             return
-        reports = [self._capture(bucket) for bucket in reversed(self.buckets)]
+        reports = [
+            self._capture(bucket, partial(self._run, bucket))
+            if chosen is None
+            else self._capture_chosen(bucket, chosen[bucket])
+            for bucket in reversed(self.buckets)
+        ]
         self.reports = tuple(reversed(reports))
 
     def awaits_capture(self, bucket: int) -> bool:
@@ -122,7 +149,7 @@ class StepGraphs:
 
     def capture_one(self, bucket: int) -> None:
         """As ``capture``, of a bucket that awaits it."""
-        report = self._capture(bucket)
+        report = self._capture(bucket, partial(self._run, bucket))
         self.reports = tuple(report if each.batch == bucket else each for each in self.reports)
 
     def launch(self, bucket: int) -> None:
@@ -173,29 +200,39 @@ class StepGraphs:
         self._by_key.clear()
         self._pool = None
 
-    def _capture(self, bucket: int) -> GraphReport:
+    def _capture_chosen(self, bucket: int, chosen: Chosen) -> GraphReport:
+        """In the way that was chosen. One that cannot be captured this time is named, and the step launched instead."""
+        choice = chosen.choice
+        report = GraphReport(bucket, False, us=choice.us, rows=chosen.rows, failed=choice.failed)
+        if choice.way == EAGER:
+            return report
+        try:
+            made = self._capture(bucket, chosen.launch)
+        except Exception as error:
+            chosen.drop()
+            if isinstance(error, CaptureFailed):
+                self._pool = torch.cuda.graph_pool_handle()
+            return replace(report, failed={**choice.failed, choice.way: why(error)})
+        return replace(made, way=choice.way, us=choice.us, rows=chosen.rows, failed=choice.failed)
+
+    def _capture(self, bucket: int, launch: Callable[[], None]) -> GraphReport:
         start = perf_counter()
-        self._run(bucket)  # compiles kernels and makes workspaces, which capture may not do
+        launch()  # compiles kernels and makes workspaces, which capture may not do
         torch.cuda.synchronize(self.device)
         torch.cuda.empty_cache()  # capturing does so too, which would hide what it takes
         free, pooled = torch.cuda.mem_get_info(self.device)[0], torch.cuda.memory_reserved(self.device)
-        graph = captured(lambda: self._run(bucket), self._pool)
+        graph = captured(launch, self._pool)
         graph.replay()  # the first one uploads it
         torch.cuda.synchronize(self.device)
-        report = GraphReport(
+        self._graphs[bucket] = graph
+        return GraphReport(
             bucket,
             True,
             (perf_counter() - start) * 1e3,
             max(0, torch.cuda.memory_reserved(self.device) - pooled),
             max(0, free - torch.cuda.mem_get_info(self.device)[0]),
+            GRAPH,
         )
-        self._graphs[bucket] = graph
-        if self.mode == "measure":
-            graph_us, eager_us = self._time(graph.replay), self._time(lambda: self._run(bucket))
-            report = replace(report, graph_us=graph_us, eager_us=eager_us, captured=graph_us < eager_us)
-            if not report.captured:
-                del self._graphs[bucket]
-        return report
 
     def _captured(self, run: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
         """None where it cannot be; the launch that follows shows what was wrong, if it was not the capture.
@@ -211,14 +248,3 @@ class StepGraphs:
         except Exception:  # what the launch raises again, or what PyTorch refuses before CUDA would
             pass
         return None
-
-    def _time(self, launch: Callable[[], None], repeats: int = 5) -> float:
-        """Microseconds of a step, the median, launches and waiting included as a loop would see them."""
-        samples = []
-        for _ in range(repeats):
-            torch.cuda.synchronize(self.device)
-            start = perf_counter()
-            launch()
-            torch.cuda.synchronize(self.device)
-            samples.append((perf_counter() - start) * 1e6)
-        return sorted(samples)[repeats // 2]

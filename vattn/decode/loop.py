@@ -28,8 +28,8 @@ from .map_ahead import MapAhead
 from .options import checked_options
 from .pipeline import Pipeline
 from .progress import Progress
-from .state import DecodedToken, DecodeModel, DecodeState, Start
-from .step import CapturableCompute, Compute, DecodeStep
+from .state import Compute, DecodedToken, DecodeModel, DecodeState, Start
+from .step import CapturableCompute, DecodeStep
 
 __all__ = ["DecodeLoop"]
 
@@ -51,10 +51,12 @@ class DecodeLoop:
         max_batch: sequences of a step; None for all slots of the cache but that one.
         attention: backend for decode, or its name; None for the one measured as fastest for each batch size, of those
             that the cache has a margin for.
-        typical_len: rows that sequences are expected to have, for that choice; None for half of what they can have.
+        typical_len: rows that sequences are expected to have, for that choice and for what ``"measure"`` times; None
+            for half of what they can have.
         buckets: batch sizes to capture; None for ``default_buckets``, or without graphs for every size.
         graphs: ``"always"``, ``"measure"``, ``"first use"`` or ``"never"`` (see ``StepGraphs``); None: always on CUDA,
-            never elsewhere.
+            never elsewhere. ``"measure"`` times the ways to run a step of each batch size and takes the fastest. It is
+            kept in a file for later loops; ``vattn info --graphs`` shows it.
         ahead_tokens: rows to map ahead of each sequence; None for two pages' worth.
         mapping: ``"thread"``, or ``"inline"`` to map between steps in the caller's thread.
         max_stop_tokens: of a sequence.
@@ -108,7 +110,6 @@ class DecodeLoop:
         self.state = DecodeState(cache.max_slots, self.max_stop_tokens, model.config.vocab_size, device)
         self.stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
         self.own_slot = cache.acquire()
-        self._own_version = int(cache.versions([self.own_slot])[0])
         try:
             if options.fills_up:
                 cache.ensure(self.own_slot, 1)
@@ -125,6 +126,7 @@ class DecodeLoop:
                 mode=options.graphs,
                 stream=self.stream,
             )
+            self._own_version = int(cache.versions([self.own_slot])[0])  # another one once steps were measured on it
             self._mapper = MapAhead(cache, options.ahead_tokens, threaded=mapping == "thread")
             self._progress = Progress(cache, self._mapper, self.stream, self.own_slot, self.max_batch, self.max_seq_len)
         except BaseException:

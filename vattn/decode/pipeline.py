@@ -12,7 +12,8 @@ from ..interrupts import Uninterrupted
 from ..kv_cache import KVCache
 from .map_ahead import MapAhead
 from .progress import Progress
-from .step import MAX_STEPS_AHEAD, Compute, DecodeStep
+from .state import Compute
+from .step import MAX_STEPS_AHEAD, DecodeStep
 
 __all__ = ["Pipeline"]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -20,9 +20,11 @@ from ..requests import MAX_LOGIT_BIAS, MAX_LOGPROBS, Sampling, checked_int, chec
 
 __all__ = [
     "CheckedStart",
+    "Compute",
     "DecodeModel",
     "DecodeState",
     "DecodedToken",
+    "OffersWays",
     "Sampling",
     "Start",
     "bind_for",
@@ -31,6 +33,9 @@ __all__ = [
 ]
 
 _INT32_MAX = 2**31 - 1
+
+# (embeddings, batch, attention) -> logits, as a model's ``decode`` over the cache.
+Compute = Callable[[torch.Tensor, DecodeBatch, AttentionBackend], torch.Tensor]
 
 
 @runtime_checkable
@@ -67,6 +72,26 @@ class DecodeModel(Protocol):
         self, residual: torch.Tensor, batch: DecodeBatch, cache: KVCache, attention: AttentionBackend
     ) -> torch.Tensor:
         """Embeddings ``[batch, hidden_size]`` of one token each -> logits ``[batch, vocab_size]``; appends K and V."""
+        ...
+
+
+@runtime_checkable
+class OffersWays(Protocol):
+    """A ``DecodeModel`` that can compute a step in several ways, of which a loop with ``graphs="measure"`` takes the
+    fastest."""
+
+    def ways(self, batch: int, cache: KVCache) -> Mapping[str, Compute]:
+        """How steps of so many rows can be computed over this cache.
+
+        Called once for each batch size when a loop opens, of which it neither launches anything nor takes memory that
+        outlives it: the first call of a compute does, on the stream of the steps. Each is captured in a graph, so that
+        it allocates nothing that outlives a call after its first, and never waits for the device. What raises is left
+        out.
+
+        Returns:
+            By name, in the order in which a tie is decided: ``"kernels"`` of one launch after another, and what else
+            there is. Each computes the logits of ``decode`` and appends the same K and V.
+        """
         ...
 
 

@@ -18,16 +18,16 @@ import torch
 
 from ..attention import AttentionBackend, DecodeBatch, bind
 from ..errors import ConfigError
+from ..graphs.capture import captured
 from ..kv_cache import KVCache
 from ..memory.tensors import upload
 from ..ops.logprobs import logprobs
 from ..requests import MAX_LOGPROBS
 from ..tuning import default_decode
+from ..tuning.choices import choices_for
 from .graphs import GraphReport, StepGraphs, buckets_beside
-from .state import DecodedToken, DecodeModel, DecodeState, features_of
-
-# (embeddings, batch, attention) -> logits, as a model's ``decode`` over the cache.
-Compute = Callable[[torch.Tensor, DecodeBatch, AttentionBackend], torch.Tensor]
+from .state import Compute, DecodedToken, DecodeModel, DecodeState, features_of
+from .ways import Chosen, choose_ways, measured
 
 
 @runtime_checkable
@@ -131,7 +131,7 @@ class DecodeStep:
         with torch.inference_mode(), torch.cuda.stream(stream):
             if stream is not None:
                 torch.cuda.synchronize(device)
-            self._graphs.capture()
+            self._graphs.capture(self._chosen_ways() if mode == "measure" else None)
             self._counter.zero_()
             self._logits = None
 
@@ -302,6 +302,22 @@ class DecodeStep:
             i: (logs[j][0], tuple(zip(ids[j][:k], logs[j][1 : 1 + k], strict=True)))
             for j, (i, k) in enumerate(launched.logprobs)
         }
+
+    def _chosen_ways(self) -> dict[int, Chosen]:
+        device = self.cache.device
+        wait = partial(torch.cuda.synchronize, device)
+        return choose_ways(
+            self.model,
+            self.cache,
+            self._scratch,
+            self.state.lengths,
+            batches=self._graphs.buckets,
+            typical_len=min(self._typical_len, self.max_seq_len),
+            attention=lambda bucket: self._attention_for(bucket).name,
+            run=self._run,
+            measure=lambda ways: measured(ways, lambda launch: captured(launch).replay, wait),
+            store=choices_for(device),
+        )
 
     def _attention_for(self, bucket: int) -> AttentionBackend:
         if self._attention is not None:

@@ -12,12 +12,22 @@ import torch
 
 from ..errors import ConfigError, VattnError
 from .base import Driver, Fence
-from .cuda import CudaDriver, unavailable
+from .cuda import CudaDriver, cuda_version, unavailable
 from .host import HostDriver
 from .ledger import LedgerDriver
 from .ruled import RuledDriver
 
-__all__ = ["CudaDriver", "Driver", "DriverStatus", "Fence", "HostDriver", "LedgerDriver", "open_driver", "probe"]
+__all__ = [
+    "CudaDriver",
+    "Driver",
+    "DriverStatus",
+    "Fence",
+    "HostDriver",
+    "LedgerDriver",
+    "cuda_version",
+    "open_driver",
+    "probe",
+]
 
 
 def open_driver(device: str | torch.device) -> Driver:

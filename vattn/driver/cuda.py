@@ -45,6 +45,15 @@ def unavailable() -> str | None:
     return None
 
 
+@lru_cache(maxsize=1)
+def cuda_version() -> str | None:
+    """The newest CUDA that the installed driver knows, as ``"13.0"``; None where there is no driver."""
+    if unavailable():
+        return None
+    version = int(_call("cuDriverGetVersion"))
+    return f"{version // 1000}.{version % 1000 // 10}"
+
+
 @contextmanager
 def _outside_capture() -> Iterator[None]:
     """Allow this thread to query events while another thread captures a graph.

@@ -35,6 +35,7 @@ class Ops:
         linear_swiglu: ``(x, weight, bias=None, activation="silu")`` -> ``[tokens, outputs / 2]``; the gate's outputs
             come first.
         name: for messages.
+        plain: the same without programmatic dependent launch; None where these have none either.
     """
 
     begin_step: Callable[..., None]
@@ -47,6 +48,7 @@ class Ops:
     sample_tokens: Callable[..., None]
     advance: Callable[..., None]
     name: str
+    plain: Ops | None = None
 
 
 class LinearTable:
@@ -153,4 +155,5 @@ def fused_ops(table: LinearTable | None = None) -> Ops:
         sample_tokens=sample_tokens,
         advance=advance,
         name="fused",
+        plain=fused_ops(LinearTable(table.entries)) if table.pdl else None,
     )

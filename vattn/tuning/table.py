@@ -36,6 +36,8 @@ __all__ = [
     "default_decode",
     "default_ops",
     "dtype_name",
+    "file_name",
+    "own_folder",
     "table_for",
     "table_paths",
     "table_to_add_to",
@@ -161,9 +163,18 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def table_paths(gpu: str) -> tuple[Path, Path]:
     """Where the table of a GPU lies: the user's own, then the one that vattn brings."""
-    name = re.sub(r"[^A-Za-z0-9]+", "_", gpu) + ".json"
-    own = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vattn" / "tuned"
-    return own / name, _SHIPPED / name
+    name = f"{file_name(gpu)}.json"
+    return own_folder() / name, _SHIPPED / name
+
+
+def own_folder() -> Path:
+    """Where the user's own measurements are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vattn" / "tuned"
+
+
+def file_name(gpu: str) -> str:
+    """What a file about a GPU is called, without the ending."""
+    return re.sub(r"[^A-Za-z0-9]+", "_", gpu)
 
 
 @cache
