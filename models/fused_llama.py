@@ -20,7 +20,7 @@ from vattn.attention.base import Backend
 from vattn.errors import ConfigError
 from vattn.ops.merge import adopt, merge
 from vattn.ops.ops_table import Ops
-from vattn.ops.persistent_step import PersistentStep, StepLayer, StepShape
+from vattn.ops.persistent_step import PersistentStep, StepLayer, StepShape, persistent_unavailable
 from vattn.ops.rope_append import rope_table
 from vattn.tuning import default_ops
 
@@ -157,44 +157,45 @@ class FusedLlama:
         x = self._layers(residual, batch.slots_int32, batch.rows_int32, cache, [(batch, attention)])
         return self.ops.linear(x, self.model.output_weight, whole=True)
 
-    def persistent(self, cache: KVCache, max_tokens: int) -> PersistentStep:
-        """``decode`` over this cache as one kernel.
-
-        Args:
-            cache: holds K and V; kept.
-            max_tokens: sequences of a step.
-
-        Raises:
-            ConfigError: there is none for this model, this GPU, or so many tokens.
-        """
-        layers = []
-        for index, layer in enumerate(self.layers):
-            weights = {name: getattr(layer, name) for name in vars(layer)}
-            layers.append(StepLayer(**weights, k=cache.k(index), v=cache.v(index)))
-        norm, output = self.model.norm.weight, self.model.output_weight
-        return PersistentStep(
-            _shape(self.config), layers, norm, output, self.table, self.config.rms_norm_eps, max_tokens
-        )
-
     def ways(
         self, batch: int, cache: KVCache
     ) -> dict[str, Callable[[torch.Tensor, DecodeBatch, AttentionBackend], torch.Tensor]]:
-        """``decode`` over a cache, without programmatic dependent launch, and with it where the operations have it; see
-        ``vattn.decode.OffersWays``."""
+        """``decode`` over a cache: without programmatic dependent launch, with it where the operations have it, and as
+        one persistent kernel where there is one; see ``vattn.decode.OffersWays``."""
 
         def own(residual: torch.Tensor, batch: DecodeBatch, attention: AttentionBackend) -> torch.Tensor:
             return self.decode(residual, batch, cache, attention)
-
-        if self.ops.plain is None:
-            return {"kernels": own}
-        without = copy(self)
-        without.ops = self.ops.plain
 
         def plain(residual: torch.Tensor, batch: DecodeBatch, attention: AttentionBackend) -> torch.Tensor:
             attention = attention.tuned({}, pdl=False) if isinstance(attention, Backend) else attention
             return without.decode(residual, batch, cache, attention)
 
-        return {"kernels": plain, "dependent launch": own}
+        step: PersistentStep | None = None
+
+        def persistent(residual: torch.Tensor, batch: DecodeBatch, attention: AttentionBackend) -> torch.Tensor:
+            nonlocal step
+            if step is None:
+                step = self._persistent(cache, batch.batch_size)
+            return step(residual, batch.slots_int32, batch.rows_int32)
+
+        ways: dict[str, Callable[[torch.Tensor, DecodeBatch, AttentionBackend], torch.Tensor]] = {"kernels": own}
+        if self.ops.plain is not None:
+            without = copy(self)
+            without.ops = self.ops.plain
+            ways = {"kernels": plain, "dependent launch": own}
+        fits = cache.layout.dtype == self.dtype
+        if fits and persistent_unavailable(self.device, self.dtype, _shape(self.config), batch) is None:
+            ways["persistent"] = persistent
+        return ways
+
+    def _persistent(self, cache: KVCache, max_tokens: int) -> PersistentStep:
+        layers = [
+            StepLayer(**{name: getattr(layer, name) for name in vars(layer)}, k=cache.k(index), v=cache.v(index))
+            for index, layer in enumerate(self.layers)
+        ]
+        norm, output = self.model.norm.weight, self.model.output_weight
+        eps = self.config.rms_norm_eps
+        return PersistentStep(_shape(self.config), layers, norm, output, self.table, eps, max_tokens)
 
     def prefill(self, tokens: torch.Tensor, batch: AttentionBatch, cache: KVCache, attention: AttentionBackend) -> None:
         """Compute the new tokens of a batch and append their K and V. Nothing else: the last layer stops there.

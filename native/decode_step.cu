@@ -30,6 +30,8 @@ struct Small {
     float most[CONSUMERS + 1][8], total[CONSUMERS + 1][8];
 };
 
+static_assert(sizeof(Small) <= 6 * 1024, "more than persistent_step.py leaves for it");
+
 struct Consumer {
     const Step& step;
     unsigned char *ring, *x;
@@ -146,14 +148,14 @@ struct Consumer {
             const int row = tile * HEIGHT + in_tile;
             const u32 before = mine ? prior(row, token) : 0;
             float acc[SETS][4] = {};
-            const u32 first = (warp - at) % CONSUMERS, start = first_chunk(tile, ROUNDS);
+            const u32 first = (warp - at) % CONSUMERS;
             for (u32 round = first; round < ROUNDS; round += CONSUMERS) {
-                const u32 stage = (at + round) % STAGES, chunk = start + round < ROUNDS ? start + round : start + round - ROUNDS;
+                const u32 stage = (at + round) % STAGES;
                 wait(small.full[stage], (at + round) / STAGES & 1);
                 const unsigned char* a = ring + stage * STAGE + group * PITCH + quarter * 16;
 #pragma unroll
                 for (int i = 0; i < BLOCKS; i++) {
-                    const int k = chunk * CHUNK + i * 32;
+                    const int k = round * CHUNK + i * 32;
                     if (INNER % CHUNK && k >= INNER) break;
                     const uint4 a0 = *(const uint4*)(a + i * 64), a1 = *(const uint4*)(a + i * 64 + 8 * PITCH);
                     const uint4 b = has_token ? *(const uint4*)(activations + k * 2) : make_uint4(0, 0, 0, 0);

@@ -31,6 +31,11 @@ constexpr int CONSUMERS = 8, THREADS = 32 * CONSUMERS, PRODUCERS = 4;  // warps,
 constexpr int TILE = 16, CHUNK = 512;  // a stage of the ring: TILE rows of CHUNK weights
 constexpr int PAD = 64;                // bytes behind a row; so that eight lanes' reads are in different banks
 constexpr int PITCH = CHUNK * 2 + PAD, STAGE = TILE * PITCH;
+// Stages still on their way when the next one is asked for. As many as the ring holds would keep the memory as busy, but
+// some multiprocessors get a fifth less of it than others then, and all wait for the slowest at the end of every phase.
+// Microseconds of a step, Llama-3.2-1B and 3.1-8B shapes at batch 1, with 1, 2, 3, 4, 6: 739, 746, 780, 798, 802; 3,982,
+// 4,129, 4,284, 4,260, 4,179 (probe, H200, 2026-11-28).
+constexpr int UNDER_WAY = 1;
 constexpr float NEVER = -1e30f;        // below every score
 
 // ---- instructions ----
@@ -82,11 +87,7 @@ __device__ __forceinline__ ulonglong2 look_twice(const u64* at) {
     asm volatile("ld.relaxed.gpu.global.v2.b64 {%0, %1}, [%2];" : "=l"(words.x), "=l"(words.y) : "l"(at) : "memory");
     return words;
 }
-__device__ __forceinline__ bool marked(u64 word, u32 mark) {
-#ifdef NOHEAR
-    return true;
-#endif
-    return (u32)(word >> 32) == mark; }
+__device__ __forceinline__ bool marked(u64 word, u32 mark) { return (u32)(word >> 32) == mark; }
 __device__ __forceinline__ u32 hear(const u64* at, u32 mark) {
     u64 word;
     do word = look(at);
@@ -107,16 +108,13 @@ struct Deal {
 __host__ __device__ constexpr u32 tiles_of(int rows) { return (rows + TILE - 1) / TILE; }
 constexpr u32 PAIR_TILES = (INTER + TILE / 2 - 1) / (TILE / 2);  // half a tile of gates, and the other halves
 
-// Tiles begin at different chunks of their rows, or all multiprocessors would read the same part of their rows at once.
-__device__ __forceinline__ u32 first_chunk(u32 tile, u32 rounds) { return ROTATE ? tile % rounds : 0; }
-
 // ---- the producers ----
 // A row of every stage of the ring that this multiprocessor will use, in order.
 struct Cursor {
     const Step& step;
     u32 row;  // of a tile
     int layer = 0, matrix = -1, k = 0, inner = 0;
-    u32 tile = 0, tiles = 0, round = 0, rounds = 0;
+    u32 tile = 0, tiles = 0;
     const bf16* from = nullptr;
     bool done = false;
     Deal deal{};
@@ -146,14 +144,11 @@ struct Cursor {
             which = min((int)(tile * TILE + row), (last ? VOCAB : matrix == 0 ? QKV : HIDDEN) - 1);
         }
         from = weight + (long long)which * inner;
-        round = 0, rounds = (inner + CHUNK - 1) / CHUNK, k = first_chunk(tile, rounds) * CHUNK;
     }
     __device__ __forceinline__ void next() {
-        if (++round < rounds) {
-            k += CHUNK;
-            if (k >= inner) k = 0;
-            return;
-        }
+        k += CHUNK;
+        if (k < inner) return;
+        k = 0;
         tile += gridDim.x;
         if (tile < tiles) seek();
         else open();
@@ -179,6 +174,7 @@ __device__ void produce(const Step& step, unsigned char* ring, u64* full, u64* e
                              : "memory");
         }
         asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(&full[stage])) : "memory");
+        asm volatile("cp.async.commit_group; cp.async.wait_group %0;" ::"n"(UNDER_WAY) : "memory");
         if (++stage == STAGES) stage = 0, parity ^= 1;
     }
     asm volatile("cp.async.wait_all;" ::: "memory");

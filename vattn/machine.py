@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["available_and_total_bytes", "control_groups"]
+__all__ = ["available_and_total_bytes", "control_groups", "user_folder"]
 
 _UNLIMITED = 1 << 60  # cgroup v1 writes a huge number for "no limit"
 
@@ -29,6 +30,11 @@ def control_groups(controller: str, root: Path = Path("/")) -> Iterator[tuple[Pa
             yield group, is_v2
             if group == mount:
                 break
+
+
+def user_folder(name: str) -> Path:
+    """Where this user's own files of a kind are kept; it need not exist yet."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vattn" / name
 
 
 def available_and_total_bytes(root: Path = Path("/")) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from .. import __version__
 from ..attention import AttentionBackend, decode_backends
 from ..driver import probe
 from ..errors import ConfigError
+from ..ops.persistent_step import StepShape, persistent_unavailable
 from ..tuning import table_for
 from .graphs import graph_choices, print_graph_choices
 from .report import facts_table, format_bytes, show
@@ -78,6 +79,7 @@ def collect() -> dict[str, Any]:
             for backend in decode_backends()
         ],
         "kernels": _kernels(),
+        "persistent_step": _persistent_step(),
         "models": {"smollm2": _model("smollm2")},
     }
 
@@ -100,6 +102,16 @@ def _kernels() -> dict[str, Any] | None:
         return {"gpu": gpu, "measured_on": [], "reason": str(error)}
     known = [table.gpu, table.based_on] if table.linear or table.attention or table.prefill else []
     return {"gpu": gpu, "measured_on": [each for each in known if each is not None], "reason": None}
+
+
+def _persistent_step() -> dict[str, Any] | None:
+    """Whether decode steps can be one kernel on the current GPU, asked for the shape of Llama-3.2-1B; None without."""
+    if not torch.cuda.is_available():
+        return None
+    shape = StepShape(2048, 32, 8, 64, 8192, 128256, 16)
+    device = torch.device("cuda", torch.cuda.current_device())
+    reason = persistent_unavailable(device, torch.bfloat16, shape, 1)
+    return {"available": reason is None, "reason": reason}
 
 
 def _source_of(gpu: str, measured_on: list[str], reason: str | None) -> str:
@@ -144,6 +156,9 @@ def _print(document: dict[str, Any]) -> None:
         facts.append((f"attention {backend['name']}", "; ".join([*where, reads])))
     if (kernels := document["kernels"]) is not None:
         facts.append(("kernels", _source_of(**kernels)))
+    if (persistent := document["persistent_step"]) is not None:
+        reason = persistent["reason"]
+        facts.append(("persistent step", "available" if reason is None else f"not available: {reason}"))
     for name, model in document["models"].items():
         facts.append((f"model {name}", model["path"] or f"not available: {model['reason']}"))
     for name, version in document["packages"].items():

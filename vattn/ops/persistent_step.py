@@ -8,28 +8,26 @@ It is not always faster than many kernels: measure both.
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..errors import ConfigError, DriverError
+from ..errors import ConfigError
+from .compiled import check, compiled, compiler_missing, loaded
 
-__all__ = ["MAX_TOKENS", "PersistentStep", "StepLayer", "StepShape", "persistent_unavailable"]
+__all__ = ["MAX_TOKENS", "PersistentStep", "StepLayer", "StepShape", "persistent_unavailable", "shared_memory"]
 
 MAX_TOKENS = 8  # what a matrix instruction takes
-_CONSUMERS, _PRODUCERS, _STAGE_BYTES = 8, 4, 16 * (512 * 2 + 64)
-_MAX_SPLITS = 32
-_INCLUDED = ("ring.cuh", "attention.cuh")
-_SIZES = (1, 2, 4, 8)  # of TOKENS: a kernel for each that is used
-_PAD = 64
+_SIZES = (1, 2, 4, 8)  # there is a kernel for each
+_MAX_SPLITS = 32  # a lane of a warp for each
+
+# As in native/ring.cuh and decode_step.cu: warps, bytes of a stage, of sums, and more than of all else.
+_CONSUMERS, _PRODUCERS, _PAD = 8, 4, 64
+_STAGE_BYTES, _SUM_BYTES, _SMALL_BYTES = 16 * (512 * 2 + _PAD), 2 * _CONSUMERS * 8 * 20 * 4, 6 * 1024
+_MIN_STAGES = 4  # fewer do not last while multiprocessors wait for one another
 
 
 @dataclass(frozen=True)
@@ -123,13 +121,14 @@ def _step_type(layers: int) -> Any:
     return Step
 
 
-def persistent_unavailable(device: torch.device, dtype: torch.dtype, shape: StepShape) -> str | None:
+def persistent_unavailable(device: torch.device, dtype: torch.dtype, shape: StepShape, tokens: int) -> str | None:
     """Why there is no persistent step there, as a phrase; None: there is.
 
     Args:
         device: of the weights and the cache.
         dtype: of both.
         shape: of the model.
+        tokens: of a step at most.
     """
     if device.type != "cuda":
         return "it needs an NVIDIA GPU"
@@ -137,20 +136,15 @@ def persistent_unavailable(device: torch.device, dtype: torch.dtype, shape: Step
         return f"it is for GPUs of compute capability 9.0 (Hopper), this is {torch.cuda.get_device_name(device)}"
     if dtype != torch.bfloat16:
         return f"it takes weights and caches of bfloat16, got {dtype}"
+    if not 1 <= tokens <= MAX_TOKENS:
+        return f"it takes 1 to {MAX_TOKENS} tokens, got {tokens}"
     if (reason := shape.unsupported()) is not None:
         return reason
-    return _compiler_missing()
-
-
-@cache
-def _compiler_missing() -> str | None:
     try:
-        from cuda.bindings import nvrtc
-
-        nvrtc.nvrtcVersion()
-    except (ImportError, RuntimeError) as error:
-        return f"it needs NVRTC, CUDA's compiler at run time (pip install nvidia-cuda-nvrtc): {error}"
-    return None
+        shared_memory(shape, _size(tokens), torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+    except ConfigError as error:
+        return str(error)
+    return compiler_missing()
 
 
 class PersistentStep:
@@ -184,13 +178,13 @@ class PersistentStep:
         max_tokens: int = MAX_TOKENS,
     ) -> None:
         self.device, self.shape = output.device, shape
-        if (reason := persistent_unavailable(self.device, output.dtype, shape)) is not None:
+        if (reason := persistent_unavailable(self.device, output.dtype, shape, max_tokens)) is not None:
             raise ConfigError(f"no persistent step: {reason}")
-        self.max_tokens = min(max_tokens, MAX_TOKENS)
+        self.max_tokens = max_tokens
         self._kept = (tuple(layers), norm, output, angles)
-        self._output_type = _step_type(shape.layers)
+        self._step = _step_type(shape.layers)
         self._sms = torch.cuda.get_device_properties(self.device).multi_processor_count
-        self._filled = self._output_type()
+        self._filled = self._step()
         for to, layer in zip(self._filled.layers, layers, strict=True):
             self._fill(to, layer)
         self._filled.norm, self._filled.output, self._filled.angles = map(_address, (norm, output, angles))
@@ -216,9 +210,9 @@ class PersistentStep:
             raise ConfigError(f"this persistent step takes up to {self.max_tokens} tokens, got {batch}")
         from cuda.bindings import driver
 
-        function, shared = _kernel(self.device.index or 0, self.shape, next(size for size in _SIZES if batch <= size))
+        function, shared = _kernel(self.device.index or 0, self.shape, _size(batch))
         logits = residual.new_empty(batch, self.shape.vocab)
-        step = self._output_type.from_buffer_copy(self._filled)
+        step = self._step.from_buffer_copy(self._filled)
         step.slots, step.rows = slots.data_ptr(), rows.data_ptr()
         step.embedded, step.logits = _address(residual), logits.data_ptr()
         step.batch = batch
@@ -233,7 +227,8 @@ class PersistentStep:
         attribute.value.cooperative = 1
         config.attrs, config.numAttrs = [attribute], 1
         arguments = (ctypes.c_void_p * 1)(ctypes.addressof(step))
-        _check("cuLaunchKernelEx", driver.cuLaunchKernelEx(config, function, ctypes.addressof(arguments), 0))
+        with torch.cuda.device(self.device):
+            check("cuLaunchKernelEx", driver.cuLaunchKernelEx(config, function, ctypes.addressof(arguments), 0))
         return logits
 
     def _splits(self, batch: int) -> int:
@@ -267,6 +262,10 @@ class PersistentStep:
         to.window = 2**31 - 1 if layer.window is None else layer.window
 
 
+def _size(tokens: int) -> int:
+    return next(size for size in _SIZES if tokens <= size)
+
+
 def _address(tensor: torch.Tensor) -> int:
     address = tensor.data_ptr()
     if not tensor.is_contiguous() or address % 16:
@@ -274,29 +273,32 @@ def _address(tensor: torch.Tensor) -> int:
     return address
 
 
-def _shared(shape: StepShape, tokens: int, limit: int) -> tuple[int, int, int]:
-    """(stages of the ring, bytes for activations, bytes of shared memory)."""
-    group = shape.heads // shape.kv_heads
+def shared_memory(shape: StepShape, tokens: int, limit: int) -> tuple[int, int, int]:
+    """How a multiprocessor's shared memory is used: (stages of the ring, bytes for activations, bytes in all).
+
+    Args:
+        tokens: of a step at most.
+        limit: bytes of a block.
+
+    Raises:
+        ConfigError: too little is left for the ring.
+    """
+    group, attended = shape.heads // shape.kv_heads, shape.heads * shape.head_dim
     attention = (group + 2) * shape.head_dim * 2 + _CONSUMERS * group * shape.head_dim * 4
-    x = max(tokens * (shape.hidden * 2 + _PAD), attention)
-    x = max(x, *(tokens * (inner * 2 + _PAD) for inner in (shape.heads * shape.head_dim, shape.intermediate)))
-    x = -(-x // 128) * 128
-    sums = 2 * _CONSUMERS * 8 * 20 * 4
-    small = 6 * 1024  # more than ``Small``
-    stages = (limit - x - sums - small) // _STAGE_BYTES
-    if stages < 2:
-        raise ConfigError(f"no persistent step of {tokens} tokens: their activations do not fit in shared memory")
-    return stages, x, stages * _STAGE_BYTES + x + sums + small
+    rows = (tokens * (inner * 2 + _PAD) for inner in (shape.hidden, attended, shape.intermediate))
+    x = -(-max(attention, *rows) // 128) * 128
+    stages = (limit - x - _SUM_BYTES - _SMALL_BYTES) // _STAGE_BYTES
+    if stages < _MIN_STAGES:
+        raise ConfigError(f"the activations of {tokens} tokens leave too little shared memory for the weights")
+    return stages, x, stages * _STAGE_BYTES + x + _SUM_BYTES + _SMALL_BYTES
 
 
 @cache
 def _kernel(device: int, shape: StepShape, tokens: int) -> tuple[Any, int]:
     """The loaded kernel, and its bytes of shared memory."""
-    from cuda.bindings import driver
-
     properties = torch.cuda.get_device_properties(device)
-    stages, x, shared = _shared(shape, tokens, properties.shared_memory_per_block_optin)
-    names = {
+    stages, x, shared = shared_memory(shape, tokens, properties.shared_memory_per_block_optin)
+    macros = {
         "HIDDEN": shape.hidden,
         "HEADS": shape.heads,
         "KV_HEADS": shape.kv_heads,
@@ -308,65 +310,5 @@ def _kernel(device: int, shape: StepShape, tokens: int) -> tuple[Any, int]:
         "STAGES": stages,
         "X_BYTES": x,
     }
-    code = compiled("decode_step.cu", names)
-    with torch.cuda.device(device):
-        torch.cuda.current_stream()  # makes the context
-        module = _check("cuModuleLoadData", driver.cuModuleLoadData(code))
-        function = _check("cuModuleGetFunction", driver.cuModuleGetFunction(module, b"decode_step"))
-        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        _check("cuFuncSetAttribute", driver.cuFuncSetAttribute(function, attribute, shared))
-    return function, shared
-
-
-def compiled(name: str, macros: dict[str, int], arch: str = "sm_90a") -> bytes:
-    """A file of ``native`` as machine code, from the user's cache where it was compiled before.
-
-    Raises:
-        ConfigError: it does not compile.
-    """
-    from cuda.bindings import nvrtc
-
-    folder = files("vattn.native")
-    source, *included = (folder.joinpath(each).read_bytes() for each in (name, *_INCLUDED))
-    options = [f"-arch={arch}", "-std=c++17", *(f"-D{key}={value}" for key, value in macros.items())]
-    version = _checked(nvrtc.nvrtcVersion())
-    digest = hashlib.sha256(repr((source, included, options, version)).encode()).hexdigest()[:32]
-    path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vattn" / "kernels" / f"{digest}.cubin"
-    try:
-        return path.read_bytes()
-    except OSError:
-        pass
-    program = _checked(
-        nvrtc.nvrtcCreateProgram(source, name.encode(), len(included), included, [each.encode() for each in _INCLUDED])
-    )[0]
-    encoded = [option.encode() for option in options]
-    (result,) = nvrtc.nvrtcCompileProgram(program, len(encoded), encoded)
-    if result != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-        log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))[0]
-        nvrtc.nvrtcGetProgramLog(program, log)
-        raise ConfigError(f"{name} does not compile: {log.decode(errors='replace')}")
-    code = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))[0]
-    _checked(nvrtc.nvrtcGetCUBIN(program, code))
-    nvrtc.nvrtcDestroyProgram(program)
-    try:  # a cache that cannot be written to is none
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(code)
-        os.replace(file.name, path)
-    except OSError:
-        pass
-    return code
-
-
-def _checked(returned: tuple[Any, ...]) -> tuple[Any, ...]:
-    result, *rest = returned
-    if int(result):
-        raise ConfigError(f"NVRTC: {result}")
-    return tuple(rest)
-
-
-def _check(name: str, returned: tuple[Any, ...]) -> Any:
-    result, *rest = returned
-    if int(result):
-        raise DriverError(name, result.name)
-    return rest[0] if rest else None
+    code = compiled("decode_step.cu", ("ring.cuh", "attention.cuh"), macros, "sm_90a")
+    return loaded(code, "decode_step", device, shared), shared

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections.abc import Iterable
 from copy import deepcopy
@@ -26,6 +25,7 @@ import torch
 from ..attention import AttentionBackend, Needs, choose_phases, get, pick
 from ..errors import ConfigError
 from ..layout import KVLayout
+from ..machine import user_folder
 from ..ops.ops_table import LinearTable, Ops, fused_ops, reference_ops
 from ..ops.skinny_linear import LinearConfig
 from ..ops.triton_support import unavailable
@@ -169,7 +169,7 @@ def table_paths(gpu: str) -> tuple[Path, Path]:
 
 def own_folder() -> Path:
     """Where the user's own measurements are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vattn" / "tuned"
+    return user_folder("tuned")
 
 
 def file_name(gpu: str) -> str:
