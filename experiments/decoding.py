@@ -102,6 +102,7 @@ def decoding(
             cache,
             attention=attention,
             buckets=[batch],
+            typical_len=length,
             graphs=setting.graphs,
             mapping=setting.mapping,
             ahead_tokens=setting.ahead_tokens,
