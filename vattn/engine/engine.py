@@ -60,6 +60,7 @@ class Engine:
             measured as fastest.
         prefix_caching: keep K and V of requests that have ended, as long as nobody needs the memory, for later ones
             that begin with the same tokens and have the same ``cache_salt``.
+        graphs: of its ``DecodeLoop``: ``"measure"`` takes the way of decoding that is fastest on this GPU.
 
     Raises:
         ConfigError: an argument is wrong, or model, attention and cache do not fit each other.
@@ -76,6 +77,7 @@ class Engine:
         max_waiting: int | None = None,
         attention: AttentionBackend | str | None = None,
         prefix_caching: bool = True,
+        graphs: str | None = None,
     ) -> None:
         if cache is not None and not isinstance(cache, KVCache):
             raise ConfigError(f"an engine takes a model and a vattn.KVCache, got a {type(cache).__name__} as cache")
@@ -98,7 +100,7 @@ class Engine:
             self.cache = cache
             self.attention = attention_for_prompts(model, self.cache, budgets[1]) if attention is None else attention
             require_fit(self.attention, self.cache, features=features_of(model))
-            self._loop = decode_loop(model, self.cache, attention, max_batch)
+            self._loop = decode_loop(model, self.cache, attention, max_batch, graphs)
         except BaseException:
             self._made.close()
             raise
