@@ -12,7 +12,7 @@ from torch import nn
 
 from vattn import ConfigError
 from vattn.graphs import make_capturable
-from vattn.graphs.making import Inputs
+from vattn.graphs.inputs import Inputs
 from vattn.graphs.state import Buffers, State, same_bits
 from vattn.graphs.trees import flatten, map_tensors
 
