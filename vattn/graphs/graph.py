@@ -15,7 +15,7 @@ from .nodes import Unknown, executable_of, nodes_of
 from .pointers import Span
 from .trees import map_tensors
 
-__all__ = ["Graph"]
+__all__ = ["Graph", "has_nan"]
 
 _TIMED = 20
 
@@ -128,7 +128,7 @@ class Graph:
         """Spoil placeholders: with NaN, or with the values of others where any bits might be an index."""
         for number in moved:
             placeholder = self._placeholders[number]
-            if placeholder.is_floating_point() or placeholder.is_complex():
+            if has_nan(placeholder):
                 memory = placeholder.untyped_storage()
                 torch.empty(0, dtype=torch.uint8, device=self.device).set_(memory).fill_(255)
             else:
@@ -171,6 +171,11 @@ class Graph:
 
     def moved_bytes(self) -> int:
         return sum(self._placeholders[number].nbytes for number in self.moved)
+
+
+def has_nan(tensor: torch.Tensor) -> bool:
+    """Whether it is of a type that has NaN: bytes of ones are one in all of them."""
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def _memory(tensor: torch.Tensor) -> Span:

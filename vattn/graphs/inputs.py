@@ -47,7 +47,7 @@ class Inputs:
             tensor, floats = tensor.detach(), tensor.dtype in FLOATS
             if tensor.device != device or not tensor.dim():
                 return tensor
-            if not floats and bool((tensor[..., 1:] >= tensor[..., :-1]).all()):
+            if not floats and not tensor.is_complex() and bool((tensor[..., 1:] >= tensor[..., :-1]).all()):
                 return tensor
             order = torch.randperm(tensor.numel(), generator=generator).to(device)
             values = tensor.reshape(-1)[order].reshape(tensor.shape)

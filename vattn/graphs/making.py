@@ -13,7 +13,7 @@ from torch import nn
 
 from ..interrupts import FinalisersWait, Uninterrupted
 from .constants import Constants
-from .graph import Graph
+from .graph import Graph, has_nan
 from .inputs import Inputs
 from .report import ADVICE, Finding, raised_at
 from .state import Buffers, State, same_bits
@@ -217,17 +217,18 @@ class Making:
         return None
 
     def _move(self, graph: Graph, expected: list[tuple[Inputs, Inputs, Any]]) -> None:
-        """Of the inputs that might be read where they are, leave out those for which that is wrong, or does not pay."""
+        """Of the inputs that might be read where they are, leave out those for which that is wrong or does not pay."""
         alike = "example and another hold the same values of it, so that a test would show nothing"
         wrong = "replays that read it elsewhere gave other outputs"
         pairs = zip(self._example.on_device, self._another.on_device, strict=True)
-        same = [n for n, pair in enumerate(pairs) if not pair[0].is_floating_point() and same_bits(*pair)]
+        same = [n for n, pair in enumerate(pairs) if not has_nan(pair[0]) and same_bits(*pair)]
         graph.always_copy(dict.fromkeys(same, alike))
         if self._differs(graph, expected, graph.moved):
             graph.always_copy({n: wrong for n in graph.moved if self._differs(graph, expected, frozenset({n}))})
             if self._differs(graph, expected, graph.moved):
                 graph.always_copy(dict.fromkeys(graph.moved, wrong))
-        graph.always_copy(graph.dearer([tensor.detach().clone() for tensor in self._example.on_device]))
+        if self._choice == "measured":
+            graph.always_copy(graph.dearer([tensor.detach().clone() for tensor in self._example.on_device]))
 
 
 @cache

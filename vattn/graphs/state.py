@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import chain
 from operator import attrgetter, call, getitem, is_, itemgetter
 from typing import Any
@@ -71,7 +72,7 @@ class State:
         self._names = [name for _, _, name, _ in self._same]
         self._values = [value for _, _, _, value in self._same]
         self._entries = [entries for _, entries, _ in self._dicts]
-        self._entry_ids, self._lengths = _ids(self._entries), [*map(len, self._entries)]
+        self._held, self._lengths = [*_held(self._entries)], [*map(len, self._entries)]
         self._attributes = [attributes for _, attributes, _ in self._plain]
         self._getters = [itemgetter(*names) for _, _, names in self._plain]
         self._then = [*map(call, self._getters, self._attributes)]
@@ -90,8 +91,8 @@ class State:
         try:
             same = (
                 all(map(is_, map(getitem, self._owners, self._names), self._values))
-                and _ids(self._entries) == self._entry_ids
                 and [*map(len, self._entries)] == self._lengths
+                and all(map(is_, _held(self._entries), self._held))
                 and not any(self._empty)
                 and [*map(call, self._getters, self._attributes)] == self._then
                 and _places(self._usual) == self._places[0]
@@ -126,8 +127,8 @@ class State:
         return "something was changed and changed back meanwhile"
 
 
-def _ids(dicts: list[dict[Any, Any]]) -> list[int]:
-    return [*map(id, chain.from_iterable(map(dict.values, dicts)))]
+def _held(dicts: list[dict[Any, Any]]) -> Iterator[Any]:
+    return chain.from_iterable(map(dict.values, dicts))
 
 
 def _places(tensors: list[torch.Tensor]) -> tuple[list[Any], ...]:
