@@ -27,6 +27,8 @@ from .trees import map_tensors
 
 __all__ = ["Capturable", "make_capturable"]
 
+FASTER = "the forward was faster than a replay"
+
 
 class Capturable:
     """A module that replays a CUDA graph where it has one for its inputs, and runs as ever where it has none.
@@ -98,6 +100,7 @@ class Capturable:
 
     def _forget(self) -> None:
         self._entries: dict[Hashable, list[Entry]] = {}
+        self._replays = False  # whether any of them has a graph
         self._reserved: list[Span] = []
         self._constants = Constants()
         self._state: State | None = None
@@ -115,6 +118,8 @@ class Capturable:
         """The graph for a call and the inputs that it reads where they are, or why there is none."""
         if not self._entries:
             return "nothing was captured"
+        if not self._replays:
+            return FASTER
         try:
             called = Inputs(args, kwargs)
         except ConfigError as error:
@@ -126,7 +131,7 @@ class Capturable:
         if entry is None:
             return "a tensor of the CPU among the arguments has other values than when it was captured"
         if entry.graph is None or entry.way == "eager":
-            return "the forward was faster than a replay"
+            return FASTER
         if torch.is_autocast_enabled("cuda"):
             return "autocast is on"
         if torch.cuda.is_current_stream_capturing():
@@ -182,6 +187,7 @@ class Capturable:
             if graph is not None:
                 self._state = State(self.module, device)
                 self._entries[example.key] = [*known, self._entry(graph, example)]
+                self._replays = bool(self._graphs())
             self._report = self._reported(device, findings, perf_counter() - begin)
         return self.report
 
@@ -193,7 +199,7 @@ class Capturable:
         entry = Entry.of(example, graph, self.choice)
         if self.choice == "measured":
             ways = WAYS if graph.moved else WAYS[:2]
-            self._entries[example.key] = [entry]  # for the calls that are timed
+            self._entries[example.key], self._replays = [entry], True  # for the calls that are timed
             entry.times = self._timed(entry, example, ways, graph.device)
             entry.settle(fastest(entry.times))
         elif self.choice == "graph":

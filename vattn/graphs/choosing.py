@@ -13,8 +13,9 @@ WAYS = ("eager", "graph", "indirect")
 CHOICES = ("measured", *WAYS)
 # A way has to be faster than a simpler one by more than this share, which two runs of the same may differ by.
 NOISE = 0.02
-# In a turn, each way is called once untimed, as the way before may have left something to undo, and then timed.
-TURNS, CALLS_A_TURN, SECONDS = (3, 15), 4, 0.5
+# In a turn, each way is called once untimed, as the way before may have left something to undo, and then timed: once
+# where a call takes longer than SLOW. Turns end after SECONDS.
+TURNS, CALLS_A_TURN, SLOW, SECONDS = 15, 4, 0.01, 0.5
 
 
 def measured(calls: Mapping[str, Callable[[], object]]) -> dict[str, float]:
@@ -25,16 +26,19 @@ def measured(calls: Mapping[str, Callable[[], object]]) -> dict[str, float]:
     """
     samples: dict[str, list[float]] = {name: [] for name in calls}
     end = perf_counter() + SECONDS
-    for turn in range(TURNS[1]):
-        if turn >= TURNS[0] and perf_counter() > end:
-            break
+    for _ in range(TURNS):
         for name, call in calls.items():
-            call()
-            for _ in range(CALLS_A_TURN):
-                begin = perf_counter()
-                call()
-                samples[name].append((perf_counter() - begin) * 1e6)
+            took = _seconds(call)
+            samples[name] += [_seconds(call) * 1e6 for _ in range(1 if took > SLOW else CALLS_A_TURN)]
+        if perf_counter() > end:
+            break
     return {name: median(found) for name, found in samples.items()}
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    begin = perf_counter()
+    call()
+    return perf_counter() - begin
 
 
 def fastest(times: Mapping[str, float]) -> str:
