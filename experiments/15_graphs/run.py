@@ -23,7 +23,7 @@ from indirection import indirection
 from vattn.graphs import make_capturable
 
 NEEDS = ("cuda", "transformers")
-REPEATS, WARM_UP, CHILD_SECONDS = 50, 5, 300
+REPEATS, TURNS, WARM_UP, CHILD_SECONDS = 50, 5, 5, 300
 
 
 # -- one forward, in a process of its own: a capture that fails may leave PyTorch unfit for more -----------------------
@@ -65,11 +65,12 @@ def measure(name: str, quick: bool) -> dict[str, Any]:
 
 
 def again(module: torch.nn.Module, given: dict[str, Any], ways: list[str], sets: Any) -> dict[str, list[float]]:
-    """Times of each way that there was to choose from, taken after the choice, each from a capture of its own."""
-    found = {}
-    for way in ways:
-        with make_capturable(module, given, choice=way) as made:
-            found[way] = timed(lambda made=made: made(**next(sets)))
+    """Times of each way that there was to choose from, in turns after the choice; each graph is captured anew."""
+    calls = {way: module if way == "eager" else make_capturable(module, given, choice=way) for way in ways}
+    found: dict[str, list[float]] = {way: [] for way in ways}
+    for _ in range(TURNS):
+        for way, call in calls.items():
+            found[way] += timed(lambda call=call: call(**next(sets)), REPEATS // TURNS)
     return found
 
 
@@ -79,7 +80,7 @@ def _moved(value: Any, device: str) -> Any:
     return value.to(device, torch.bfloat16) if value.is_floating_point() else value.to(device)
 
 
-def timed(call: Callable[[], Any]) -> list[float]:
+def timed(call: Callable[[], Any], repeats: int = REPEATS) -> list[float]:
     """Milliseconds from a call until the GPU is done with it."""
 
     def once() -> None:
@@ -87,7 +88,7 @@ def timed(call: Callable[[], Any]) -> list[float]:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
 
-    return [us / 1e3 for us in time_us(once, WARM_UP + REPEATS)[WARM_UP:]]
+    return [us / 1e3 for us in time_us(once, WARM_UP + repeats)[WARM_UP:]]
 
 
 @torch.no_grad()
