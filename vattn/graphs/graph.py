@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import DriverError
+from ..interrupts import Uninterrupted
 from .indirect import ALIGNMENT, Indirection, readers
 from .inputs import Inputs
 from .nodes import Unknown, executable_of, nodes_of
@@ -52,7 +53,12 @@ class Graph:
     def output_memory(self) -> list[Span]:
         """Where the outputs are."""
         spans: list[Span] = []
-        map_tensors(self.outputs, lambda tensor: spans.append(_memory(tensor)) or tensor)  # type: ignore[func-returns-value]
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            spans.append(_memory(tensor))
+            return tensor
+
+        map_tensors(self.outputs, note)
         return spans
 
     # -- inputs ----------------------------------------------------------------------------------------------------
@@ -92,12 +98,13 @@ class Graph:
         try:
             self._indirection.point(addresses)
         except DriverError as error:
-            self._indirection, self.moved = None, frozenset()
-            self.refused = dict.fromkeys(range(len(self._homes)), str(error))
             # Some nodes may have been changed, so there is a new executable graph. The current stream has waited for
             # all replays of the old one.
             torch.cuda.current_stream(self.device).synchronize()
-            self._graph.instantiate()
+            with Uninterrupted():
+                self._graph.instantiate()
+                self._indirection, self.moved = None, frozenset()
+            self.refused = dict.fromkeys(range(len(self._homes)), str(error))
             return False
         return True
 

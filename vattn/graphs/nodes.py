@@ -23,7 +23,7 @@ __all__ = ["CopyNode", "KernelNode", "Node", "Unknown", "call", "executable_of",
 
 
 class Unknown(Exception):
-    """A graph has a node of which it cannot be told what it reads; the text says why."""
+    """It cannot be told what the nodes of a graph read; the text says why."""
 
 
 def call(name: str, *arguments: Any) -> Any:
@@ -125,8 +125,10 @@ def nodes_of(graph: int) -> list[Node]:
 
     Raises:
         DriverError: CUDA, or cuda-bindings, is too old (12.4 has what this takes).
-        Unknown: it has nodes of other types than kernels, copies, fills and events.
+        Unknown: it has nodes of other types than kernels, copies, fills and events; or cuda-python is missing.
     """
+    if _cu is None:
+        raise Unknown("cuda-python is not installed: pip install cuda-python")
     graph = _cu.CUgraph(graph)
     _, count = call("cuGraphGetNodes", graph)
     handles, count = call("cuGraphGetNodes", graph, count) if count else ([], 0)
