@@ -34,7 +34,8 @@ def call(name: str, *arguments: Any) -> Any:
     """
     try:
         result, *values = getattr(_cu, name)(*arguments)
-    except (AttributeError, RuntimeError) as error:  # cuda-bindings, or libcuda, is older than the function
+    except (AttributeError, RuntimeError, ValueError) as error:
+        # cuda-bindings, or libcuda, is older than the function; or cuda-bindings than a value of an enumeration.
         raise DriverError(name, str(error)) from error
     if result != _cu.CUresult.CUDA_SUCCESS:
         raise DriverError(name, getattr(result, "name", str(result)))
@@ -86,6 +87,8 @@ class KernelNode(Node):
             ctypes.memmove(start, whole, len(whole))
             self._size = ctypes.c_size_t(len(whole))
             places = [_BUFFER, start, _BUFFER_SIZE, ctypes.addressof(self._size), _END]
+        elif layout and not params.kernelParams:
+            raise Unknown("a kernel has parameters that CUDA does not show")
         else:
             given = (ctypes.c_void_p * len(layout)).from_address(params.kernelParams) if layout else ()
             for source, (offset, size) in zip(given, layout, strict=True):
@@ -108,7 +111,7 @@ class CopyNode(Node):
     def __init__(self, handle: Any) -> None:
         params = call("cuGraphMemcpyNodeGetParams", handle)
         extent = params.WidthInBytes, params.Height, params.Depth
-        super().__init__(handle, ("copy", extent, params.srcMemoryType, params.dstMemoryType), 16)
+        super().__init__(handle, ("copy", extent), 16)
         if params.Height <= 1 and params.Depth <= 1:  # others cannot be changed
             self.movable = 8
         self._words = (ctypes.c_uint64 * 2).from_buffer(self.values)
