@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import struct
 
 import numpy as np
 import pytest
 
+from vattn import DriverError
 from vattn.graphs.indirect import Indirection, readers
-from vattn.graphs.nodes import Node
+from vattn.graphs.nodes import Node, Unknown, _whole, call
 from vattn.graphs.pointers import Pointer, Span, compare
 
 BEFORE = [Span(0x7F00_0000_0000, 4096), Span(0x7F00_0001_0000, 64)]
@@ -122,3 +124,20 @@ def test_what_is_not_known_is_refused():
     assert not words
     assert set(refused) == {0, 1}
     assert "different work" in refused[0]
+
+
+def test_parameters_in_one_piece_are_read_as_cuda_documents_them():
+    values, size = ctypes.create_string_buffer(bytes(range(21)), 21), ctypes.c_size_t(21)
+    start, length = ctypes.addressof(values), ctypes.addressof(size)
+    for words in ([1, start, 2, length, 0], [2, length, 1, start, 0]):
+        extra = (ctypes.c_void_p * 5)(*words)
+        assert _whole(ctypes.addressof(extra)) == bytes(range(21))
+    for words in ([0, 0, 0, 0, 0], [1, start, 0, 0, 0], [1, start, 1, start, 0], [1, start, 2, length, 7]):
+        extra = (ctypes.c_void_p * 5)(*words)
+        with pytest.raises(Unknown, match="a form that is not known"):
+            _whole(ctypes.addressof(extra))
+
+
+def test_a_call_that_the_driver_lacks_is_its_error():
+    with pytest.raises(DriverError, match="cuNoSuchFunction"):
+        call("cuNoSuchFunction")
