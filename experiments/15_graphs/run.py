@@ -1,12 +1,15 @@
-"""Forwards not written for capture, as they are and after make_capturable. Needs an NVIDIA GPU. See README.md."""
+"""Forwards not written for capture, as they are and after make_capturable; what copies of inputs cost. Needs an NVIDIA
+GPU. See README.md."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +18,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import Records, time_us
 from forwards import FORWARDS
+from indirection import indirection
 
 from vattn.graphs import make_capturable
 
 NEEDS = ("cuda", "transformers")
-REPEATS, WARM_UP, CHILD_SECONDS = 50, 5, 300
+REPEATS, TURNS, WARM_UP, CHILD_SECONDS = 50, 5, 5, 300
 
 
 # -- one forward, in a process of its own: a capture that fails may leave PyTorch unfit for more -----------------------
@@ -31,18 +35,25 @@ def measure(name: str, quick: bool) -> dict[str, Any]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     module = module.to(device, torch.bfloat16).eval()
     given = {key: _moved(value, device) for key, value in given.items()}
+    # Two sets of inputs take turns, as a caller's inputs are seldom where those of the call before were.
+    sets = cycle(
+        [given, {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in given.items()}]
+    )
     with torch.inference_mode():
-        found: dict[str, Any] = {"eager": timed(lambda: module(**given))}
+        found: dict[str, Any] = {"eager": timed(lambda: module(**next(sets)))}
         made = make_capturable(module, given)
         print(made.report)
         found["findings"] = [
             [f.kind, Path(f.file).name, f.line, f.operation, f.mended, f.count] for f in made.report.findings
         ]
-        if made.report.num_graphs:
-            found["vattn"] = timed(lambda: made(**given))
-            assert not made.eager_calls, made.eager_calls
+        for signature in made.report.signatures:
+            found["vattn"] = timed(lambda: made(**next(sets)))
+            assert signature.choice == "eager" or not made.eager_calls, made.eager_calls
             found["make"] = made.report.capture_ms
             found["graph_mib"] = made.report.graph_bytes / 2**20
+            found["choice"] = signature.choice
+            found["chosen by"] = dict(signature.times)
+            found["again"] = again(module, given, list(found["chosen by"]), sets)
         made.undo()
     if device == "cuda":
         try:
@@ -53,13 +64,23 @@ def measure(name: str, quick: bool) -> dict[str, Any]:
     return found
 
 
+def again(module: torch.nn.Module, given: dict[str, Any], ways: list[str], sets: Any) -> dict[str, list[float]]:
+    """Times of each way that there was to choose from, in turns after the choice; each graph is captured anew."""
+    calls = {way: module if way == "eager" else make_capturable(module, given, choice=way) for way in ways}
+    found: dict[str, list[float]] = {way: [] for way in ways}
+    for _ in range(TURNS):
+        for way, call in calls.items():
+            found[way] += timed(lambda call=call: call(**next(sets)), REPEATS // TURNS)
+    return found
+
+
 def _moved(value: Any, device: str) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
     return value.to(device, torch.bfloat16) if value.is_floating_point() else value.to(device)
 
 
-def timed(call: Callable[[], Any]) -> list[float]:
+def timed(call: Callable[[], Any], repeats: int = REPEATS) -> list[float]:
     """Milliseconds from a call until the GPU is done with it."""
 
     def once() -> None:
@@ -67,7 +88,7 @@ def timed(call: Callable[[], Any]) -> list[float]:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
 
-    return [us / 1e3 for us in time_us(once, WARM_UP + REPEATS)[WARM_UP:]]
+    return [us / 1e3 for us in time_us(once, WARM_UP + repeats)[WARM_UP:]]
 
 
 @torch.no_grad()
@@ -126,6 +147,11 @@ def add(records: Records, name: str, found: dict[str, Any]) -> None:
         records.add(name, "vattn", "forward", "ms", found["vattn"])
         records.add(name, "vattn", "make", "ms", [found["make"]])
         records.add(name, "vattn", "graph_memory", "MiB", [found["graph_mib"]])
+        for way, ms in found["again"].items():
+            records.add(name, way, "again", "ms", ms)
+        medians = {way: statistics.median(ms) for way, ms in found["again"].items()}
+        regret = 100 * (medians[found["choice"]] / min(medians.values()) - 1)
+        records.add(f"{name} choice={found['choice']}", "vattn", "regret", "%", [regret])
     for kind, file, line, operation, mended, count in found["findings"]:
         where = f"at={file}:{line} " if file else ""
         what = "_".join(operation.split())
@@ -140,9 +166,10 @@ def add(records: Records, name: str, found: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--twelve", action="store_true", help="the twelve forwards; there is nothing else yet")
+    parser.add_argument("--twelve", action="store_true", help="the twelve forwards")
+    parser.add_argument("--indirection", action="store_true", help="inputs copied, or read where they are")
     parser.add_argument(
-        "--only", nargs="+", choices=[forward.name for forward in FORWARDS], help="these; the rest stays"
+        "--only", nargs="+", choices=[forward.name for forward in FORWARDS], help="these of the twelve; the rest stays"
     )
     parser.add_argument(
         "--quick", action="store_true", help="small shapes; without a GPU, the analysis and eager times"
@@ -152,8 +179,15 @@ def main() -> None:
     if options.forward:
         print(json.dumps(measure(options.forward, options.quick)))
         return
-    records = Records("15_graphs", options.quick, options.only)
-    twelve(records, options.only or [forward.name for forward in FORWARDS], options.quick)
+    if not (options.twelve or options.indirection):
+        parser.error("name a part: --twelve or --indirection")
+    names = options.only or [forward.name for forward in FORWARDS]
+    parts = [*(names if options.twelve else []), *(["indirection"] if options.indirection else [])]
+    records = Records("15_graphs", options.quick, parts)
+    if options.twelve:
+        twelve(records, names, options.quick)
+    if options.indirection:
+        indirection(records, options.quick)
     records.end()
 
 

@@ -13,6 +13,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2] / "experiments"))
 import render
 import table
+from common import Records
 
 FOLDER = table.FOLDER / "15_graphs"
 
@@ -41,6 +42,44 @@ def test_the_table_says_how_it_went():
         ["c", "captured, wrong results", "stays eager", "2.000", "–", "–", "–", "output: a_set_in_the_output"],
     ]
     assert render.report(FOLDER).twelve([]) == ""
+
+
+def test_the_table_of_choices_says_what_was_lost_and_how_many_graphs_hurt():
+    def forward(name, choice, regret, **ms):
+        again = [record(name, way, "again", value) for way, value in ms.items()]
+        return [*again, record(f"{name} choice={choice}", "vattn", "regret", regret)]
+
+    records = [
+        *forward("a", "indirect", 0.0, eager=3.0, graph=2.0, indirect=1.0),
+        *forward("b", "eager", 0.0, eager=1.0, graph=2.0),
+        *forward("c", "graph", 12.5, eager=8.0, graph=9.0, indirect=9.5),
+        record("d", "eager", "forward", 1.0),  # not captured
+        record("indirection bytes=4096 kernels=1", "graph", "call", 5.0),
+    ]
+    *lines, _, hurt = render.report(FOLDER).choices(records).splitlines()
+    assert [line.strip("| ").split(" | ") for line in lines[2:]] == [
+        ["a", "3.000", "2.000", "1.000", "indirect", "0.0"],
+        ["b", "1.000", "2.000", "–", "eager", "0.0"],
+        ["c", "8.000", "9.000", "9.500", "graph", "12.5"],
+    ]
+    assert hurt.startswith("2 of 3 graphs")
+    assert render.report(FOLDER).choices(records[-2:]) == ""
+
+
+def test_copies_of_inputs_are_measured(tmp_path):
+    sys.path.insert(0, str(FOLDER))
+    try:
+        from indirection import QUICK_SIZES, indirection
+    finally:
+        sys.path.remove(str(FOLDER))
+    records = Records("15_graphs", True, ["indirection"])
+    records.path = tmp_path / "quick.jsonl"
+    indirection(records, True)
+    records.end()
+    ways = {"eager", "graph", "indirect"} if torch.cuda.is_available() else {"eager"}
+    calls = {(r["case"], r["system"]) for r in table.read(records.path) if r["metric"] == "call" and r["value"] > 0}
+    cases = [f"indirection bytes={size} kernels={kernels}" for size in QUICK_SIZES for kernels in (1, 8)]
+    assert calls == {(case, way) for case in cases for way in ways}
 
 
 @pytest.mark.parametrize("name", ["host-mask-and-table", "looped-experts", "llama", "vit"])

@@ -12,7 +12,7 @@ from torch import nn
 
 from vattn import ConfigError
 from vattn.graphs import make_capturable
-from vattn.graphs.making import Inputs
+from vattn.graphs.inputs import Inputs
 from vattn.graphs.state import Buffers, State, same_bits
 from vattn.graphs.trees import flatten, map_tensors
 
@@ -36,6 +36,27 @@ def test_undo_frees_constants_and_can_be_repeated():
     made.undo()
     assert made.report.constant_bytes == 0
     assert made(torch.ones(3, 8)).shape == (3, 8)
+
+
+def test_a_compiled_module_stays_compiled():
+    runs = []
+
+    def backend(graph, _):
+        def run(*tensors):
+            runs.append(graph)
+            return graph(*tensors)
+
+        return run
+
+    module, x = torch.compile(faults.HostMask().eval(), backend=backend), torch.ones(3, 8)
+    with torch.no_grad():
+        module(x)
+        assert len(runs) == 1
+        made = make_capturable(module, (x,))
+        assert [finding.operation for finding in made.report.findings] == ["torch.Tensor.to"]
+        assert len(runs) == 1  # what is watched is the forward as it was written
+        torch.testing.assert_close(made(x), faults.HostMask().eval()(x))
+        assert len(runs) == 2
 
 
 def test_gradients_flow_through_an_eager_call():

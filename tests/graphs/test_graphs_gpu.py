@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import os
 import subprocess
@@ -17,6 +18,12 @@ from torch import nn
 from vattn.graphs import make_capturable
 
 pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(params=["graph", "indirect"])
+def make(request):
+    """Never eager, however small the module is; with inputs copied, or read where they are."""
+    return functools.partial(make_capturable, choice=request.param)
 
 
 def fresh(rows=3, seed=0):
@@ -43,9 +50,9 @@ def eagerly(made, module, *args, **kwargs):
     return reason
 
 
-def test_a_graph_does_what_the_forward_does():
+def test_a_graph_does_what_the_forward_does(make):
     module = faults.Linear().cuda()
-    with make_capturable(module, (fresh(),)) as made:
+    with make(module, (fresh(),)) as made:
         assert made.capturable
         assert made.report.findings == ()
         assert made.report.num_graphs == 1
@@ -62,18 +69,18 @@ def test_a_graph_does_what_the_forward_does():
         assert eagerly(made, module, fresh()) == "nothing was captured"
 
 
-def test_outputs_that_are_not_copied_are_the_graphs():
+def test_outputs_that_are_not_copied_are_the_graphs(make):
     module = faults.Linear().cuda()
-    made = make_capturable(module, (fresh(),), copy_outputs=False)
+    made = make(module, (fresh(),), copy_outputs=False)
     first = replayed(made, module, fresh(seed=1))
     second = replayed(made, module, fresh(seed=2))
     assert first.data_ptr() == second.data_ptr()
 
 
 @pytest.mark.parametrize("module", [module for module, _ in faults.MENDABLE], ids=lambda module: module.__name__)
-def test_what_the_cpu_brought_is_on_the_device(module):
+def test_what_the_cpu_brought_is_on_the_device(make, module):
     module = module().cuda()
-    made = make_capturable(module, (fresh(),))
+    made = make(module, (fresh(),))
     assert made.capturable, made.report
     assert {finding.kind for finding in made.report.findings} <= {"host"}
     assert made.report.num_graphs == 1, made.report
@@ -84,9 +91,9 @@ def test_what_the_cpu_brought_is_on_the_device(module):
 @pytest.mark.parametrize(
     ("module", "kind", "operation"), faults.UNMENDABLE, ids=lambda value: getattr(value, "__name__", None)
 )
-def test_what_cannot_be_mended_stays_eager(module, kind, operation):
+def test_what_cannot_be_mended_stays_eager(make, module, kind, operation):
     module_class, module = module, module().cuda()
-    made = make_capturable(module, (fresh(),))
+    made = make(module, (fresh(),))
     assert not made.capturable
     assert made.report.num_graphs == 0
     found = [(f.kind, f.operation, f.file, f.line) for f in made.report.findings if not f.mended]
@@ -100,15 +107,15 @@ def test_what_cannot_be_mended_stays_eager(module, kind, operation):
 @pytest.mark.parametrize(
     ("module", "kind", "operation"), faults.UNMENDABLE_LATER, ids=lambda value: getattr(value, "__name__", None)
 )
-def test_what_a_replay_would_leave_out_stays_eager(module, kind, operation):
-    made = make_capturable(module().cuda(), (fresh(),))
+def test_what_a_replay_would_leave_out_stays_eager(make, module, kind, operation):
+    made = make(module().cuda(), (fresh(),))
     assert [(f.kind, f.operation) for f in made.report.findings] == [(kind, operation)]
     assert made.report.num_graphs == 0
 
 
-def test_weights_written_in_place_are_seen_and_others_are_not_missed():
+def test_weights_written_in_place_are_seen_and_others_are_not_missed(make):
     module = faults.HostMask().cuda()
-    made = make_capturable(module, (fresh(),))
+    made = make(module, (fresh(),))
     with torch.no_grad():
         module.weight.mul_(2)
         module.scale.add_(1)
@@ -127,9 +134,9 @@ def test_weights_written_in_place_are_seen_and_others_are_not_missed():
         assert made(fresh()).shape == (3, 8)
 
 
-def test_what_was_not_captured_runs_eagerly():
+def test_what_was_not_captured_runs_eagerly(make):
     module = faults.Linear().cuda()
-    made = make_capturable(module, (fresh(),))
+    made = make(module, (fresh(),))
     assert "gradients are asked for" in eagerly(made, module, fresh())
     made(fresh()).sum().backward()
     assert module.weight.grad is not None
@@ -166,10 +173,10 @@ class Nested(faults.Linear):
         return {"out": Output(y, (y[0], x["x"])), "table": [self.scale, torch.arange(3)], "n": 3}
 
 
-def test_nested_inputs_and_outputs():
+def test_nested_inputs_and_outputs(make):
     module = Nested().cuda()
 
-    made = make_capturable(module, ({"x": fresh()}, [fresh(1)]))
+    made = make(module, ({"x": fresh()}, [fresh(1)]))
     assert made.capturable, made.report
     with torch.no_grad():
         found, expected = (f({"x": fresh(seed=1)}, [fresh(1, 2)]) for f in (made, module))
@@ -191,9 +198,9 @@ class Running(faults.Linear):
         return super().forward(x) + self.total
 
 
-def test_buffers_go_on_from_replay_to_replay():
+def test_buffers_go_on_from_replay_to_replay(make):
     module, twin = Running().cuda(), Running().cuda()
-    made = make_capturable(module, (fresh(),))
+    made = make(module, (fresh(),))
     assert made.report.num_graphs == 1, made.report
     assert torch.equal(module.total, twin.total)  # what making it did is undone
     with torch.no_grad():
@@ -216,8 +223,8 @@ class Side(faults.Linear):
         return y
 
 
-def test_another_stream_is_found():
-    made = make_capturable(Side().cuda(), (fresh(),))
+def test_another_stream_is_found(make):
+    made = make(Side().cuda(), (fresh(),))
     assert {finding.kind for finding in made.report.findings} == {"stream"}
     assert made.report.num_graphs == 0
 
@@ -227,10 +234,10 @@ class Hosted(faults.Linear):
         return super().forward(x)[:, order.to(x.device)] * order[0]
 
 
-def test_tensors_of_the_cpu_are_a_part_of_the_signature():
+def test_tensors_of_the_cpu_are_a_part_of_the_signature(make):
     module = Hosted().cuda()
     one, other = torch.tensor([3, 1, 2]), torch.tensor([1, 1, 0])
-    made = make_capturable(module, (fresh(), one))
+    made = make(module, (fresh(), one))
     assert made.report.num_graphs == 1, made.report
     with torch.no_grad():
         torch.testing.assert_close(made(fresh(seed=1), one.clone()), module(fresh(seed=1), one))
@@ -241,22 +248,22 @@ def test_tensors_of_the_cpu_are_a_part_of_the_signature():
             torch.testing.assert_close(made(fresh(seed=2), order), module(fresh(seed=2), order))
 
 
-def test_a_module_on_the_gpu_may_take_tensors_of_the_cpu_only():
+def test_a_module_on_the_gpu_may_take_tensors_of_the_cpu_only(make):
     class Moves(faults.Linear):
         def forward(self, x):
             return super().forward(x.to(self.weight.device))
 
     module = Moves().cuda()
-    made = make_capturable(module, (fresh().cpu(),))
+    made = make(module, (fresh().cpu(),))
     assert made.report.num_graphs == 1, made.report
     replayed(made, module, fresh().cpu())
     with torch.no_grad():
         assert "has other values" in eagerly(made, module, fresh(seed=1).cpu())
 
 
-def test_calls_on_several_streams_wait_for_each_other():
+def test_calls_on_several_streams_wait_for_each_other(make):
     module = faults.Linear().cuda()
-    made = make_capturable(module, (fresh(),))
+    made = make(module, (fresh(),))
     inputs = [fresh(seed=seed) for seed in range(20)]
     streams = [torch.cuda.Stream(), torch.cuda.Stream()]
     torch.cuda.synchronize()
@@ -270,11 +277,11 @@ def test_calls_on_several_streams_wait_for_each_other():
     assert not made.eager_calls
 
 
-def test_memory_comes_back():
+def test_memory_comes_back(make):
     module = nn.Sequential(nn.Linear(8, 1 << 16), nn.ReLU(), nn.Linear(1 << 16, 8)).cuda()
     allocated = []
     for _ in range(3):  # the first one makes cuBLAS's workspace too
-        made = make_capturable(module, (fresh(rows=64),))
+        made = make(module, (fresh(rows=64),))
         assert made.report.num_graphs == 1, made.report
         assert made.report.graph_bytes > 1 << 24
         made.undo()
@@ -285,7 +292,7 @@ def test_memory_comes_back():
 
 
 @pytest.mark.parametrize("mask", [False, True])
-def test_a_transformers_decoder_that_waits_only_outside_of_a_capture(mask):
+def test_a_transformers_decoder_that_waits_only_outside_of_a_capture(make, mask):
     transformers = pytest.importorskip("transformers")
     small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = transformers.LlamaConfig(**small, num_key_value_heads=2, vocab_size=256)
@@ -295,7 +302,7 @@ def test_a_transformers_decoder_that_waits_only_outside_of_a_capture(mask):
     if mask:
         inputs["attention_mask"] = torch.ones_like(ids)
         inputs["attention_mask"][0, :5] = 0
-    made = make_capturable(model, inputs)
+    made = make(model, inputs)
     assert made.report.num_graphs == 1, made.report
     inputs["input_ids"] = torch.randint(0, 256, (2, 16)).cuda()
     with torch.no_grad():
@@ -317,12 +324,12 @@ class ByHand(faults.Linear):
         return y
 
 x = torch.randn(3, 8).cuda()
-made = make_capturable(ByHand().cuda(), (x,))
+made = make_capturable(ByHand().cuda(), (x,), choice="graph")
 assert [finding.kind for finding in made.report.findings] == ["capture"], made.report
 assert made.report.num_graphs == 0
 torch.rand(3, device="cuda")
 module = faults.Linear().cuda()
-made = make_capturable(module, (x,))
+made = make_capturable(module, (x,), choice="graph")
 with torch.no_grad():
     torch.testing.assert_close(made(x + 1), module(x + 1))
 assert not made.eager_calls

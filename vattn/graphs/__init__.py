@@ -5,6 +5,6 @@ that is made on the CPU in every call.
 """
 
 from .capturable import Capturable, make_capturable
-from .report import Finding, Report
+from .report import Finding, Report, Signature
 
-__all__ = ["Capturable", "Finding", "Report", "make_capturable"]
+__all__ = ["Capturable", "Finding", "Report", "Signature", "make_capturable"]

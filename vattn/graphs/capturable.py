@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import replace
+from itertools import cycle
 from time import perf_counter
 from typing import Any
 
@@ -13,13 +14,20 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError
+from .choosing import CHOICES, WAYS, fastest, measured
 from .constants import Constants
-from .making import Graph, Inputs, Making
+from .entry import Entry
+from .graph import Graph
+from .inputs import Inputs
+from .making import Making
+from .pointers import Span
 from .report import ADVICE, Finding, Report
-from .state import State
+from .state import Buffers, State
 from .trees import map_tensors
 
 __all__ = ["Capturable", "make_capturable"]
+
+FASTER = "the forward was faster than a replay"
 
 
 class Capturable:
@@ -29,6 +37,7 @@ class Capturable:
 
     * its signature was not captured: the structure of the arguments, shapes, dtypes and devices, plain values, and the
       contents of tensors of the CPU;
+    * the forward was faster than a replay when the signature was captured;
     * gradients are asked for (gradients are on, and an argument or a parameter requires them), autocast is on, or
       another capture is underway;
     * the module has changed: a parameter, buffer, submodule or hook was replaced, added or moved, a tensor of the CPU
@@ -37,6 +46,9 @@ class Capturable:
 
     Not seen: globals, objects other than modules that the forward reads, and settings of PyTorch (precision of
     products, attention backends). A graph keeps them as they were. A replay runs no Python of the forward.
+
+    A replay copies its inputs, or reads them where they are: then they have to stay as they are until it is done on the
+    current stream, as in any call of PyTorch.
 
     Outputs are copies, which the next call leaves alone. With ``copy_outputs=False`` they are the graph's own memory:
     the next call of any signature overwrites them.
@@ -47,11 +59,14 @@ class Capturable:
         eager_calls: why calls ran eagerly, and how many.
     """
 
-    def __init__(self, module: nn.Module, *, copy_outputs: bool = True) -> None:
+    def __init__(self, module: nn.Module, *, copy_outputs: bool = True, choice: str = "measured") -> None:
+        if choice not in CHOICES:
+            raise ConfigError(f"choice must be one of {', '.join(map(repr, CHOICES))}, got {choice!r}")
         if not isinstance(module, nn.Module):
             raise ConfigError(f"module must be a torch.nn.Module, got a {type(module).__name__}")
         self.module = module
         self.copy_outputs = copy_outputs
+        self.choice = choice
         self.eager_calls: Counter[str] = Counter()
         self._lock = threading.RLock()
         self._report = Report(type(module).__name__, "cpu")
@@ -67,7 +82,8 @@ class Capturable:
     @property
     def report(self) -> Report:
         """What was found and done."""
-        return self._report
+        entries = [entry for known in self._entries.values() for entry in known]
+        return replace(self._report, signatures=tuple(entry.signature() for entry in entries))
 
     @property
     def capturable(self) -> bool:
@@ -83,7 +99,9 @@ class Capturable:
             self._report = replace(self._report, num_graphs=0, constant_bytes=0, graph_bytes=0)
 
     def _forget(self) -> None:
-        self._graphs: dict[Hashable, list[Graph]] = {}
+        self._entries: dict[Hashable, list[Entry]] = {}
+        self._replays = False  # whether any of them has a graph
+        self._reserved: list[Span] = []
         self._constants = Constants()
         self._state: State | None = None
 
@@ -96,38 +114,40 @@ class Capturable:
             self.eager_calls[found] += 1
         return self.module(*args, **kwargs)
 
-    def _find(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Graph, Inputs] | str:
-        """The graph for a call, or why there is none."""
-        if not self._graphs:
+    def _find(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Graph, frozenset[int], Inputs] | str:
+        """The graph for a call and the inputs that it reads where they are, or why there is none."""
+        if not self._entries:
             return "nothing was captured"
+        if not self._replays:
+            return FASTER
         try:
             called = Inputs(args, kwargs)
         except ConfigError as error:
             return str(error)
-        known = self._graphs.get(called.key)
+        known = self._entries.get(called.key)
         if known is None:
             return "the signature was not captured"
-        graph = next((graph for graph in known if graph.takes(called)), None)
-        if graph is None:
+        entry = next((entry for entry in known if entry.takes(called)), None)
+        if entry is None:
             return "a tensor of the CPU among the arguments has other values than when it was captured"
-        if torch.is_grad_enabled() and (
-            any(tensor.requires_grad for tensor in called.on_device)
-            or any(parameter.requires_grad for parameter in self.module.parameters())
-        ):
-            return "gradients are asked for: call it under torch.no_grad() or torch.inference_mode()"
+        if entry.graph is None or entry.way == "eager":
+            return FASTER
         if torch.is_autocast_enabled("cuda"):
             return "autocast is on"
         if torch.cuda.is_current_stream_capturing():
             return "another capture is underway"
-        if self._state is not None and (change := self._state.change()):
-            return f"the module has changed: {change}"
-        return graph, called
+        if self._state is not None:
+            if change := self._state.change():
+                return f"the module has changed: {change}"
+            if torch.is_grad_enabled() and any(t.requires_grad for t in (*called.on_device, *self._state.tensors())):
+                return "gradients are asked for: call it under torch.no_grad() or torch.inference_mode()"
+        return entry.graph, entry.moved(), called
 
-    def _replay(self, graph: Graph, called: Inputs) -> Any:
+    def _replay(self, graph: Graph, moved: frozenset[int], called: Inputs) -> Any:
         stream = torch.cuda.current_stream(graph.device)
         if self._done is not None:
             stream.wait_event(self._done)
-        graph.write(called.on_device)
+        graph.load(called.on_device, moved)
         graph.replay()
         outputs = map_tensors(graph.outputs, torch.clone) if self.copy_outputs else graph.outputs
         self._done = self._done or torch.cuda.Event()
@@ -136,7 +156,7 @@ class Capturable:
 
     # -- capture ---------------------------------------------------------------------------------------------------
     def capture(self, *args: Any, **kwargs: Any) -> Report:
-        """Find, mend, capture and verify for one more signature. Runs the forward six times, on a GPU.
+        """Find, mend, capture and verify for one more signature. Runs the forward as ``make_capturable`` does.
 
         Raises:
             ConfigError: arguments of other types than tensors, plain values, tuples, lists and dicts.
@@ -155,24 +175,68 @@ class Capturable:
             device = min(devices, key=str, default=torch.device("cpu"))
             if another is not None and device.type == "cuda" and not another.same_on_host(example):
                 raise ConfigError("another must have the values of example in tensors of the CPU")
-            known = self._graphs.get(example.key, [])
-            known = [graph for graph in known if not graph.takes(example)]
+            known = [entry for entry in self._entries.get(example.key, []) if not entry.takes(example)]
             if len(devices) > 1:
                 names = ", ".join(sorted(map(str, devices)))
                 findings, graph = [Finding("device", names, "", 0, ADVICE["device"])], None
             else:
-                pool = next((graph.pool for graphs in self._graphs.values() for graph in graphs), None)
-                making = Making(self.module, device, self._constants, example, another or example.shuffled(device))
+                pool = next((graph.pool for graph in self._graphs()), None)
+                another = another or example.shuffled(device)
+                making = Making(self.module, device, self._constants, example, another, self.choice)
                 findings, graph = making.make(pool)
             if graph is not None:
                 self._state = State(self.module, device)
-                self._graphs[example.key] = [*known, graph]
+                self._entries[example.key] = [*known, self._entry(graph, example)]
+                self._replays = bool(self._graphs())
             self._report = self._reported(device, findings, perf_counter() - begin)
-        return self._report
+        return self.report
+
+    def _entry(self, graph: Graph, example: Inputs) -> Entry:
+        """How calls of the example's signature run from now on."""
+        if not self.copy_outputs:
+            graph.reserved = self._reserved
+            self._reserved += graph.output_memory()
+        entry = Entry.of(example, graph, self.choice)
+        if self.choice == "measured":
+            ways = WAYS if graph.moved else WAYS[:2]
+            self._entries[example.key], self._replays = [entry], True  # for the calls that are timed
+            entry.times = self._timed(entry, example, ways, graph.device)
+            entry.settle(fastest(entry.times))
+        elif self.choice == "graph":
+            entry.settle("graph")
+        return entry
+
+    def _timed(self, entry: Entry, example: Inputs, ways: tuple[str, ...], device: torch.device) -> dict[str, float]:
+        """Microseconds of a call in each of these ways, with inputs at other addresses in each call."""
+        buffers, counted = Buffers(self.module), dict(self.eager_calls)
+        given = cycle([example.copied(), example.copied()])
+
+        def call(way: str) -> Callable[[], None]:
+            def run() -> None:
+                entry.way, inputs = way, next(given)
+                self(*inputs.args, **inputs.kwargs)
+                torch.cuda.synchronize(device)
+
+            return run
+
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            torch.autocast("cuda", enabled=False),
+            torch.cuda.device(device),
+        ):
+            try:
+                return measured({way: call(way) for way in ways})
+            finally:
+                buffers.restore()
+                self.eager_calls.clear()
+                self.eager_calls.update(counted)
+
+    def _graphs(self) -> list[Graph]:
+        return [entry.graph for known in self._entries.values() for entry in known if entry.graph is not None]
 
     def _reported(self, device: torch.device, findings: list[Finding], seconds: float) -> Report:
-        graphs = [graph for known in self._graphs.values() for graph in known]
-        before = self._report
+        graphs, before = self._graphs(), self._report
         return Report(
             before.module,
             str(device),
@@ -184,7 +248,9 @@ class Capturable:
         )
 
 
-def make_capturable(module: nn.Module, example: Any, another: Any = None, *, copy_outputs: bool = True) -> Capturable:
+def make_capturable(
+    module: nn.Module, example: Any, another: Any = None, *, copy_outputs: bool = True, choice: str = "measured"
+) -> Capturable:
     """Find what keeps a module's forward out of a CUDA graph, mend what can be mended, and capture it.
 
     What the forward brings from the CPU to the GPU in every call (masks, tables, ``torch.tensor`` of a list) is kept
@@ -192,7 +258,12 @@ def make_capturable(module: nn.Module, example: Any, another: Any = None, *, cop
     the module stays eager. The module itself is not changed. A graph is used only if its outputs were those of the
     forward, on values that it was not captured with.
 
-    The forward runs six times, without gradients. Buffers are put back afterwards; what else it writes to is not.
+    A call then runs in one of three ways: ``"eager"``, ``"graph"`` (inputs are copied into the graph's placeholders),
+    or ``"indirect"`` (the graph reads them where they are, each for which that was right at other addresses and took
+    less time than the copy). All are timed, and the fastest one stays.
+
+    The forward runs six times, without gradients, and then up to 75 times in half a second or so to be timed. Buffers
+    are put back afterwards; what else it writes to is not.
 
     Args:
         module: on a GPU, with its inputs. On the CPU there is only the analysis: it takes arguments, parameters and
@@ -203,14 +274,17 @@ def make_capturable(module: nn.Module, example: Any, another: Any = None, *, cop
         another: the same with other values in tensors of the GPU, by default the example's values in another order (but
             for integers that ascend, as offsets do). Give it where that makes no sense to the forward.
         copy_outputs: whether outputs are copies; see ``Capturable``.
+        choice: ``"measured"``, or one of the three ways, which is then taken without being timed. With ``"eager"``
+            nothing is captured, and the report is all there is.
 
     Returns:
         What to call instead of the module. ``report`` says what was found.
 
     Raises:
-        ConfigError: not a module, or arguments of other types. What the forward itself raises comes through.
+        ConfigError: not a module, no such choice, or arguments of other types. What the forward itself raises comes
+            through.
     """
-    made = Capturable(module, copy_outputs=copy_outputs)
+    made = Capturable(module, copy_outputs=copy_outputs, choice=choice)
     made._capture(_inputs("example", example), None if another is None else _inputs("another", another))
     return made
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import cache
@@ -13,12 +13,14 @@ from torch import nn
 
 from ..interrupts import FinalisersWait, Uninterrupted
 from .constants import Constants
+from .graph import Graph, has_nan
+from .inputs import Inputs
 from .report import ADVICE, Finding, raised_at
 from .state import Buffers, State, same_bits
-from .trees import flatten, map_tensors
+from .trees import map_tensors
 from .watch import Uncapturable, Watch
 
-__all__ = ["Graph", "Inputs", "Making"]
+__all__ = ["Making"]
 
 # Largest difference of a graph's outputs from the forward's, over the largest output. Nearly always they are the same
 # bits; operations that add in no fixed order, and convolutions that are chosen anew, are not: a ViT's pooled output of
@@ -27,82 +29,25 @@ TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 1e-2, torc
 WAITS = ("read", "shape")
 
 
-class Inputs:
-    """The arguments of a call: tensors of the device, and all else, which a graph fixes.
+class Making:
+    """One signature's way from eager to a graph.
 
-    Attributes:
-        key: equal for calls that differ in the contents of tensors only.
-        on_device, on_host: their tensors. Without a GPU all are ``on_host``.
+    Args:
+        constants: gets what the forward brings from the CPU.
+        choice: one of ``CHOICES``: ``"eager"`` finds all the same, and captures nothing.
     """
 
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.args, self.kwargs = args, dict(sorted(kwargs.items()))
-        self.tensors: list[torch.Tensor] = []
-        self.key: Hashable = flatten([self.args, self.kwargs], self.tensors)
-        self.on_device = [tensor for tensor in self.tensors if tensor.device.type != "cpu"]
-        self.on_host = [tensor for tensor in self.tensors if tensor.device.type == "cpu"]
-
-    def same_on_host(self, other: Inputs) -> bool:
-        return all(same_bits(*pair) for pair in zip(self.on_host, other.on_host, strict=True))
-
-    def copied(self) -> Inputs:
-        return self._mapped(lambda tensor: tensor.detach().clone())
-
-    def shuffled(self, device: torch.device) -> Inputs:
-        """The values of each tensor of the device in another order; numbers of floating point are scaled too.
-
-        Integers in ascending order stay, as they may be offsets or positions, which have to be.
-        """
-        generator = torch.Generator().manual_seed(0)
-
-        def shuffle(tensor: torch.Tensor) -> torch.Tensor:
-            tensor, floats = tensor.detach(), tensor.dtype in TOLERANCE
-            if tensor.device != device or not tensor.dim():
-                return tensor
-            if not floats and bool((tensor[..., 1:] >= tensor[..., :-1]).all()):
-                return tensor
-            order = torch.randperm(tensor.numel(), generator=generator).to(device)
-            values = tensor.reshape(-1)[order].reshape(tensor.shape)
-            return values * 0.75 if floats else values
-
-        return self._mapped(shuffle)
-
-    def _mapped(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Inputs:
-        return Inputs(map_tensors(self.args, change), map_tensors(self.kwargs, change))
-
-
-class Graph:
-    """A captured forward, where its inputs are written and where its outputs then are."""
-
-    def __init__(self, graph: torch.cuda.CUDAGraph, device: torch.device, inputs: Inputs, outputs: Any) -> None:
-        self.device, self.outputs = device, outputs
-        self.graph_bytes = 0
-        self._graph, self._inputs = graph, inputs
-
-    @property
-    def pool(self) -> Any:
-        return self._graph.pool()
-
-    def takes(self, called: Inputs) -> bool:
-        """Whether the tensors of the CPU, which it holds as they were, are the same. The key is."""
-        return self._inputs.same_on_host(called)
-
-    def write(self, tensors: list[torch.Tensor]) -> None:
-        for placeholder, tensor in zip(self._inputs.on_device, tensors, strict=True):
-            placeholder.copy_(tensor.detach())
-
-    def replay(self) -> None:
-        self._graph.replay()
-
-
-class Making:
-    """One signature's way from eager to a graph. ``constants`` gets what the forward brings from the CPU."""
-
     def __init__(
-        self, module: nn.Module, device: torch.device, constants: Constants, example: Inputs, another: Inputs
+        self,
+        module: nn.Module,
+        device: torch.device,
+        constants: Constants,
+        example: Inputs,
+        another: Inputs,
+        choice: str,
     ) -> None:
         self._module, self._device, self._constants = module, device, constants
-        self._example, self._another = example, another
+        self._example, self._another, self._choice = example, another, choice
         self._found: dict[Any, Finding] = {}
         self._buffers: Buffers
         self._stream: torch.cuda.Stream | None = None
@@ -117,7 +62,8 @@ class Making:
                 refused = [kind for kind in self._unmended() if kind not in WAITS]
                 if not refused and (self._stream is not None or not self._unmended()):
                     self._rehearse(trace)
-                    if self._stream is not None and set(self._unmended()) <= set(WAITS):
+                    captures = self._stream is not None and self._choice != "eager"
+                    if captures and set(self._unmended()) <= set(WAITS):
                         graph = self._captured(pool)
             finally:
                 self._buffers.restore()
@@ -128,11 +74,12 @@ class Making:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Without gradients, on a stream of its own; the random numbers that are drawn in here do not count."""
+        """Without gradients and autocast, on a stream of its own; random numbers drawn in here do not count."""
         cuda = self._device.type == "cuda"
         with (
             torch.inference_mode(False),
             torch.no_grad(),
+            torch.autocast("cuda", enabled=False) if cuda else nullcontext(),
             torch.random.fork_rng([self._device] if cuda else []),
             torch.cuda.device(self._device) if cuda else nullcontext(),
         ):
@@ -186,17 +133,20 @@ class Making:
 
     # -- capture ---------------------------------------------------------------------------------------------------
     def _captured(self, pool: Any) -> Graph | None:
-        """Capture twice, as a forward may do otherwise under capture than eagerly, and compare."""
+        """Capture twice, as a forward may do otherwise under capture than eagerly, and compare.
+
+        The inputs are elsewhere in the second capture, which tells what reads them.
+        """
         self._buffers.restore()
-        inputs = self._example.copied()
+        first, inputs = self._example.copied(), self._example.copied()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         free = torch.cuda.mem_get_info()[0]
         try:
-            trial, trace, outputs = self._capture(inputs, pool, None)
+            trial, trace, outputs = self._capture(first, pool, None)
             del outputs
             graph, _, outputs = self._capture(inputs, trial.pool(), trace)  # the pool ends with its last graph
-            del trial
+            graph.instantiate()
         except Exception as error:
             self._refused(error)
             return None
@@ -204,12 +154,21 @@ class Making:
             if not finding.mended:
                 self._found[key] = replace(finding, mended=True, advice="the forward leaves it out under capture")
         made = Graph(graph, self._device, inputs, outputs)
+        if self._choice in ("measured", "indirect"):
+            made.find_readers(trial, first)
+        del trial, first
         torch.cuda.synchronize()
         made.graph_bytes = max(0, free - torch.cuda.mem_get_info()[0]) + sum(t.nbytes for t in inputs.on_device)
-        return made if self._agrees(made) else None
+        expected = self._expected()
+        if difference := self._differs(made, expected, frozenset()):
+            self._add("different", difference)
+            return None
+        if made.moved:
+            self._move(made, expected)
+        return made
 
     def _capture(self, inputs: Inputs, pool: Any, expected: list[Any] | None) -> tuple[Any, list[Any], Any]:
-        graph = torch.cuda.CUDAGraph()
+        graph = torch.cuda.CUDAGraph(keep_graph=True)
         watch = self._watch(inputs, guard=True, expected=expected)
         capturing = torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local")
         # Other threads may work meanwhile; this one runs no finaliser of ours and no signal handler. The inner context
@@ -235,19 +194,41 @@ class Making:
             with suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self._stream):
                 torch.zeros(1, device=self._device)
 
-    def _agrees(self, graph: Graph) -> bool:
-        """Whether replays do what the forward does, to outputs and to buffers."""
-        for given in (self._another, self._example):
+    # -- comparison ------------------------------------------------------------------------------------------------
+    def _expected(self) -> list[tuple[Inputs, Inputs, Any]]:
+        """Inputs, others with other values, and what the forward makes of the inputs: outputs and buffers."""
+        expected = []
+        for given, other in ((self._another, self._example), (self._example, self._another)):
             self._buffers.restore()
             inputs = given.copied()
-            expected = self._module(*inputs.args, **inputs.kwargs), self._buffers.values()
+            outputs = map_tensors(self._module(*inputs.args, **inputs.kwargs), torch.clone)
+            expected.append((given, other, (outputs, self._buffers.values())))
+        return expected
+
+    def _differs(self, graph: Graph, expected: list[tuple[Inputs, Inputs, Any]], moved: frozenset[int]) -> str | None:
+        """How replays do something else than the forward, to outputs or to buffers."""
+        for given, other, wanted in expected:
             self._buffers.restore()
-            graph.write(given.on_device)
+            graph.poison(other.on_device, moved)
+            graph.load(given.copied().on_device, moved)
             graph.replay()
-            if difference := _difference(expected, (graph.outputs, self._buffers.values())):
-                self._add("different", difference)
-                return False
-        return True
+            if difference := _difference(wanted, (graph.outputs, self._buffers.values())):
+                return difference
+        return None
+
+    def _move(self, graph: Graph, expected: list[tuple[Inputs, Inputs, Any]]) -> None:
+        """Of the inputs that might be read where they are, leave out those for which that is wrong or does not pay."""
+        alike = "example and another hold the same values of it, so that a test would show nothing"
+        wrong = "replays that read it elsewhere gave other outputs"
+        pairs = zip(self._example.on_device, self._another.on_device, strict=True)
+        same = [n for n, pair in enumerate(pairs) if not has_nan(pair[0]) and same_bits(*pair)]
+        graph.always_copy(dict.fromkeys(same, alike))
+        if self._differs(graph, expected, graph.moved):
+            graph.always_copy({n: wrong for n in graph.moved if self._differs(graph, expected, frozenset({n}))})
+            if self._differs(graph, expected, graph.moved):
+                graph.always_copy(dict.fromkeys(graph.moved, wrong))
+        if self._choice == "measured":
+            graph.always_copy(graph.dearer([tensor.detach().clone() for tensor in self._example.on_device]))
 
 
 @cache

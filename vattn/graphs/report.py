@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["ADVICE", "Finding", "Report", "here"]
+__all__ = ["ADVICE", "Finding", "Report", "Signature", "here"]
 
 # What to do about each kind of finding.
 ADVICE = {
@@ -63,6 +63,32 @@ class Finding:
 
 
 @dataclass(frozen=True, slots=True)
+class Signature:
+    """How calls of one signature run.
+
+    Attributes:
+        inputs: the shapes and dtypes of its tensors.
+        choice: ``"eager"``, ``"graph"`` (a replay; inputs are copied), ``"indirect"`` (a replay that reads inputs where
+            the caller has them, but for those in ``copied``).
+        times: each way that was timed, and the median microseconds from a call until the GPU was done with it.
+        moved_bytes: what an indirect call does not copy.
+        num_updates: nodes of the graph that it updates where all these inputs are at other addresses than before.
+        copied: the inputs that an indirect call copies all the same, by number, each with the reason.
+    """
+
+    inputs: str
+    choice: str
+    times: tuple[tuple[str, float], ...] = ()
+    moved_bytes: int = 0
+    num_updates: int = 0
+    copied: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        times = ", ".join(f"{name} {microseconds:.0f} µs" for name, microseconds in self.times)
+        return f"{self.choice} for {self.inputs}" + (f" ({times})" if times else "")
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """What ``make_capturable`` found and did; ``str`` of it is for people.
 
@@ -74,7 +100,8 @@ class Report:
         num_graphs: input signatures that are replayed.
         constant_bytes: device memory of the copies of tensors of the CPU.
         graph_bytes: device memory that capturing took, inputs and outputs of the graphs included.
-        capture_ms: time that finding, capturing and verifying took.
+        capture_ms: time that finding, capturing, verifying and timing took.
+        signatures: those that were captured, and how calls of each run.
     """
 
     module: str
@@ -84,6 +111,7 @@ class Report:
     constant_bytes: int = 0
     graph_bytes: int = 0
     capture_ms: float = 0.0
+    signatures: tuple[Signature, ...] = ()
 
     @property
     def capturable(self) -> bool:
@@ -96,7 +124,8 @@ class Report:
             state = "can be captured" if self.device == "cpu" else "no graph"
         else:
             state = "stays eager"
-        return "\n  ".join([f"{self.module} on {self.device}: {state}", *map(str, self.findings)])
+        lines = [f"{self.module} on {self.device}: {state}", *map(str, self.findings), *map(str, self.signatures)]
+        return "\n  ".join(lines)
 
 
 def here() -> tuple[str, int]:

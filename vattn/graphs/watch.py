@@ -20,6 +20,7 @@ import torch
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .compiled import as_written
 from .constants import Constants
 from .report import ADVICE, Finding, here
 from .trees import tensors_in
@@ -89,7 +90,7 @@ class Watch:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        with _Operations(self), _Calls(self):
+        with as_written(), _Operations(self), _Calls(self):
             yield
 
     # -- what the code calls ---------------------------------------------------------------------------------------
