@@ -19,24 +19,33 @@ TURNS, CALLS, WARM_UP = 5, 20, 3
 TENSORS = 3
 
 
-class Reads(nn.Module):
-    """Its input is read by so many kernels, each of which writes a single number."""
+# Kernels that read the whole input, or a part of it, and kernels that do not read it.
+CASES = {"1": (1, None, 0), "8": (8, None, 0), "1-of-60": (1, 1024, 59)}
 
-    def __init__(self, kernels: int) -> None:
+
+class Reads(nn.Module):
+    """Its input, or the first ``part`` elements of it, is read by so many kernels, each of which writes a number; so many
+    ``others`` follow."""
+
+    def __init__(self, kernels: int, part: int | None, others: int) -> None:
         super().__init__()
-        self.kernels = kernels
+        self.kernels, self.part, self.others = kernels, part, others
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.stack([torch.linalg.vector_norm(x, order + 1) for order in range(self.kernels)])
+        numbers = [torch.linalg.vector_norm(x[: self.part], order + 1) for order in range(self.kernels)]
+        found = torch.stack(numbers)
+        for _ in range(self.others):
+            found = found.sin()
+        return found
 
 
 def indirection(records: Records, quick: bool) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    for kernels in (1, 8):
+    for kernels, shape in CASES.items():
         for size in QUICK_SIZES if quick else SIZES:
             case = f"indirection bytes={size} kernels={kernels}"
             with records.going_on(case):
-                one(records, case, Reads(kernels), [torch.randn(size // 4, device=device) for _ in range(TENSORS)])
+                one(records, case, Reads(*shape), [torch.randn(size // 4, device=device) for _ in range(TENSORS)])
 
 
 @torch.inference_mode()

@@ -1,5 +1,5 @@
-"""Forwards not written for capture, as they are and after make_capturable; what copies of inputs cost. Needs an NVIDIA
-GPU. See README.md."""
+"""Forwards not written for capture, as they are and after make_capturable; what copies of inputs cost. See README.md.
+Needs an NVIDIA GPU."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from forwards import FORWARDS
 from indirection import indirection
 
 from vattn.graphs import make_capturable
+from vattn.tuning.choices import choices_for
 
 NEEDS = ("cuda", "transformers")
 REPEATS, TURNS, WARM_UP, CHILD_SECONDS = 50, 5, 5, 300
@@ -184,6 +185,8 @@ def main() -> None:
     names = options.only or [forward.name for forward in FORWARDS]
     parts = [*(names if options.twelve else []), *(["indirection"] if options.indirection else [])]
     records = Records("15_graphs", options.quick, parts)
+    if torch.cuda.is_available():  # choices are to be made anew
+        choices_for(torch.device("cuda", torch.cuda.current_device())).forget({"kind": "module"})
     if options.twelve:
         twelve(records, names, options.quick)
     if options.indirection:

@@ -69,7 +69,7 @@ def test_the_table_of_choices_says_what_was_lost_and_how_many_graphs_hurt():
 def test_copies_of_inputs_are_measured(tmp_path):
     sys.path.insert(0, str(FOLDER))
     try:
-        from indirection import QUICK_SIZES, indirection
+        from indirection import CASES, QUICK_SIZES, indirection
     finally:
         sys.path.remove(str(FOLDER))
     records = Records("15_graphs", True, ["indirection"])
@@ -78,7 +78,7 @@ def test_copies_of_inputs_are_measured(tmp_path):
     records.end()
     ways = {"eager", "graph", "indirect"} if torch.cuda.is_available() else {"eager"}
     calls = {(r["case"], r["system"]) for r in table.read(records.path) if r["metric"] == "call" and r["value"] > 0}
-    cases = [f"indirection bytes={size} kernels={kernels}" for size in QUICK_SIZES for kernels in (1, 8)]
+    cases = [f"indirection bytes={size} kernels={kernels}" for size in QUICK_SIZES for kernels in CASES]
     assert calls == {(case, way) for case in cases for way in ways}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections import Counter
 from collections.abc import Callable, Hashable
@@ -14,7 +15,8 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError
-from .choosing import CHOICES, WAYS, fastest, measured
+from ..tuning.choices import choices_for, kept_or_timed
+from .choosing import CHOICES, WAYS, measured
 from .constants import Constants
 from .entry import Entry
 from .graph import Graph
@@ -200,11 +202,32 @@ class Capturable:
         if self.choice == "measured":
             ways = WAYS if graph.moved else WAYS[:2]
             self._entries[example.key], self._replays = [entry], True  # for the calls that are timed
-            entry.times = self._timed(entry, example, ways, graph.device)
-            entry.settle(fastest(entry.times))
+            chosen = kept_or_timed(
+                choices_for(graph.device),
+                self._key(entry, example),
+                ways,
+                lambda: self._timed(entry, example, ways, graph.device),
+            )
+            entry.times = dict(chosen.us)
+            entry.settle(chosen.way)
         elif self.choice == "graph":
             entry.settle("graph")
         return entry
+
+    def _key(self, entry: Entry, example: Inputs) -> dict[str, str | int]:
+        """What a signature's choice is kept under. Modules of one class differ by their sizes, signatures by structure
+        and plain values too, of which the key has a digest."""
+        kind = type(self.module)
+        digest = hashlib.sha256(repr(example.key).encode()).hexdigest()[:6]
+        sizes = [parameter.numel() for parameter in self.module.parameters()]
+        return {
+            "kind": "module",
+            "module": f"{kind.__module__}.{kind.__qualname__}",
+            "parameters": len(sizes),
+            "elements": sum(sizes),
+            "copy_outputs": int(self.copy_outputs),
+            "signature": f"{entry.inputs} ({digest})",
+        }
 
     def _timed(self, entry: Entry, example: Inputs, ways: tuple[str, ...], device: torch.device) -> dict[str, float]:
         """Microseconds of a call in each of these ways, with inputs at other addresses in each call."""

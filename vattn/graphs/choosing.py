@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping
 from statistics import median
 from time import perf_counter
 
-__all__ = ["CHOICES", "WAYS", "fastest", "measured"]
+from ..tuning.choices import EAGER
+
+__all__ = ["CHOICES", "WAYS", "measured"]
 
 # From the simplest on.
-WAYS = ("eager", "graph", "indirect")
+WAYS = (EAGER, "graph", "indirect")
 CHOICES = ("measured", *WAYS)
-# A way has to be faster than a simpler one by more than this share, which two runs of the same may differ by.
-NOISE = 0.02
 # In a turn, each way is called once untimed, as the way before may have left something to undo, and then timed: once
 # where a call takes longer than SLOW. Turns end after SECONDS.
 TURNS, CALLS_A_TURN, SLOW, SECONDS = 15, 4, 0.01, 0.5
@@ -39,9 +39,3 @@ def _seconds(call: Callable[[], object]) -> float:
     begin = perf_counter()
     call()
     return perf_counter() - begin
-
-
-def fastest(times: Mapping[str, float]) -> str:
-    """The simplest of the ways that are within noise of the fastest one."""
-    least = min(times.values())
-    return next(name for name in WAYS if name in times and times[name] <= least * (1 + NOISE))

@@ -12,7 +12,7 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -28,7 +28,17 @@ from ..driver import cuda_version
 from ..errors import ConfigError
 from .table import file_name, own_folder
 
-__all__ = ["EAGER", "Choice", "Choices", "choices_for", "fastest", "kept_choices", "time_in_turns", "versions_now"]
+__all__ = [
+    "EAGER",
+    "Choice",
+    "Choices",
+    "choices_for",
+    "fastest",
+    "kept_choices",
+    "kept_or_timed",
+    "time_in_turns",
+    "versions_now",
+]
 
 EAGER = "eager"  # kernels are launched one by one
 _SUFFIX = ".graphs.json"
@@ -160,6 +170,20 @@ def choices_for(device: torch.device) -> Choices:
     """Those of a device's GPU, in the user's own folder."""
     gpu = torch.cuda.get_device_name(device)
     return Choices(own_folder() / (file_name(gpu) + _SUFFIX), gpu)
+
+
+def kept_or_timed(store: Choices, key: Key, ways: Iterable[str], time: Callable[[], Mapping[str, float]]) -> Choice:
+    """The kept choice, if exactly these ways were timed for it; else one made and kept now.
+
+    Args:
+        time: microseconds of each way, the simplest first.
+    """
+    kept = store.find(key)
+    if kept is not None and kept.us.keys() == set(ways):
+        return kept
+    choice = Choice.of(time())
+    store.keep(key, choice)
+    return choice
 
 
 def kept_choices() -> list[Choices]:
