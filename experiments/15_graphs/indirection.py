@@ -24,8 +24,7 @@ CASES = {"1": (1, None, 0), "8": (8, None, 0), "1-of-60": (1, 1024, 59)}
 
 
 class Reads(nn.Module):
-    """Its input, or the first ``part`` elements of it, is read by so many kernels, each of which writes a number; so many
-    ``others`` follow."""
+    """So many kernels read the input, or its first ``part`` elements, and write a number each; ``others`` follow."""
 
     def __init__(self, kernels: int, part: int | None, others: int) -> None:
         super().__init__()

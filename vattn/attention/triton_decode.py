@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError
+from ..ops.compiled import block_shared_bytes
 from ..ops.triton_support import address_of, interpreted, launch_options, next_power_of_2, unavailable
 from .base import HALF, LEFT_PADDING, SINKS, SOFTCAP, Backend
 from .batch import INT32_MAX, AttentionBatch
@@ -323,5 +324,4 @@ def _shared_bytes(device: torch.device) -> int:
     """Of one program at most."""
     if device.type != "cuda":
         return DEFAULT_SHARED_BYTES
-    properties = torch.cuda.get_device_properties(device)
-    return getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
+    return block_shared_bytes(device)

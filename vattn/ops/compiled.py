@@ -15,7 +15,7 @@ import torch
 from ..errors import ConfigError, DriverError
 from ..machine import user_folder
 
-__all__ = ["check", "compiled", "compiler_missing", "loaded"]
+__all__ = ["block_shared_bytes", "check", "compiled", "compiler_missing", "loaded"]
 
 
 @cache
@@ -28,6 +28,12 @@ def compiler_missing() -> str | None:
     except Exception as error:  # of the import, or of what looks for the library: each release has its own
         return f"it needs NVRTC, CUDA's compiler at run time (pip install nvidia-cuda-nvrtc): {error}"
     return None
+
+
+def block_shared_bytes(device: torch.device | int) -> int:
+    """The most shared memory that one block of a kernel may use on a GPU."""
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
 
 
 def compiled(name: str, included: Sequence[str], macros: Mapping[str, int], architecture: str) -> bytes:

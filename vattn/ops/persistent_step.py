@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError
-from .compiled import check, compiled, compiler_missing, loaded
+from .compiled import block_shared_bytes, check, compiled, compiler_missing, loaded
 
 __all__ = ["MAX_TOKENS", "PersistentStep", "StepLayer", "StepShape", "persistent_unavailable", "shared_memory"]
 
@@ -141,7 +141,7 @@ def persistent_unavailable(device: torch.device, dtype: torch.dtype, shape: Step
     if (reason := shape.unsupported()) is not None:
         return reason
     try:
-        shared_memory(shape, _size(tokens), torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+        shared_memory(shape, _size(tokens), block_shared_bytes(device))
     except ConfigError as error:
         return str(error)
     return compiler_missing()
@@ -296,8 +296,7 @@ def shared_memory(shape: StepShape, tokens: int, limit: int) -> tuple[int, int, 
 @cache
 def _kernel(device: int, shape: StepShape, tokens: int) -> tuple[Any, int]:
     """The loaded kernel, and its bytes of shared memory."""
-    properties = torch.cuda.get_device_properties(device)
-    stages, x, shared = shared_memory(shape, tokens, properties.shared_memory_per_block_optin)
+    stages, x, shared = shared_memory(shape, tokens, block_shared_bytes(device))
     macros = {
         "HIDDEN": shape.hidden,
         "HEADS": shape.heads,
