@@ -15,6 +15,8 @@ import pytest
 import torch
 
 from vattn.cli.main import main
+from vattn.cli.options import GRAPHS
+from vattn.decode.graphs import MODES
 from vattn.tuning.choices import Choice, Choices, choices_for
 
 WAYS = ("eager", "graph", "graph + dependent launch", "graph + persistent")
@@ -45,6 +47,10 @@ def store(folder: Path) -> Choices:
 def shown(capfd: pytest.CaptureFixture[str], *args: str) -> str:
     assert main(["info", "--graphs", *args]) == 0
     return capfd.readouterr().out
+
+
+def test_modes_of_a_server_are_those_of_a_loop():
+    assert GRAPHS == MODES
 
 
 def test_nothing_was_measured_yet(folder, capfd):

@@ -488,6 +488,7 @@ def test_what_no_engine_can_be_made_of(model: Llama, cache: KVCache) -> None:
         ((model, cache), {"attention": SdpaAttention}, "attention must be a backend or its name"),
         ((model, cache), {"prefix_caching": "no"}, "prefix_caching must be True or False, got 'no'"),
         ((model, cache), {"prefix_caching": 0}, "prefix_caching must be True or False"),
+        ((model, cache), {"graphs": "sometimes"}, "graphs must be one of always, measure"),
         ((Llama, cache), {}, "not the class Llama"),
         ((model,), {"memory_limit": 1}, "page"),
         ((model,), {"max_batch": 10**9}, r"max_batch=1000000000 takes \d{13} bytes .* bytes free"),

@@ -14,6 +14,7 @@ __all__ = ["parse_bytes", "parse_whole", "parser"]
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _DTYPES = ("float32", "bfloat16", "float16")
+GRAPHS = ("always", "measure", "first use", "never")  # as vattn.decode.graphs.MODES, without importing torch
 _INT64_MAX = 2**63 - 1
 _FLOAT32_MAX = 3.4028234663852886e38
 
@@ -195,6 +196,7 @@ def _add_serve(command: argparse.ArgumentParser) -> None:
         help="of requests (default: 8MiB)",
     )
     add("--log-level", choices=("debug", "info", "warning", "error"), default="info", help="(default: info)")
+    add("--graphs", choices=GRAPHS, help="of decode; measure: the fastest way on this GPU (default: always, on a GPU)")
     _add_place(command)
     add("--attention", metavar="NAME", help="a backend that `vattn info` lists (default: the best for each phase)")
 

@@ -52,6 +52,7 @@ def serve(args: argparse.Namespace) -> None:
                 max_step_tokens=args.max_num_batched_tokens,
                 max_waiting=args.max_queue,
                 attention=place.attention,
+                graphs=args.graphs,
             ) as engine,
         ):
             longest = min(engine.longest, cache.layout.max_seq_len)
