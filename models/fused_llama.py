@@ -6,8 +6,7 @@ model's own parameters become views of them. ``Llama.forward`` computes the same
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from copy import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
@@ -16,16 +15,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from vattn.attention import AttentionBackend, AttentionBatch, DecodeBatch
-from vattn.attention.base import Backend
 from vattn.errors import ConfigError
 from vattn.ops.merge import adopt, merge
 from vattn.ops.ops_table import Ops
-from vattn.ops.persistent_step import PersistentStep, StepLayer, StepShape, persistent_unavailable
 from vattn.ops.rope_append import rope_table
 from vattn.tuning import default_ops
 
 from .config import LlamaConfig
 from .llama import DecoderLayer, Llama
+from .ways import Compute, ways_of
 
 if TYPE_CHECKING:
     from vattn.kv_cache import KVCache
@@ -157,45 +155,10 @@ class FusedLlama:
         x = self._layers(residual, batch.slots_int32, batch.rows_int32, cache, [(batch, attention)])
         return self.ops.linear(x, self.model.output_weight, whole=True)
 
-    def ways(
-        self, batch: int, cache: KVCache
-    ) -> dict[str, Callable[[torch.Tensor, DecodeBatch, AttentionBackend], torch.Tensor]]:
+    def ways(self, batch: int, cache: KVCache) -> dict[str, Compute]:
         """``decode`` over a cache: without programmatic dependent launch, with it where the operations have it, and as
         one persistent kernel where there is one; see ``vattn.decode.OffersWays``."""
-
-        def own(residual: torch.Tensor, batch: DecodeBatch, attention: AttentionBackend) -> torch.Tensor:
-            return self.decode(residual, batch, cache, attention)
-
-        def plain(residual: torch.Tensor, batch: DecodeBatch, attention: AttentionBackend) -> torch.Tensor:
-            attention = attention.tuned({}, pdl=False) if isinstance(attention, Backend) else attention
-            return without.decode(residual, batch, cache, attention)
-
-        step: PersistentStep | None = None
-
-        def persistent(residual: torch.Tensor, batch: DecodeBatch, attention: AttentionBackend) -> torch.Tensor:
-            nonlocal step
-            if step is None:
-                step = self._persistent(cache, batch.batch_size)
-            return step(residual, batch.slots_int32, batch.rows_int32)
-
-        ways: dict[str, Callable[[torch.Tensor, DecodeBatch, AttentionBackend], torch.Tensor]] = {"kernels": own}
-        if self.ops.plain is not None:
-            without = copy(self)
-            without.ops = self.ops.plain
-            ways = {"kernels": plain, "dependent launch": own}
-        fits = cache.layout.dtype == self.dtype
-        if fits and persistent_unavailable(self.device, self.dtype, _shape(self.config), batch) is None:
-            ways["persistent"] = persistent
-        return ways
-
-    def _persistent(self, cache: KVCache, max_tokens: int) -> PersistentStep:
-        layers = [
-            StepLayer(**{name: getattr(layer, name) for name in vars(layer)}, k=cache.k(index), v=cache.v(index))
-            for index, layer in enumerate(self.layers)
-        ]
-        norm, output = self.model.norm.weight, self.model.output_weight
-        eps = self.config.rms_norm_eps
-        return PersistentStep(_shape(self.config), layers, norm, output, self.table, eps, max_tokens)
+        return ways_of(self, batch, cache)
 
     def prefill(self, tokens: torch.Tensor, batch: AttentionBatch, cache: KVCache, attention: AttentionBackend) -> None:
         """Compute the new tokens of a batch and append their K and V. Nothing else: the last layer stops there.
@@ -320,18 +283,6 @@ class FusedLlama:
             raise ConfigError(f"the batch has {batch.num_tokens} new tokens, got a tensor of shape {[*tokens.shape]}")
         if batch.max_end > self.max_seq_len:
             raise ConfigError(f"row {batch.max_end - 1} is beyond the model's context of {self.max_seq_len} tokens")
-
-
-def _shape(config: LlamaConfig) -> StepShape:
-    return StepShape(
-        hidden=config.hidden_size,
-        heads=config.num_heads,
-        kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        intermediate=config.intermediate_size,
-        vocab=config.vocab_size,
-        layers=config.num_layers,
-    )
 
 
 def products(config: LlamaConfig) -> list[tuple[int, int, str]]:

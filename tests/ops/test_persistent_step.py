@@ -16,6 +16,7 @@ from vattn.attention import DecodeBatch, bind, get
 from vattn.decode import DecodeLoop
 from vattn.errors import ConfigError
 from vattn.models import FusedLlama, Llama, LlamaConfig
+from vattn.models.ways import persistent_step as persistent_step_of
 from vattn.ops import compiled as compiling
 from vattn.ops import persistent_step
 from vattn.ops.ops_table import reference_ops
@@ -194,7 +195,7 @@ def test_as_the_references_compute_it(name, lengths):
         for layer in cache.layout.layers:
             for slot, length in zip(slots, lengths, strict=True):
                 cache.k(layer)[slot, length] = cache.v(layer)[slot, length] = float("nan")
-        step = exact._persistent(cache, len(lengths))
+        step = persistent_step_of(exact, cache, len(lengths))
         got = step(residual, batch.slots_int32, batch.rows_int32)
         assert got.isfinite().all()
         assert off_by(got, expected) < 0.02
@@ -216,7 +217,7 @@ def test_a_graph_of_it_serves_other_sequences():
         fused = FusedLlama(model, cache.layout.max_seq_len)
         batch = batch_of(cache, slots[:3], lengths[:3])
         residual = torch.randn(3, 512, device="cuda", dtype=torch.bfloat16)
-        step = fused._persistent(cache, 4)
+        step = persistent_step_of(fused, cache, 4)
         step(residual, batch.slots_int32, batch.rows_int32)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
@@ -230,7 +231,7 @@ def test_a_graph_of_it_serves_other_sequences():
                 residual[i] = residual[chosen.index(chosen[i])]
             graph.replay()
             alone = [
-                fused._persistent(cache, 1)(
+                persistent_step_of(fused, cache, 1)(
                     residual[i : i + 1], batch.slots_int32[i : i + 1], batch.rows_int32[i : i + 1]
                 )
                 for i in range(3)
@@ -244,7 +245,7 @@ def test_more_tokens_than_it_was_made_for():
     model = random_model(SMALL)
     cache, slots = filled_cache(model, [3, 4])
     with cache:
-        step = FusedLlama(model)._persistent(cache, 1)
+        step = persistent_step_of(FusedLlama(model), cache, 1)
         batch = batch_of(cache, slots, [3, 4])
         with pytest.raises(ConfigError, match="up to 1 tokens, got 2"):
             step(torch.zeros(2, 512, device="cuda", dtype=torch.bfloat16), batch.slots_int32, batch.rows_int32)
