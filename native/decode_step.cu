@@ -8,7 +8,7 @@
 //
 // Compiled at run time (vattn/ops/persistent_step.py) with the shape of one model:
 //   HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INTER, VOCAB, LAYERS: of the model.
-//   TOKENS: the most tokens of a step, up to 8. STAGES: of the ring. X_BYTES: of shared memory for activations.
+//   TOKENS: the most tokens of a step, up to 8. STAGES: of the ring, at least 8. X_BYTES: of shared memory for activations.
 // Sums are of float32 and in a fixed order: the same inputs give the same bits.
 //
 // Why no word is written again before all have read it: each phase hears every word that the phase before it told, and
@@ -30,6 +30,7 @@ struct Small {
     float most[CONSUMERS + 1][8], total[CONSUMERS + 1][8];
 };
 
+static_assert(STAGES >= CONSUMERS, "a warp that takes every eighth stage would be a round ahead of the ring");
 static_assert(sizeof(Small) <= 6 * 1024, "more than persistent_step.py leaves for it");
 
 struct Consumer {

@@ -72,7 +72,7 @@ __device__ __forceinline__ void arrive(u64& barrier) {
 }
 
 // ---- marked words: what multiprocessors tell one another ----
-// A word is 32 bits of data and a mark, which no other write of the word has. It is written and read as one, so a reader
+// A word is 32 bits of data and a mark, which no other write of the word has (in 2^32 phases, some hours of steps). It is written and read as one, so a reader
 // that sees the mark has the data: no fence, no counter, no second look (as NCCL's protocol for low latency has it).
 __device__ __forceinline__ void tell(u64* at, u32 data, u32 mark) {
     asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(at), "l"((u64)mark << 32 | data) : "memory");

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -16,7 +18,9 @@ from helpers.llama import hf_model_of, open_cache, run, same_in_vattn, small_mod
 import vattn
 from vattn.attention import DecodeBatch, TritonDecodeAttention, bind, get
 from vattn.decode import DecodeLoop, OffersWays
-from vattn.decode.ways import choose_ways, measured, step_key, ways_of
+from vattn.decode.graphs import StepGraphs
+from vattn.decode.ways import Chosen, choose_ways, measured, step_key, ways_of
+from vattn.errors import DriverError
 from vattn.models import FusedLlama, Llama
 from vattn.ops.ops_table import LinearTable, Ops, fused_ops, reference_ops
 from vattn.tuning.choices import EAGER, Choice, Choices, choices_for
@@ -146,7 +150,14 @@ def test_a_way_that_is_new_is_measured_beside_the_others(model, store):
 
 
 @pytest.mark.parametrize(
-    ("error", "kept"), [(RuntimeError("not on this GPU"), True), (torch.OutOfMemoryError("full"), False)], ids=repr
+    ("error", "kept"),
+    [
+        (RuntimeError("not on this GPU"), True),
+        (torch.OutOfMemoryError("full"), False),
+        (DriverError("cuModuleLoadData", "CUDA_ERROR_INVALID_IMAGE"), False),
+        (ModuleNotFoundError("no cuda"), False),
+    ],
+    ids=repr,
 )
 def test_a_way_that_raises_is_left_out_and_named(model, store, error, kept):
     with open_cache(model, 3) as cache:
@@ -156,6 +167,41 @@ def test_a_way_that_raises_is_left_out_and_named(model, store, error, kept):
         assert choice.failed == {"graph + persistent": f"{type(error).__name__}: {error}"}
         bench.choose(2)
         assert (bench.ran == []) == kept, "a way for which memory was short is tried again"
+
+
+def test_what_a_graph_uses_lives_as_long_as_it(monkeypatch):
+    """A way's compute has memory of its own, which the graph goes on using."""
+
+    class Launch:
+        def __call__(self):
+            ran.append(1)
+
+    class Graph:
+        def __init__(self, launch):
+            self.memory = weakref.ref(launch)
+
+        def replay(self):
+            self.memory()()
+
+    for name, result in (("synchronize", None), ("empty_cache", None), ("memory_reserved", 0)):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, result=result: result)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (0, 0))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr("vattn.decode.graphs.captured", lambda launch, pool: Graph(launch))
+    ran, launch = [], Launch()
+    alive = weakref.ref(launch)
+    graphs = StepGraphs(lambda batch: pytest.fail("launched"), [2], torch.device("cuda"), "measure")
+    choice = Choice.of({EAGER: 2.0, "graph + persistent": 1.0})
+    graphs.capture({2: Chosen(choice, launch, 40, lambda: None)})
+    del launch
+    gc.collect()
+    ran.clear()
+    graphs.launch(2)
+    assert ran == [1]
+    assert graphs.reports[0].way == "graph + persistent"
+    graphs.release()
+    gc.collect()
+    assert alive() is None
 
 
 def test_what_the_eager_step_raises_is_raised(model, store):

@@ -17,6 +17,7 @@ from vattn.decode import DecodeLoop
 from vattn.errors import ConfigError
 from vattn.models import FusedLlama, Llama, LlamaConfig
 from vattn.models.ways import persistent_step as persistent_step_of
+from vattn.models.ways import step_shape
 from vattn.ops import compiled as compiling
 from vattn.ops import persistent_step
 from vattn.ops.ops_table import reference_ops
@@ -45,6 +46,7 @@ CONFIGS = {
     "windows": replace(SMALL, windows=(100, None, 37)),
     "one KV head": replace(SMALL, num_kv_heads=1),
     "as many KV heads": replace(SMALL, num_kv_heads=8, tie_word_embeddings=True),
+    "more chunks than stages": replace(SMALL, hidden_size=1024, num_heads=16, num_kv_heads=4, intermediate_size=8192),
     "SmolLM2's sizes, odd vocabulary": replace(
         SMALL, hidden_size=576, intermediate_size=1536, num_heads=9, num_kv_heads=3, vocab_size=1003
     ),
@@ -54,19 +56,20 @@ CONFIGS = {
 # -- sizes -------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("shape", "tokens"),
-    [(LLAMA_8B, 1), (LLAMA_8B, 2), (LLAMA_8B, 4), (LLAMA_1B, 8), (StepShape(576, 9, 3, 64, 1536, 49152, 30), 8)],
+    [(LLAMA_8B, 1), (LLAMA_8B, 2), (LLAMA_1B, 4), (StepShape(576, 9, 3, 64, 1536, 49152, 30), 8)],
 )
 def test_shared_memory_holds_activations_and_a_ring(shape, tokens):
     stages, x, total = shared_memory(shape, tokens, HOPPER_BYTES)
-    assert stages >= 4
+    assert stages >= persistent_step._CONSUMERS, "each warp has a stage of its own"
     assert x >= tokens * 2 * max(shape.hidden, shape.intermediate)
     assert total <= HOPPER_BYTES
     assert total + 16 * (2 * 512 + 64) > HOPPER_BYTES - 128, "one more stage would fit"
 
 
-def test_activations_that_leave_no_room():
-    with pytest.raises(ConfigError, match="8 tokens"):
-        shared_memory(LLAMA_8B, 8, HOPPER_BYTES)
+@pytest.mark.parametrize(("shape", "tokens"), [(LLAMA_8B, 4), (LLAMA_8B, 8), (LLAMA_1B, 8)])
+def test_activations_that_leave_no_room(shape, tokens):
+    with pytest.raises(ConfigError, match=f"activations of {tokens} tokens"):
+        shared_memory(shape, tokens, HOPPER_BYTES)
 
 
 @pytest.mark.parametrize(
@@ -98,6 +101,28 @@ def test_without_a_compiler(monkeypatch):
     monkeypatch.setattr(compiling, "compiler_missing", lambda: "no NVRTC here")
     with pytest.raises(ConfigError, match="no NVRTC here"):
         compiling.compiled("decode_step.cu", (), {}, "sm_90a")
+
+
+def test_kept_code_is_whole(tmp_path):
+    path = tmp_path / "kernels" / "one.bin"
+    assert compiling._kept(path) is None
+    compiling._keep(path, b"machine code")
+    assert compiling._kept(path) == b"machine code"
+    assert list(path.parent.iterdir()) == [path]
+    for content in (b"", path.read_bytes()[:-1], b"x" + path.read_bytes()[1:], path.read_bytes()[:32]):
+        path.write_bytes(content)
+        assert compiling._kept(path) is None, "it is compiled again"
+    compiling._keep(path, b"other code")
+    assert compiling._kept(path) == b"other code"
+
+
+def test_a_folder_that_keeps_nothing(tmp_path, monkeypatch):
+    (tmp_path / "kernels").write_text("a file in the folder's place")
+    compiling._keep(tmp_path / "kernels" / "one.bin", b"code")
+    (tmp_path / "kernels").unlink()
+    monkeypatch.setattr(compiling.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    compiling._keep(tmp_path / "kernels" / "one.bin", b"code")
+    assert list((tmp_path / "kernels").iterdir()) == []
 
 
 def fields(name: str) -> list[str]:
@@ -182,6 +207,10 @@ def new_rows(cache: vattn.KVCache, slots: Sequence[int], lengths: Sequence[int])
 @pytest.mark.parametrize("name", CONFIGS)
 @torch.no_grad()
 def test_as_the_references_compute_it(name, lengths):
+    device, shape = torch.device("cuda", torch.cuda.current_device()), step_shape(CONFIGS[name])
+    if (reason := persistent_unavailable(device, torch.bfloat16, shape, len(lengths))) is not None:
+        assert "activations" in reason
+        pytest.skip(reason)
     torch.manual_seed(len(lengths))
     model = random_model(CONFIGS[name])
     cache, slots = filled_cache(model, lengths)
@@ -300,8 +329,8 @@ def test_it_is_compiled_once(tmp_path, monkeypatch):
     }
     arguments = ("decode_step.cu", ("ring.cuh", "attention.cuh"), macros, "sm_90a")
     code = compiling.compiled(*arguments)
-    (kept,) = tmp_path.rglob("*.cubin")
-    assert kept.read_bytes() == code
+    (kept,) = tmp_path.rglob("*.bin")
+    assert kept.read_bytes().endswith(code)
     from cuda.bindings import nvrtc
 
     monkeypatch.setattr(nvrtc, "nvrtcCompileProgram", lambda *_: pytest.fail("it was compiled again"))

@@ -110,6 +110,7 @@ class StepGraphs:
         self.device = device
         self._run = run
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._launches: dict[int, Callable[[], None]] = {}  # of each graph, which uses memory that they hold
         self._by_key: dict[Hashable, torch.cuda.CUDAGraph | bool] = {}  # True: it came once; False: it cannot be
         self._failed = False  # whether other work could not be captured
         self._pool: Any = None
@@ -197,6 +198,7 @@ class StepGraphs:
     def release(self) -> None:
         """Drop every graph and its memory."""
         self._graphs.clear()
+        self._launches.clear()
         self._by_key.clear()
         self._pool = None
 
@@ -224,7 +226,7 @@ class StepGraphs:
         graph = captured(launch, self._pool)
         graph.replay()  # the first one uploads it
         torch.cuda.synchronize(self.device)
-        self._graphs[bucket] = graph
+        self._graphs[bucket], self._launches[bucket] = graph, launch
         return GraphReport(
             bucket,
             True,

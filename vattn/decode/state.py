@@ -85,8 +85,8 @@ class OffersWays(Protocol):
 
         Called once for each batch size when a loop opens, of which it neither launches anything nor takes memory that
         outlives it: the first call of a compute does, on the stream of the steps. Each is captured in a graph, so that
-        it allocates nothing that outlives a call after its first, and never waits for the device. What raises is left
-        out.
+        it allocates nothing that outlives a call after its first, and never waits for the device. The loop keeps a
+        compute as long as its graph. What raises is left out.
 
         Returns:
             By name, in the order in which a tie is decided: ``"kernels"`` of one launch after another, and what else

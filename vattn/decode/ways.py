@@ -14,7 +14,7 @@ from functools import partial
 
 import torch
 
-from ..errors import OutOfPages
+from ..errors import DriverError, OutOfPages
 from ..kv_cache import KVCache
 from ..tuning.choices import EAGER, Choice, Choices, time_in_turns
 from .state import Compute, DecodeModel, OffersWays
@@ -24,6 +24,7 @@ __all__ = ["GRAPH", "Chosen", "choose_ways", "measured", "step_key", "ways_of", 
 GRAPH = "graph"  # of what the model offers as "kernels"
 
 Launch = Callable[[], object]
+_PASSING = (torch.OutOfMemoryError, MemoryError, DriverError, OSError, ImportError)  # why a way may run next time
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,8 @@ def measured(
         wait: returns when the device is done.
 
     Returns:
-        The choice, and whether it is worth keeping: not where memory was short.
+        The choice, and whether it is worth keeping: not where a way failed for what may not last, as memory that was
+        short.
 
     Raises:
         Exception: what the launch of ``EAGER`` raises.
@@ -160,7 +162,7 @@ def measured(
             wait()
         except Exception as error:
             failed[way] = why(error)
-            lasts &= not isinstance(error, torch.OutOfMemoryError)
+            lasts &= not isinstance(error, _PASSING)
         else:
             timed[way] = replay
     return Choice.of(time_in_turns(timed, wait), failed), lasts

@@ -201,13 +201,22 @@ class Capturable:
         entry = Entry.of(example, graph, self.choice)
         if self.choice == "measured":
             ways = WAYS if graph.moved else WAYS[:2]
+            known, replays = self._entries.get(example.key), self._replays
             self._entries[example.key], self._replays = [entry], True  # for the calls that are timed
-            chosen = kept_or_timed(
-                choices_for(graph.device),
-                self._key(entry, example),
-                ways,
-                lambda: self._timed(entry, example, ways, graph.device),
-            )
+            try:
+                chosen = kept_or_timed(
+                    choices_for(graph.device),
+                    self._key(entry, example),
+                    ways,
+                    lambda: self._timed(entry, example, ways, graph.device),
+                )
+            except BaseException:
+                self._replays = replays
+                if known is None:
+                    del self._entries[example.key]
+                else:
+                    self._entries[example.key] = known
+                raise
             entry.times = dict(chosen.us)
             entry.settle(chosen.way)
         elif self.choice == "graph":
@@ -219,12 +228,13 @@ class Capturable:
         and plain values too, of which the key has a digest."""
         kind = type(self.module)
         digest = hashlib.sha256(repr(example.key).encode()).hexdigest()[:6]
-        sizes = [parameter.numel() for parameter in self.module.parameters()]
+        sizes = [parameter.nbytes for parameter in self.module.parameters()]
         return {
             "kind": "module",
             "module": f"{kind.__module__}.{kind.__qualname__}",
             "parameters": len(sizes),
-            "elements": sum(sizes),
+            "parameter_bytes": sum(sizes),
+            "training": int(self.module.training),
             "copy_outputs": int(self.copy_outputs),
             "signature": f"{entry.inputs} ({digest})",
         }

@@ -6,8 +6,10 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +19,8 @@ from ..machine import user_folder
 
 __all__ = ["block_shared_bytes", "check", "compiled", "compiler_missing", "loaded"]
 
+_DIGEST_BYTES = 32
+
 
 @cache
 def compiler_missing() -> str | None:
@@ -25,6 +29,10 @@ def compiler_missing() -> str | None:
         from cuda.bindings import nvrtc
 
         nvrtc.nvrtcVersion()
+        if not files("vattn.native").joinpath("decode_step.cu").is_file():
+            return "its source is not installed: install vattn again"
+    except ModuleNotFoundError as error:
+        return f"{error.name} is missing: install vattn again, with cuda-python"
     except Exception as error:  # of the import, or of what looks for the library: each release has its own
         return f"it needs NVRTC, CUDA's compiler at run time (pip install nvidia-cuda-nvrtc): {error}"
     return None
@@ -56,11 +64,9 @@ def compiled(name: str, included: Sequence[str], macros: Mapping[str, int], arch
     options = [f"-arch={architecture}", "-std=c++17", *(f"-D{key}={value}" for key, value in macros.items())]
     version = check("nvrtcVersion", nvrtc.nvrtcVersion())
     digest = hashlib.sha256(repr((source, texts, options, version)).encode()).hexdigest()[:32]
-    path = user_folder("kernels") / f"{name}-{digest}.cubin"
-    try:
-        return path.read_bytes()
-    except OSError:  # not there, or not to be read
-        pass
+    path = user_folder("kernels") / f"{name}-{digest}.bin"
+    if (code := _kept(path)) is not None:
+        return code
     names = [each.encode() for each in included]
     program = check("nvrtcCreateProgram", nvrtc.nvrtcCreateProgram(source, name.encode(), len(texts), texts, names))[0]
     try:
@@ -74,14 +80,35 @@ def compiled(name: str, included: Sequence[str], macros: Mapping[str, int], arch
         check("nvrtcGetCUBIN", nvrtc.nvrtcGetCUBIN(program, code))
     finally:
         nvrtc.nvrtcDestroyProgram(program)
+    _keep(path, code)
+    return code
+
+
+def _kept(path: Path) -> bytes | None:
+    """What ``_keep`` wrote; None where there is nothing, or not all of it."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    code = content[_DIGEST_BYTES:]
+    return code if code and hashlib.sha256(code).digest() == content[:_DIGEST_BYTES] else None
+
+
+def _keep(path: Path, code: bytes) -> None:
+    """Whole or not at all, for others who read it meanwhile. A cache that cannot be written to is none."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(code)
-        os.replace(file.name, path)  # whole or not at all, for others who read it meanwhile
-    except OSError:  # a cache that cannot be written to is none
+            try:
+                file.write(hashlib.sha256(code).digest() + code)
+                file.flush()
+                os.replace(file.name, path)
+            except BaseException:
+                with suppress(OSError):
+                    os.unlink(file.name)
+                raise
+    except OSError:
         pass
-    return code
 
 
 def loaded(code: bytes, name: str, device: int, shared_bytes: int) -> Any:

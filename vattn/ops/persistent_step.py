@@ -27,7 +27,7 @@ _MAX_SPLITS = 32  # a lane of a warp for each
 # As in native/ring.cuh and decode_step.cu: warps, bytes of a stage, of sums, and more than of all else.
 _CONSUMERS, _PRODUCERS, _PAD = 8, 4, 64
 _STAGE_BYTES, _SUM_BYTES, _SMALL_BYTES = 16 * (512 * 2 + _PAD), 2 * _CONSUMERS * 8 * 20 * 4, 6 * 1024
-_MIN_STAGES = 4  # fewer do not last while multiprocessors wait for one another
+_MIN_STAGES = _CONSUMERS  # a warp takes every eighth stage: with fewer in the ring it would be a round ahead of it
 
 
 @dataclass(frozen=True)
@@ -257,6 +257,11 @@ class PersistentStep:
         for name in _POINTERS:
             tensor = getattr(layer, name)
             setattr(to, name, tensor.data_ptr() if name in "kv" else None if tensor is None else _address(tensor))
+        for tensor in (layer.k, layer.v):
+            if tensor.stride(3) != 1 or tensor.data_ptr() % 16 or any(stride % 8 for stride in tensor.stride()[:3]):
+                raise ConfigError(
+                    f"a persistent step takes heads of K and V in one piece, got strides {tensor.stride()}"
+                )
         to.k_slot, to.k_row, to.k_head = layer.k.stride()[:3]
         to.v_slot, to.v_row, to.v_head = layer.v.stride()[:3]
         to.window = 2**31 - 1 if layer.window is None else layer.window
