@@ -158,9 +158,9 @@ class Launches:
         self.mark += LAYER * self.shape.layers
 
 
-def random_launches(seed: int, forgets: str = "") -> None:
+def random_launches(seed: int, shapes: int = 40, forgets: str = "") -> None:
     draw = random.Random(seed)
-    for _ in range(40):
+    for _ in range(shapes):
         shape = Shape(
             hidden=32 * draw.randint(1, 16),
             kv_heads=draw.choice((1, 2, 3, 4)),
@@ -182,4 +182,4 @@ def test_no_word_is_lost_and_nobody_waits_for_good(seed):
 @pytest.mark.parametrize("forgets", ["parts", "attended"])
 def test_the_model_finds_a_kernel_that_does_not_wait(forgets):
     with pytest.raises(WordsError, match="still waits"):
-        random_launches(1, forgets)
+        random_launches(1, shapes=1000, forgets=forgets)
