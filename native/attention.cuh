@@ -49,10 +49,13 @@
         const u64* from = step.qkv + unit.token * QKV + head * HEAD_DIM + lane;
         const bf16* norm = is_v ? nullptr : is_k ? layer.k_norm : layer.q_norm;
         float one[PAIRS], two[PAIRS], square = 0.0f;
+        u64 words[PAIRS][2];
+#pragma unroll
+        for (int i = 0; i < PAIRS; i++) words[i][0] = look(from + 32 * i), words[i][1] = look(from + HALF + 32 * i);
 #pragma unroll
         for (int i = 0; i < PAIRS; i++) {
-            one[i] = __uint_as_float(hear(from + 32 * i, mark + QKV_TOLD));
-            two[i] = __uint_as_float(hear(from + HALF + 32 * i, mark + QKV_TOLD));
+            one[i] = __uint_as_float(heard(words[i][0], from + 32 * i, mark + QKV_TOLD));
+            two[i] = __uint_as_float(heard(words[i][1], from + HALF + 32 * i, mark + QKV_TOLD));
             square += one[i] * one[i] + two[i] * two[i];
         }
         if (norm) {
@@ -237,10 +240,19 @@
     __device__ void combine(const u64* parts, u64* attended, int i) {
         constexpr int MANY = 16;
         const int head = i / HEAD_DIM;
+        const u64 *its_most = parts + lane * WORDS + GROUP * HEAD_DIM + head, *its_total = its_most + GROUP;
         float most = NEVER, total = 0.0f, sum = 0.0f;
+        u64 words[MANY], most_word = 0, total_word = 0;
+        auto look_at = [&](int first) {
+#pragma unroll
+            for (int s = 0; s < MANY; s++)
+                if (first + s < step.splits) words[s] = look(parts + (first + s) * WORDS + i);
+        };
+        if ((int)lane < step.splits) most_word = look(its_most), total_word = look(its_total);
+        look_at(0);
         if ((int)lane < step.splits) {
-            most = __uint_as_float(hear(parts + lane * WORDS + GROUP * HEAD_DIM + head, mark + PARTS_TOLD));
-            total = __uint_as_float(hear(parts + lane * WORDS + GROUP * (HEAD_DIM + 1) + head, mark + PARTS_TOLD));
+            most = __uint_as_float(heard(most_word, its_most, mark + PARTS_TOLD));
+            total = __uint_as_float(heard(total_word, its_total, mark + PARTS_TOLD));
         }
         float highest = most;
 #pragma unroll
@@ -250,16 +262,13 @@
 #pragma unroll
         for (int other = 16; other; other >>= 1) total += __shfl_xor_sync(~0u, total, other);
         for (int first = 0; first < step.splits; first += MANY) {
-            u64 words[MANY];
-#pragma unroll
-            for (int s = 0; s < MANY; s++)
-                if (first + s < step.splits) words[s] = look(parts + (first + s) * WORDS + i);
+            if (first) look_at(first);
 #pragma unroll
             for (int s = 0; s < MANY; s++) {
                 const float its = __shfl_sync(~0u, weight, first + s);
                 if (first + s >= step.splits) continue;
-                while (!marked(words[s], mark + PARTS_TOLD)) words[s] = look(parts + (first + s) * WORDS + i);
-                sum += its * __uint_as_float((u32)words[s]);
+                const u64* at = parts + (first + s) * WORDS + i;
+                sum += its * __uint_as_float(heard(words[s], at, mark + PARTS_TOLD));
             }
         }
         const float result = sum / total, neighbour = __shfl_down_sync(~0u, result, 1);

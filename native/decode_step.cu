@@ -116,7 +116,8 @@ struct Consumer {
     // x <- activations that other multiprocessors tell.
     template <int INNER>
     __device__ void load(const u64* from, u32 mark) {
-        constexpr int ROW = INNER / 4, MANY = 4;  // pieces of four activations, of a token; under way
+        constexpr int ROW = INNER / 4, OWN = (TOKENS * ROW + THREADS - 1) / THREADS;  // pieces of four, of a token, a thread
+        constexpr int MANY = OWN < 16 ? OWN : 16;                                     // under way
         sync_consumers();
         for (int first = thread; first < step.batch * ROW; first += MANY * THREADS) {
             ulonglong2 words[MANY];
@@ -147,7 +148,7 @@ struct Consumer {
         const unsigned char* activations = x + group * (INNER * 2 + PAD) + quarter * 16;
         for (; tile < tiles; tile += gridDim.x) {
             const int row = tile * HEIGHT + in_tile;
-            const u32 before = mine ? prior(row, token) : 0;
+            const u64 before = mine ? prior(row, token) : 0;
             float acc[SETS][4] = {};
             const u32 first = (warp - at) % CONSUMERS;
             for (u32 round = first; round < ROUNDS; round += CONSUMERS) {
@@ -194,19 +195,21 @@ struct Consumer {
         if (bias) sum.x += wide(bias[row]), sum.y += wide(bias[row + 1]);
     }
 
-    // The residual stream, heard at ``from`` marked, and a product on it, told anew.
+    // A product on the residual stream, which is marked ``from`` and then ``to``.
     template <int INNER>
-    __device__ void add_product(u32 tile, u32 tiles, const bf16* bias, bool first_layer, u32 heard, u32 told) {
+    __device__ void add_product(u32 tile, u32 tiles, const bf16* bias, bool first_layer, u32 from, u32 to) {
         product<INNER, false>(
             tile, tiles,
             [&](int row, int token) {
                 const int pair = (token * HIDDEN + row) / 2;
-                return row >= HIDDEN ? 0 : first_layer ? ((const u32*)step.embedded)[pair] : hear(step.stream + pair, heard);
+                return row >= HIDDEN ? 0 : first_layer ? (u64)((const u32*)step.embedded)[pair] : look(step.stream + pair);
             },
-            [&](int row, int token, float2 sum, float2, u32 before) {
+            [&](int row, int token, float2 sum, float2, u64 word) {
                 if (row >= HIDDEN) return;
+                u64* at = step.stream + (token * HIDDEN + row) / 2;
+                const u32 before = first_layer ? (u32)word : heard(word, at, from);
                 add(sum, bias, row);
-                tell(step.stream + (token * HIDDEN + row) / 2, narrow(low(before) + sum.x, high(before) + sum.y), told);
+                tell(at, narrow(low(before) + sum.x, high(before) + sum.y), to);
             });
     }
 
@@ -214,7 +217,7 @@ struct Consumer {
 
     // ---- the step ----
     __device__ void run() {
-        const auto nothing = [](int, int) { return 0u; };
+        const auto nothing = [](int, int) { return (u64)0; };
         uint4 weight[PIECES];
         mark = *(volatile u32*)step.counters;
         load_weight(weight, step.layers[0].norm);
@@ -224,7 +227,7 @@ struct Consumer {
             u32 tiles = tiles_of(QKV), tile = deal.first(tiles);
             if (tile < tiles) {
                 load_normed(weight, i == 0, mark);
-                product<HIDDEN, false>(tile, tiles, nothing, [&](int row, int token, float2 sum, float2, u32) {
+                product<HIDDEN, false>(tile, tiles, nothing, [&](int row, int token, float2 sum, float2, u64) {
                     if (row >= QKV) return;
                     add(sum, layer.qkv_bias, row);
                     tell(step.qkv + token * QKV + row, __float_as_uint(sum.x), mark + QKV_TOLD);
@@ -241,7 +244,7 @@ struct Consumer {
             tiles = PAIR_TILES, tile = deal.first(tiles);
             if (tile < tiles) {
                 load_normed(weight, false, mark + ADDED_TOLD);
-                product<HIDDEN, true>(tile, tiles, nothing, [&](int row, int token, float2 gate, float2 up, u32) {
+                product<HIDDEN, true>(tile, tiles, nothing, [&](int row, int token, float2 gate, float2 up, u64) {
                     if (row >= INTER) return;
                     add(gate, layer.gate_up_bias, row);
                     add(up, layer.gate_up_bias, INTER + row);
@@ -259,7 +262,7 @@ struct Consumer {
         const u32 tiles = tiles_of(VOCAB), tile = deal.first(tiles);
         if (tile < tiles) {
             load_normed(weight, false, mark);
-            product<HIDDEN, false>(tile, tiles, nothing, [&](int row, int token, float2 sum, float2, u32) {
+            product<HIDDEN, false>(tile, tiles, nothing, [&](int row, int token, float2 sum, float2, u64) {
                 if (row < VOCAB) step.logits[(long long)token * VOCAB + row] = narrow(sum.x);
                 if (row + 1 < VOCAB) step.logits[(long long)token * VOCAB + row + 1] = narrow(sum.y);
             });

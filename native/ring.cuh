@@ -88,10 +88,10 @@ __device__ __forceinline__ ulonglong2 look_twice(const u64* at) {
     return words;
 }
 __device__ __forceinline__ bool marked(u64 word, u32 mark) { return (u32)(word >> 32) == mark; }
-__device__ __forceinline__ u32 hear(const u64* at, u32 mark) {
-    u64 word;
-    do word = look(at);
-    while (!marked(word, mark));
+// The data of a word that was looked at; where it was too early, it is looked at again. A look takes most of a
+// microsecond, so that all looks are under way before the first of them is asked for.
+__device__ __forceinline__ u32 heard(u64 word, const u64* at, u32 mark) {
+    while (!marked(word, mark)) word = look(at);
     return (u32)word;
 }
 
