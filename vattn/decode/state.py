@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -24,7 +24,6 @@ __all__ = [
     "DecodeModel",
     "DecodeState",
     "DecodedToken",
-    "OffersWays",
     "Sampling",
     "Start",
     "bind_for",
@@ -72,26 +71,6 @@ class DecodeModel(Protocol):
         self, residual: torch.Tensor, batch: DecodeBatch, cache: KVCache, attention: AttentionBackend
     ) -> torch.Tensor:
         """Embeddings ``[batch, hidden_size]`` of one token each -> logits ``[batch, vocab_size]``; appends K and V."""
-        ...
-
-
-@runtime_checkable
-class OffersWays(Protocol):
-    """A ``DecodeModel`` that can compute a step in several ways, of which a loop with ``graphs="measure"`` takes the
-    fastest."""
-
-    def ways(self, batch: int, cache: KVCache) -> Mapping[str, Compute]:
-        """How steps of so many rows can be computed over this cache.
-
-        Called once for each batch size when a loop opens, of which it neither launches anything nor takes memory that
-        outlives it: the first call of a compute does, on the stream of the steps. Each is captured in a graph, so that
-        it allocates nothing that outlives a call after its first, and never waits for the device. The loop keeps a
-        compute as long as its graph. What raises is left out.
-
-        Returns:
-            By name, in the order in which a tie is decided: ``"kernels"`` of one launch after another, and what else
-            there is. Each computes the logits of ``decode`` and appends the same K and V.
-        """
         ...
 
 

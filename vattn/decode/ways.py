@@ -11,20 +11,41 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol, runtime_checkable
 
 import torch
 
 from ..errors import DriverError, OutOfPages
 from ..kv_cache import KVCache
 from ..tuning.choices import EAGER, Choice, Choices, time_in_turns
-from .state import Compute, DecodeModel, OffersWays
+from .state import Compute, DecodeModel
 
-__all__ = ["GRAPH", "Chosen", "choose_ways", "measured", "step_key", "ways_of", "why"]
+__all__ = ["GRAPH", "Chosen", "OffersWays", "choose_ways", "measured", "step_key", "ways_of", "why"]
 
 GRAPH = "graph"  # of what the model offers as "kernels"
 
 Launch = Callable[[], object]
 _PASSING = (torch.OutOfMemoryError, MemoryError, DriverError, OSError, ImportError)  # why a way may run next time
+
+
+@runtime_checkable
+class OffersWays(Protocol):
+    """A ``DecodeModel`` that can compute a step in several ways, of which a loop with ``graphs="measure"`` takes the
+    fastest."""
+
+    def ways(self, batch: int, cache: KVCache) -> Mapping[str, Compute]:
+        """How steps of so many rows can be computed over this cache.
+
+        Called once for each batch size when a loop opens, of which it neither launches anything nor takes memory that
+        outlives it: the first call of a compute does, on the stream of the steps. Each is captured in a graph, so that
+        it allocates nothing that outlives a call after its first, and never waits for the device. The loop keeps a
+        compute as long as its graph. What raises is left out.
+
+        Returns:
+            By name, in the order in which a tie is decided: ``"kernels"`` of one launch after another, and what else
+            there is. Each computes the logits of ``decode`` and appends the same K and V.
+        """
+        ...
 
 
 @dataclass(frozen=True)
