@@ -8,11 +8,14 @@
         int token, head, split, row, low, high;  // cached rows [low, high); row: the new token's
         bf16 *k, *v;                             // row 0 of this head
     };
-    int first_row = 0;  // of the first unit, which is the same in every layer; its slot and its angles
+    int first_row = 0;  // of the first unit, which is the same in every layer; and its slot
     long long first_slot = 0;
+    int angles_row = -1;  // whose angles these are
     float cosines[PAIRS], sines[PAIRS];
 
     __device__ void load_angles(int row) {
+        if (row == angles_row) return;
+        angles_row = row;
 #pragma unroll
         for (int i = 0; i < PAIRS; i++) {
             const float* angle = step.angles + (long long)row * HEAD_DIM + lane + 32 * i;
@@ -112,7 +115,7 @@
         if (row < unit.high) load_k(row), load_v(row);  // under way while this layer's product is waited for
         for (int item = warp; item < GROUP + (unit.split == step.splits - 1 ? 2 : 0); item += CONSUMERS)
             take_head(layer, unit, item, heads);
-        sync_consumers();
+        sync_first<THREADS>();
 #pragma unroll
         for (int i = 0; i < BLOCKS; i++) {
             q[i] = make_uint4(0, 0, 0, 0);
@@ -183,8 +186,8 @@
         for (int index = blockIdx.x; index < step.batch * KV_HEADS * step.splits; index += gridDim.x) {
             const Unit unit = unit_at(layer, index);
             const bool has_new = unit.split == step.splits - 1;
-            if (index != (int)blockIdx.x) load_angles(unit.row);
-            sync_consumers();  // the last unit's, or activations, are read
+            load_angles(unit.row);
+            sync_first<THREADS>();  // the last unit's, or activations, are read
             if (unit.high - unit.low <= 8 * CONSUMERS) take_rows<8>(layer, unit, heads, result);
             else take_rows<16>(layer, unit, heads, result);
             if (warp < GROUP) {  // the new row, as one more part
@@ -199,7 +202,7 @@
                     small.total[CONSUMERS][warp] = has_new ? 1.0f : 0.0f;
                 }
             }
-            sync_consumers();
+            sync_first<THREADS>();
             u64* attended = step.attended + (unit.token * ATTENDED + unit.head * GROUP * HEAD_DIM) / 2;
             u64* partial = step.partials + (long long)index * WORDS;
             for (int i = thread * 2; i < GROUP * HEAD_DIM; i += THREADS * 2) {

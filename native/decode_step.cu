@@ -55,7 +55,7 @@ struct Consumer {
     static constexpr int AT_ONCE = TOKENS * PIECES <= 8 ? TOKENS : PIECES < 8 ? 8 / PIECES : 1;
     __device__ void load_normed(const uint4 (&weight)[PIECES], bool first_layer, u32 mark) {
         constexpr int pitch = HIDDEN * 2 + PAD;
-        sync_consumers();
+        sync_first<THREADS>();
         for (int start = 0; start < step.batch; start += AT_ONCE) {
             ulonglong2 words[AT_ONCE][PIECES][2];
 #pragma unroll
@@ -93,7 +93,7 @@ struct Consumer {
                 if (lane == 0) small.squares[warp][start + t] = square;
             }
         }
-        sync_consumers();
+        sync_first<THREADS>();
         for (int t = 0; t < step.batch; t++) {
             float square = 0.0f;
 #pragma unroll
@@ -111,14 +111,14 @@ struct Consumer {
                 value = make_uint4(result[0], result[1], result[2], result[3]);
             }
         }
-        sync_consumers();
+        sync_first<THREADS>();
     }
     // x <- activations that other multiprocessors tell.
     template <int INNER>
     __device__ void load(const u64* from, u32 mark) {
         constexpr int ROW = INNER / 4, OWN = (TOKENS * ROW + THREADS - 1) / THREADS;  // pieces of four, of a token, a thread
         constexpr int MANY = OWN < 16 ? OWN : 16;                                     // under way
-        sync_consumers();
+        sync_first<THREADS>();
         for (int first = thread; first < step.batch * ROW; first += MANY * THREADS) {
             ulonglong2 words[MANY];
 #pragma unroll
@@ -132,7 +132,7 @@ struct Consumer {
                 *(uint2*)(x + piece / ROW * (INNER * 2 + PAD) + piece % ROW * 8) = make_uint2((u32)words[i].x, (u32)words[i].y);
             }
         }
-        sync_consumers();
+        sync_first<THREADS>();
     }
 
     // ---- products ----
@@ -174,7 +174,7 @@ struct Consumer {
                 for (int i = 0; i < 4; i++)
                     out[(warp * 8 + quarter * 2 + (i & 1)) * SUM_PITCH + group + (i >> 1) * 8] =
                         acc[0][i] + acc[1][i] + acc[2][i] + acc[3][i];
-            sync_consumers();
+            sync_first<THREADS>();
             if (mine) {
                 float2 sum = make_float2(0, 0), other = make_float2(0, 0);
 #pragma unroll
@@ -267,7 +267,7 @@ struct Consumer {
                 if (row + 1 < VOCAB) step.logits[(long long)token * VOCAB + row + 1] = narrow(sum.y);
             });
         }
-        sync_consumers();
+        sync_first<THREADS>();
         if (thread == 0 && atomicAdd(step.counters + 1, 1) == gridDim.x - 1) {  // the last to leave: all have read both
             step.counters[0] = mark;
             step.counters[1] = 0;
@@ -276,23 +276,19 @@ struct Consumer {
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS + 32 * PRODUCERS, 1) decode_step(const __grid_constant__ Step step) {
-    extern __shared__ __align__(128) unsigned char shared[];
+    unsigned char* shared = dynamic_shared();
     unsigned char* x = shared + STAGES * STAGE;
     float* sums = (float*)(x + X_BYTES);
     Small& small = *(Small*)(sums + 2 * SUMS);
     if (threadIdx.x == 0)
-        for (int i = 0; i < STAGES; i++) {
-            asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&small.full[i])), "n"(32 * PRODUCERS)
-                         : "memory");
-            asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(&small.empty[i])) : "memory");
-        }
+        for (int i = 0; i < STAGES; i++) init(small.full[i], 32 * PRODUCERS), init(small.empty[i], 1);
     __syncthreads();
     const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     if (warp >= CONSUMERS) {  // who copies needs few registers
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
+        fewer_registers<56>();
         produce(step, shared, small.full, small.empty, threadIdx.x - THREADS);
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
+        more_registers<224>();
         Consumer{step, shared, x, sums, small, threadIdx.x, warp, lane, lane / 4, lane % 4}.run();
     }
 }

@@ -1,8 +1,5 @@
-// What the parts of decode_step.cu share: sizes, instructions, and the ring of weights in shared memory.
-
-typedef unsigned short bf16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
+// What the parts of decode_step.cu share: sizes, and the ring of weights in shared memory.
+#include "instructions.cuh"
 
 struct Layer {  // _Layer in persistent_step.py
     const bf16 *qkv, *qkv_bias, *q_norm, *k_norm, *o, *o_bias, *gate_up, *gate_up_bias, *down, *down_bias, *norm, *mlp_norm;
@@ -38,55 +35,9 @@ constexpr int PITCH = CHUNK * 2 + PAD, STAGE = TILE * PITCH;
 constexpr int UNDER_WAY = 1;
 constexpr float NEVER = -1e30f;        // below every score
 
-// ---- instructions ----
-__device__ __forceinline__ u32 shared_address(const void* at) { return (u32)__cvta_generic_to_shared(at); }
-__device__ __forceinline__ float low(u32 pair) { return __uint_as_float(pair << 16); }
-__device__ __forceinline__ float high(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
-__device__ __forceinline__ float wide(bf16 x) { return __uint_as_float((u32)x << 16); }
-__device__ __forceinline__ u32 narrow(float first, float second) {
-    u32 pair;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
-    return pair;
-}
-__device__ __forceinline__ bf16 narrow(float x) { return (bf16)narrow(x, 0.0f); }
-__device__ __forceinline__ float power(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-__device__ __forceinline__ void mma(float (&sums)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-__device__ __forceinline__ void sync_consumers() { asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory"); }
-__device__ __forceinline__ void wait(u64& barrier, u32 parity) {
-    asm volatile(
-        "{ .reg .pred done; again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1; @!done bra again; }" ::"r"(
-            shared_address(&barrier)),
-        "r"(parity)
-        : "memory");
-}
-__device__ __forceinline__ void arrive(u64& barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&barrier)) : "memory");
-}
-
 // ---- marked words: what multiprocessors tell one another ----
 // A word is 32 bits of data and a mark, which no other write of the word has (in 2^32 phases, some hours of steps). It is written and read as one, so a reader
 // that sees the mark has the data: no fence, no counter, no second look (as NCCL's protocol for low latency has it).
-__device__ __forceinline__ void tell(u64* at, u32 data, u32 mark) {
-    asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(at), "l"((u64)mark << 32 | data) : "memory");
-}
-__device__ __forceinline__ u64 look(const u64* at) {
-    u64 word;
-    asm volatile("ld.relaxed.gpu.global.b64 %0, [%1];" : "=l"(word) : "l"(at) : "memory");
-    return word;
-}
-__device__ __forceinline__ ulonglong2 look_twice(const u64* at) {
-    ulonglong2 words;
-    asm volatile("ld.relaxed.gpu.global.v2.b64 {%0, %1}, [%2];" : "=l"(words.x), "=l"(words.y) : "l"(at) : "memory");
-    return words;
-}
 __device__ __forceinline__ bool marked(u64 word, u32 mark) { return (u32)(word >> 32) == mark; }
 // The data of a word that was looked at; where it was too early, it is looked at again. A look takes most of a
 // microsecond, so that all looks are under way before the first of them is asked for.
@@ -158,9 +109,9 @@ struct Cursor {
 __device__ void produce(const Step& step, unsigned char* ring, u64* full, u64* empty, u32 thread) {
     constexpr int LANES = 32 * PRODUCERS / TILE, PIECES = CHUNK / 8 / LANES;  // that copy a row; of 16 bytes, for each
     constexpr bool WHOLE = HIDDEN % CHUNK == 0 && ATTENDED % CHUNK == 0 && INTER % CHUNK == 0;
-    const u32 row = thread / LANES, lane = thread % LANES, to = shared_address(ring) + row * PITCH + lane * 16;
-    u64 policy;
-    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    const u32 row = thread / LANES, lane = thread % LANES;
+    unsigned char* to = ring + row * PITCH + lane * 16;
+    const u64 policy = read_once();
     u32 stage = 0, parity = 1;
     Cursor cursor{step, row};
     for (cursor.open(); !cursor.done; cursor.next()) {
@@ -168,14 +119,11 @@ __device__ void produce(const Step& step, unsigned char* ring, u64* full, u64* e
 #pragma unroll
         for (int i = 0; i < PIECES; i++) {
             const int k = cursor.k + (i * LANES + lane) * 8;
-            if (WHOLE || k < cursor.inner)
-                asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to + stage * STAGE + i * LANES * 16),
-                             "l"(cursor.from + k), "l"(policy)
-                             : "memory");
+            if (WHOLE || k < cursor.inner) copy_16(to + stage * STAGE + i * LANES * 16, cursor.from + k, policy);
         }
-        asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(&full[stage])) : "memory");
-        asm volatile("cp.async.commit_group; cp.async.wait_group %0;" ::"n"(UNDER_WAY) : "memory");
+        arrive_copied(full[stage]);
+        wait_copied<UNDER_WAY>();
         if (++stage == STAGES) stage = 0, parity ^= 1;
     }
-    asm volatile("cp.async.wait_all;" ::: "memory");
+    wait_copied<0>();
 }

@@ -21,6 +21,7 @@ from .compiled import block_shared_bytes, check, compiled, compiler_missing, loa
 __all__ = ["MAX_TOKENS", "PersistentStep", "StepLayer", "StepShape", "persistent_unavailable", "shared_memory"]
 
 MAX_TOKENS = 8  # what a matrix instruction takes
+INCLUDED = ("instructions.cuh", "ring.cuh", "attention.cuh")  # of decode_step.cu
 _SIZES = (1, 2, 4, 8)  # there is a kernel for each
 _MAX_SPLITS = 32  # a lane of a warp for each
 
@@ -183,7 +184,7 @@ class PersistentStep:
         self.max_tokens = max_tokens
         self._kept = (tuple(layers), norm, output, angles)
         self._step = _step_type(shape.layers)
-        self._sms = torch.cuda.get_device_properties(self.device).multi_processor_count
+        self._sms = _num_multiprocessors(self.device)
         self._filled = self._step()
         for to, layer in zip(self._filled.layers, layers, strict=True):
             self._fill(to, layer)
@@ -212,11 +213,7 @@ class PersistentStep:
 
         function, shared = _kernel(self.device.index or 0, self.shape, _size(batch))
         logits = residual.new_empty(batch, self.shape.vocab)
-        step = self._step.from_buffer_copy(self._filled)
-        step.slots, step.rows = slots.data_ptr(), rows.data_ptr()
-        step.embedded, step.logits = _address(residual), logits.data_ptr()
-        step.batch = batch
-        step.splits = self._splits(batch)
+        step = self.arguments(residual, slots, rows, logits)
         config = driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = self._sms, 1, 1
         config.blockDimX, config.blockDimY, config.blockDimZ = 32 * (_CONSUMERS + _PRODUCERS), 1, 1
@@ -230,6 +227,17 @@ class PersistentStep:
         with torch.cuda.device(self.device):
             check("cuLaunchKernelEx", driver.cuLaunchKernelEx(config, function, ctypes.addressof(arguments), 0))
         return logits
+
+    def arguments(
+        self, residual: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor, logits: torch.Tensor
+    ) -> ctypes.Structure:
+        """What the kernel is launched with, ``Step`` in ``native/ring.cuh``; ``logits`` takes the result."""
+        step = self._step.from_buffer_copy(self._filled)
+        step.slots, step.rows = slots.data_ptr(), rows.data_ptr()
+        step.embedded, step.logits = _address(residual), logits.data_ptr()
+        step.batch = residual.shape[0]
+        step.splits = self._splits(step.batch)
+        return step
 
     def _splits(self, batch: int) -> int:
         """Multiprocessors that share a token and KV head."""
@@ -267,6 +275,10 @@ class PersistentStep:
         to.window = 2**31 - 1 if layer.window is None else layer.window
 
 
+def _num_multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def _size(tokens: int) -> int:
     return next(size for size in _SIZES if tokens <= size)
 
@@ -298,11 +310,9 @@ def shared_memory(shape: StepShape, tokens: int, limit: int) -> tuple[int, int, 
     return stages, x, stages * _STAGE_BYTES + x + _SUM_BYTES + _SMALL_BYTES
 
 
-@cache
-def _kernel(device: int, shape: StepShape, tokens: int) -> tuple[Any, int]:
-    """The loaded kernel, and its bytes of shared memory."""
-    stages, x, shared = shared_memory(shape, tokens, block_shared_bytes(device))
-    macros = {
+def macros_of(shape: StepShape, tokens: int, stages: int, x_bytes: int) -> dict[str, int]:
+    """What the kernel is compiled with; ``stages`` and ``x_bytes`` as ``shared_memory`` gives them."""
+    return {
         "HIDDEN": shape.hidden,
         "HEADS": shape.heads,
         "KV_HEADS": shape.kv_heads,
@@ -312,7 +322,14 @@ def _kernel(device: int, shape: StepShape, tokens: int) -> tuple[Any, int]:
         "LAYERS": shape.layers,
         "TOKENS": tokens,
         "STAGES": stages,
-        "X_BYTES": x,
+        "X_BYTES": x_bytes,
     }
-    code = compiled("decode_step.cu", ("ring.cuh", "attention.cuh"), macros, "sm_90a")
+
+
+@cache
+def _kernel(device: int, shape: StepShape, tokens: int) -> tuple[Any, int]:
+    """The loaded kernel, and its bytes of shared memory."""
+    stages, x, shared = shared_memory(shape, tokens, block_shared_bytes(device))
+    macros = macros_of(shape, tokens, stages, x)
+    code = compiled("decode_step.cu", INCLUDED, macros, "sm_90a")
     return loaded(code, "decode_step", device, shared), shared
