@@ -60,7 +60,9 @@ def test_the_wheel_is_built_without_a_compiler(tmp_path):
     built = build(tmp_path, PATH=str(tmp_path / "bin"), CC="no-compiler", CXX="no-compiler")
     names = zipfile.ZipFile(built).namelist()
     assert "vattn/driver/native.py" in names
-    assert {f"vattn/native/{name}" for name in ("decode_step.cu", "ring.cuh", "attention.cuh")} <= set(names)
+    assert {
+        f"vattn/native/{name}" for name in ("decode_step.cu", "instructions.cuh", "ring.cuh", "attention.cuh")
+    } <= set(names)
     assert LIBRARY not in names
 
 

@@ -136,7 +136,12 @@ def random_models(config: LlamaConfig) -> tuple[Llama, Llama]:
     return model, exact
 
 
-@pytest.mark.parametrize("name", CASES)
+SLOW = "several splits and tokens"
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name == SLOW else name for name in CASES]
+)
 @torch.no_grad()
 def test_the_kernel_computes_what_the_references_do(name, tmp_path, monkeypatch):
     case = CASES[name]
@@ -152,13 +157,14 @@ def test_the_kernel_computes_what_the_references_do(name, tmp_path, monkeypatch)
         expected, rounded = exact.decode(residual.float()), own.decode(residual)
         step = persistent_step_of(own.fused, own.cache, len(own.slots))
         runs = []
-        for seed in range(2):
+        for seed, embedded in enumerate((residual, torch.randn_like(residual), residual)):
             own.forget_new_rows()
             logits = torch.full((len(own.slots), case.config.vocab_size), float("nan"), dtype=torch.bfloat16)
-            arguments = step.arguments(residual, own.batch.slots_int32, own.batch.rows_int32, logits)
+            arguments = step.arguments(embedded, own.batch.slots_int32, own.batch.rows_int32, logits)
             finished = library.run(ctypes.byref(arguments), case.multiprocessors, ctypes.c_ulong(shared), seed)
             assert finished, "threads wait for good"
             runs.append([logits, *own.new_rows()])
+        del runs[1]  # what it left in scratch memory the next one must not take for its own
         for i, (got, again, right, usual) in enumerate(zip(*runs, expected, rounded, strict=True)):
             assert torch.equal(got, again), f"result {i} depends on what ran when"
             assert off_by(got, right) < 1.3 * off_by(usual, right) + 0.003, f"result {i}"
