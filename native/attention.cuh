@@ -52,13 +52,11 @@
         const u64* from = step.qkv + unit.token * QKV + head * HEAD_DIM + lane;
         const bf16* norm = is_v ? nullptr : is_k ? layer.k_norm : layer.q_norm;
         float one[PAIRS], two[PAIRS], square = 0.0f;
-        u64 words[PAIRS][2];
-#pragma unroll
-        for (int i = 0; i < PAIRS; i++) words[i][0] = look(from + 32 * i), words[i][1] = look(from + HALF + 32 * i);
+        u64 words[PAIRS * 2];
+        hear(words, mark + QKV_TOLD, [&](int i) { return from + i % 2 * HALF + i / 2 * 32; }, [](int) { return true; });
 #pragma unroll
         for (int i = 0; i < PAIRS; i++) {
-            one[i] = __uint_as_float(heard(words[i][0], from + 32 * i, mark + QKV_TOLD));
-            two[i] = __uint_as_float(heard(words[i][1], from + HALF + 32 * i, mark + QKV_TOLD));
+            one[i] = __uint_as_float((u32)words[2 * i]), two[i] = __uint_as_float((u32)words[2 * i + 1]);
             square += one[i] * one[i] + two[i] * two[i];
         }
         if (norm) {
@@ -243,20 +241,19 @@
     __device__ void combine(const u64* parts, u64* attended, int i) {
         constexpr int MANY = 16;
         const int head = i / HEAD_DIM;
-        const u64 *its_most = parts + lane * WORDS + GROUP * HEAD_DIM + head, *its_total = its_most + GROUP;
         float most = NEVER, total = 0.0f, sum = 0.0f;
-        u64 words[MANY], most_word = 0, total_word = 0;
-        auto look_at = [&](int first) {
-#pragma unroll
-            for (int s = 0; s < MANY; s++)
-                if (first + s < step.splits) words[s] = look(parts + (first + s) * WORDS + i);
+        u64 words[MANY + 2];  // of so many splits; what the lane's split has as most and in all
+        const auto hear_from = [&](int first) {
+            hear(
+                words, mark + PARTS_TOLD,
+                [&](int s) {
+                    return s < MANY ? parts + (first + s) * WORDS + i
+                                    : parts + lane * WORDS + GROUP * (HEAD_DIM + s - MANY) + head;
+                },
+                [&](int s) { return s < MANY ? first + s < step.splits : first == 0 && (int)lane < step.splits; });
         };
-        if ((int)lane < step.splits) most_word = look(its_most), total_word = look(its_total);
-        look_at(0);
-        if ((int)lane < step.splits) {
-            most = __uint_as_float(heard(most_word, its_most, mark + PARTS_TOLD));
-            total = __uint_as_float(heard(total_word, its_total, mark + PARTS_TOLD));
-        }
+        hear_from(0);
+        if ((int)lane < step.splits) most = __uint_as_float((u32)words[MANY]), total = __uint_as_float((u32)words[MANY + 1]);
         float highest = most;
 #pragma unroll
         for (int other = 16; other; other >>= 1) highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, other));
@@ -265,13 +262,12 @@
 #pragma unroll
         for (int other = 16; other; other >>= 1) total += __shfl_xor_sync(~0u, total, other);
         for (int first = 0; first < step.splits; first += MANY) {
-            if (first) look_at(first);
+            if (first) hear_from(first);
 #pragma unroll
             for (int s = 0; s < MANY; s++) {
                 const float its = __shfl_sync(~0u, weight, first + s);
                 if (first + s >= step.splits) continue;
-                const u64* at = parts + (first + s) * WORDS + i;
-                sum += its * __uint_as_float(heard(words[s], at, mark + PARTS_TOLD));
+                sum += its * __uint_as_float((u32)words[s]);
             }
         }
         const float result = sum / total, neighbour = __shfl_down_sync(~0u, result, 1);

@@ -51,8 +51,10 @@ __device__ __forceinline__ u64 read_once() {  // lines of L2 that hold what is c
     asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
     return policy;
 }
-__device__ __forceinline__ void copy_16(void* to, const void* from, u64 policy) {
-    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "l"(policy)
+// ``bytes`` of them are copied, the rest is zero. (A copy that a predicate leaves out does not do: ptxas 13.0 makes an
+// instruction of it that no GPU has.)
+__device__ __forceinline__ void copy_16(void* to, const void* from, int bytes, u64 policy) {
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(shared_address(to)), "l"(from), "r"(bytes), "l"(policy)
                  : "memory");
 }
 __device__ __forceinline__ void arrive_copied(u64& barrier) {  // when this thread's copies so far are there

@@ -18,6 +18,8 @@ struct Step {  // _step_type in persistent_step.py
     u64 *stream, *qkv;            // marked words: [batch, HIDDEN / 2] pairs, [batch, QKV] sums
     u64 *partials;                // [units, GROUP, HEAD_DIM + 2] sums
     u64 *attended, *activated;    // [batch, HEADS * HEAD_DIM / 2], [batch, INTER / 2] pairs
+    u64* begun;                   // [multiprocessors, TOKENS, TILE] sums of tiles that another one finishes
+    const u32* shares;            // [multiprocessors + 1]: where each one's share of a product begins, of 1 << SHARE_BITS
     u32* counters;                // marks used so far; multiprocessors that have left
     float eps, scale;
     int batch, splits;            // splits: multiprocessors that share a token and KV head
@@ -39,25 +41,56 @@ constexpr float NEVER = -1e30f;        // below every score
 // A word is 32 bits of data and a mark, which no other write of the word has (in 2^32 phases, some hours of steps). It is written and read as one, so a reader
 // that sees the mark has the data: no fence, no counter, no second look (as NCCL's protocol for low latency has it).
 __device__ __forceinline__ bool marked(u64 word, u32 mark) { return (u32)(word >> 32) == mark; }
-// The data of a word that was looked at; where it was too early, it is looked at again. A look takes most of a
-// microsecond, so that all looks are under way before the first of them is asked for.
+__device__ __forceinline__ bool marked(ulonglong2 words, u32 mark) { return marked(words.x, mark) && marked(words.y, mark); }
+__device__ __forceinline__ void look_at(u64& word, const u64* at) { word = look(at); }
+__device__ __forceinline__ void look_at(ulonglong2& words, const u64* at) { words = look_twice(at); }
 __device__ __forceinline__ u32 heard(u64 word, const u64* at, u32 mark) {
     while (!marked(word, mark)) word = look(at);
     return (u32)word;
 }
+// All words that a warp needs: ``at(i)`` of each lane, where it ``has(i)``. A look takes about a microsecond, so all are
+// under way together. Who was early waits for one word of one lane: looks of all lanes would slow the weights down.
+template <class Word, int COUNT, class At, class Has>
+__device__ __forceinline__ void hear(Word (&words)[COUNT], u32 mark, At at, Has has) {
+#pragma unroll
+    for (int i = 0; i < COUNT; i++)
+        if (has(i)) look_at(words[i], at(i));
+    for (;;) {
+        int early = -1;
+#pragma unroll
+        for (int i = 0; i < COUNT; i++)
+            if (has(i) && !marked(words[i], mark)) early = i;
+        const u32 lanes = __ballot_sync(~0u, early >= 0);
+        if (lanes == 0) return;
+        if (threadIdx.x % 32 == 31 - __clz(lanes)) {
+            Word word;
+            do look_at(word, at(early));
+            while (!marked(word, mark));
+#pragma unroll
+            for (int i = 0; i < COUNT; i++)
+                if (i == early) words[i] = word;
+        }
+        __syncwarp();
+#pragma unroll
+        for (int i = 0; i < COUNT; i++)
+            if (has(i) && !marked(words[i], mark)) look_at(words[i], at(i));
+    }
+}
 
 // ---- who computes what ----
-// The tiles of all products are dealt to the multiprocessors in one round, so that none gets more than one tile more.
-struct Deal {
-    u32 offset = 0;
-    __device__ __forceinline__ u32 first(u32 tiles) {
-        const u32 tile = (blockIdx.x + gridDim.x - offset) % gridDim.x;
-        offset = (offset + tiles) % gridDim.x;
-        return tile;
-    }
+// The stages of a product, tile after tile, are dealt to the multiprocessors in order, to each its share. So a tile may
+// begin with one and end with others ("Stream-K", Osama et al., arXiv 2301.03598). These have their part of it first, and
+// tell it. Who has the beginning has it last, adds what they told, and finishes the tile.
+constexpr int SHARE_BITS = 20;
+struct Range {
+    u32 at, end;  // stages
 };
+__device__ __forceinline__ Range range_of(const Step& step, u32 block, u32 stages) {
+    return {(u32)((u64)stages * step.shares[block] >> SHARE_BITS), (u32)((u64)stages * step.shares[block + 1] >> SHARE_BITS)};
+}
 __host__ __device__ constexpr u32 tiles_of(int rows) { return (rows + TILE - 1) / TILE; }
 constexpr u32 PAIR_TILES = (INTER + TILE / 2 - 1) / (TILE / 2);  // half a tile of gates, and the other halves
+__host__ __device__ constexpr u32 rounds_of(int inner) { return (inner + CHUNK - 1) / CHUNK; }  // stages of a tile
 
 // ---- the producers ----
 // A row of every stage of the ring that this multiprocessor will use, in order.
@@ -65,12 +98,12 @@ struct Cursor {
     const Step& step;
     u32 row;  // of a tile
     int layer = 0, matrix = -1, k = 0, inner = 0;
-    u32 tile = 0, tiles = 0;
+    u32 tile = 0;
+    Range range{0, 0};
     const bf16* from = nullptr;
     bool done = false;
-    Deal deal{};
 
-    __device__ void open() {  // the next matrix of which there are tiles for this multiprocessor
+    __device__ void open() {  // the next matrix of which this multiprocessor has a part
         do {
             if (++matrix == 4) matrix = 0, layer++;
             const bool last = layer == LAYERS;
@@ -79,9 +112,10 @@ struct Cursor {
                 return;
             }
             inner = last || matrix == 0 || matrix == 2 ? HIDDEN : matrix == 1 ? ATTENDED : INTER;
-            tiles = last ? tiles_of(VOCAB) : matrix == 0 ? tiles_of(QKV) : matrix == 2 ? PAIR_TILES : tiles_of(HIDDEN);
-            tile = deal.first(tiles);
-        } while (tile >= tiles);
+            const u32 tiles = last ? tiles_of(VOCAB) : matrix == 0 ? tiles_of(QKV) : matrix == 2 ? PAIR_TILES : tiles_of(HIDDEN);
+            range = range_of(step, blockIdx.x, tiles * rounds_of(inner));
+        } while (range.at >= range.end);
+        tile = range.at / rounds_of(inner), k = range.at % rounds_of(inner) * CHUNK;
         seek();
     }
     __device__ void seek() {
@@ -97,12 +131,12 @@ struct Cursor {
         from = weight + (long long)which * inner;
     }
     __device__ __forceinline__ void next() {
-        k += CHUNK;
-        if (k < inner) return;
-        k = 0;
-        tile += gridDim.x;
-        if (tile < tiles) seek();
-        else open();
+        if (++range.at == range.end) {
+            open();
+        } else if ((k += CHUNK) >= inner) {
+            k = 0, tile++;
+            seek();
+        }
     }
 };
 
@@ -119,7 +153,8 @@ __device__ void produce(const Step& step, unsigned char* ring, u64* full, u64* e
 #pragma unroll
         for (int i = 0; i < PIECES; i++) {
             const int k = cursor.k + (i * LANES + lane) * 8;
-            if (WHOLE || k < cursor.inner) copy_16(to + stage * STAGE + i * LANES * 16, cursor.from + k, policy);
+            const bool there = WHOLE || k < cursor.inner;
+            copy_16(to + stage * STAGE + i * LANES * 16, cursor.from + (there ? k : 0), there ? 16 : 0, policy);
         }
         arrive_copied(full[stage]);
         wait_copied<UNDER_WAY>();

@@ -13,6 +13,7 @@ An exception that another signal's handler, or another thread, raises in the mid
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import threading
@@ -189,9 +190,47 @@ class FinalisersWait:
         finish_all()
 
 
+# -- the garbage collector ---------------------------------------------------------------------------------------------
+_gc_lock = threading.Lock()
+_gc_waits = 0  # open blocks, of all threads
+_gc_was_enabled = False  # before the first of them
+
+
+class GarbageWaits:
+    """The garbage collector frees nothing by itself inside, in any thread.
+
+    For captures: a CUDA graph that is freed by the thread that captures another ends that capture.
+    """
+
+    __slots__ = ()
+
+    def __enter__(self) -> None:
+        global _gc_waits, _gc_was_enabled
+        with _gc_lock:
+            if _gc_waits == 0:
+                _gc_was_enabled = gc.isenabled()
+                gc.disable()
+            _gc_waits += 1
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _garbage_waits_no_more(1)
+
+
+def _garbage_waits_no_more(blocks: int) -> None:
+    global _gc_waits
+    with _gc_lock:
+        _gc_waits -= blocks
+        if _gc_waits == 0 and blocks and _gc_was_enabled:
+            gc.enable()
+
+
 def _begin_in_a_child() -> None:
     """After a fork: what other threads were in the middle of is nobody's here, nor what the parent has left to do."""
-    global _main_thread, _active
+    global _main_thread, _active, _gc_lock
+    _gc_lock = threading.Lock()
+    _garbage_waits_no_more(_gc_waits)
     _main_thread = threading.get_ident()
     if _active:
         _active = False

@@ -167,6 +167,14 @@ template <class T> inline T __shfl_down_sync(u32, T value, int by) {
     const u32 lane = emulated::now->thread % 32;
     return emulated::of_lane(value, lane + by < 32 ? lane + by : lane);
 }
+inline u32 __ballot_sync(u32, bool is) {
+    const u32 values[6] = {is};
+    const u32 (*all)[6] = emulated::exchange(values);
+    u32 lanes = 0;
+    for (int lane = 0; lane < 32; lane++) lanes |= all[lane][0] << lane;
+    return lanes;
+}
+inline int __clz(u32 x) { return x ? __builtin_clz(x) : 32; }
 inline void __syncwarp() { emulated::wait_for(emulated::block().warps[emulated::now->thread / 32].barrier, 32); }
 inline void __syncthreads() { emulated::wait_for(emulated::block().all, emulated::threads); }
 inline u32 atomicAdd(u32* at, u32 value) { return std::exchange(*at, *at + value); }
@@ -198,9 +206,10 @@ inline void wait(u64& barrier, u32 parity) {
 }
 
 inline u64 read_once() { return 0; }
-inline void copy_16(void* to, const void* from, u64) {
+inline void copy_16(void* to, const void* from, int bytes, u64) {
+    static const u32 zeros[4] = {};
     memset(to, 0xff, 16);  // until the copy arrives
-    emulated::now->open.copies.push_back({to, from});
+    emulated::now->open.copies.push_back({to, bytes ? from : zeros});
 }
 inline void arrive_copied(u64& barrier) { emulated::now->open.barriers.push_back(&barrier); }
 template <int UNDER_WAY> inline void wait_copied() {

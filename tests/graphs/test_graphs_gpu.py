@@ -16,6 +16,7 @@ from helpers import graph_faults as faults
 from torch import nn
 
 from vattn.graphs import make_capturable
+from vattn.graphs.capture import captured
 
 pytestmark = pytest.mark.gpu
 
@@ -351,3 +352,29 @@ def test_what_pytorch_does_not_see_is_refused_and_does_no_harm():
         check=False,
     )
     assert done.stdout.endswith("done\n"), done.stdout + done.stderr
+
+
+def test_a_graph_that_is_garbage_ends_no_capture():
+    """As one in the traceback of an error, which only the collector frees."""
+    x = torch.zeros(4, device="cuda")
+    before = gc.get_threshold()
+
+    def run():
+        for _ in range(100):
+            x.add_(1)
+            [[]]  # begins a collection, if one may begin
+
+    with torch.cuda.stream(torch.cuda.Stream()):
+        x.add_(1)
+        for _ in range(3):
+            cycle = [captured(lambda: x.add_(1))]
+            cycle.append(cycle)
+            del cycle
+            gc.set_threshold(1)
+            try:
+                graph = captured(run)
+            finally:
+                gc.set_threshold(*before)
+        graph.replay()
+    torch.cuda.synchronize()
+    assert x.tolist() == [101.0] * 4

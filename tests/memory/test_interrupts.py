@@ -11,7 +11,7 @@ from helpers.stream_driver import StreamDriver
 from test_streams import LAYOUT, PAGE, launch_fill, new
 
 import vattn
-from vattn.interrupts import Uninterrupted
+from vattn.interrupts import GarbageWaits, Uninterrupted
 from vattn.memory.steps import Steps
 
 
@@ -321,3 +321,35 @@ def test_a_handler_may_use_a_cache_while_another_s_signal_is_still_to_be_told(ca
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+# -- the garbage collector ---------------------------------------------------------------------------------------------
+def test_garbage_waits_until_the_last_of_the_blocks_ends():
+    assert gc.isenabled()
+    outer, inner = GarbageWaits(), GarbageWaits()
+    with outer:
+        assert not gc.isenabled()
+        with pytest.raises(ValueError, match="mine"), inner:
+            raise ValueError("mine")
+        assert not gc.isenabled()
+    assert gc.isenabled()
+
+
+def test_a_collector_that_the_user_turned_off_stays_off():
+    gc.disable()
+    try:
+        with GarbageWaits():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+
+
+def test_a_child_has_no_block_of_its_parent_open():
+    with GarbageWaits():
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if gc.isenabled() else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert not gc.isenabled()
+    assert gc.isenabled()

@@ -137,7 +137,7 @@ def test_structures_are_those_of_the_source():
     assert [name for name, *_ in persistent_step._Layer._fields_] == fields("Layer")
     step = persistent_step._step_type(2)
     assert [name for name, *_ in step._fields_] == fields("Step")
-    assert ctypes.sizeof(step) == 2 * ctypes.sizeof(persistent_step._Layer) + 13 * 8 + 4 * 4
+    assert ctypes.sizeof(step) == 2 * ctypes.sizeof(persistent_step._Layer) + 15 * 8 + 4 * 4
     assert ctypes.sizeof(persistent_step._step_type(128)) < 32_764, "more than a kernel's parameters may be"
 
 
@@ -327,7 +327,7 @@ def test_it_is_compiled_once(tmp_path, monkeypatch):
         "STAGES": stages,
         "X_BYTES": x,
     }
-    arguments = ("decode_step.cu", ("ring.cuh", "attention.cuh"), macros, "sm_90a")
+    arguments = ("decode_step.cu", persistent_step.INCLUDED, macros, "sm_90a")
     code = compiling.compiled(*arguments)
     (kept,) = tmp_path.rglob("*.bin")
     assert kept.read_bytes().endswith(code)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..interrupts import FinalisersWait, Uninterrupted
+from ..interrupts import FinalisersWait, GarbageWaits, Uninterrupted
 
 __all__ = ["CaptureFailed", "captured"]
 
@@ -23,9 +23,9 @@ class CaptureFailed(RuntimeError):
 def captured(run: Callable[[], object], pool: Any = None) -> torch.cuda.CUDAGraph:
     """A graph of what ``run`` launches on the current stream, which must not be the default one.
 
-    Other threads may allocate and map meanwhile; this one runs no finaliser of ours and no signal handler. Work under
-    way goes on, as ``torch.cuda.graph`` would not let it: that waits for the device, and frees what torch keeps for the
-    next launch.
+    Other threads may allocate and map meanwhile; this one runs no finaliser of ours and no signal handler, and the
+    garbage collector waits. Work under way goes on, as ``torch.cuda.graph`` would not let it: that waits for the
+    device, and frees what torch keeps for the next launch.
 
     Args:
         run: has run before, so that kernels are compiled and workspaces made.
@@ -36,7 +36,7 @@ def captured(run: Callable[[], object], pool: Any = None) -> torch.cuda.CUDAGrap
         Exception: what ``run`` raises by itself.
     """
     graph = torch.cuda.CUDAGraph()
-    with Uninterrupted(), FinalisersWait():
+    with Uninterrupted(), FinalisersWait(), GarbageWaits():
         _begin(graph, pool)
         raised: BaseException | None = None
         try:
@@ -52,6 +52,8 @@ def captured(run: Callable[[], object], pool: Any = None) -> torch.cuda.CUDAGrap
                 _recover()
                 if raised is None or isinstance(raised, Exception):
                     raise CaptureFailed(str(raised or error)) from (raised or error)
+            finally:
+                del raised  # with its traceback it holds this frame, and those that called it, until garbage is collected
     return graph
 
 

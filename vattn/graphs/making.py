@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..interrupts import FinalisersWait, Uninterrupted
+from ..interrupts import FinalisersWait, GarbageWaits, Uninterrupted
 from .constants import Constants
 from .graph import Graph, has_nan
 from .inputs import Inputs
@@ -173,7 +173,8 @@ class Making:
         capturing = torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local")
         # Other threads may work meanwhile; this one runs no finaliser of ours and no signal handler. The inner context
         # leaves its stream current where the end of a capture fails.
-        with Uninterrupted(), FinalisersWait(), torch.cuda.stream(self._stream), capturing, watch.watching():
+        quiet, own_stream = GarbageWaits(), torch.cuda.stream(self._stream)
+        with Uninterrupted(), FinalisersWait(), quiet, own_stream, capturing, watch.watching():
             outputs = self._module(*inputs.args, **inputs.kwargs)
         if swallowed := next((finding for finding in watch.findings.values() if not finding.mended), None):
             raise Uncapturable(swallowed)

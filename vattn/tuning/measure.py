@@ -19,6 +19,7 @@ import torch
 
 from ..attention import AttentionBackend, AttentionBatch, DecodeBatch, bind, decode_backends, get
 from ..errors import ConfigError
+from ..interrupts import GarbageWaits
 from ..kv_cache import KVCache
 from ..layout import KVLayout
 from ..ops.skinny_linear import LinearConfig, skinny_linear
@@ -59,12 +60,13 @@ def replays_us(launch: Callable[[int], object], count: int, repeats: int) -> lis
         launch(0)  # compiles, and makes workspaces
         stream.synchronize()
         # Not torch.cuda.graph: it collects garbage and empties caches, which takes longer than the measurement.
-        graph.capture_begin(capture_error_mode="thread_local")
-        try:
-            for i in range(count):
-                launch(i)
-        finally:
-            graph.capture_end()
+        with GarbageWaits():
+            graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                for i in range(count):
+                    launch(i)
+            finally:
+                graph.capture_end()
         events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
         graph.replay()
         events[0].record()
