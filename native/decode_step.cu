@@ -20,7 +20,7 @@ constexpr int SUMS = CONSUMERS * 8 * SUM_PITCH;
 constexpr int LANE_DIMS = HEAD_DIM / 32;                                       // of V and the result, that a lane holds
 constexpr int HALF = HEAD_DIM / 2, PAIRS = HALF / 32;                          // pairs that a lane turns
 constexpr int WORDS = GROUP * (HEAD_DIM + 2);                                  // that a unit of attention tells
-enum Phase { LOGITS_BEGUN = 1, QKV_TOLD = 1, PARTS_TOLD, ATTENDED_TOLD, ADDED_TOLD, ACTIVATED_TOLD, LAYER_TOLD, PHASES = LAYER_TOLD };
+enum Phase { QKV_TOLD = 1, PARTS_TOLD, ATTENDED_TOLD, ADDED_TOLD, ACTIVATED_TOLD, LAYER_TOLD, PHASES = LAYER_TOLD };
 
 struct Small {
     u64 full[STAGES], empty[STAGES];
@@ -41,6 +41,7 @@ struct Consumer {
     u32 thread, warp, lane, group, quarter;  // group, quarter: of eight, of four, as the matrix instruction has it
     u32 mark = 0;                            // before this layer's
     u32 at = 0, buffer = 0;                  // at: stages of the ring so far
+    Deal deal{};
 
     // ---- activations into shared memory ----
     static constexpr int PIECES = (HIDDEN / 8 + THREADS - 1) / THREADS;  // of eight activations, that a thread norms
@@ -129,29 +130,28 @@ struct Consumer {
     }
 
     // ---- products ----
-    // This multiprocessor's part of one matrix with all tokens; a warp takes every eighth stage of the ring.
-    // ``finish(row, token, sums, others, prior)`` gets two outputs at ``row``, of PAIRED matrices those of both halves, and
-    // what ``prior(row, token)`` gave before. ``told``: the mark of sums of a tile that another one finishes.
+    // One matrix with all tokens; a warp takes every eighth stage of the ring. ``finish(row, token, sums, others, prior)``
+    // gets two outputs at ``row`` of a tile of this multiprocessor, of PAIRED matrices those of both halves, and what
+    // ``prior(row, token)`` gave before.
     template <int INNER, bool PAIRED, class Prior, class Finish>
-    __device__ void product(u32 tiles, Range range, u32 told, Prior prior, Finish finish) {
-        constexpr int ROUNDS = rounds_of(INNER), BLOCKS = CHUNK / 32, HEIGHT = PAIRED ? TILE / 2 : TILE;
+    __device__ void product(u32 tile, u32 tiles, Prior prior, Finish finish) {
+        constexpr int ROUNDS = (INNER + CHUNK - 1) / CHUNK, BLOCKS = CHUNK / 32, HEIGHT = PAIRED ? TILE / 2 : TILE;
         constexpr int SETS = 4;  // of sums, as a matrix instruction waits for the one before
         const int token = thread / 8, in_tile = thread % 8 * 2;
         const bool mine = token < step.batch && in_tile < HEIGHT, has_token = group < step.batch;
         const unsigned char* activations = x + group * (INNER * 2 + PAD) + quarter * 16;
-        while (range.at < range.end) {
-            const u32 tile = range.at / ROUNDS, begin = range.at % ROUNDS, rounds = min(ROUNDS - begin, range.end - range.at);
+        for (; tile < tiles; tile += gridDim.x) {
             const int row = tile * HEIGHT + in_tile;
-            const u64 before = mine && begin == 0 ? prior(row, token) : 0;
+            const u64 before = mine ? prior(row, token) : 0;
             float acc[SETS][4] = {};
             const u32 first = (warp - at) % CONSUMERS;
-            for (u32 round = first; round < rounds; round += CONSUMERS) {
+            for (u32 round = first; round < ROUNDS; round += CONSUMERS) {
                 const u32 stage = (at + round) % STAGES;
                 wait(small.full[stage], (at + round) / STAGES & 1);
                 const unsigned char* a = ring + stage * STAGE + group * PITCH + quarter * 16;
 #pragma unroll
                 for (int i = 0; i < BLOCKS; i++) {
-                    const int k = (begin + round) * CHUNK + i * 32;
+                    const int k = round * CHUNK + i * 32;
                     if (INNER % CHUNK && k >= INNER) break;
                     const uint4 a0 = *(const uint4*)(a + i * 64), a1 = *(const uint4*)(a + i * 64 + 8 * PITCH);
                     const uint4 b = has_token ? *(const uint4*)(activations + k * 2) : make_uint4(0, 0, 0, 0);
@@ -163,7 +163,7 @@ struct Consumer {
             }
             float* out = sums + buffer * SUMS;
             buffer ^= 1;  // who still reads the other one's last tile has not come to the next barrier
-            if (first < rounds)
+            if (first < ROUNDS)
 #pragma unroll
                 for (int i = 0; i < 4; i++)
                     out[(warp * 8 + quarter * 2 + (i & 1)) * SUM_PITCH + group + (i >> 1) * 8] =
@@ -173,37 +173,17 @@ struct Consumer {
                 float2 sum = make_float2(0, 0), other = make_float2(0, 0);
 #pragma unroll
                 for (u32 w = 0; w < CONSUMERS; w++) {
-                    if ((w - at) % CONSUMERS >= rounds) continue;
+                    if (ROUNDS < CONSUMERS && (w - at) % CONSUMERS >= ROUNDS) continue;
                     const float2 part = *(const float2*)(out + (w * 8 + token) * SUM_PITCH + in_tile);
                     sum.x += part.x, sum.y += part.y;
                     if (!PAIRED) continue;
                     const float2 half = *(const float2*)(out + (w * 8 + token) * SUM_PITCH + in_tile + TILE / 2);
                     other.x += half.x, other.y += half.y;
                 }
-                const int of_thread = token * TILE + in_tile;
-                if (begin == 0) {
-                    u32 block = blockIdx.x;
-                    for (u32 summed = rounds; summed < ROUNDS;) {
-                        const Range rest = range_of(step, ++block, tiles * ROUNDS);
-                        if (rest.at == rest.end) continue;
-                        add_begun(sum, step.begun + block * TOKENS * TILE + of_thread, told);
-                        if (PAIRED) add_begun(other, step.begun + block * TOKENS * TILE + of_thread + TILE / 2, told);
-                        summed += rest.end - rest.at;
-                    }
-                    finish(row, token, sum, other, before);
-                } else {
-                    u64* to = step.begun + blockIdx.x * TOKENS * TILE + of_thread;
-                    tell(to, __float_as_uint(sum.x), told), tell(to + 1, __float_as_uint(sum.y), told);
-                    if (PAIRED) tell(to + TILE / 2, __float_as_uint(other.x), told), tell(to + TILE / 2 + 1, __float_as_uint(other.y), told);
-                }
+                finish(row, token, sum, other, before);
             }
-            at += rounds, range.at += rounds;
+            at += ROUNDS;
         }
-    }
-    static __device__ __forceinline__ void add_begun(float2& sum, const u64* from, u32 mark) {
-        ulonglong2 words = look_twice(from);
-        while (!marked(words, mark)) words = look_twice(from);
-        sum.x += __uint_as_float((u32)words.x), sum.y += __uint_as_float((u32)words.y);
     }
     static __device__ __forceinline__ void add(float2& sum, const bf16* bias, int row) {
         if (bias) sum.x += wide(bias[row]), sum.y += wide(bias[row + 1]);
@@ -211,9 +191,9 @@ struct Consumer {
 
     // A product on the residual stream, which is marked ``from`` and then ``to``.
     template <int INNER>
-    __device__ void add_product(Range range, const bf16* bias, bool first_layer, u32 from, u32 to) {
+    __device__ void add_product(u32 tile, u32 tiles, const bf16* bias, bool first_layer, u32 from, u32 to) {
         product<INNER, false>(
-            tiles_of(HIDDEN), range, to,
+            tile, tiles,
             [&](int row, int token) {
                 const int pair = (token * HIDDEN + row) / 2;
                 return row >= HIDDEN ? 0 : first_layer ? (u64)((const u32*)step.embedded)[pair] : look(step.stream + pair);
@@ -238,10 +218,10 @@ struct Consumer {
         find_first();
         for (int i = 0; i < LAYERS; i++, mark += PHASES) {
             const Layer& layer = step.layers[i];
-            Range range = range_of(step, blockIdx.x, tiles_of(QKV) * rounds_of(HIDDEN));
-            if (range.at < range.end) {
+            u32 tiles = tiles_of(QKV), tile = deal.first(tiles);
+            if (tile < tiles) {
                 load_normed(weight, i == 0, mark);
-                product<HIDDEN, false>(tiles_of(QKV), range, mark + QKV_TOLD, nothing, [&](int row, int token, float2 sum, float2, u64) {
+                product<HIDDEN, false>(tile, tiles, nothing, [&](int row, int token, float2 sum, float2, u64) {
                     if (row >= QKV) return;
                     add(sum, layer.qkv_bias, row);
                     tell(step.qkv + token * QKV + row, __float_as_uint(sum.x), mark + QKV_TOLD);
@@ -250,15 +230,15 @@ struct Consumer {
             }
             load_weight(weight, layer.mlp_norm);
             attend(layer);
-            range = range_of(step, blockIdx.x, tiles_of(HIDDEN) * rounds_of(ATTENDED));
-            if (range.at < range.end) {
+            tiles = tiles_of(HIDDEN), tile = deal.first(tiles);
+            if (tile < tiles) {
                 load<ATTENDED>(step.attended, mark + ATTENDED_TOLD);
-                add_product<ATTENDED>(range, layer.o_bias, i == 0, mark, mark + ADDED_TOLD);
+                add_product<ATTENDED>(tile, tiles, layer.o_bias, i == 0, mark, mark + ADDED_TOLD);
             }
-            range = range_of(step, blockIdx.x, PAIR_TILES * rounds_of(HIDDEN));
-            if (range.at < range.end) {
+            tiles = PAIR_TILES, tile = deal.first(tiles);
+            if (tile < tiles) {
                 load_normed(weight, false, mark + ADDED_TOLD);
-                product<HIDDEN, true>(PAIR_TILES, range, mark + ACTIVATED_TOLD, nothing, [&](int row, int token, float2 gate, float2 up, u64) {
+                product<HIDDEN, true>(tile, tiles, nothing, [&](int row, int token, float2 gate, float2 up, u64) {
                     if (row >= INTER) return;
                     add(gate, layer.gate_up_bias, row);
                     add(up, layer.gate_up_bias, INTER + row);
@@ -267,23 +247,23 @@ struct Consumer {
                 });
             }
             load_weight(weight, i + 1 < LAYERS ? step.layers[i + 1].norm : step.norm);
-            range = range_of(step, blockIdx.x, tiles_of(HIDDEN) * rounds_of(INTER));
-            if (range.at < range.end) {
+            tiles = tiles_of(HIDDEN), tile = deal.first(tiles);
+            if (tile < tiles) {
                 load<INTER>(step.activated, mark + ACTIVATED_TOLD);
-                add_product<INTER>(range, layer.down_bias, false, mark + ADDED_TOLD, mark + LAYER_TOLD);
+                add_product<INTER>(tile, tiles, layer.down_bias, false, mark + ADDED_TOLD, mark + LAYER_TOLD);
             }
         }
-        const Range range = range_of(step, blockIdx.x, tiles_of(VOCAB) * rounds_of(HIDDEN));
-        if (range.at < range.end) {
+        const u32 tiles = tiles_of(VOCAB), tile = deal.first(tiles);
+        if (tile < tiles) {
             load_normed(weight, false, mark);
-            product<HIDDEN, false>(tiles_of(VOCAB), range, mark + LOGITS_BEGUN, nothing, [&](int row, int token, float2 sum, float2, u64) {
+            product<HIDDEN, false>(tile, tiles, nothing, [&](int row, int token, float2 sum, float2, u64) {
                 if (row < VOCAB) step.logits[(long long)token * VOCAB + row] = narrow(sum.x);
                 if (row + 1 < VOCAB) step.logits[(long long)token * VOCAB + row + 1] = narrow(sum.y);
             });
         }
         sync_first<THREADS>();
         if (thread == 0 && atomicAdd(step.counters + 1, 1) == gridDim.x - 1) {  // the last to leave: all have read both
-            step.counters[0] = mark + LOGITS_BEGUN;
+            step.counters[0] = mark;
             step.counters[1] = 0;
         }
     }

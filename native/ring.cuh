@@ -18,8 +18,6 @@ struct Step {  // _step_type in persistent_step.py
     u64 *stream, *qkv;            // marked words: [batch, HIDDEN / 2] pairs, [batch, QKV] sums
     u64 *partials;                // [units, GROUP, HEAD_DIM + 2] sums
     u64 *attended, *activated;    // [batch, HEADS * HEAD_DIM / 2], [batch, INTER / 2] pairs
-    u64* begun;                   // [multiprocessors, TOKENS, TILE] sums of tiles that another one finishes
-    const u32* shares;            // [multiprocessors + 1]: where each one's share of a product begins, of 1 << SHARE_BITS
     u32* counters;                // marks used so far; multiprocessors that have left
     float eps, scale;
     int batch, splits;            // splits: multiprocessors that share a token and KV head
@@ -78,19 +76,17 @@ __device__ __forceinline__ void hear(Word (&words)[COUNT], u32 mark, At at, Has 
 }
 
 // ---- who computes what ----
-// The stages of a product, tile after tile, are dealt to the multiprocessors in order, to each its share. So a tile may
-// begin with one and end with others ("Stream-K", Osama et al., arXiv 2301.03598). These have their part of it first, and
-// tell it. Who has the beginning has it last, adds what they told, and finishes the tile.
-constexpr int SHARE_BITS = 20;
-struct Range {
-    u32 at, end;  // stages
+// The tiles of all products are dealt to the multiprocessors in one round, so that none gets more than one tile more.
+struct Deal {
+    u32 offset = 0;
+    __device__ __forceinline__ u32 first(u32 tiles) {
+        const u32 tile = (blockIdx.x + gridDim.x - offset) % gridDim.x;
+        offset = (offset + tiles) % gridDim.x;
+        return tile;
+    }
 };
-__device__ __forceinline__ Range range_of(const Step& step, u32 block, u32 stages) {
-    return {(u32)((u64)stages * step.shares[block] >> SHARE_BITS), (u32)((u64)stages * step.shares[block + 1] >> SHARE_BITS)};
-}
 __host__ __device__ constexpr u32 tiles_of(int rows) { return (rows + TILE - 1) / TILE; }
 constexpr u32 PAIR_TILES = (INTER + TILE / 2 - 1) / (TILE / 2);  // half a tile of gates, and the other halves
-__host__ __device__ constexpr u32 rounds_of(int inner) { return (inner + CHUNK - 1) / CHUNK; }  // stages of a tile
 
 // ---- the producers ----
 // A row of every stage of the ring that this multiprocessor will use, in order.
@@ -98,12 +94,12 @@ struct Cursor {
     const Step& step;
     u32 row;  // of a tile
     int layer = 0, matrix = -1, k = 0, inner = 0;
-    u32 tile = 0;
-    Range range{0, 0};
+    u32 tile = 0, tiles = 0;
     const bf16* from = nullptr;
     bool done = false;
+    Deal deal{};
 
-    __device__ void open() {  // the next matrix of which this multiprocessor has a part
+    __device__ void open() {  // the next matrix of which there are tiles for this multiprocessor
         do {
             if (++matrix == 4) matrix = 0, layer++;
             const bool last = layer == LAYERS;
@@ -112,10 +108,9 @@ struct Cursor {
                 return;
             }
             inner = last || matrix == 0 || matrix == 2 ? HIDDEN : matrix == 1 ? ATTENDED : INTER;
-            const u32 tiles = last ? tiles_of(VOCAB) : matrix == 0 ? tiles_of(QKV) : matrix == 2 ? PAIR_TILES : tiles_of(HIDDEN);
-            range = range_of(step, blockIdx.x, tiles * rounds_of(inner));
-        } while (range.at >= range.end);
-        tile = range.at / rounds_of(inner), k = range.at % rounds_of(inner) * CHUNK;
+            tiles = last ? tiles_of(VOCAB) : matrix == 0 ? tiles_of(QKV) : matrix == 2 ? PAIR_TILES : tiles_of(HIDDEN);
+            tile = deal.first(tiles);
+        } while (tile >= tiles);
         seek();
     }
     __device__ void seek() {
@@ -131,12 +126,12 @@ struct Cursor {
         from = weight + (long long)which * inner;
     }
     __device__ __forceinline__ void next() {
-        if (++range.at == range.end) {
-            open();
-        } else if ((k += CHUNK) >= inner) {
-            k = 0, tile++;
-            seek();
-        }
+        k += CHUNK;
+        if (k < inner) return;
+        k = 0;
+        tile += gridDim.x;
+        if (tile < tiles) seek();
+        else open();
     }
 };
 

@@ -4,11 +4,15 @@ Needs an NVIDIA GPU."""
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -25,6 +29,8 @@ from vattn.tuning.choices import choices_for
 
 NEEDS = ("cuda", "transformers")
 REPEATS, TURNS, WARM_UP, CHILD_SECONDS = 50, 5, 5, 300
+CHILDREN = 3  # that get ready side by side; one at a time measures
+ALONE = Path(tempfile.gettempdir()) / "vattn-15-graphs.lock"
 
 
 # -- one forward, in a process of its own: a capture that fails may leave PyTorch unfit for more -----------------------
@@ -36,6 +42,19 @@ def measure(name: str, quick: bool) -> dict[str, Any]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     module = module.to(device, torch.bfloat16).eval()
     given = {key: _moved(value, device) for key, value in given.items()}
+    with alone():
+        return measured(module, given, device)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """No other process that measures is in here."""
+    with ALONE.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def measured(module: torch.nn.Module, given: dict[str, Any], device: str) -> dict[str, Any]:
     # Two sets of inputs take turns, as a caller's inputs are seldom where those of the call before were.
     sets = cycle(
         [given, {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in given.items()}]
@@ -124,15 +143,19 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 
 # -- all of them -------------------------------------------------------------------------------------------------------
 def twelve(records: Records, names: list[str], quick: bool) -> None:
-    for name in names:
+    def run(name: str) -> list[str]:
         command = [sys.executable, __file__, "--forward", name, *(["--quick"] if quick else [])]
-        with records.going_on(name):
-            child = subprocess.run(command, capture_output=True, text=True, timeout=CHILD_SECONDS, check=False)
-            if child.returncode:
-                raise RuntimeError(f"{name} failed:\n{child.stdout[-1000:]}\n{child.stderr[-3000:]}")
-            *printed, last = child.stdout.splitlines()
-            print("\n".join(printed))
-            add(records, name, json.loads(last))
+        child = subprocess.run(command, capture_output=True, text=True, timeout=CHILD_SECONDS, check=False)
+        if child.returncode:
+            raise RuntimeError(f"{name} failed:\n{child.stdout[-1000:]}\n{child.stderr[-3000:]}")
+        return child.stdout.splitlines()
+
+    with ThreadPoolExecutor(CHILDREN) as children:
+        for name, child in [(name, children.submit(run, name)) for name in names]:
+            with records.going_on(name):
+                *printed, last = child.result()
+                print("\n".join(printed))
+                add(records, name, json.loads(last))
 
 
 def add(records: Records, name: str, found: dict[str, Any]) -> None:

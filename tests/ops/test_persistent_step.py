@@ -137,7 +137,7 @@ def test_structures_are_those_of_the_source():
     assert [name for name, *_ in persistent_step._Layer._fields_] == fields("Layer")
     step = persistent_step._step_type(2)
     assert [name for name, *_ in step._fields_] == fields("Step")
-    assert ctypes.sizeof(step) == 2 * ctypes.sizeof(persistent_step._Layer) + 15 * 8 + 4 * 4
+    assert ctypes.sizeof(step) == 2 * ctypes.sizeof(persistent_step._Layer) + 13 * 8 + 4 * 4
     assert ctypes.sizeof(persistent_step._step_type(128)) < 32_764, "more than a kernel's parameters may be"
 
 

@@ -28,7 +28,6 @@ _MAX_SPLITS = 32  # a lane of a warp for each
 # As in native/ring.cuh and decode_step.cu: warps, bytes of a stage, of sums, and more than of all else.
 _CONSUMERS, _PRODUCERS, _PAD = 8, 4, 64
 _STAGE_BYTES, _SUM_BYTES, _SMALL_BYTES = 16 * (512 * 2 + _PAD), 2 * _CONSUMERS * 8 * 20 * 4, 6 * 1024
-_TILE, _SHARE_BITS = 16, 20
 _MIN_STAGES = _CONSUMERS  # a warp takes every eighth stage: with fewer in the ring it would be a round ahead of it
 
 
@@ -107,7 +106,7 @@ class _Layer(ctypes.Structure):
 def _step_type(layers: int) -> Any:
     addresses = (
         *("norm", "output", "angles", "slots", "rows", "embedded", "logits"),
-        *("stream", "qkv", "partials", "attended", "activated", "begun", "shares", "counters"),
+        *("stream", "qkv", "partials", "attended", "activated", "counters"),
     )
 
     class Step(ctypes.Structure):
@@ -255,12 +254,9 @@ class PersistentStep:
             "partials": units * group * (shape.head_dim + 2),
             "attended": tokens * shape.heads * shape.head_dim // 2,
             "activated": tokens * shape.intermediate // 2,
-            "begun": self._sms * _size(tokens) * _TILE,
             "counters": 2,
         }
         self._memory = {name: torch.zeros(count, dtype=torch.int64, device=device) for name, count in words.items()}
-        shares = torch.arange(self._sms + 1, dtype=torch.int64) * 2**_SHARE_BITS // self._sms
-        self._memory["shares"] = shares.to(torch.int32).to(device)
         for name, tensor in self._memory.items():
             setattr(self._filled, name, tensor.data_ptr())
 
