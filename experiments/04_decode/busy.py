@@ -25,7 +25,12 @@ NEEDS = ("cuda",)
 STEPS = 400
 LENGTH = 1024
 BATCHES = (1, 16, 64)
-AHEAD = {"vattn": 1, "vattn-2-ahead": 2, "vattn-8-ahead": 8}
+SYSTEMS = {
+    "vattn": {},
+    "vattn-2-ahead": {"steps_ahead": 2},
+    "vattn-8-ahead": {"steps_ahead": 8},
+    "vattn-measured-8-ahead": {"steps_ahead": 8, "graphs": "measure"},
+}
 ENDLESS = "print(flush=True)\nwhile True: pass"
 
 
@@ -64,9 +69,9 @@ def main() -> None:
         FusedLlama(model, 1, ops=ops)  # merges the weights
         for batch in BATCHES:
             for host, processes in (("idle", 0), ("busy", len(os.sched_getaffinity(0)))):
-                for system, ahead in AHEAD.items():
+                for system, changed in SYSTEMS.items():
                     with (
-                        decoding(model, batch, LENGTH, Setting(ops, steps_ahead=ahead), steps=STEPS) as loop,
+                        decoding(model, batch, LENGTH, Setting(ops, **changed), steps=STEPS) as loop,
                         busy(processes),
                     ):
                         times = level(step_ms(loop, STEPS))

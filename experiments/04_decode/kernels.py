@@ -1,0 +1,128 @@
+"""Where the time of a decode step goes, kernel by kernel. See README.md; needs a GPU."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from common import Records
+from decoding import SHAPES, WARM_UP, Setting, decoding, hf_shape, step_ms
+from read_rate import read_bytes_per_s
+
+from vattn.decode import DecodeLoop
+from vattn.models import FusedLlama, Llama, LlamaConfig
+from vattn.tuning.table import default_ops
+
+NEEDS = ("cuda",)
+CASES = {"8B": ((1, 1024), (8, 1024), (32, 4096), (64, 1024)), "1B": ((1, 1024), (16, 1024))}
+STEPS = 24
+PRODUCTS = ("qkv", "o", "gate-up", "down")  # of a layer, in order
+GROUPS = {  # by what a kernel's name has in it
+    "attention": ("attention", "combine"),
+    "norms-and-rope": ("norm", "rope", "append"),
+    "begin-and-sample": ("begin_step", "sample", "advance", "elementwise", "index", "Mem"),
+}
+Kernel = tuple[str, float, float]  # its name, and when it began and ended, in us
+
+
+def traced(loop: DecodeLoop) -> Iterator[list[Kernel]]:
+    """The kernels of each of some steps, by CUPTI."""
+    for _ in range(WARM_UP):
+        loop.step()
+    loop.drain()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(STEPS):
+            loop.step()
+        loop.drain()
+        torch.cuda.synchronize()
+    found = sorted(
+        (event.time_range.start, event.time_range.end, event.name)
+        for event in profile.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA
+    )
+    step: list[Kernel] = []
+    for start, end, name in found:
+        if "begin_step" in name:
+            if step:
+                yield step
+            step = []
+        step.append((name, start, end))
+
+
+def parts_of(step: list[Kernel], layers: int) -> dict[str, float]:
+    """Microseconds of each part of a step. A kernel's time begins where the one before it ended, if it had begun by
+    then; where it had not, what is between them is a gap."""
+    grouped: list[str] = []
+    products = iter((*PRODUCTS * layers, "output"))
+    for name, *_ in step:
+        group = next((group for group, words in GROUPS.items() if any(word in name for word in words)), None)
+        if group is None:  # a product, or what adds up a split one's parts
+            group = grouped[-1] if "reduce" in name.lower() else next(products)
+        grouped.append(group)
+    if next(products, None) is not None:
+        raise ValueError(f"fewer products in a step than expected: {step[:20]}")
+    found: dict[str, float] = defaultdict(float)
+    before = step[0][1]
+    for group, (_, start, end) in zip(grouped, step, strict=True):
+        found["gaps"] += max(0.0, start - before)
+        found[group] += max(0.0, end - max(before, start))
+        before = max(before, end)
+    return found
+
+
+def bytes_of(model: Llama, batch: int, length: int) -> dict[str, int]:
+    """What the kernels of each part read of weights and cache in a step."""
+    config, layers = model.config, model.config.num_layers
+    heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    sizes = {
+        "qkv": heads * config.hidden_size * layers,
+        "o": config.num_heads * config.head_dim * config.hidden_size * layers,
+        "gate-up": 2 * config.intermediate_size * config.hidden_size * layers,
+        "down": config.intermediate_size * config.hidden_size * layers,
+        "output": config.vocab_size * config.hidden_size,
+    }
+    kv = batch * length * model.kv_layout(length).bytes_per_token
+    return {name: size * model.dtype.itemsize for name, size in sizes.items()} | {"attention": kv}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="the 1B shape only")
+    options = parser.parse_args()
+    shapes = ["1B"] if options.quick else [*SHAPES]
+    records = Records("04_decode", options.quick, [f"kernels-{name}" for name in shapes])
+    for name in shapes:
+        model = Llama.random(LlamaConfig.from_hf(hf_shape(name)), device="cuda", dtype=torch.bfloat16)
+        ops = default_ops(model.device, model.dtype)
+        FusedLlama(model, 1, ops=ops)  # merges the weights
+        for batch, length in CASES[name]:
+            case = f"kernels-{name} B={batch} L={length}"
+            with records.going_on(case):
+                with decoding(model, batch, length, Setting(ops)) as loop:
+                    records.add(case, "step", "part", "us", [ms * 1e3 for ms in step_ms(loop)])
+                gc.collect()
+                with decoding(model, batch, length, Setting(ops)) as loop:
+                    steps = list(traced(loop))
+                records.add(case, "traced", "part", "us", [step[-1][2] - step[0][1] for step in steps])
+                parts = [parts_of(step, model.config.num_layers) for step in steps]
+                for part in parts[0]:
+                    records.add(case, part, "part", "us", [median(each[part] for each in parts)])
+                for part, size in bytes_of(model, batch, length).items():
+                    records.add(case, part, "reading", "us", [size / read_bytes_per_s() * 1e6])
+            gc.collect()
+        del model
+        gc.collect()
+        torch.cuda.empty_cache()
+    records.end()
+
+
+if __name__ == "__main__":
+    main()

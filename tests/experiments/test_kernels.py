@@ -1,0 +1,39 @@
+"""Experiment 04's account of where a step's time goes: every microsecond is some part's, or a gap."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "experiments" / "04_decode"))
+from kernels import parts_of
+
+LAYER = (
+    *("add_rms_norm_kernel", "skinny_linear_kernel", "rope_append_kernel", "decode_attention_kernel", "combine_kernel"),
+    *("skinny_linear_kernel", "add_rms_norm_kernel", "nvjet_tst", "cublasLt::splitKreduce_kernel", "swiglu_linear"),
+)
+STEP = ("begin_step_kernel", *LAYER, *LAYER, "add_rms_norm_kernel", "skinny_linear_kernel", "sample_tokens_kernel")
+
+
+def test_each_kernel_is_of_a_part():
+    step = [(name, 10.0 * i, 10.0 * i + 7) for i, name in enumerate(STEP)]
+    assert parts_of(step, 2) == {
+        **{"begin-and-sample": 14, "norms-and-rope": 49, "qkv": 14, "attention": 28, "o": 14, "gate-up": 28},
+        **{"down": 14, "output": 7, "gaps": 3.0 * (len(STEP) - 1)},
+    }
+
+
+def test_kernels_that_overlap_are_counted_once():
+    step = [(name, 5.0 * i, 5.0 * i + 7) for i, name in enumerate(STEP)]
+    parts = parts_of(step, 2)
+    assert sum(parts.values()) == step[-1][2] - step[0][1]
+    assert parts["gaps"] == 0
+    assert parts["output"] == 5
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_a_step_of_another_number_of_products_is_an_error(layers):
+    with pytest.raises((ValueError, StopIteration)):
+        parts_of([(name, float(i), i + 0.5) for i, name in enumerate(STEP)], layers)
