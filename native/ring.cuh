@@ -29,15 +29,16 @@ constexpr int TILE = 16, CHUNK = 512;  // a stage of the ring: TILE rows of CHUN
 constexpr int PAD = 64;                // bytes behind a row; so that eight lanes' reads are in different banks
 constexpr int PITCH = CHUNK * 2 + PAD, STAGE = TILE * PITCH;
 // Stages still on their way when the next one is asked for. As many as the ring holds would keep the memory as busy, but
-// some multiprocessors get a fifth less of it than others then, and all wait for the slowest at the end of every phase.
-// Microseconds of a step, Llama-3.2-1B and 3.1-8B shapes at batch 1, with 1, 2, 3, 4, 6: 739, 746, 780, 798, 802; 3,982,
-// 4,129, 4,284, 4,260, 4,179 (probe, H200, 2026-11-28).
+// words between multiprocessors take longer then, and some multiprocessors get a fifth less of the memory than others.
+// Microseconds of a step at batch 1 with 1 and 2: 758 and 804 of a Llama-3.2-1B, 4,105 and 4,134 of a Llama-3.1-8B (probe,
+// H200, 2026-11-28).
 constexpr int UNDER_WAY = 1;
 constexpr float NEVER = -1e30f;        // below every score
 
 // ---- marked words: what multiprocessors tell one another ----
-// A word is 32 bits of data and a mark, which no other write of the word has (in 2^32 phases, some hours of steps). It is written and read as one, so a reader
-// that sees the mark has the data: no fence, no counter, no second look (as NCCL's protocol for low latency has it).
+// A word is 32 bits of data and a mark, which no other write of the word has (in 2^32 phases, some hours of steps). It is
+// written and read as one, so a reader that sees the mark has the data: no fence, no counter, no second look (as NCCL's
+// protocol for low latency has it).
 __device__ __forceinline__ bool marked(u64 word, u32 mark) { return (u32)(word >> 32) == mark; }
 __device__ __forceinline__ bool marked(ulonglong2 words, u32 mark) { return marked(words.x, mark) && marked(words.y, mark); }
 __device__ __forceinline__ void look_at(u64& word, const u64* at) { word = look(at); }

@@ -2,52 +2,61 @@
 
 from __future__ import annotations
 
-from table import Record, fields, markdown, number
+from collections.abc import Iterator
+
+from table import Record, fields, machine, markdown, number
 
 HOW = {"forward": "captured", "wrong": "captured, wrong results", "refused": "fails"}
 
 
 def twelve(records: list[Record]) -> str:
     """Forward, how each way of capture went, milliseconds of each, and what was found."""
-    rows = []
-    for name in _forwards(records):
-        own = [record for record in records if record["case"].split()[0] == name]
+    rows: list[list[str]] = []
+    for name, gpu, own in _forwards(records):
         ms = {record["system"]: record["value"] for record in own if record["metric"] == "forward"}
-        found = [record for record in own if record["metric"] == "found"]
+        found = "; ".join(_words(record) for record in own if record["metric"] == "found") or "nothing"
         plain = [HOW[record["metric"]] for record in own if record["system"] == "torch-capture"]
         gain = f"{ms['eager'] / ms['vattn']:.2f}" if "vattn" in ms else "–"
         times = [number(ms[system]) if system in ms else "–" for system in ("eager", "torch-capture", "vattn")]
         made = "captured" if "vattn" in ms else "stays eager"
-        rows.append([name, *(plain or ["–"]), made, *times, gain, "; ".join(map(_words, found)) or "nothing"])
-    if not rows:
-        return ""
+        before = next((row[-1] for row in reversed(rows) if row[0] == name and row[-1] != "the same"), None)
+        found = "the same" if found == before else found
+        rows.append([name, gpu, *(plain or ["–"]), made, *times, gain, found])
     times = ["eager, ms", "captured as it is, ms", "after make_capturable, ms", "eager / after"]
-    return markdown(["forward", "captured as it is", "after `make_capturable`", *times, "found"], rows)
+    return _table(["forward", "machine", "captured as it is", "after `make_capturable`", *times, "found"], rows)
 
 
 def choices(records: list[Record]) -> str:
     """Which way was chosen, what each was when it was timed again, and how many graphs are slower than the forward."""
     rows, hurt = [], 0
-    for name in _forwards(records):
-        own = [record for record in records if record["case"].split()[0] == name]
+    for name, gpu, own in _forwards(records):
         ms = {record["system"]: record["value"] for record in own if record["metric"] == "again"}
         regret = next((record for record in own if record["metric"] == "regret"), None)
         if regret is None:
             continue
         hurt += ms["graph"] > ms["eager"]
         times = [number(ms[way]) if way in ms else "–" for way in ("eager", "graph", "indirect")]
-        rows.append([name, *times, fields(regret["case"])["choice"], f"{regret['value']:.1f}"])
-    if not rows:
-        return ""
-    header = ["forward", "eager, ms", "graph, ms", "graph that reads inputs where they are, ms", "choice", "regret, %"]
-    table = markdown(header, rows)
-    return f"{table}\n{hurt} of {len(rows)} graphs that copy their inputs are slower than the forward.\n"
+        rows.append([name, gpu, *times, fields(regret["case"])["choice"], f"{regret['value']:.1f}"])
+    ways = ["eager, ms", "graph, ms", "graph that reads inputs where they are, ms"]
+    table = _table(["forward", "machine", *ways, "choice", "regret, %"], rows)
+    counted = f"\n{hurt} of {len(rows)} graphs that copy their inputs are slower than the forward.\n"
+    return f"{table}{counted}" if rows else ""
 
 
-def _forwards(records: list[Record]) -> list[str]:
-    """Their names, in the order of the records."""
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    """Without the machines, the second column, where there is one only; nothing where there are no rows."""
+    if len({row[1] for row in rows}) < 2:
+        header, rows = [header[0], *header[2:]], [[row[0], *row[2:]] for row in rows]
+    return markdown(header, rows) if rows else ""
+
+
+def _forwards(records: list[Record]) -> Iterator[tuple[str, str, list[Record]]]:
+    """Name, machine and records of each, in the order of the records."""
     names = dict.fromkeys(record["case"].split()[0] for record in records)
-    return [name for name in names if name != "indirection"]
+    for name in names:
+        own = [record for record in records if record["case"].split()[0] == name and name != "indirection"]
+        for gpu in dict.fromkeys(map(machine, own)):
+            yield name, gpu, [record for record in own if machine(record) == gpu]
 
 
 def _words(record: Record) -> str:

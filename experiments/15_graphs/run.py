@@ -39,11 +39,8 @@ def measure(name: str, quick: bool) -> dict[str, Any]:
     torch.manual_seed(0)
     (forward,) = (forward for forward in FORWARDS if forward.name == name)
     module, given = forward.make(quick)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    module = module.to(device, torch.bfloat16).eval()
-    given = {key: _moved(value, device) for key, value in given.items()}
     with alone():
-        return measured(module, given, device)
+        return measured(module, given)
 
 
 @contextmanager
@@ -54,7 +51,10 @@ def alone() -> Iterator[None]:
         yield
 
 
-def measured(module: torch.nn.Module, given: dict[str, Any], device: str) -> dict[str, Any]:
+def measured(module: torch.nn.Module, given: dict[str, Any]) -> dict[str, Any]:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    module = module.to(device, torch.bfloat16).eval()
+    given = {key: _moved(value, device) for key, value in given.items()}
     # Two sets of inputs take turns, as a caller's inputs are seldom where those of the call before were.
     sets = cycle(
         [given, {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in given.items()}]

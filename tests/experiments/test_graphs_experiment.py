@@ -44,6 +44,27 @@ def test_the_table_says_how_it_went():
     assert render.report(FOLDER).twelve([]) == ""
 
 
+def test_each_machine_has_a_row_of_its_own():
+    def of(gpu, *records):
+        return [{**each, "gpu": gpu} for each in records]
+
+    found = record("a at=x.py:3 kind=read mended=no operation=torch.Tensor.item", "vattn", "found", 1)
+    again = [record("a", "eager", "again", 3.0), record("a", "graph", "again", 2.0)]
+    regret = record("a choice=graph", "vattn", "regret", 0.5)
+    records = [
+        *of("NVIDIA H100 80GB HBM3", record("a", "eager", "forward", 1.0), found),
+        *of("NVIDIA H200", record("a", "eager", "forward", 2.0), found, *again, regret),
+    ]
+    report = render.report(FOLDER)
+    lines = [line.strip("| ").split(" | ") for line in report.twelve(records).splitlines()[2:]]
+    item = "read: torch.Tensor.item at x.py:3"
+    assert lines == [
+        ["a", "NVIDIA H100", "–", "stays eager", "1.000", "–", "–", "–", item],
+        ["a", "NVIDIA H200", "–", "stays eager", "2.000", "–", "–", "–", "the same"],
+    ]
+    assert "| a | 3.000 | 2.000 | – | graph | 0.5 |" in report.choices(records)
+
+
 def test_the_table_of_choices_says_what_was_lost_and_how_many_graphs_hurt():
     def forward(name, choice, regret, **ms):
         again = [record(name, way, "again", value) for way, value in ms.items()]

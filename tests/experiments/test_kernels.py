@@ -20,8 +20,15 @@ STEP = ("begin_step_kernel", *LAYER, *LAYER, "add_rms_norm_kernel", "skinny_line
 def test_each_kernel_is_of_a_part():
     step = [(name, 10.0 * i, 10.0 * i + 7) for i, name in enumerate(STEP)]
     assert parts_of(step, 2) == {
-        **{"begin-and-sample": 14, "norms-and-rope": 49, "qkv": 14, "attention": 28, "o": 14, "gate-up": 28},
-        **{"down": 14, "output": 7, "gaps": 3.0 * (len(STEP) - 1)},
+        "begin-and-sample": 14,
+        "norms-and-rope": 49,
+        "qkv": 14,
+        "attention": 28,
+        "o": 14,
+        "gate-up": 28,
+        "down": 14,
+        "output": 7,
+        "gaps": 3.0 * (len(STEP) - 1),
     }
 
 

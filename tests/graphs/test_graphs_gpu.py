@@ -362,7 +362,7 @@ def test_a_graph_that_is_garbage_ends_no_capture():
     def run():
         for _ in range(100):
             x.add_(1)
-            [[]]  # begins a collection, if one may begin
+            _ = [[]]  # begins a collection, if one may begin
 
     with torch.cuda.stream(torch.cuda.Stream()):
         x.add_(1)

@@ -53,7 +53,9 @@ def captured(run: Callable[[], object], pool: Any = None) -> torch.cuda.CUDAGrap
                 if raised is None or isinstance(raised, Exception):
                     raise CaptureFailed(str(raised or error)) from (raised or error)
             finally:
-                del raised  # with its traceback it holds this frame, and those that called it, until garbage is collected
+                del (
+                    raised
+                )  # with its traceback it holds this frame, and those that called it, until garbage is collected
     return graph
 
 
