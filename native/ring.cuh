@@ -33,7 +33,7 @@ constexpr int PITCH = CHUNK * 2 + PAD, STAGE = TILE * PITCH;
 // Microseconds of a step at batch 1 with 1 and 2: 758 and 804 of a Llama-3.2-1B, 4,105 and 4,134 of a Llama-3.1-8B (probe,
 // H200, 2026-11-28).
 constexpr int UNDER_WAY = 1;
-constexpr float NEVER = -1e30f;        // below every score
+constexpr float NEVER = -1e30f;  // below every score
 
 // ---- marked words: what multiprocessors tell one another ----
 // A word is 32 bits of data and a mark, which no other write of the word has (in 2^32 phases, some hours of steps). It is
@@ -48,7 +48,8 @@ __device__ __forceinline__ u32 heard(u64 word, const u64* at, u32 mark) {
     return (u32)word;
 }
 // All words that a warp needs: ``at(i)`` of each lane, where it ``has(i)``. A look takes about a microsecond, so all are
-// under way together. Who was early waits for one word of one lane: looks of all lanes would slow the weights down.
+// under way together. If words are not there yet, one lane waits for one of them; then all look again. Looks of all lanes,
+// again and again, would slow the weights down.
 template <class Word, int COUNT, class At, class Has>
 __device__ __forceinline__ void hear(Word (&words)[COUNT], u32 mark, At at, Has has) {
 #pragma unroll

@@ -186,7 +186,7 @@ class FinalisersWait:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        this_thread.depth -= 1
+        this_thread.depth = max(0, this_thread.depth - 1)  # 0 where its process was forked inside
         finish_all()
 
 
@@ -199,7 +199,9 @@ _gc_was_enabled = False  # before the first of them
 class GarbageWaits:
     """The garbage collector frees nothing by itself inside, in any thread.
 
-    For captures: a CUDA graph that is freed by the thread that captures another ends that capture.
+    For captures: a CUDA graph that is freed by the thread that captures another ends that capture. Inside a block of
+    ``Uninterrupted``, as no handler may come between the collector and the count of blocks. A collector that was on
+    before the first block is on after the last one, also where somebody turned it off meanwhile.
     """
 
     __slots__ = ()
@@ -215,22 +217,24 @@ class GarbageWaits:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        _garbage_waits_no_more(1)
+        with _gc_lock:
+            _end_blocks(1)
 
 
-def _garbage_waits_no_more(blocks: int) -> None:
+def _end_blocks(count: int) -> None:
+    """With the lock held; without effect for a block that was open when its process was forked."""
     global _gc_waits
-    with _gc_lock:
-        _gc_waits -= blocks
-        if _gc_waits == 0 and blocks and _gc_was_enabled:
+    if _gc_waits:
+        _gc_waits -= count
+        if _gc_waits == 0 and _gc_was_enabled:
             gc.enable()
 
 
 def _begin_in_a_child() -> None:
     """After a fork: what other threads were in the middle of is nobody's here, nor what the parent has left to do."""
     global _main_thread, _active, _gc_lock
-    _gc_lock = threading.Lock()
-    _garbage_waits_no_more(_gc_waits)
+    _gc_lock = threading.Lock()  # the old one is taken, by the fork
+    _end_blocks(_gc_waits)
     _main_thread = threading.get_ident()
     if _active:
         _active = False
@@ -240,4 +244,6 @@ def _begin_in_a_child() -> None:
     this_thread.depth = 0
 
 
-os.register_at_fork(after_in_child=_begin_in_a_child)
+os.register_at_fork(
+    before=lambda: _gc_lock.acquire(), after_in_parent=lambda: _gc_lock.release(), after_in_child=_begin_in_a_child
+)

@@ -28,8 +28,8 @@ from vattn.graphs import make_capturable
 from vattn.tuning.choices import choices_for
 
 NEEDS = ("cuda", "transformers")
-REPEATS, TURNS, WARM_UP, CHILD_SECONDS = 50, 5, 5, 300
-CHILDREN = 3  # that get ready side by side; one at a time measures
+REPEATS, TURNS, WARM_UP = 50, 5, 5
+CHILDREN, CHILD_SECONDS = 3, 900  # that get ready side by side; one at a time measures
 ALONE = Path(tempfile.gettempdir()) / "vattn-15-graphs.lock"
 
 
@@ -150,12 +150,15 @@ def twelve(records: Records, names: list[str], quick: bool) -> None:
             raise RuntimeError(f"{name} failed:\n{child.stdout[-1000:]}\n{child.stderr[-3000:]}")
         return child.stdout.splitlines()
 
-    with ThreadPoolExecutor(CHILDREN) as children:
+    children = ThreadPoolExecutor(CHILDREN)
+    try:
         for name, child in [(name, children.submit(run, name)) for name in names]:
             with records.going_on(name):
                 *printed, last = child.result()
                 print("\n".join(printed))
                 add(records, name, json.loads(last))
+    finally:
+        children.shutdown(cancel_futures=True)
 
 
 def add(records: Records, name: str, found: dict[str, Any]) -> None:

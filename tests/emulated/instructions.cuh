@@ -67,7 +67,7 @@ inline std::vector<Block> blocks;
 inline Fiber* now;
 inline jmp_buf scheduler;
 inline std::mt19937 draw;
-inline u64 idle = 0;  // turns since somebody got on
+inline u64 idle = 0;  // turns since somebody told something, had a copy, or ended
 inline int threads = 0;
 
 inline Block& block() { return blocks[now->block]; }
@@ -78,7 +78,6 @@ inline void wait_turn() {
 inline void got_on() { idle = 0; }
 inline void wait_for(Barrier& barrier, int count) {
     const u32 round = barrier.round;
-    got_on();
     if (++barrier.arrived == count) barrier.arrived = 0, barrier.round++;
     else while (barrier.round == round) wait_turn();
 }
@@ -137,11 +136,11 @@ inline bool launch(int grid, int block_threads, size_t shared_bytes, u32 seed, s
     }
     std::vector<Fiber*> live;
     for (Fiber& fiber : fibers) live.push_back(&fiber);
-    while (!live.empty() && idle < 400 * fibers.size()) {
+    while (!live.empty() && idle < 2000 * fibers.size()) {
         const volatile size_t i = draw() % live.size();
         // A warp that gets its turn has several lanes that can go on.
-        for (volatile size_t j = 0; j < 32 && i + j < live.size(); j = j + 1) {
-            now = live[i + j];
+        for (volatile size_t j = 0; j < 32; j = j + 1) {
+            now = live[(i + j) % live.size()];
             if (!now->on_their_way.empty() && draw() % 8 == 0) land(*now);
             if (now->done || _setjmp(scheduler)) continue;
             if (std::exchange(now->begun, true)) _longjmp(now->here, 1);

@@ -56,6 +56,17 @@ CASES = {
     "more chunks than stages": Case(
         replace(TINY, hidden_size=64, intermediate_size=4640, num_layers=1, num_heads=3, num_kv_heads=1), (6,), 3
     ),
+    "words heard in several rounds": Case(
+        replace(TINY, hidden_size=64, intermediate_size=4640, num_layers=1, num_heads=3, num_kv_heads=1),
+        (2, 1, 3, 4),
+        3,
+    ),
+    "more than sixteen splits": Case(replace(TINY, num_kv_heads=1), (150,), 19),
+    "several pieces of the stream a thread": Case(
+        replace(TINY, hidden_size=2112, intermediate_size=64, num_layers=1, num_heads=1, num_kv_heads=1),
+        (3, 2, 1, 0, 2),
+        3,
+    ),
 }
 
 
@@ -136,12 +147,7 @@ def random_models(config: LlamaConfig) -> tuple[Llama, Llama]:
     return model, exact
 
 
-SLOW = "several splits and tokens"
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name == SLOW else name for name in CASES]
-)
+@pytest.mark.parametrize("name", CASES)
 @torch.no_grad()
 def test_the_kernel_computes_what_the_references_do(name, tmp_path, monkeypatch):
     case = CASES[name]

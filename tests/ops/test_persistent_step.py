@@ -47,6 +47,7 @@ CONFIGS = {
     "one KV head": replace(SMALL, num_kv_heads=1),
     "as many KV heads": replace(SMALL, num_kv_heads=8, tie_word_embeddings=True),
     "more chunks than stages": replace(SMALL, hidden_size=1024, num_heads=16, num_kv_heads=4, intermediate_size=8192),
+    "several pieces of the stream a thread": replace(SMALL, hidden_size=4096, num_layers=2),
     "SmolLM2's sizes, odd vocabulary": replace(
         SMALL, hidden_size=576, intermediate_size=1536, num_heads=9, num_kv_heads=3, vocab_size=1003
     ),

@@ -53,9 +53,8 @@ def captured(run: Callable[[], object], pool: Any = None) -> torch.cuda.CUDAGrap
                 if raised is None or isinstance(raised, Exception):
                     raise CaptureFailed(str(raised or error)) from (raised or error)
             finally:
-                del (
-                    raised
-                )  # with its traceback it holds this frame, and those that called it, until garbage is collected
+                # With its traceback it would hold this frame, and its callers', until garbage is collected.
+                del raised
     return graph
 
 

@@ -192,7 +192,8 @@ class Making:
             self._found.setdefault((finding.kind, finding.operation, finding.file, finding.line), finding)
         if error is not why:
             # CUDA gave the capture up, and PyTorch's random numbers are as under one: until another ends well.
-            with suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self._stream):
+            capturing = torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self._stream)
+            with Uninterrupted(), GarbageWaits(), suppress(RuntimeError), capturing:
                 torch.zeros(1, device=self._device)
 
     # -- comparison ------------------------------------------------------------------------------------------------

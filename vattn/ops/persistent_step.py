@@ -1,7 +1,7 @@
 """A decode step of few tokens as one persistent kernel: ``native/decode_step.cu``, compiled for one model at run time.
 
 A step of few tokens takes as long as reading the weights does. Kernels that follow one another each begin and end with
-an idle memory. This one copies the weights of all layers into shared memory without a pause, and computes behind that.
+an idle memory. This one copies weights into shared memory whenever there is room, and computes behind that.
 It is not always faster than many kernels: measure both.
 """
 

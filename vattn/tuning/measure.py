@@ -19,7 +19,7 @@ import torch
 
 from ..attention import AttentionBackend, AttentionBatch, DecodeBatch, bind, decode_backends, get
 from ..errors import ConfigError
-from ..interrupts import GarbageWaits
+from ..interrupts import GarbageWaits, Uninterrupted
 from ..kv_cache import KVCache
 from ..layout import KVLayout
 from ..ops.skinny_linear import LinearConfig, skinny_linear
@@ -60,7 +60,7 @@ def replays_us(launch: Callable[[int], object], count: int, repeats: int) -> lis
         launch(0)  # compiles, and makes workspaces
         stream.synchronize()
         # Not torch.cuda.graph: it collects garbage and empties caches, which takes longer than the measurement.
-        with GarbageWaits():
+        with Uninterrupted(), GarbageWaits():
             graph.capture_begin(capture_error_mode="thread_local")
             try:
                 for i in range(count):
