@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -12,9 +12,9 @@ import torch
 from vattn import KVCache
 from vattn.attention import AttentionBackend, TritonDecodeAttention
 from vattn.decode import DecodeLoop, Start
-from vattn.models import FusedLlama, Llama
+from vattn.models import FusedLlama, Llama, LlamaConfig
 from vattn.ops.ops_table import Ops
-from vattn.tuning.table import default_decode
+from vattn.tuning.table import default_decode, default_ops
 
 STEPS, WARM_UP = 64, 8
 
@@ -57,6 +57,15 @@ def hf_shape(name: str) -> dict[str, object]:
         "rope_scaling": ROPE,
         **SHAPES[name],
     }
+
+
+def random_models(shapes: Iterable[str]) -> Iterator[tuple[str, Llama, Ops]]:
+    """Each shape's name, a model on the GPU with random bfloat16 weights, which are merged, and its operations."""
+    for name in shapes:
+        model = Llama.random(LlamaConfig.from_hf(hf_shape(name)), device="cuda", dtype=torch.bfloat16)
+        ops = default_ops(model.device, model.dtype)
+        FusedLlama(model, 1, ops=ops)  # merges them
+        yield name, model, ops
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import Records
-from decoding import SHAPES, Setting, decoding, hf_shape, step_ms
-
-from vattn.models import FusedLlama, Llama, LlamaConfig
-from vattn.tuning.table import default_ops
+from decoding import SHAPES, Setting, decoding, random_models, step_ms
 
 NEEDS = ("cuda",)
 STEPS = 400
@@ -63,10 +59,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="the 1B shape only")
     options = parser.parse_args()
     records = Records("04_decode", options.quick, ["busy"])
-    for name in ["1B"] if options.quick else SHAPES:
-        model = Llama.random(LlamaConfig.from_hf(hf_shape(name)), device="cuda", dtype=torch.bfloat16)
-        ops = default_ops(model.device, model.dtype)
-        FusedLlama(model, 1, ops=ops)  # merges the weights
+    for name, model, ops in random_models(["1B"] if options.quick else SHAPES):
         for batch in BATCHES:
             for host, processes in (("idle", 0), ("busy", len(os.sched_getaffinity(0)))):
                 for system, changed in SYSTEMS.items():
@@ -80,9 +73,6 @@ def main() -> None:
                     records.add(case, system, "step_p99", "ms", [float(np.quantile(times, 0.99))])
                     records.add(case, system, "step_max", "ms", [max(times)])
                     gc.collect()
-        del model
-        gc.collect()
-        torch.cuda.empty_cache()
     records.end()
 
 

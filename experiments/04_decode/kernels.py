@@ -14,12 +14,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import Records
-from decoding import SHAPES, WARM_UP, Setting, decoding, hf_shape, step_ms
+from decoding import SHAPES, WARM_UP, Setting, decoding, random_models, step_ms
 from read_rate import read_bytes_per_s
 
 from vattn.decode import DecodeLoop
-from vattn.models import FusedLlama, Llama, LlamaConfig
-from vattn.tuning.table import default_ops
+from vattn.models import Llama
 
 NEEDS = ("cuda",)
 CASES = {"8B": ((1, 1024), (8, 1024), (32, 4096), (64, 1024)), "1B": ((1, 1024), (16, 1024))}
@@ -99,10 +98,7 @@ def main() -> None:
     options = parser.parse_args()
     shapes = ["1B"] if options.quick else [*SHAPES]
     records = Records("04_decode", options.quick, [f"kernels-{name}" for name in shapes])
-    for name in shapes:
-        model = Llama.random(LlamaConfig.from_hf(hf_shape(name)), device="cuda", dtype=torch.bfloat16)
-        ops = default_ops(model.device, model.dtype)
-        FusedLlama(model, 1, ops=ops)  # merges the weights
+    for name, model, ops in random_models(shapes):
         for batch, length in CASES[name]:
             case = f"kernels-{name} B={batch} L={length}"
             with records.going_on(case):
@@ -118,9 +114,6 @@ def main() -> None:
                 for part, size in bytes_of(model, batch, length).items():
                     records.add(case, part, "reading", "us", [size / read_bytes_per_s() * 1e6])
             gc.collect()
-        del model
-        gc.collect()
-        torch.cuda.empty_cache()
     records.end()
 
 

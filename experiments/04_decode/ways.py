@@ -11,12 +11,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import Records
-from decoding import SHAPES, Setting, decoding, hf_shape, step_ms
+from decoding import SHAPES, Setting, decoding, random_models, step_ms
 from read_rate import add_limit
 
-from vattn.models import FusedLlama, Llama, LlamaConfig
 from vattn.tuning.choices import choices_for
-from vattn.tuning.table import default_ops
 
 NEEDS = ("cuda",)
 LENGTH = 1024
@@ -31,10 +29,7 @@ def main() -> None:
     shapes, batches = (["1B"], BATCHES[:2]) if options.quick else (options.shapes, BATCHES)
     records = Records("04_decode", options.quick, [f"ways-{name}" for name in shapes])
     choices_for(torch.device("cuda", torch.cuda.current_device())).forget({"kind": "decode step"})  # to be made anew
-    for name in shapes:
-        model = Llama.random(LlamaConfig.from_hf(hf_shape(name)), device="cuda", dtype=torch.bfloat16)
-        ops = default_ops(model.device, model.dtype)
-        FusedLlama(model, 1, ops=ops)  # merges the weights
+    for name, model, ops in random_models(shapes):
         for batch in batches:
             case = f"ways-{name} B={batch} L={LENGTH}"
             kv_bytes = batch * LENGTH * model.kv_layout(LENGTH).bytes_per_token
@@ -47,9 +42,6 @@ def main() -> None:
                         records.add(case, way.replace(" + ", "-with-").replace(" ", "-"), "way", "us", [us])
                     print(f"{case}: {report.way or 'graph'}; failed: {dict(report.failed)}", flush=True)
                 gc.collect()
-        del model
-        gc.collect()
-        torch.cuda.empty_cache()
     records.end()
 
 
