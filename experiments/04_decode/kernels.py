@@ -59,18 +59,18 @@ def traced(loop: DecodeLoop) -> Iterator[list[Kernel]]:
 def parts_of(step: list[Kernel], layers: int) -> dict[str, float]:
     """Microseconds of each part of a step. A kernel's time begins where the one before it ended, if it had begun by
     then; where it had not, what is between them is a gap."""
-    grouped: list[str] = []
+    grouped: list[str | None] = []
     products = iter((*PRODUCTS * layers, "output"))
     for name, *_ in step:
         group = next((group for group, words in GROUPS.items() if any(word in name for word in words)), None)
         if group is None:  # a product, or what adds up a split one's parts
-            group = grouped[-1] if "reduce" in name.lower() else next(products)
+            group = grouped[-1] if "reduce" in name.lower() else next(products, None)
         grouped.append(group)
-    if next(products, None) is not None:
-        raise ValueError(f"fewer products in a step than expected: {step[:20]}")
+    if None in grouped or next(products, None) is not None:
+        raise ValueError(f"expected {len(PRODUCTS) * layers + 1} products in a step, found another number: {step[:20]}")
     found: dict[str, float] = defaultdict(float)
     before = step[0][1]
-    for group, (_, start, end) in zip(grouped, step, strict=True):
+    for group, (_, start, end) in zip(filter(None, grouped), step, strict=True):
         found["gaps"] += max(0.0, start - before)
         found[group] += max(0.0, end - max(before, start))
         before = max(before, end)

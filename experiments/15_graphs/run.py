@@ -9,7 +9,6 @@ import json
 import statistics
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -30,7 +29,6 @@ from vattn.tuning.choices import choices_for
 NEEDS = ("cuda", "transformers")
 REPEATS, TURNS, WARM_UP = 50, 5, 5
 CHILDREN, CHILD_SECONDS = 3, 900  # that get ready side by side; one at a time measures
-ALONE = Path(tempfile.gettempdir()) / "vattn-15-graphs.lock"
 
 
 # -- one forward, in a process of its own: a capture that fails may leave PyTorch unfit for more -----------------------
@@ -46,7 +44,7 @@ def measure(name: str, quick: bool) -> dict[str, Any]:
 @contextmanager
 def alone() -> Iterator[None]:
     """No other process that measures is in here."""
-    with ALONE.open("w") as file:
+    with Path(__file__).open() as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import gc
 import os
 import signal
-import threading
 
 import pytest
 from helpers.stream_driver import StreamDriver
 from test_streams import LAYOUT, PAGE, launch_fill, new
 
 import vattn
-from vattn.interrupts import GarbageWaits, Uninterrupted
+from vattn.interrupts import Uninterrupted
 from vattn.memory.steps import Steps
 
 
@@ -322,86 +321,3 @@ def test_a_handler_may_use_a_cache_while_another_s_signal_is_still_to_be_told(ca
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-# -- the garbage collector ---------------------------------------------------------------------------------------------
-def test_garbage_waits_until_the_last_of_the_blocks_ends():
-    assert gc.isenabled()
-    outer, inner = GarbageWaits(), GarbageWaits()
-    with outer:
-        assert not gc.isenabled()
-        with pytest.raises(ValueError, match="mine"), inner:
-            raise ValueError("mine")
-        assert not gc.isenabled()
-    assert gc.isenabled()
-
-
-def test_a_collector_that_the_user_turned_off_stays_off():
-    gc.disable()
-    try:
-        with GarbageWaits():
-            pass
-        assert not gc.isenabled()
-    finally:
-        gc.enable()
-
-
-def test_a_child_that_is_forked_in_a_block_collects_and_can_open_another():
-    block = GarbageWaits()
-    block.__enter__()
-    child = os.fork()
-    if child == 0:
-        collects = gc.isenabled()
-        block.__exit__(None, None, None)  # goes on where it was forked
-        with GarbageWaits():
-            waits = not gc.isenabled()
-        os._exit(0 if collects and waits and gc.isenabled() else 1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    assert not gc.isenabled()
-    block.__exit__(None, None, None)
-    assert gc.isenabled()
-
-
-def test_forks_beside_threads_that_open_blocks_leave_the_collector_on():
-    stop = threading.Event()
-
-    def opens():
-        while not stop.is_set():
-            with GarbageWaits():
-                pass
-
-    threads = [threading.Thread(target=opens) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    try:
-        for _ in range(50):
-            child = os.fork()
-            if child == 0:
-                os._exit(0 if gc.isenabled() else 1)
-            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    finally:
-        stop.set()
-        for thread in threads:
-            thread.join()
-    assert gc.isenabled()
-
-
-def test_handlers_that_raise_leave_the_collector_on():
-    def raises(*_):
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGALRM, raises)
-    interruptions = 0
-    signal.setitimer(signal.ITIMER_REAL, 0.0005, 0.0005)
-    try:
-        while interruptions < 100:
-            try:
-                while True:
-                    with Uninterrupted(), GarbageWaits():
-                        pass
-            except KeyboardInterrupt:
-                interruptions += 1
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-    assert gc.isenabled()
