@@ -107,6 +107,13 @@ def _hand_over() -> None:
             _hand_over()
 
 
+def _end() -> None:
+    try:
+        _put_back()
+    finally:
+        _hand_over()
+
+
 class Uninterrupted:
     """Puts the handlers of ``SIGNALS`` off until the outermost such block ends."""
 
@@ -122,7 +129,8 @@ class Uninterrupted:
                 self._outermost = _active = True
                 _take_over()
             except BaseException:  # of a handler that was not replaced yet
-                self.end()
+                self._outermost = _active = False  # before any call: where one begins, another handler may raise
+                _end()
                 raise
 
     def end(self) -> None:
@@ -130,10 +138,7 @@ class Uninterrupted:
         global _active
         if self._outermost:
             self._outermost = _active = False
-            try:
-                _put_back()
-            finally:
-                _hand_over()
+            _end()
 
     def __enter__(self) -> None:
         self.begin()

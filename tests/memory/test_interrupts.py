@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import signal
@@ -11,6 +12,7 @@ from helpers.stream_driver import StreamDriver
 from test_streams import LAYOUT, PAGE, launch_fill, new
 
 import vattn
+from vattn import interrupts
 from vattn.interrupts import Uninterrupted
 from vattn.memory.steps import Steps
 
@@ -321,3 +323,38 @@ def test_a_handler_may_use_a_cache_while_another_s_signal_is_still_to_be_told(ca
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def test_two_signals_at_once_do_not_put_handlers_off_for_good(monkeypatch):
+    """The second one is told where the first one's error is being handled. As where a busy host delivers them late."""
+    trip = ctypes.pythonapi.PyErr_SetInterruptEx  # the signal is pending after it, and nothing was told yet
+    raised = []
+
+    def fail(number, frame):
+        raised.append(number)
+        if len(raised) == 1:
+            (_,) = pending  # not a call: this error is on its way when the next call tells the second one
+        raise TimeoutError
+
+    class Numbers:
+        """SIGALRM comes before its handler is replaced."""
+
+        def __iter__(self):
+            return map(lambda number: trip(number) or number, [signal.SIGALRM])
+
+    pending = map(trip, [signal.SIGALRM])
+    reached = False
+    before = signal.signal(signal.SIGALRM, fail)
+    monkeypatch.setattr(interrupts, "SIGNALS", Numbers())
+    try:
+        with pytest.raises(TimeoutError), Uninterrupted():
+            raise AssertionError("begun all the same")
+        monkeypatch.undo()
+        assert len(raised) == 2
+        with pytest.raises(TimeoutError), Uninterrupted():
+            signal.raise_signal(signal.SIGALRM)
+            reached = True
+        assert reached, "told in the block"
+        assert signal.getsignal(signal.SIGALRM) is fail
+    finally:
+        signal.signal(signal.SIGALRM, before)
