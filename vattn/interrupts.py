@@ -3,7 +3,8 @@
 What is promised of an operation of a cache or a decode loop:
 
 * In the main thread, Python handlers of ``SIGNALS`` run before the operation or after it. One that raises then raises
-  out of the call: the operation is done, or was not begun. Its result is lost; a slot that it took is given back.
+  out of the call: the operation is done, or was not begun. The caller does not get its result; a slot that it took is
+  given back, unless a second handler raises within the same microseconds.
 * An object that the garbage collector ends in the middle of an operation does its own work after the operation. So no
   finaliser waits for a lock that its own thread holds.
 
@@ -18,6 +19,7 @@ import os
 import signal
 import threading
 import traceback
+import weakref
 from collections import deque
 from collections.abc import Callable
 from functools import wraps
@@ -63,82 +65,101 @@ def for_one_thread(method: _Method) -> _Method:
 
 
 # -- signals -----------------------------------------------------------------------------------------------------------
+# Python runs a handler where a function begins, after the call of a function in C, and where a loop goes back. What is
+# written here holds although a handler raises at any of these places.
+#
 # State of the main thread, the only one that runs handlers.
 _main_thread = threading.main_thread().ident
-_active = False  # whether a block is open there
-_handlers: dict[int, _Handler] = {}  # the handlers that ``_note`` stands in for
-_came: deque[tuple[_Handler, int, FrameType | None]] = deque()
+_block: weakref.ref[Uninterrupted] | None = None  # the outermost open one; it is over, too, when it is gone
+_handlers: dict[int, _Handler] = {}  # the newest handler that ``_note`` stood in for, by number
+_replaced: set[int] = set()  # the numbers for which it stands in now
+_came: dict[int, tuple[_Handler, FrameType | None]] = {}  # once each, as the system keeps signals that are blocked
 
 
 def _note(number: int, frame: FrameType | None) -> None:
     """In a handler's place while a block is open."""
-    if _active:
-        _came.append((_handlers[number], number, frame))
-    else:  # putting it back was interrupted, by a handler that raised
-        signal.signal(number, _handlers[number])
-        _handlers[number](number, frame)
+    handler = _handlers[number]
+    if _block is not None and _block() is not None:
+        _came[number] = handler, frame
+    else:  # left by a block whose end was interrupted
+        signal.signal(number, handler)
+        _replaced.discard(number)
+        handler(number, frame)
 
 
 def _take_over() -> None:
     for number in SIGNALS:
         handler = signal.getsignal(number)
-        if handler is _note:  # left by a block whose end was interrupted
-            continue
-        if callable(handler):
+        if handler is _note:
+            _replaced.add(number)
+        elif callable(handler):
             _handlers[number] = handler
-            signal.signal(number, _note)
-        else:
-            _handlers.pop(number, None)
-
-
-def _put_back() -> None:
-    for number, handler in tuple(_handlers.items()):  # one that is back may run at once, and begin a block of its own
-        if (found := signal.signal(number, handler)) is not _note:  # somebody has set another one in the block
-            signal.signal(number, found)
-
-
-def _hand_over() -> None:
-    """Call the handlers of what came; all of them, though the first one raises."""
-    if _came:
-        handler, number, frame = _came.popleft()
-        try:
-            handler(number, frame)
-        finally:
-            _hand_over()
+            _replaced.add(number)
+            found = signal.signal(number, _note)
+            if found is handler:
+                continue
+            # The handler ran after ``getsignal``, and has set another.
+            if callable(found):
+                _handlers[number] = found
+            else:
+                signal.signal(number, found)
+                _replaced.discard(number)
 
 
 def _end() -> None:
+    """Put the handlers back, and call those of what came; all of them, though one raises."""
     try:
-        _put_back()
+        for number in tuple(_replaced):
+            if signal.getsignal(number) is _note and (found := signal.signal(number, _handlers[number])) is not _note:
+                signal.signal(number, found)  # set by a handler that ran in between
+            _replaced.discard(number)
+        for number in tuple(_came):
+            if number in _came:
+                handler, frame = _came[number]
+                del _came[number]
+                handler(number, frame)
     finally:
-        _hand_over()
+        if _replaced or _came:
+            _end()
 
 
 class Uninterrupted:
-    """Puts the handlers of ``SIGNALS`` off until the outermost such block ends."""
+    """Puts the handlers of ``SIGNALS`` off until the outermost such block ends.
 
-    __slots__ = ("_outermost",)
+    A signal that comes several times meanwhile is handled once, as the system does with one that is blocked.
+    """
+
+    __slots__ = ("__weakref__", "_outermost")
 
     def __init__(self) -> None:
         self._outermost = False
 
     def begin(self) -> None:
-        global _active
-        if threading.get_ident() == _main_thread and not _active:
+        global _block
+        if threading.get_ident() == _main_thread and (_block is None or _block() in (None, self)):
             try:
-                self._outermost = _active = True
+                self._outermost = True
+                _block = weakref.ref(self)
                 _take_over()
-            except BaseException:  # of a handler that was not replaced yet
-                self._outermost = _active = False  # before any call: where one begins, another handler may raise
-                _end()
+            except BaseException:  # raised by a handler that was not replaced yet
+                self._outermost, _block = False, None  # before any call, as another handler may run where it begins
+                try:
+                    _end()
+                finally:
+                    if _replaced or _came:  # one did there, and raised
+                        _end()
                 raise
 
     def end(self) -> None:
         """Without effect where ``begin`` had none."""
-        global _active
+        global _block
         if self._outermost:
-            self._outermost = _active = False
-            _end()
+            self._outermost, _block = False, None
+            try:
+                _end()
+            finally:
+                if _replaced or _came:  # a handler ran where that function began, and raised
+                    _end()
 
     def __enter__(self) -> None:
         self.begin()
@@ -198,7 +219,7 @@ class FinalisersWait:
 # -- the garbage collector ---------------------------------------------------------------------------------------------
 _gc_lock = threading.Lock()
 _gc_waits = 0  # open blocks, of all threads
-_gc_was_enabled = False  # before the first of them
+_gc_was_enabled = False  # before the first of those that are open
 
 
 class GarbageWaits:
@@ -215,40 +236,40 @@ class GarbageWaits:
         global _gc_waits, _gc_was_enabled
         with _gc_lock:
             if _gc_waits == 0:
-                _gc_was_enabled = gc.isenabled()
+                _gc_was_enabled = gc.isenabled()  # before it is off: a fork may come after any line
                 gc.disable()
             _gc_waits += 1
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        global _gc_waits
         with _gc_lock:
-            _end_blocks(1)
+            if _gc_waits:  # else it was open when this process was forked
+                _gc_waits -= 1
+                if _gc_waits == 0:
+                    _enable_again()
 
 
-def _end_blocks(count: int) -> None:
-    """With the lock held; without effect for a block that was open when its process was forked."""
-    global _gc_waits
-    if _gc_waits:
-        _gc_waits -= count
-        if _gc_waits == 0 and _gc_was_enabled:
-            gc.enable()
+def _enable_again() -> None:
+    global _gc_was_enabled
+    if _gc_was_enabled:
+        gc.enable()
+        _gc_was_enabled = False
 
 
 def _begin_in_a_child() -> None:
     """After a fork: what other threads were in the middle of is nobody's here, nor what the parent has left to do."""
-    global _main_thread, _active, _gc_lock
-    _gc_lock = threading.Lock()  # the old one is taken, by the fork
-    _end_blocks(_gc_waits)
+    global _main_thread, _block, _gc_lock, _gc_waits
+    _gc_lock = threading.Lock()  # another thread may have held the old one
+    _gc_waits = 0
+    _enable_again()
     _main_thread = threading.get_ident()
-    if _active:
-        _active = False
-        _put_back()
+    _block = None
     _came.clear()
+    _end()
     _later.clear()
     this_thread.depth = 0
 
 
-os.register_at_fork(
-    before=lambda: _gc_lock.acquire(), after_in_parent=lambda: _gc_lock.release(), after_in_child=_begin_in_a_child
-)
+os.register_at_fork(after_in_child=_begin_in_a_child)

@@ -10,6 +10,7 @@ import threading
 
 import pytest
 
+from vattn import interrupts
 from vattn.interrupts import GarbageWaits, Uninterrupted
 
 
@@ -50,6 +51,35 @@ def test_a_child_that_is_forked_in_a_block_collects_and_can_open_another():
     assert gc.isenabled()
 
 
+def test_a_child_of_a_process_without_the_collector_has_none_either():
+    with GarbageWaits():
+        pass
+    gc.disable()
+    try:
+        child = os.fork()
+        if child == 0:
+            os._exit(1 if gc.isenabled() else 0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    finally:
+        gc.enable()
+
+
+def test_a_child_that_is_forked_as_a_block_begins_collects(monkeypatch):
+    """By another thread, between any two lines."""
+    disable = gc.disable
+
+    def then_forks():
+        disable()
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if gc.isenabled() else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+    monkeypatch.setattr(gc, "disable", then_forks)
+    with GarbageWaits():
+        assert not gc.isenabled()
+
+
 def test_forks_beside_threads_that_open_blocks_leave_the_collector_on():
     stop = threading.Event()
 
@@ -65,6 +95,9 @@ def test_forks_beside_threads_that_open_blocks_leave_the_collector_on():
         for _ in range(50):
             child = os.fork()
             if child == 0:
+                signal.alarm(10)  # where it waits for what a thread held
+                with GarbageWaits():
+                    pass
                 os._exit(0 if gc.isenabled() else 1)
             assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     finally:
@@ -82,7 +115,7 @@ def test_handlers_that_raise_leave_the_collector_on():
             pass
 
     def raises(number, frame):
-        if frame.f_code not in (here.f_code, raises.__code__):  # where nothing would catch it
+        if frame.f_code not in (here.f_code, raises.__code__):  # which catches what the blocks raise, no more
             raise KeyboardInterrupt
 
     here = sys._getframe()
@@ -98,3 +131,4 @@ def test_handlers_that_raise_leave_the_collector_on():
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
     assert gc.isenabled()
+    assert interrupts._block is None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import os
 import signal
@@ -12,8 +11,6 @@ from helpers.stream_driver import StreamDriver
 from test_streams import LAYOUT, PAGE, launch_fill, new
 
 import vattn
-from vattn import interrupts
-from vattn.interrupts import Uninterrupted
 from vattn.memory.steps import Steps
 
 
@@ -254,111 +251,3 @@ def test_another_cache_that_the_collector_ends_goes_after_the_operation(collecti
     collecting.driver.during = "map"
     collecting.ensure(slot, 128)
     assert not driver.book.ranges
-
-
-# -- handlers that come and go -----------------------------------------------------------------------------------------
-def test_a_handler_that_is_set_in_an_operation_stays():
-    def new(number, frame):
-        raise AssertionError
-
-    before = signal.signal(signal.SIGUSR1, lambda number, frame: None)
-    try:
-        with Uninterrupted():
-            signal.signal(signal.SIGUSR1, new)
-        assert signal.getsignal(signal.SIGUSR1) is new
-    finally:
-        signal.signal(signal.SIGUSR1, before)
-
-
-def test_no_signal_is_lost_while_handlers_are_put_off(monkeypatch):
-    """One that came is told although another's handler, which is in place still, raises."""
-    came = []
-
-    def note(number, frame):
-        came.append(number)
-
-    def fail(number, frame):
-        raise TimeoutError
-
-    handlers = {signal.SIGINT: note, signal.SIGUSR2: fail}
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    getsignal = signal.getsignal
-
-    def both(number):
-        if number == signal.SIGUSR2:
-            monkeypatch.undo()
-            signal.raise_signal(signal.SIGINT)
-            signal.raise_signal(signal.SIGUSR2)
-        return getsignal(number)
-
-    monkeypatch.setattr(signal, "getsignal", both)
-    try:
-        with pytest.raises(TimeoutError), Uninterrupted():
-            raise AssertionError("begun all the same")
-        assert came == [signal.SIGINT]
-        assert getsignal(signal.SIGINT) is note
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def test_a_handler_may_use_a_cache_while_another_s_signal_is_still_to_be_told(cache):
-    """It sets that one's handler back to the default, and begins operations of its own."""
-    came = []
-
-    def first(number, frame):
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        cache.release(cache.acquire())
-        came.append(number)
-
-    handlers = {signal.SIGINT: first, signal.SIGTERM: lambda number, frame: came.append(number)}
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    try:
-        with Uninterrupted():
-            signal.raise_signal(signal.SIGINT)
-            signal.raise_signal(signal.SIGTERM)
-            assert not came
-        assert sorted(came) == [signal.SIGINT, signal.SIGTERM]
-        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def test_two_signals_at_once_do_not_put_handlers_off_for_good(monkeypatch):
-    """The second one is told where the first one's error is being handled. As where a busy host delivers them late."""
-    trip = ctypes.pythonapi.PyErr_SetInterruptEx  # the signal is pending after it, and nothing was told yet
-    raised = []
-
-    def fail(number, frame):
-        raised.append(number)
-        if len(raised) == 1:
-            (_,) = pending  # not a call: this error is on its way when the next call tells the second one
-        raise TimeoutError
-
-    class Numbers:
-        """SIGALRM comes before its handler is replaced."""
-
-        def __iter__(self):
-            return (trip(number) or number for number in [signal.SIGALRM])
-
-    def interrupted():
-        with Uninterrupted():
-            signal.raise_signal(signal.SIGALRM)
-            reached.append(True)
-
-    pending = map(trip, [signal.SIGALRM])
-    reached = []
-    before = signal.signal(signal.SIGALRM, fail)
-    monkeypatch.setattr(interrupts, "SIGNALS", Numbers())
-    try:
-        with pytest.raises(TimeoutError), Uninterrupted():
-            raise AssertionError("begun all the same")
-        monkeypatch.undo()
-        assert len(raised) == 2
-        with pytest.raises(TimeoutError):
-            interrupted()
-        assert reached, "told in the block"
-        assert signal.getsignal(signal.SIGALRM) is fail
-    finally:
-        signal.signal(signal.SIGALRM, before)
