@@ -65,15 +65,16 @@ def for_one_thread(method: _Method) -> _Method:
 
 
 # -- signals -----------------------------------------------------------------------------------------------------------
-# Python runs a handler where a function begins, after the call of a function in C, and where a loop goes back. What is
-# written here holds although a handler raises at any of these places.
+# Python runs a handler where a function begins, after the call of a function in C, and where a loop goes back. One that
+# raises at any of these places does no harm here. Where two raise within microseconds, ``_note`` may stay in place of a
+# handler, and a signal may wait, until the next block.
 #
 # State of the main thread, the only one that runs handlers.
 _main_thread = threading.main_thread().ident
 _block: weakref.ref[Uninterrupted] | None = None  # the outermost open one; it is over, too, when it is gone
 _handlers: dict[int, _Handler] = {}  # the newest handler that ``_note`` stood in for, by number
 _replaced: set[int] = set()  # the numbers for which it stands in now
-_came: dict[int, tuple[_Handler, FrameType | None]] = {}  # once each, as the system keeps signals that are blocked
+_came: dict[int, tuple[_Handler, FrameType | None]] = {}  # by number; of one that came several times, the last
 
 
 def _note(number: int, frame: FrameType | None) -> None:
@@ -107,7 +108,7 @@ def _take_over() -> None:
 
 
 def _end() -> None:
-    """Put the handlers back, and call those of what came; all of them, though one raises."""
+    """Put the handlers back, and call those of what came: all of them, although one raises."""
     try:
         for number in tuple(_replaced):
             if signal.getsignal(number) is _note and (found := signal.signal(number, _handlers[number])) is not _note:

@@ -14,8 +14,6 @@ import vattn
 from vattn import interrupts
 from vattn.interrupts import Uninterrupted
 
-NUMBERS = (signal.SIGINT, signal.SIGALRM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
-
 # Makes a signal pending. Its handler runs at the next place where Python runs handlers, not in the call.
 trip = ctypes.pythonapi.PyErr_SetInterruptEx
 
@@ -23,8 +21,9 @@ trip = ctypes.pythonapi.PyErr_SetInterruptEx
 @pytest.fixture(autouse=True)
 def as_before():
     """Handlers are as they were, and no block is open, also where a test fails."""
-    before = {number: signal.getsignal(number) for number in NUMBERS}
+    before = {number: signal.getsignal(number) for number in interrupts.SIGNALS}
     yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
     interrupts._block = None
     interrupts._came.clear()
     interrupts._replaced.clear()
