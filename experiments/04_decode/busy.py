@@ -25,7 +25,8 @@ SYSTEMS = {
     "vattn": {},
     "vattn-2-ahead": {"steps_ahead": 2},
     "vattn-8-ahead": {"steps_ahead": 8},
-    "vattn-measured-8-ahead": {"steps_ahead": 8, "graphs": "measure"},
+    "vattn-16-ahead": {"steps_ahead": 16},
+    "vattn-measured-16-ahead": {"steps_ahead": 16, "graphs": "measure"},
 }
 ENDLESS = "print(flush=True)\nwhile True: pass"
 

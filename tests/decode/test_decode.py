@@ -95,7 +95,7 @@ def test_merged_weights_are_the_model_s_own(device):
     assert {(weight.shape[0], weight.shape[1]) for weight in weights} == shapes
 
 
-@pytest.mark.parametrize("steps_ahead", [1, 3, 8])
+@pytest.mark.parametrize("steps_ahead", [1, 3, 16])
 def test_sequences_come_and_go(fused, model, steps_ahead):
     """Random arrivals, cancellations, ends and new lives of slots between steps, in a cache that runs out of pages."""
     walk(fused, model, num_events=400, seed=3, steps_ahead=steps_ahead)
@@ -186,7 +186,7 @@ def walk(fused: FusedLlama, model: Llama, num_events: int, seed: int, steps_ahea
     assert seen["refused"] or not on_cpu
 
 
-@pytest.mark.parametrize("steps_ahead", [1, 2, 5, 8])
+@pytest.mark.parametrize("steps_ahead", [1, 2, 5, 11])
 def test_steps_are_reported_so_many_later(fused, model, steps_ahead):
     prompt = [3, 5, 7]
     (expected,) = eager(model, [prompt], 30)
@@ -207,7 +207,7 @@ def test_steps_are_reported_so_many_later(fused, model, steps_ahead):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counts pages of 16 rows")
-@pytest.mark.parametrize("steps_ahead", [1, 8])
+@pytest.mark.parametrize("steps_ahead", [1, 16])
 def test_pages_of_a_sequence_whose_end_was_not_read_yet(fused, model, steps_ahead):
     prompts = [list(range(1, 14)), list(range(2, 31))]
     expected = eager(model, prompts, 12)
@@ -225,7 +225,7 @@ def test_pages_of_a_sequence_whose_end_was_not_read_yet(fused, model, steps_ahea
         cache.check_integrity()
 
 
-@pytest.mark.parametrize("wrong", [0, 9, -1, 1.5, True, "2"])
+@pytest.mark.parametrize("wrong", [0, 17, -1, 1.5, True, "2"])
 def test_steps_ahead_that_there_are_not(fused, model, wrong):
     with open_cache(model, 3) as cache:
         with pytest.raises(ConfigError, match="steps_ahead"):

@@ -60,7 +60,7 @@ class DecodeLoop:
         ahead_tokens: rows to map ahead of each sequence; None for two pages' worth.
         mapping: ``"thread"``, or ``"inline"`` to map between steps in the caller's thread.
         max_stop_tokens: of a sequence.
-        steps_ahead: steps, 1 to 8, that are under way while an older one's tokens are read. With more the GPU goes on
+        steps_ahead: steps, 1 to 16, that are under way while an older one's tokens are read. With more the GPU goes on
             while the host is kept from launching; a new sequence waits for them, and a stop token is seen so many steps
             later.
 

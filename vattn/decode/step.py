@@ -46,7 +46,7 @@ class CapturableCompute(Protocol):
     def __call__(self, residual: torch.Tensor, batch: DecodeBatch, attention: AttentionBackend) -> torch.Tensor: ...
 
 
-RING = 16  # steps whose tokens the ring holds
+RING = 32  # steps whose tokens the ring holds
 MAX_STEPS_AHEAD = RING // 2  # left under way; capturing a graph on its first use takes two rows of the ring, too
 _REASONS = {0: None, 1: "stop", 2: "length", 3: "error"}
 
