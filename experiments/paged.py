@@ -316,4 +316,4 @@ def paged_ops(ops: Ops, cache: PagedKVCache) -> tuple[Ops, dict[int, PagedStep]]
         v_cache.index_put_(where, v[index, rows.long()])
         return q
 
-    return replace(ops, rope_append=rope_append), steps
+    return replace(ops, rope_append=rope_append, rope_in_attention=False), steps

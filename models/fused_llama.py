@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from vattn.attention import AttentionBackend, AttentionBatch, DecodeBatch
+from vattn.attention.rope_decode import rope_attention, rope_decode
 from vattn.errors import ConfigError
 from vattn.ops.merge import adopt, merge
 from vattn.ops.ops_table import Ops
@@ -228,6 +229,9 @@ class FusedLlama:
             ``[tokens - num_prefill, hidden_size]``, what the output projection takes.
         """
         ops, eps, head_dim = self.ops, self.config.rms_norm_eps, self.config.head_dim
+        # Every write to older rows, lengths and slots has ended before the first norm lets a product begin.
+        one_kernel = rope_attention(parts, early=True) if ops.rope_in_attention and not num_prefill else None
+        early = len(residual) == 1
         x = ops.add_rms_norm(None, residual, self.layers[0].norm, eps)
         for index, layer in enumerate(self.layers):
             k, v = cache.k(index), cache.v(index)
@@ -236,17 +240,24 @@ class FusedLlama:
             if last and num_prefill == len(x):  # nobody asks for queries either
                 num_q = self.num_heads * head_dim
                 qkv, qkv_bias = qkv[num_q:], None if qkv_bias is None else qkv_bias[num_q:]
-            q = ops.rope_append(
-                ops.linear(x, qkv, qkv_bias), self.table, slots, rows, k, v, layer.q_norm, layer.k_norm, eps
-            )
-            if last and num_prefill:
-                q, residual, parts = q[num_prefill:], residual[num_prefill:], parts[1:]
-                if not parts:
-                    return residual
-            out = [
-                attention(of_part, k, v, batch, scale=head_dim**-0.5, window=layer.window)
-                for of_part, (batch, attention) in zip(q.split([b.num_tokens for b, _ in parts]), parts, strict=True)
-            ]
+            product = ops.linear(x, qkv, qkv_bias)
+            norms = layer.q_norm, layer.k_norm, eps
+            options: dict[str, Any] = {"scale": head_dim**-0.5, "window": layer.window}
+            if one_kernel is not None:
+                batch = parts[0][0]
+                out = [rope_decode(one_kernel, product, self.table, k, v, *norms, batch, **options, early=early)]
+            else:
+                q = ops.rope_append(product, self.table, slots, rows, k, v, *norms)
+                if last and num_prefill:
+                    q, residual, parts = q[num_prefill:], residual[num_prefill:], parts[1:]
+                    if not parts:
+                        return residual
+                out = [
+                    attention(of_part, k, v, batch, **options)
+                    for of_part, (batch, attention) in zip(
+                        q.split([b.num_tokens for b, _ in parts]), parts, strict=True
+                    )
+                ]
             if len(out) > 1 and num_prefill < _LARGE:
                 out = [torch.cat(out)]
             following = self.model.norm.weight if last else self.layers[index + 1].norm

@@ -30,7 +30,7 @@ STEPS = 24
 PROMPT, PASSES = 8192, 8
 PRODUCTS = ("qkv", "o", "gate-up", "down")  # of a layer, in order
 GROUPS = {  # by what a kernel's name has in it
-    "attention": ("attention", "combine", "flash"),
+    "attention": ("attention", "rope_decode", "combine", "flash"),
     "swiglu": ("swiglu_kernel",),
     "norms-and-rope": ("norm", "rope", "append"),
     "begin-and-sample": ("begin_step", "sample", "advance", "elementwise", "index", "gather", "Mem"),

@@ -56,7 +56,7 @@ def ablations(ops: Ops) -> dict[str, Setting]:
         "vattn-cublas-only": replace(full, ops=fused_ops(LinearTable({}, pdl=True))),
         "vattn-no-pdl": replace(full, ops=fused_ops(no_pdl), pdl=False),
         "vattn-eager-norm": replace(full, ops=replace(ops, add_rms_norm=eager.add_rms_norm)),
-        "vattn-eager-rope": replace(full, ops=replace(ops, rope_append=eager.rope_append)),
+        "vattn-eager-rope": replace(full, ops=replace(ops, rope_append=eager.rope_append, rope_in_attention=False)),
         "vattn-eager-swiglu": replace(full, ops=replace(ops, linear_swiglu=_linear_then_swiglu(ops))),
         "vattn-eager-begin": replace(full, ops=replace(ops, begin_step=eager.begin_step)),
         "vattn-eager-sampling": replace(full, ops=replace(ops, sample_tokens=sample_in_torch)),

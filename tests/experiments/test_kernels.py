@@ -33,6 +33,13 @@ def test_each_kernel_is_of_a_part():
     }
 
 
+def test_rotary_embedding_inside_attention_is_attention():
+    step = [name for name in STEP if name != "rope_append_kernel"]
+    step = ["rope_decode_kernel" if name == "decode_attention_kernel" else name for name in step]
+    parts = parts_of([(name, 10.0 * i, 10.0 * i + 7) for i, name in enumerate(step)], ORDER)
+    assert (parts["attention"], parts["norms-and-rope"]) == (28, 35)
+
+
 def test_kernels_that_overlap_are_counted_once():
     step = [(name, 5.0 * i, 5.0 * i + 7) for i, name in enumerate(STEP)]
     parts = parts_of(step, ORDER)

@@ -45,10 +45,10 @@ def prompts():
 
 
 @torch.inference_mode()
-def forced(model, ops=None, fuse=True, steps=6):
+def forced(model, ops=None, fuse=True, steps=6, decode="reference"):
     """Logits of a fixed text after prompts of several lengths, by decode steps: ``[steps, batch, vocab]``."""
     texts = [prompt(1, seed=20 + i, length=length + steps)[0] for i, length in enumerate(LENGTHS)]
-    attention, logits, device = get("reference"), [], model.device
+    logits, device = [], model.device
     page_bytes = 4096 if device.type == "cpu" else None
     with (
         TransformersModel(model, 128, ops, fuse=fuse) as made,
@@ -57,12 +57,12 @@ def forced(model, ops=None, fuse=True, steps=6):
         slots = [cache.acquire() for _ in texts][::-1]
         cache.ensure_batch(slots, [len(text) for text in texts])
         tokens = torch.cat([text[:-steps] for text in texts]).to(device)
-        made.prefill(tokens, AttentionBatch.build(slots, LENGTHS, LENGTHS, device), cache, attention)
+        made.prefill(tokens, AttentionBatch.build(slots, LENGTHS, LENGTHS, device), cache, get("reference"))
         for step in range(steps):
             rows = torch.tensor(LENGTHS, dtype=torch.int32, device=device) + step
             new = torch.stack([text[step - steps] for text in texts]).int().to(device)
             batch = DecodeBatch(torch.tensor(slots, dtype=torch.int32, device=device), rows, rows + 1, 128, new)
-            logits.append(made.decode(new, batch, cache, attention).float())
+            logits.append(made.decode(new, batch, cache, get(decode)).float())
         cache.check_integrity()
     return torch.stack(logits), made.report
 

@@ -13,7 +13,8 @@ from helpers.hf_fused import EXPERTS, FAMILIES, NEW_TOKENS, SANDWICH, forced, gr
 from helpers.hf_models import prompt
 
 from vattn import ConfigError, Engine, KVCache, Request
-from vattn.hf import TransformersModel
+from vattn.attention.rope_decode import rope_decode
+from vattn.hf import TransformersModel, fused_layers
 from vattn.ops.ops_table import LinearTable, fused_ops, reference_ops
 from vattn.ops.skinny_linear import LinearConfig
 from vattn.ops.triton_support import unavailable
@@ -61,15 +62,20 @@ def test_logits_in_bfloat16_are_as_near_as_the_models_own(name):
 
 @pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
 @pytest.mark.parametrize("name", ["Llama", "Qwen3", "Gemma 3", "Phi-3", "OLMo-2", "Glm4", "Cohere2", "Mixtral"])
-def test_triton_kernels(name, device, monkeypatch):
-    """In the interpreter where there is no GPU."""
+@pytest.mark.parametrize("one_kernel", [False, True])
+def test_triton_kernels(name, one_kernel, device, monkeypatch):
+    """In the interpreter where there is no GPU; rotary embedding and attention apart, or as one kernel."""
+    calls = []
+    monkeypatch.setattr("vattn.attention.rope_decode.MIN_SEQUENCES", 1 if one_kernel else 99)
+    monkeypatch.setattr(fused_layers, "rope_decode", lambda *args, **kw: calls.append(1) or rope_decode(*args, **kw))
     monkeypatch.setattr("vattn.hf.fused_parts.MOST_PAIRS", 16)  # the interpreter is slow
     small = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 40, "num_attention_heads": 2}
     small |= {"num_key_value_heads": 1} | (
         {"layer_types": ["sliding_attention"]} if name in ("Gemma 3", "Cohere2") else {}
     )
     own, _ = forced(make(name, **small).to(device), fuse=False, steps=2)
-    got, report = forced(make(name, **small).to(device), fused_ops(Skinny({})), steps=2)
+    got, report = forced(make(name, **small).to(device), fused_ops(Skinny({})), steps=2, decode="triton-decode")
+    assert len(calls) == (2 if one_kernel else 0)  # one layer, two steps
     assert report.fused == {kind: -(-count // 4) for kind, count in FAMILIES[name][1].items()}, str(report)
     torch.testing.assert_close(got, own, rtol=1e-4, atol=1e-4)
 

@@ -151,24 +151,54 @@ class TritonDecodeAttention(Backend):
         Raises:
             ConfigError: a sequence has several new tokens, or the workspace is too small.
         """
-        from .triton_decode_kernels import combine_kernel, decode_attention_kernel
+        from .triton_decode_kernels import decode_attention_kernel
 
         if batch.max_query_len != 1:
             raise ConfigError(f"{self.name} computes one new token of each sequence, got up to {batch.max_query_len}")
-        batch_size, num_kv_heads = batch.batch_size, k.shape[2]
-        num_heads, v_head_dim = q.shape[1], v.shape[3]
-        out = q.new_empty(batch_size, num_heads, v_head_dim) if out is None else out
+        out = q.new_empty(batch.batch_size, q.shape[1], v.shape[3]) if out is None else out
+        options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap, "sinks": sinks}
+        self.launch(decode_attention_kernel, query_arguments(q), k, v, batch, out, workspace=workspace, **options)
+        return out
+
+    def launch(
+        self,
+        kernel: Any,
+        own: dict[str, Any],
+        k: torch.Tensor,
+        v: torch.Tensor,
+        batch: AttentionBatch,
+        out: torch.Tensor,
+        *,
+        new_rows: int = 0,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
+        workspace: DecodeWorkspace | None = None,
+    ) -> None:
+        """Launch a kernel that splits each context, and one that combines where that is another.
+
+        Args:
+            kernel: takes what ``arguments`` makes, and ``own``.
+            own: its other arguments, by name.
+            k, v, batch, out, scale, window, softcap, sinks, workspace: as in ``__call__``.
+            new_rows: at the end of each sequence that the kernel does not read from the cache.
+        """
+        from .triton_decode_kernels import combine_kernel
+
+        batch_size, num_heads, v_head_dim = out.shape
+        num_kv_heads = k.shape[2]
         rows = batch.max_end if window is None else min(batch.max_end, window)
-        splits = self.num_splits(batch_size, num_kv_heads, rows, q.device)
+        splits = self.num_splits(batch_size, num_kv_heads, rows, out.device)
         if workspace is None and self.workspaces is not None:
-            shape = (batch_size, num_heads, num_kv_heads, v_head_dim, batch.max_end, q.device)
+            shape = (batch_size, num_heads, num_kv_heads, v_head_dim, batch.max_end, out.device)
             if shape not in self.workspaces:
                 self.workspaces[shape] = self.workspace(*shape)
             workspace = self.workspaces[shape]
         if splits > 1:
-            workspace = self._workspace(workspace, batch_size, num_heads, num_kv_heads, v_head_dim, splits, q.device)
+            workspace = self._workspace(workspace, batch_size, num_heads, num_kv_heads, v_head_dim, splits, out.device)
         arguments, options = self.arguments(
-            *(q, k, v, out, batch.slots_int32, batch.ends_int32, batch.starts_int32),
+            *(k, v, out, batch.slots_int32, batch.ends_int32, batch.starts_int32),
             workspace=workspace,
             scale=scale,
             window=window,
@@ -176,17 +206,15 @@ class TritonDecodeAttention(Backend):
             sinks=sinks,
             several_splits=splits > 1,
         )
-        with torch.cuda.device_of(q):
-            decode_attention_kernel[splits, num_kv_heads, batch_size](**arguments, **options)
+        with torch.cuda.device_of(out):
+            kernel[splits, num_kv_heads, batch_size](**arguments, **own, **options)
             if splits > 1 and not self.fused_combine:
                 known = {name: arguments[name] for name in combine_kernel.arg_names if name in arguments}
-                known["BLOCK_S"] = _splits_at_once(arguments["BLOCK_DV"])
+                known |= {"BLOCK_S": _splits_at_once(arguments["BLOCK_DV"]), "NEW": new_rows}
                 combine_kernel[num_heads, batch_size](**known, num_splits=splits, **{**options, "num_warps": 4})
-        return out
 
     def arguments(
         self,
-        q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
         out: torch.Tensor,
@@ -201,21 +229,21 @@ class TritonDecodeAttention(Backend):
         sinks: torch.Tensor | None = None,
         several_splits: bool = True,
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What the kernel is launched with, by name, and the options of its compilation.
+        """What a kernel is launched with, by name, and the options of its compilation; ``query_arguments`` come on top.
 
         Args:
-            q, k, v, out, workspace, scale, window, softcap, sinks: as in ``__call__``; a workspace unless one program
+            k, v, out, workspace, scale, window, softcap, sinks: as in ``__call__``; a workspace unless one program
                 takes all of a context.
             slots, ends, starts: ``[batch_size]`` int32; starts may be None.
             several_splits: False where there is one split; then the kernel has no code for several.
         """
-        num_heads, head_dim, v_head_dim = q.shape[1], k.shape[3], v.shape[3]
+        num_heads, head_dim, v_head_dim = out.shape[1], k.shape[3], v.shape[3]
         group = num_heads // k.shape[2]
         # Matrix multiplications take no less than 16.
         block_d, block_dv = max(16, next_power_of_2(head_dim)), max(16, next_power_of_2(v_head_dim))
         # More rows of float32, which are multiplied without tensor cores, do not fit in the registers.
         max_block_n = self.block_n if k.element_size() < 4 else 32
-        block_n, num_stages = self._tiles((block_d + block_dv) * k.element_size(), max_block_n, q.device)
+        block_n, num_stages = self._tiles((block_d + block_dv) * k.element_size(), max_block_n, out.device)
         # Scores are kept in powers of two. tanh(x) = 1 - 2 / (exp(2 x) + 1), which no x overflows.
         scale *= LOG2_E
         if softcap is not None:
@@ -223,21 +251,18 @@ class TritonDecodeAttention(Backend):
         k_address, dtype, k_align = address_of(k)
         v_address, _, v_align = address_of(v)
         arguments = {
-            "q_ptr": q,
             "k_address": k_address,
             "v_address": v_address,
             "slots_ptr": slots,
             "counters_ptr": ends if workspace is None else workspace.counters,
             "out_ptr": out,
-            "partials_ptr": q if workspace is None else workspace.partials,
+            "partials_ptr": out if workspace is None else workspace.partials,
             "ends_ptr": ends,
             "starts_ptr": ends if starts is None else starts,
-            "sinks_ptr": q if sinks is None else sinks,
+            "sinks_ptr": out if sinks is None else sinks,
             "out_stride": out.stride(0),
             "out_head_stride": out.stride(1),
             "window": INT32_MAX if window is None else window,
-            "q_stride": q.stride(0),
-            "q_head_stride": q.stride(1),
             "k_slot_stride": k.stride(0),
             "k_row_stride": k.stride(1),
             "v_slot_stride": v.stride(0),
@@ -307,6 +332,11 @@ class TritonDecodeAttention(Backend):
         while block_n > 16 and num_stages * block_n * row_bytes > room:
             block_n //= 2
         return block_n, num_stages
+
+
+def query_arguments(q: torch.Tensor) -> dict[str, Any]:
+    """Arguments of the attention kernel: queries ``[batch_size, num_heads, head_dim]``."""
+    return {"q_ptr": q, "q_stride": q.stride(0), "q_head_stride": q.stride(1)}
 
 
 def _splits_at_once(elements: int) -> int:

@@ -14,7 +14,7 @@ import torch
 
 from ..ops.relaunch import Relaunch
 from ..ops.triton_support import address_of, interpreted, next_power_of_2, require_triton
-from .triton_decode import DecodeWorkspace, TritonDecodeAttention
+from .triton_decode import DecodeWorkspace, TritonDecodeAttention, query_arguments
 
 __all__ = ["StepState", "UniformStep", "supports_uniform_step"]
 
@@ -156,10 +156,11 @@ class UniformStep:
 
         state = self._state
         arguments, compiled = _ATTENTION.arguments(
-            *(q.squeeze(2), self._k, self._v, out.squeeze(1), state.slots, state.slots, starts),
+            *(self._k, self._v, out.squeeze(1), state.slots, state.slots, starts),
             workspace=state.workspace(q.shape[1], self._num_kv_heads, self._v_head_dim),
             **options,
         )
+        arguments |= query_arguments(q.squeeze(2))
         varying = ("q_ptr", "out_ptr", "ends_ptr", "starts_ptr", "sinks_ptr")
         for name in varying:
             del arguments[name]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..attention.rope_decode import rope_attention, rope_decode
 from ..ops.ops_table import Ops
 from .fused_parts import Merged, Mlp, Norm, Unfit, linears, packed
 from .passes import Pass, current
@@ -121,12 +122,13 @@ class Attention:
         """
         this, asked = _pass(), self.asked
         if self.angles is None:
-            angles = tuple(each.expand(len(x), -1) for each in self.still)
+            cos, sin = (each.expand(len(x), -1) for each in self.still)
         else:
-            angles = tuple(_ANGLES[self.angles](each.squeeze(0)) for each in position_embeddings)
+            cos, sin = (_ANGLES[self.angles](each.squeeze(0)) for each in position_embeddings)
+        angles = cos, sin
         norms, by_head = self.norms, self.norms is None or len(self.norms[0].weight) == asked.head_dim
         qkv = self.ops.linear(x, self.qkv.weight, self.qkv.bias, whole=not by_head)
-        weights: tuple[torch.Tensor | None, ...] = (None, None)
+        weights: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
         eps = offset = 0.0
         if norms and by_head:
             weights, eps, offset = (norms[0].weight, norms[1].weight), norms[0].eps, norms[0].offset
@@ -138,15 +140,15 @@ class Attention:
                 start += len(norm.weight)
         k, v = this.cache.k(asked.layer), this.cache.v(asked.layer)
         interleaved = self.angles is not None and self.angles.startswith("pairs")
-        q = self.ops.rope_append(qkv, angles, this.slots, this.rows, k, v, *weights, eps, offset, interleaved)
-        out = this.attend(
-            asked.layer,
-            q,
-            scale=asked.scale,
-            window=this.window(asked.layer),
-            softcap=asked.softcap,
-            sinks=asked.sinks,
-        )
+        options: dict[str, Any] = {"scale": asked.scale, "window": this.window(asked.layer)}
+        options |= {"softcap": asked.softcap, "sinks": asked.sinks}
+        one_kernel = rope_attention(this.parts) if self.ops.rope_in_attention else None
+        if one_kernel is not None:
+            batch = this.parts[0][0]
+            out = rope_decode(one_kernel, qkv, angles, k, v, *weights, eps, batch, offset, interleaved, **options)
+        else:
+            q = self.ops.rope_append(qkv, angles, this.slots, this.rows, k, v, *weights, eps, offset, interleaved)
+            out = this.attend(asked.layer, q, **options)
         return self.ops.linear(out.flatten(-2), self.o.weight, self.o.bias, whole=whole)
 
 

@@ -108,8 +108,12 @@ def add_rms_norm_kernel(  # type: ignore[no-untyped-def]
     SPLITS: tl.constexpr, NORM: tl.constexpr, X_NORM: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
-        gdc_launch_dependents()
+        if SPLITS > 0:
+            gdc_launch_dependents()
         gdc_wait()
+        # Nothing is added: the first norm of a step. Kernels after it may read lengths and the cache before their wait.
+        if SPLITS == 0:
+            gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < hidden

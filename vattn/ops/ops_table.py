@@ -35,6 +35,7 @@ class Ops:
         linear_swiglu: ``(x, weight, bias=None, activation="silu")`` -> ``[tokens, outputs / 2]``; the gate's outputs
             come first.
         name: for messages.
+        rope_in_attention: whether decode attention may do what ``rope_append`` does, where it can in the same kernel.
         plain: the same without programmatic dependent launch; None where these have none either.
     """
 
@@ -48,6 +49,7 @@ class Ops:
     sample_tokens: Callable[..., None]
     advance: Callable[..., None]
     name: str
+    rope_in_attention: bool = False
     plain: Ops | None = None
 
 
@@ -155,5 +157,6 @@ def fused_ops(table: LinearTable | None = None) -> Ops:
         sample_tokens=sample_tokens,
         advance=advance,
         name="fused",
+        rope_in_attention=True,
         plain=fused_ops(LinearTable(table.entries)) if table.pdl else None,
     )
