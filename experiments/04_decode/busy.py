@@ -24,9 +24,10 @@ BATCHES = (1, 16, 64)
 SYSTEMS = {
     "vattn": {},
     "vattn-2-ahead": {"steps_ahead": 2},
-    "vattn-8-ahead": {"steps_ahead": 8},
     "vattn-16-ahead": {"steps_ahead": 16},
-    "vattn-measured-16-ahead": {"steps_ahead": 16, "graphs": "measure"},
+    "vattn-16-ahead-4-a-launch": {"steps_ahead": 16, "steps_per_launch": 4},
+    "vattn-16-ahead-8-a-launch": {"steps_ahead": 16, "steps_per_launch": 8},
+    "vattn-measured-16-ahead-8-a-launch": {"steps_ahead": 16, "steps_per_launch": 8, "graphs": "measure"},
 }
 ENDLESS = "print(flush=True)\nwhile True: pass"
 
@@ -68,7 +69,7 @@ def main() -> None:
                         decoding(model, batch, LENGTH, Setting(ops, **changed), steps=STEPS) as loop,
                         busy(processes),
                     ):
-                        times = level(step_ms(loop, STEPS))
+                        times = level(step_ms(loop, STEPS, changed.get("steps_per_launch", 1)))
                     case = f"busy {name} B={batch} L={LENGTH} host={host}"
                     records.add(case, system, "step", "ms", times)
                     records.add(case, system, "step_p99", "ms", [float(np.quantile(times, 0.99))])

@@ -95,10 +95,10 @@ def test_merged_weights_are_the_model_s_own(device):
     assert {(weight.shape[0], weight.shape[1]) for weight in weights} == shapes
 
 
-@pytest.mark.parametrize("steps_ahead", [1, 3, 16])
-def test_sequences_come_and_go(fused, model, steps_ahead):
+@pytest.mark.parametrize("under_way", [(1, 1), (3, 1), (3, 2), (16, 1), (16, 8)])
+def test_sequences_come_and_go(fused, model, under_way):
     """Random arrivals, cancellations, ends and new lives of slots between steps, in a cache that runs out of pages."""
-    walk(fused, model, num_events=400, seed=3, steps_ahead=steps_ahead)
+    walk(fused, model, num_events=400, seed=3, under_way=under_way)
 
 
 @pytest.mark.gpu
@@ -109,7 +109,7 @@ def test_ten_thousand_events():
     walk(FusedLlama(model), model, num_events=10_000, seed=4)
 
 
-def walk(fused: FusedLlama, model: Llama, num_events: int, seed: int, steps_ahead: int = 1) -> None:
+def walk(fused: FusedLlama, model: Llama, num_events: int, seed: int, under_way: tuple[int, int] = (1, 1)) -> None:
     rng = random.Random(seed)
     prompts = prompts_for(model, 12)
     expected = eager(model, prompts, 60)
@@ -123,7 +123,8 @@ def walk(fused: FusedLlama, model: Llama, num_events: int, seed: int, steps_ahea
         page_bytes=4096 if on_cpu else None,
     )
     seen = {"started": 0, "ended": 0, "cancelled": 0, "refused": 0, "stopped": 0}
-    with cache, DecodeLoop(fused, cache, max_batch=9, ahead_tokens=20, steps_ahead=steps_ahead) as loop:
+    options = {"steps_ahead": under_way[0], "steps_per_launch": under_way[1]}
+    with cache, DecodeLoop(fused, cache, max_batch=9, ahead_tokens=20, **options) as loop:
         running: dict[int, tuple[int, int, int | None, list[int]]] = {}  # slot -> prompt, tokens to come, stop, so far
 
         def note(tokens: list[DecodedToken]) -> None:
@@ -230,7 +231,60 @@ def test_steps_ahead_that_there_are_not(fused, model, wrong):
     with open_cache(model, 3) as cache:
         with pytest.raises(ConfigError, match="steps_ahead"):
             DecodeLoop(fused, cache, steps_ahead=wrong)
+        with pytest.raises(ConfigError, match="steps_per_launch"):
+            DecodeLoop(fused, cache, steps_ahead=16, steps_per_launch=9 if wrong == 17 else wrong)
+        with pytest.raises(ConfigError, match="raise steps_ahead to at least 3"):
+            DecodeLoop(fused, cache, steps_ahead=2, steps_per_launch=3)
         assert cache.stats().num_live_slots == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("graphs", ["always", "measure", "first use"])
+def test_several_steps_in_one_launch(graphs, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # of measured choices
+    model = small_model().to("cuda")
+    prompts = [[3, 5, 7], [2, 9]]
+    expected = eager(model, prompts, 40)
+    options = {"graphs": graphs, "buckets": [3], "steps_ahead": 8, "steps_per_launch": 4}
+    with open_cache(model, 4) as cache, DecodeLoop(FusedLlama(model), cache, max_batch=3, **options) as loop:
+        counts, launch = [], loop._step.launch
+
+        def counted(slots, compute=None, count=1):
+            counts.append(count)
+            return launch(slots, compute, count)
+
+        monkeypatch.setattr(loop._step, "launch", counted)
+        slots = [prefill(model, cache, prompt) for prompt in prompts]
+        for slot, prompt, num in zip(slots, prompts, (40, 23), strict=True):
+            loop.start(slot, prompt[-1], num)
+        assert loop.step() == loop.step() == [], "eight steps are under way"
+        with torch.cuda.stream(loop.stream):
+            assert loop.logits().argmax(-1).tolist() == [each[sum(counts) - 1] for each in expected]
+        found = by_slot(loop.run())
+        assert [tuple(found[slot]) for slot in slots] == [expected[0], expected[1][:23]]
+        several = 4 if loop.graphs[0].captured else 1
+        if several == 1:  # where launching the kernels was measured as fastest
+            assert graphs == "measure" and set(counts) == {1}
+        elif graphs == "first use":  # of which one step captures
+            assert counts == [1] + [4] * 5 + [1] * 2 + [4] * 4 + [1]
+        else:  # three of the second's are left, then 17 of the first's
+            assert counts == [4] * 5 + [1] * 3 + [4] * 4 + [1]
+
+        # A stop token in the middle of a launch; log-probabilities, which need each step's logits.
+        for slot, prompt in zip(slots, prompts, strict=True):
+            cache.truncate(slot, len(prompt) - 1)
+        counts.clear()
+        stop = expected[0][9]
+        length = expected[0].index(stop) + 1
+        loop.start(slots[0], 7, 40, stop_tokens=[stop])
+        assert tuple(by_slot(loop.run())[slots[0]]) == expected[0][:length]
+        assert cache.seq_len(slots[0]) == 2 + length
+        assert set(counts) == {several}
+        counts.clear()
+        loop.start(slots[1], 9, 12, num_logprobs=2)
+        assert tuple(by_slot(loop.run())[slots[1]]) == expected[1][:12]
+        assert counts == [1] * 12
+        cache.check_integrity()
 
 
 def test_cancelled_before_it_was_told(fused, model):

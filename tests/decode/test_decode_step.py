@@ -40,6 +40,7 @@ class Bench:
             max_seq_len=100,
             buckets=(2, 5),
             mode="never" if self.stream is None else "always",
+            steps_per_launch=1,
             stream=self.stream,
         )
 
@@ -64,7 +65,7 @@ class Bench:
             for slot, mask in (allow or {}).items():
                 self.step.state.allow(slot, mask)
             with torch.inference_mode(), torch.cuda.stream(self.stream):
-                under_way.append(self.step.launch(list(slots)))
+                under_way += self.step.launch(list(slots))
             if len(under_way) > 1:
                 self._read(under_way.pop(0), found)
         for launched in under_way:

@@ -85,9 +85,11 @@ class StepGraphs:
     every batch that fits: parameters are indirect, none is copied into the graph (PyGraph, arXiv 2503.19779).
 
     Args:
-        run: launches the step for the first ``batch`` rows; allocates nothing that outlives it.
+        run: launches the step for the first ``batch`` rows; allocates nothing that outlives it. With several steps to a
+            launch it takes a ``key`` that names their graph.
         buckets: batch sizes, the largest included.
         device: where it runs; graphs need CUDA.
+        steps_per_launch: of the graphs that ``launch_several`` replays; 1 for none.
         mode: ``"always"`` captures every bucket; ``"measure"`` those whose graph was measured as faster than launching
             the step, as PyGraph found it is not for a quarter of the graphs it looked at; ``"first use"`` captures a
             bucket when it is first launched; ``"never"`` captures none.
@@ -97,7 +99,12 @@ class StepGraphs:
     """
 
     def __init__(
-        self, run: Callable[[int], None], buckets: Sequence[int], device: torch.device, mode: str = "always"
+        self,
+        run: Callable[..., None],
+        buckets: Sequence[int],
+        device: torch.device,
+        mode: str = "always",
+        steps_per_launch: int = 1,
     ) -> None:
         if mode not in MODES:
             raise ConfigError(f"graphs must be one of {', '.join(MODES)}, got {mode!r}")
@@ -108,8 +115,10 @@ class StepGraphs:
         self.buckets = tuple(sorted({require_int("bucket", bucket, 1) for bucket in buckets}))
         self.mode = mode
         self.device = device
-        self._run = run
+        self.steps_per_launch = steps_per_launch
+        self._run: Callable[..., None] = run
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._several: dict[int, torch.cuda.CUDAGraph] = {}  # of several steps
         self._launches: dict[int, Callable[[], None]] = {}  # of each graph, which uses memory that they hold
         self._by_key: dict[Hashable, torch.cuda.CUDAGraph | bool] = {}  # True: it came once; False: it cannot be
         self._failed = False  # whether other work could not be captured
@@ -161,6 +170,20 @@ class StepGraphs:
         else:
             graph.replay()
 
+    def several(self, bucket: int) -> int:
+        """Steps that one launch can take for a bucket."""
+        return self.steps_per_launch if bucket in self._several else 1
+
+    def launch_several(self, bucket: int) -> Hashable:
+        """Run ``several`` steps for a bucket on the current stream, in one launch; their key."""
+        self._several[bucket].replay()
+        return self.key_of_several(bucket)
+
+    @staticmethod
+    def key_of_several(bucket: int) -> Hashable:
+        """What ``run`` is called with where it is captured for a launch of several steps."""
+        return bucket, "several"
+
     def launch_by_need(self, key: Hashable, run: Callable[[], None]) -> None:
         """Run other work on the current stream, captured once it has come before.
 
@@ -198,6 +221,7 @@ class StepGraphs:
     def release(self) -> None:
         """Drop every graph and its memory."""
         self._graphs.clear()
+        self._several.clear()
         self._launches.clear()
         self._by_key.clear()
         self._pool = None
@@ -217,7 +241,7 @@ class StepGraphs:
             return replace(report, failed={**choice.failed, choice.way: why(error)})
         return replace(made, way=choice.way, us=choice.us, rows=chosen.rows, failed=choice.failed)
 
-    def _capture(self, bucket: int, launch: Callable[[], None]) -> GraphReport:
+    def _capture(self, bucket: int, launch: Callable[..., None]) -> GraphReport:
         start = perf_counter()
         launch()  # compiles kernels and makes workspaces, which capture may not do
         torch.cuda.synchronize(self.device)
@@ -225,6 +249,11 @@ class StepGraphs:
         free, pooled = torch.cuda.mem_get_info(self.device)[0], torch.cuda.memory_reserved(self.device)
         graph = captured(launch, self._pool)
         graph.replay()  # the first one uploads it
+        if self.steps_per_launch > 1:
+            key = self.key_of_several(bucket)
+            steps = range(self.steps_per_launch)
+            self._several[bucket] = captured(lambda: [launch(key=key) for _ in steps], self._pool)
+            self._several[bucket].replay()
         torch.cuda.synchronize(self.device)
         self._graphs[bucket], self._launches[bucket] = graph, launch
         return GraphReport(

@@ -63,6 +63,9 @@ class DecodeLoop:
         steps_ahead: steps, 1 to 16, that are under way while an older one's tokens are read. With more the GPU goes on
             while the host is kept from launching; a new sequence waits for them, and a stop token is seen so many steps
             later.
+        steps_per_launch: steps, 1 to 8 and at most ``steps_ahead``, that one graph holds: the host launches less often.
+            They are launched one by one where a sequence has fewer tokens to come, where log-probabilities are asked
+            for, and for some of the slots or with other work beside.
 
     Attributes:
         own_slot: that of rows which only fill up a batch.
@@ -86,6 +89,7 @@ class DecodeLoop:
         mapping: str = "thread",
         max_stop_tokens: int = 16,
         steps_ahead: int = 1,
+        steps_per_launch: int = 1,
     ) -> None:
         options = checked_options(
             model,
@@ -99,6 +103,7 @@ class DecodeLoop:
             mapping,
             max_stop_tokens,
             steps_ahead,
+            steps_per_launch,
         )
         self.model, self.cache = model, cache
         self._pid = os.getpid()
@@ -124,6 +129,7 @@ class DecodeLoop:
                 max_seq_len=self.max_seq_len,
                 buckets=options.buckets,
                 mode=options.graphs,
+                steps_per_launch=options.steps_per_launch,
                 stream=self.stream,
             )
             self._own_version = int(cache.versions([self.own_slot])[0])  # another one once steps were measured on it
@@ -134,7 +140,8 @@ class DecodeLoop:
                 mapper.close()
             cache.release(self.own_slot)
             raise
-        self._pipeline = Pipeline(cache, self._step, self._progress, self._mapper, self.stream, options.steps_ahead)
+        under_way = options.steps_ahead, options.steps_per_launch > 1
+        self._pipeline = Pipeline(cache, self._step, self._progress, self._mapper, self.stream, *under_way)
 
     # -- sequences -----------------------------------------------------------------------------------------------
     def start(
@@ -277,7 +284,8 @@ class DecodeLoop:
         compute: Compute | None = None,
         beside: Mapping[int, int] | None = None,
     ) -> list[DecodedToken]:
-        """Launch a step for every sequence, then report the tokens of the step ``steps_ahead`` before it.
+        """Launch a step for every sequence, then report the tokens of the step ``steps_ahead`` before it. With
+        ``steps_per_launch`` those are several steps.
 
         So the first calls report nothing, and a call without sequences reports what is left. Whatever is raised by the
         model or the driver: no step was launched, no token is lost, and the sequences decode on with the next call.

@@ -16,7 +16,7 @@ from ..kv_cache import KVCache
 from ..machine import available_and_total_bytes
 from .graphs import default_buckets
 from .state import DecodeModel, DecodeState, bind_for
-from .step import MAX_STEPS_AHEAD
+from .step import MAX_STEPS_AHEAD, MAX_STEPS_PER_LAUNCH
 
 __all__ = ["LoopOptions", "checked_options", "require_state_room"]
 
@@ -37,6 +37,7 @@ class LoopOptions:
     max_stop_tokens: int
     fills_up: bool
     steps_ahead: int
+    steps_per_launch: int
 
 
 def checked_options(
@@ -51,6 +52,7 @@ def checked_options(
     mapping: str,
     max_stop_tokens: int,
     steps_ahead: int,
+    steps_per_launch: int,
 ) -> LoopOptions:
     """See ``DecodeLoop``.
 
@@ -73,6 +75,13 @@ def checked_options(
     model.require_fit(cache)
     max_stop_tokens = require_int("max_stop_tokens", max_stop_tokens, 1, _MOST_STOP_TOKENS)
     require_state_room(max_batch, cache.max_slots, model.config.vocab_size, cache.device, max_stop_tokens)
+    steps_ahead = require_int("steps_ahead", steps_ahead, 1, MAX_STEPS_AHEAD)
+    steps_per_launch = require_int("steps_per_launch", steps_per_launch, 1, MAX_STEPS_PER_LAUNCH)
+    if steps_per_launch > steps_ahead:
+        raise ConfigError(
+            f"steps_per_launch={steps_per_launch} leaves more steps under way than steps_ahead={steps_ahead}: "
+            f"raise steps_ahead to at least {steps_per_launch}"
+        )
     max_seq_len = min(cache.layout.max_seq_len, model.max_seq_len)
     if graphs is None:
         graphs = "always" if cache.device.type == "cuda" else "never"
@@ -90,7 +99,8 @@ def checked_options(
         require_int("ahead_tokens", ahead_tokens, 0),
         max_stop_tokens,
         fills_up=graphs != "never" or len(set(buckets)) < max_batch,
-        steps_ahead=require_int("steps_ahead", steps_ahead, 1, MAX_STEPS_AHEAD),
+        steps_ahead=steps_ahead,
+        steps_per_launch=steps_per_launch,
     )
 
 

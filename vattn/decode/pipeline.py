@@ -28,6 +28,7 @@ class Pipeline:
         mapper: maps rows ahead of them.
         stream: of the steps; None on the CPU.
         steps_ahead: steps that are left under way.
+        several: whether a launch may take several steps.
     """
 
     def __init__(
@@ -38,17 +39,19 @@ class Pipeline:
         mapper: MapAhead,
         stream: torch.cuda.Stream | None,
         steps_ahead: int,
+        several: bool,
     ) -> None:
         self._cache, self._step, self._progress, self._mapper, self._stream = cache, step, progress, mapper, stream
-        self._steps_ahead = steps_ahead
+        self._steps_ahead, self._several = steps_ahead, several
 
     def advance(self, slots: Collection[int] | None, compute: Compute | None, beside: Mapping[int, int] | None) -> None:
-        """Launch a step and read one before it, as ``DecodeLoop.step`` says."""
+        """Launch steps and read some before them, as ``DecodeLoop.step`` says."""
         self.drain(MAX_STEPS_AHEAD)  # there are more only where something was raised after a launch
+        several = self._several and slots is None and compute is None and not beside
         try:
-            launched = self._launch(slots, compute, beside)
+            launched = self._launch(slots, compute, beside, several)
         except OutOfPages:
-            if not self._progress.under_way:
+            if not self._progress.under_way and not several:
                 raise
             self.drain(0)  # sequences that have ended give their pages back
             launched = self._launch(slots, compute, beside)
@@ -58,8 +61,17 @@ class Pipeline:
         """Read what all steps but the newest ``keep`` sampled; waits for them."""
         self._progress.drain(keep, self._step.read)
 
-    def _launch(self, slots: Collection[int] | None, compute: Compute | None, beside: Mapping[int, int] | None) -> bool:
+    def _launch(
+        self,
+        slots: Collection[int] | None,
+        compute: Compute | None,
+        beside: Mapping[int, int] | None,
+        several: bool = False,
+    ) -> bool:
         """Launch a step for every sequence (of these slots) that has rows to come; False if none has.
+
+        Args:
+            several: as many steps as one launch can take, if each sequence has so many rows to come.
 
         Raises:
             ConfigError: some are not in the cache as they were; they are dropped.
@@ -68,8 +80,11 @@ class Pipeline:
         if not sequences:
             return False
         taken = [sequence.slot for sequence in sequences]
+        count = self._step.several(taken) if several else 1
+        if any(sequence.limit - sequence.rows < count for sequence in sequences):
+            count = 1
         index = np.array(taken, np.int64)
-        rows = np.array([sequence.rows for sequence in sequences], np.int64) + 1
+        rows = np.array([sequence.rows for sequence in sequences], np.int64) + count
         versions = np.array([sequence.version for sequence in sequences], np.int64)
         touched, known = index, versions
         if beside and (others := [slot for slot in beside if slot not in taken]):
@@ -84,7 +99,7 @@ class Pipeline:
                 torch.cuda.stream(self._stream),
                 self._cache.step(touched, versions=known),
             ):
-                self._progress.launched(sequences, self._step.launch(taken, compute))
+                self._progress.launched(sequences, self._step.launch(taken, compute, count))
         except ConfigError as error:
             self._drop(index, versions, error)
             raise

@@ -121,11 +121,11 @@ class Progress:
         found = [self.live.get(slot) for slot in dict.fromkeys(slots)]
         return tuple(each for each in found if each is not None and each.rows < each.limit)
 
-    def launched(self, sequences: tuple[Live, ...], step: LaunchedStep) -> None:
-        """A step of these is under way."""
-        self.under_way.append((sequences, step))
+    def launched(self, sequences: tuple[Live, ...], steps: Sequence[LaunchedStep]) -> None:
+        """Steps of these are under way."""
+        self.under_way.extend((sequences, step) for step in steps)
         for sequence in sequences:
-            sequence.rows += 1
+            sequence.rows += len(steps)
 
     def drain(self, keep: int, read: Callable[[LaunchedStep], Sequence[DecodedToken]]) -> None:
         """Read what steps sampled, up to the newest ``keep`` of them."""

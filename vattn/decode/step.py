@@ -47,7 +47,8 @@ class CapturableCompute(Protocol):
 
 
 RING = 32  # steps whose tokens the ring holds
-MAX_STEPS_AHEAD = RING // 2  # left under way; capturing a graph on its first use takes two rows of the ring, too
+MAX_STEPS_AHEAD = RING // 2  # left under way
+MAX_STEPS_PER_LAUNCH = 8
 _REASONS = {0: None, 1: "stop", 2: "length", 3: "error"}
 
 
@@ -83,7 +84,7 @@ class DecodeStep:
         typical_len: rows that sequences are expected to have, for that choice.
         max_seq_len: rows of a sequence.
         buckets: batch sizes to capture, the largest of them ``max_batch``.
-        mode: of ``StepGraphs``.
+        mode, steps_per_launch: of ``StepGraphs``.
         stream: to launch on; None on the CPU.
 
     Raises:
@@ -103,6 +104,7 @@ class DecodeStep:
         max_seq_len: int,
         buckets: Sequence[int],
         mode: str,
+        steps_per_launch: int,
         stream: torch.cuda.Stream | None,
     ) -> None:
         self.model, self.cache, self.state, self.stream = model, cache, state, stream
@@ -124,7 +126,7 @@ class DecodeStep:
         self._rows, self._ends, self._fed, self._sampled = torch.zeros(4, max_batch, dtype=torch.int32, device=device)
         self._batches: dict[int, DecodeBatch] = {}
         self._num_launched = 0
-        self._graphs = StepGraphs(self._run, buckets, device, mode)
+        self._graphs = StepGraphs(self._run, buckets, device, mode, steps_per_launch)
         if self._graphs.buckets[-1] != max_batch:
             raise ConfigError(f"the largest bucket must be max_batch, {max_batch}, got {self._graphs.buckets[-1]}")
         self._beside = buckets_beside(self._graphs.buckets)
@@ -140,11 +142,18 @@ class DecodeStep:
         """What was captured, by batch size."""
         return self._graphs.reports
 
-    def launch(self, slots: list[int], compute: Compute | None = None) -> LaunchedStep:
-        """Submit a step for these slots to the current stream, in inference mode.
+    def several(self, slots: list[int]) -> int:
+        """Steps of the model's ``decode`` that one launch can take for these slots."""
+        if any(slot in self.state.num_logprobs for slot in slots):  # which come of each step's logits
+            return 1
+        return self._graphs.several(self._graphs.bucket_for(len(slots)))
+
+    def launch(self, slots: list[int], compute: Compute | None = None, count: int = 1) -> list[LaunchedStep]:
+        """Submit steps for these slots to the current stream, in inference mode.
 
         Args:
             compute: instead of the model's ``decode``; the step is replayed only where that is a ``CapturableCompute``.
+            count: of steps: 1, or ``several`` of these slots, of which each has as many rows and tokens to come.
         """
         self._logits = None
         place, bucket = self._num_launched % RING, self._graphs.bucket_for(len(slots))
@@ -160,13 +169,14 @@ class DecodeStep:
         self.state.upload_allowed(self.upload)
         wanted = tuple((i, k) for i, slot in enumerate(slots) if (k := self.state.num_logprobs.get(slot)) is not None)
         event = None if self.stream is None else torch.cuda.Event()
-        key = self._submit(len(slots), compute)
-        self._num_launched += 1
+        key = self._submit(len(slots), compute, count)
+        self._num_launched += count
         self._newest = key, len(slots)
         error = self._add_logprobs(wanted, place) if wanted else None
         if event is not None:
             event.record()
-        return LaunchedStep(tuple(slots), place, wanted, event, error)
+        places = [(place + i) % RING for i in range(count)]
+        return [LaunchedStep(tuple(slots), each, wanted, event, error) for each in places]
 
     def rows_beside(self, batch: int) -> int:
         """Rows that a captured step has for so many sequences where it is captured with other work."""
@@ -185,9 +195,11 @@ class DecodeStep:
                         key = wide, kind
                         self._graphs.capture_now(key, partial(self._run, wide, compute, key), compiled=i > 0)
 
-    def _submit(self, batch: int, compute: Compute | None) -> Hashable:
-        """Replay a step or launch it; the key of the graph that it has, if there is one."""
+    def _submit(self, batch: int, compute: Compute | None, count: int) -> Hashable:
+        """Replay steps or launch one; the key of the graph that it has, if there is one."""
         bucket = self._graphs.bucket_for(batch)
+        if count > 1:
+            return self._graphs.launch_several(bucket)
         if compute is None:
             self._graphs.launch(bucket)
             return bucket

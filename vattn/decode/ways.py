@@ -54,13 +54,13 @@ class Chosen:
 
     Attributes:
         choice: what was measured.
-        launch: launches a step in the chosen way.
+        launch: launches a step in the chosen way; takes what ``run`` takes by name.
         rows: that the sequences had when it was measured.
         drop: lets it be measured again next time.
     """
 
     choice: Choice
-    launch: Callable[[], None]
+    launch: Callable[..., None]
     rows: int
     drop: Callable[[], None]
 
@@ -107,7 +107,7 @@ def choose_ways(
     batches: Sequence[int],
     typical_len: int,
     attention: Callable[[int], str],
-    run: Callable[[int, Compute | None], None],
+    run: Callable[..., None],
     measure: Callable[[Mapping[str, Launch]], tuple[Choice, bool]],
     store: Choices,
 ) -> dict[int, Chosen]:
