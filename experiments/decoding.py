@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from statistics import median
 
 import torch
 
@@ -125,11 +124,7 @@ def decoding(
 
 
 def step_ms(loop: DecodeLoop, steps: int = STEPS, per_launch: int = 1) -> list[float]:
-    """Milliseconds from the end of each step to the end of the next, on the GPU's clock; tokens are read meanwhile.
-
-    Of several steps to a launch, all but one take an equal share of the median launch, and one the rest: nothing waits
-    for the host between them.
-    """
+    """Milliseconds from each launch's end to the next one's, on the GPU's clock; tokens are read meanwhile."""
     for _ in range(WARM_UP // per_launch):
         loop.step()
     loop.drain()
@@ -140,7 +135,4 @@ def step_ms(loop: DecodeLoop, steps: int = STEPS, per_launch: int = 1) -> list[f
         event.record(loop.stream)
         events.append(event)
     torch.cuda.synchronize()
-    launches = [one.elapsed_time(other) for one, other in pairwise(events)]
-    share = median(launches) / per_launch
-    others = [share] * (per_launch - 1)
-    return [ms for launch in launches for ms in (*others, launch - sum(others))]
+    return [one.elapsed_time(other) for one, other in pairwise(events)]

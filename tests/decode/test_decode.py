@@ -264,7 +264,7 @@ def test_several_steps_in_one_launch(graphs, tmp_path, monkeypatch):
         assert [tuple(found[slot]) for slot in slots] == [expected[0], expected[1][:23]]
         several = 4 if loop.graphs[0].captured else 1
         if several == 1:  # where launching the kernels was measured as fastest
-            assert graphs == "measure" and set(counts) == {1}
+            assert (graphs, set(counts)) == ("measure", {1})
         elif graphs == "first use":  # of which one step captures
             assert counts == [1] + [4] * 5 + [1] * 2 + [4] * 4 + [1]
         else:  # three of the second's are left, then 17 of the first's

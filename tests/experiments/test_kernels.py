@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "experiments" / "04_decode"))
+from busy import each_step
 from kernels import PRODUCTS, parts_of
 
 LAYER = (
@@ -60,3 +61,7 @@ def test_a_prefill_ends_with_the_last_layer_s_k_and_v():
 def test_a_step_of_another_number_of_products_is_an_error(layers):
     with pytest.raises(ValueError, match=f"expected {4 * layers + 1} products, found another number"):
         parts_of([(name, float(i), i + 0.5) for i, name in enumerate(STEP)], (*PRODUCTS * layers, "output"))
+
+
+def test_a_pause_of_the_host_is_one_step_s():
+    assert each_step([4.0, 9.0, 4.0], 4) == [1, 1, 1, 1, 1, 1, 1, 6, 1, 1, 1, 1]

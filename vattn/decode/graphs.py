@@ -251,8 +251,12 @@ class StepGraphs:
         graph.replay()  # the first one uploads it
         if self.steps_per_launch > 1:
             key = self.key_of_several(bucket)
-            steps = range(self.steps_per_launch)
-            self._several[bucket] = captured(lambda: [launch(key=key) for _ in steps], self._pool)
+
+            def several() -> None:
+                for _ in range(self.steps_per_launch):
+                    launch(key=key)
+
+            self._several[bucket] = captured(several, self._pool)
             self._several[bucket].replay()
         torch.cuda.synchronize(self.device)
         self._graphs[bucket], self._launches[bucket] = graph, launch
