@@ -33,7 +33,8 @@ def case(
     slots = torch.randperm(len(lens) + 1, generator=draw)[: len(lens)].int()
     wide = (heads + 2 * kv_heads) * head_dim
     # Partial sums are float32; a whole product has the weights' dtype.
-    qkv = random(parts, len(lens), wide) if parts > 1 else random(len(lens), wide).to(dtype)
+    qkv = random(parts, len(lens), wide + 8) if parts > 1 else random(len(lens), wide + 8).to(dtype)
+    qkv = qkv[..., :wide]  # as part of a wider product
     k, v = (torch.full((len(lens) + 1, ROWS, kv_heads, head_dim), NAN, dtype=dtype) for _ in range(2))
     return SimpleNamespace(
         lens=lens,
@@ -99,11 +100,11 @@ EDGES = [1, 2, 16, 17, 18, 33, 64, 65, 66, 129, 200]
 
 
 @pytest.mark.parametrize("early", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("parts", "norms"), [(1, True), (3, False)])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim", "splits", "fused"),
-    [(8, 2, 64, 1, True), (4, 4, 128, 3, True), (9, 3, 48, 5, False), (8, 2, 64, None, False)],
+    [(8, 2, 64, 1, True), (4, 4, 128, 3, True), (9, 3, 48, 5, False), (8, 1, 64, None, False)],
 )
 def test_rope_decode(device, early, dtype, parts, norms, heads, kv_heads, head_dim, splits, fused):
     attention = TritonDecodeAttention(block_n=16 if splits == 3 else 64, splits=splits, fused_combine=fused)
@@ -139,10 +140,23 @@ def test_features_of_the_attention(device, early, options):
 )
 def test_where_it_gains(batch_size, early, expected):
     batch = AttentionBatch(tuple(range(batch_size)), (1,) * batch_size, (9,) * batch_size, torch.device("cpu"))
-    part = batch, TritonDecodeAttention()
+    part = batch, TritonDecodeAttention(pdl=True)
     assert rope_attention([part], early) == (part[1] if expected else None)
+    without = TritonDecodeAttention()
+    assert rope_attention([(batch, without)], early) == (without if batch_size == 4 else None)
     assert rope_attention([(batch, get("reference"))], early) is None
     assert rope_attention([part, part], early) is None, "prompts beside the sequences"
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (2, 9)])
+def test_angles_that_do_not_fit_are_refused(shape, device):
+    batch = AttentionBatch((0, 1), (1, 1), (4, 4), torch.device(device))
+    k, v = torch.zeros(2, 2, 8, 1, 16, device=device)
+    angles = torch.ones(shape, device=device), torch.ones(shape, device=device)
+    with pytest.raises(ConfigError, match=r"cosines and sines \[2, at most 8\]"):
+        rope_decode(
+            TritonDecodeAttention(), torch.zeros(2, 48, device=device), angles, k, v, None, None, 1e-5, batch, scale=1.0
+        )
 
 
 def test_several_new_tokens_are_refused():

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable, Sequence
 
 import torch
 
 from helpers.llama import random_tokens, run
-from vattn.decode import DecodedToken
+from vattn.decode import DecodedToken, DecodeLoop
+from vattn.errors import OutOfPages
 from vattn.kv_cache import KVCache
-from vattn.models import Llama
+from vattn.models import FusedLlama, Llama
 
 
 def prompts_for(model: Llama, count: int, seed: int = 0) -> list[list[int]]:
@@ -45,3 +47,85 @@ def by_slot(tokens: Iterable[DecodedToken]) -> dict[int, list[int]]:
     for each in tokens:
         found.setdefault(each.slot, []).append(each.token)
     return found
+
+
+def walk(fused: FusedLlama, model: Llama, num_events: int, seed: int, num_pages: int = 24, **options: int) -> None:
+    """A loop in which sequences start, end, stop and are cancelled at random, in a cache that runs out of pages.
+
+    Args:
+        num_pages: of the cache on the CPU, where one holds 16 rows: not enough for nine long sequences.
+        options: of the loop.
+    """
+    rng = random.Random(seed)
+    prompts = prompts_for(model, 12)
+    expected = eager(model, prompts, 60)
+    on_cpu = model.device.type == "cpu"
+    cache = KVCache(
+        model.kv_layout(160),
+        12,
+        model.device,
+        memory_limit=num_pages * 4096 if on_cpu else 10 << 21,
+        page_bytes=4096 if on_cpu else None,
+    )
+    seen = {"started": 0, "ended": 0, "cancelled": 0, "refused": 0, "stopped": 0}
+    with cache, DecodeLoop(fused, cache, max_batch=9, ahead_tokens=20, **options) as loop:
+        running: dict[int, tuple[int, int, int | None, list[int]]] = {}  # slot -> prompt, tokens to come, stop, so far
+
+        def note(tokens: list[DecodedToken]) -> None:
+            for each in tokens:
+                prompt, count, stop, found = running[each.slot]
+                found.append(each.token)
+                assert each.token == expected[prompt][len(found) - 1]
+                reason = "stop" if each.token == stop else "length" if len(found) == count else None
+                assert each.finish_reason == reason
+                if reason:
+                    seen["stopped" if reason == "stop" else "ended"] += 1
+                    assert cache.seq_len(each.slot) == len(prompts[prompt]) - 1 + len(found)
+                    cache.release(each.slot)
+                    del running[each.slot]
+
+        while seen["started"] + seen["cancelled"] < num_events:
+            event = rng.random()
+            if event < 0.3 and len(running) < 9:
+                prompt, count = rng.randrange(12), rng.randrange(1, 61)
+                stop = rng.choice(expected[prompt]) if rng.random() < 0.3 else None
+                slot = rng.choice([slot for slot in range(12) if slot not in running and slot != loop.own_slot])
+                try:
+                    slot = cache.acquire(slot)
+                    if len(prompts[prompt]) > 1:
+                        run(model, cache, [slot], [prompts[prompt][:-1]])
+                    loop.start(slot, prompts[prompt][-1], count, stop_tokens=() if stop is None else (stop,))
+                except OutOfPages:
+                    cache.release(slot)
+                    seen["refused"] += 1
+                    continue
+                running[slot] = (prompt, count, stop, [])
+                seen["started"] += 1
+            elif event < 0.4 and running:
+                slot = rng.choice(list(running))
+                loop.cancel(slot)
+                prompt, _, _, found = running.pop(slot)
+                assert cache.seq_len(slot) == len(prompts[prompt]) - 1 + len(found)
+                cache.release(slot)
+                seen["cancelled"] += 1
+            elif event < 0.43:
+                note(loop.drain())
+            try:
+                note(loop.step())
+            except OutOfPages:
+                seen["refused"] += 1
+                loop.cancel(slot := rng.choice(list(running)))
+                cache.release(slot)
+                del running[slot]
+            if rng.random() < 0.05:
+                cache.check_integrity()
+        while running:
+            slot = next(iter(running))
+            loop.cancel(slot)
+            cache.release(slot)
+            del running[slot]
+        assert loop.run() == []
+        cache.check_integrity()
+        assert cache.stats().num_live_slots == 1
+    assert min(seen[key] for key in ("ended", "cancelled", "stopped")) > num_events / 50
+    assert seen["refused"] or not on_cpu

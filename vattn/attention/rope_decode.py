@@ -7,6 +7,8 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError
+from ..ops.rope_append import require_angles
+from ..ops.triton_support import require_triton
 from .base import AttentionBackend
 from .batch import AttentionBatch
 from .triton_decode import TritonDecodeAttention
@@ -22,7 +24,7 @@ MIN_SEQUENCES = 4
 def rope_attention(
     parts: list[tuple[AttentionBatch, AttentionBackend]], early: bool = False
 ) -> TritonDecodeAttention | None:
-    """What ``rope_decode`` can compute a pass with; None where ``rope_append`` and attention take less time, or must.
+    """What ``rope_decode`` computes a pass with, where it can and takes less time than ``rope_append`` and attention.
 
     Args:
         parts: (batch, attention) of all tokens in order.
@@ -31,7 +33,8 @@ def rope_attention(
     batch, attention = parts[0]
     if len(parts) != 1 or not isinstance(attention, TritonDecodeAttention):
         return None
-    return attention if batch.batch_size >= MIN_SEQUENCES or (early and batch.batch_size == 1) else None
+    gains = batch.batch_size >= MIN_SEQUENCES or (early and attention.pdl and batch.batch_size == 1)
+    return attention if gains else None
 
 
 def rope_decode(
@@ -61,16 +64,21 @@ def rope_decode(
             is contiguous.
         k, v, batch, scale, window, softcap, sinks: as for ``attention``; heads of K and V are equally large.
         early: read the first block of older rows before the kernel before this one has ended. That one must have
-            begun after all writes to the cache's older rows, the lengths and the slots had ended.
+            begun after all writes to the cache's older rows, to the batch's tensors and to ``table`` had ended.
 
     Returns:
         ``[batch_size, num_heads, head_dim]`` in the cache's dtype.
+
+    Raises:
+        ConfigError: a sequence has several new tokens; tensors and angles as for ``rope_append``.
     """
     from .rope_decode_kernels import rope_decode_kernel
 
     if batch.max_query_len != 1:
-        raise ConfigError(f"one new token of each sequence, got up to {batch.max_query_len}")
+        raise ConfigError(f"rope_decode computes one new token of each sequence, got up to {batch.max_query_len}")
+    require_triton(qkv, k, v)
     head_dim = k.shape[3]
+    require_angles(table, qkv.shape[-2], head_dim)
     num_heads = qkv.shape[-1] // head_dim - 2 * k.shape[2]
     cos, sin = table if isinstance(table, tuple) else table.unbind(1)
     if cos.stride() != sin.stride():

@@ -96,8 +96,8 @@ def rope_decode_kernel(  # type: ignore[no-untyped-def]
 ):
     """As ``decode_attention_kernel``, of the QKV product: it rotates, and appends the new row of K and V.
 
-    With ``EARLY`` it reads lengths, slots, and the first block of older rows before the kernel before it has ended.
-    These reads pass over the first-level cache, which may hold lines of an earlier step.
+    With ``EARLY`` it reads lengths, slots, angles, and the first block of older rows before the kernel before it has
+    ended. What changes from step to step passes over the first-level cache, which may hold lines of an earlier one.
     """
     if PDL:
         gdc_launch_dependents()

@@ -239,7 +239,8 @@ class StepGraphs:
             if isinstance(error, CaptureFailed):
                 self._pool = torch.cuda.graph_pool_handle()
             return replace(report, failed={**choice.failed, choice.way: why(error)})
-        return replace(made, way=choice.way, us=choice.us, rows=chosen.rows, failed=choice.failed)
+        failed = {**choice.failed, **made.failed}
+        return replace(made, way=choice.way, us=choice.us, rows=chosen.rows, failed=failed)
 
     def _capture(self, bucket: int, launch: Callable[..., None]) -> GraphReport:
         start = perf_counter()
@@ -249,17 +250,9 @@ class StepGraphs:
         free, pooled = torch.cuda.mem_get_info(self.device)[0], torch.cuda.memory_reserved(self.device)
         graph = captured(launch, self._pool)
         graph.replay()  # the first one uploads it
-        if self.steps_per_launch > 1:
-            key = self.key_of_several(bucket)
-
-            def several() -> None:
-                for _ in range(self.steps_per_launch):
-                    launch(key=key)
-
-            self._several[bucket] = captured(several, self._pool)
-            self._several[bucket].replay()
         torch.cuda.synchronize(self.device)
         self._graphs[bucket], self._launches[bucket] = graph, launch
+        failed = {} if self.steps_per_launch == 1 else self._capture_several(bucket, launch)
         return GraphReport(
             bucket,
             True,
@@ -267,7 +260,26 @@ class StepGraphs:
             max(0, torch.cuda.memory_reserved(self.device) - pooled),
             max(0, free - torch.cuda.mem_get_info(self.device)[0]),
             GRAPH,
+            failed=failed,
         )
+
+    def _capture_several(self, bucket: int, launch: Callable[..., None]) -> dict[str, str]:
+        """Steps of a bucket in one graph; why not, where they cannot be: those of one step serve then."""
+
+        def several() -> None:
+            for _ in range(self.steps_per_launch):
+                launch(key=self.key_of_several(bucket))
+
+        try:
+            graph = captured(several, self._pool)
+            graph.replay()
+            torch.cuda.synchronize(self.device)
+        except Exception as error:
+            if isinstance(error, CaptureFailed):
+                self._pool = torch.cuda.graph_pool_handle()
+            return {f"{self.steps_per_launch} steps in one launch": why(error)}
+        self._several[bucket] = graph
+        return {}
 
     def _captured(self, run: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
         """None where it cannot be; the launch that follows shows what was wrong, if it was not the capture.

@@ -64,8 +64,9 @@ class DecodeLoop:
             while the host is kept from launching; a new sequence waits for them, and a stop token is seen so many steps
             later.
         steps_per_launch: steps, 1 to 8 and at most ``steps_ahead``, that one graph holds: the host launches less often.
-            They are launched one by one where a sequence has fewer tokens to come, where log-probabilities are asked
-            for, and for some of the slots or with other work beside.
+            Each batch size has such a graph beside that of one step, where its steps are captured at all. Steps are
+            launched one by one after ``feed``, for some of the slots or with other work beside, and where a sequence
+            has a mask, wants log-probabilities, or is near the end of the context.
 
     Attributes:
         own_slot: that of rows which only fill up a batch.
@@ -140,7 +141,7 @@ class DecodeLoop:
                 mapper.close()
             cache.release(self.own_slot)
             raise
-        under_way = options.steps_ahead, options.steps_per_launch > 1
+        under_way = options.steps_ahead, options.steps_per_launch > 1, self.max_seq_len
         self._pipeline = Pipeline(cache, self._step, self._progress, self._mapper, self.stream, *under_way)
 
     # -- sequences -----------------------------------------------------------------------------------------------
@@ -223,6 +224,7 @@ class DecodeLoop:
         if self.stream is not None:
             self.stream.wait_stream(torch.cuda.current_stream(self.cache.device))
         with torch.inference_mode(), torch.cuda.stream(self.stream):
+            self._step.fed = True
             index = self._step.upload(np.array(slots, np.int64))
             self.state.tokens[index] = tokens.to(self.state.tokens.dtype)
             if tokens.is_cuda and self.stream is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ class Pipeline:
         stream: of the steps; None on the CPU.
         steps_ahead: steps that are left under way.
         several: whether a launch may take several steps.
+        max_seq_len: rows of a sequence.
     """
 
     def __init__(
@@ -40,18 +42,18 @@ class Pipeline:
         stream: torch.cuda.Stream | None,
         steps_ahead: int,
         several: bool,
+        max_seq_len: int,
     ) -> None:
         self._cache, self._step, self._progress, self._mapper, self._stream = cache, step, progress, mapper, stream
-        self._steps_ahead, self._several = steps_ahead, several
+        self._steps_ahead, self._several, self._max_seq_len = steps_ahead, several, max_seq_len
 
     def advance(self, slots: Collection[int] | None, compute: Compute | None, beside: Mapping[int, int] | None) -> None:
         """Launch steps and read some before them, as ``DecodeLoop.step`` says."""
         self.drain(MAX_STEPS_AHEAD)  # there are more only where something was raised after a launch
-        several = self._several and slots is None and compute is None and not beside
         try:
-            launched = self._launch(slots, compute, beside, several)
+            launched = self._launch_more(slots, compute, beside)
         except OutOfPages:
-            if not self._progress.under_way and not several:
+            if not self._progress.under_way:
                 raise
             self.drain(0)  # sequences that have ended give their pages back
             launched = self._launch(slots, compute, beside)
@@ -60,6 +62,15 @@ class Pipeline:
     def drain(self, keep: int) -> None:
         """Read what all steps but the newest ``keep`` sampled; waits for them."""
         self._progress.drain(keep, self._step.read)
+
+    def _launch_more(
+        self, slots: Collection[int] | None, compute: Compute | None, beside: Mapping[int, int] | None
+    ) -> bool:
+        """As ``_launch``, several steps where one launch may take them and there are pages for all."""
+        if self._several and slots is None and compute is None and not beside:
+            with suppress(OutOfPages):
+                return self._launch(slots, compute, beside, several=True)
+        return self._launch(slots, compute, beside)
 
     def _launch(
         self,
@@ -71,7 +82,8 @@ class Pipeline:
         """Launch a step for every sequence (of these slots) that has rows to come; False if none has.
 
         Args:
-            several: as many steps as one launch can take, if each sequence has so many rows to come.
+            several: as many steps as one launch can take. A sequence may end among them; it then computes the row
+                behind its last until they are over, so that it must not end with the context.
 
         Raises:
             ConfigError: some are not in the cache as they were; they are dropped.
@@ -81,10 +93,10 @@ class Pipeline:
             return False
         taken = [sequence.slot for sequence in sequences]
         count = self._step.several(taken) if several else 1
-        if any(sequence.limit - sequence.rows < count for sequence in sequences):
+        if any(min(sequence.rows + count, sequence.limit + 1) > self._max_seq_len for sequence in sequences):
             count = 1
         index = np.array(taken, np.int64)
-        rows = np.array([sequence.rows for sequence in sequences], np.int64) + count
+        rows = np.array([min(sequence.rows + count, sequence.limit + 1) for sequence in sequences], np.int64)
         versions = np.array([sequence.version for sequence in sequences], np.int64)
         touched, known = index, versions
         if beside and (others := [slot for slot in beside if slot not in taken]):

@@ -208,6 +208,7 @@ class DecodeState:
             many tokens it may still get.
         sampler: how its tokens are chosen.
         num_logprobs: by slot, on the host, for those that asked.
+        masked: slots of which ``allow`` lets only some tokens come.
     """
 
     def __init__(self, max_slots: int, max_stop_tokens: int, vocab_size: int, device: torch.device) -> None:
@@ -237,6 +238,7 @@ class DecodeState:
             min_rows=min_rows,
         )
         self.num_logprobs: dict[int, int] = {}
+        self.masked: set[int] = set()
         self._masks: dict[int, np.ndarray | None] = {}  # that the device is still to get
 
     @classmethod
@@ -278,6 +280,7 @@ class DecodeState:
         self._start_flagged(upload, starts)
         for start in starts:
             self._masks.pop(start.slot, None)
+            self.masked.discard(start.slot)
             self.num_logprobs.pop(start.slot, None)
             if start.num_logprobs is not None:
                 self.num_logprobs[start.slot] = start.num_logprobs
@@ -304,6 +307,7 @@ class DecodeState:
             ConfigError: as ``checked_mask``.
         """
         self._masks[slot] = None if mask is None else checked_mask(mask, self.vocab_size)
+        (self.masked.discard if mask is None else self.masked.add)(slot)
 
     def upload_allowed(self, upload: Callable[[np.ndarray], torch.Tensor]) -> None:
         """Write what ``allow`` was given, on the current stream."""

@@ -48,7 +48,8 @@ class CapturableCompute(Protocol):
 
 RING = 32  # steps whose tokens the ring holds
 MAX_STEPS_AHEAD = RING // 2  # left under way
-MAX_STEPS_PER_LAUNCH = 8
+# Beside those the ring holds the steps of a launch, or of a capture on first use: two and those of a launch.
+MAX_STEPS_PER_LAUNCH = RING // 4
 _REASONS = {0: None, 1: "stop", 2: "length", 3: "error"}
 
 
@@ -86,6 +87,9 @@ class DecodeStep:
         buckets: batch sizes to capture, the largest of them ``max_batch``.
         mode, steps_per_launch: of ``StepGraphs``.
         stream: to launch on; None on the CPU.
+
+    Attributes:
+        fed: whether sequences were given other tokens since the newest launch.
 
     Raises:
         ConfigError: the buckets do not end with ``max_batch``, or cannot be captured.
@@ -126,6 +130,7 @@ class DecodeStep:
         self._rows, self._ends, self._fed, self._sampled = torch.zeros(4, max_batch, dtype=torch.int32, device=device)
         self._batches: dict[int, DecodeBatch] = {}
         self._num_launched = 0
+        self.fed = False
         self._graphs = StepGraphs(self._run, buckets, device, mode, steps_per_launch)
         if self._graphs.buckets[-1] != max_batch:
             raise ConfigError(f"the largest bucket must be max_batch, {max_batch}, got {self._graphs.buckets[-1]}")
@@ -143,8 +148,9 @@ class DecodeStep:
         return self._graphs.reports
 
     def several(self, slots: list[int]) -> int:
-        """Steps of the model's ``decode`` that one launch can take for these slots."""
-        if any(slot in self.state.num_logprobs for slot in slots):  # which come of each step's logits
+        """Steps of the model's ``decode`` that one launch can take for these slots: one where the caller may have
+        something to say between two, or log-probabilities come of each step's logits."""
+        if self.fed or any(slot in self.state.masked or slot in self.state.num_logprobs for slot in slots):
             return 1
         return self._graphs.several(self._graphs.bucket_for(len(slots)))
 
@@ -153,9 +159,10 @@ class DecodeStep:
 
         Args:
             compute: instead of the model's ``decode``; the step is replayed only where that is a ``CapturableCompute``.
-            count: of steps: 1, or ``several`` of these slots, of which each has as many rows and tokens to come.
+            count: of steps: 1, or ``several`` of these slots, which have as many rows, and of those that get fewer
+                tokens one row more than these take.
         """
-        self._logits = None
+        self._logits, self.fed = None, False
         place, bucket = self._num_launched % RING, self._graphs.bucket_for(len(slots))
         if compute is None and self._graphs.awaits_capture(bucket):
             with self._on_scratch():

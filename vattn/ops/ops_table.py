@@ -35,7 +35,8 @@ class Ops:
         linear_swiglu: ``(x, weight, bias=None, activation="silu")`` -> ``[tokens, outputs / 2]``; the gate's outputs
             come first.
         name: for messages.
-        rope_in_attention: whether decode attention may do what ``rope_append`` does, where it can in the same kernel.
+        rope_in_attention: whether decode attention may do what ``rope_append`` does, in the same kernel. False for a
+            ``rope_append`` of one's own, which is not called where it does.
         plain: the same without programmatic dependent launch; None where these have none either.
     """
 
