@@ -16,11 +16,14 @@ from vattn.models import FusedLlama, Llama
 PROMPTS = [[3, 5, 7], [2, 9]]
 
 
-@pytest.fixture(autouse=True)
-def together(device, monkeypatch):
+@pytest.fixture
+def model(device) -> Llama:
+    return small_model().to(device)
+
+
+@pytest.fixture
+def fused(model, monkeypatch) -> FusedLlama:
     """Where there are no graphs, the steps of a launch run one after the other, without the host between them."""
-    if device == "cuda":
-        return
 
     def launch_several(self, bucket):
         key = self.key_of_several(bucket)
@@ -28,17 +31,9 @@ def together(device, monkeypatch):
             self._run(bucket, key=key)
         return key
 
-    monkeypatch.setattr(graphs.StepGraphs, "several", lambda self, bucket: self.steps_per_launch)
-    monkeypatch.setattr(graphs.StepGraphs, "launch_several", launch_several)
-
-
-@pytest.fixture
-def model(device) -> Llama:
-    return small_model().to(device)
-
-
-@pytest.fixture
-def fused(model) -> FusedLlama:
+    if model.device.type != "cuda":
+        monkeypatch.setattr(graphs.StepGraphs, "several", lambda self, bucket: self.steps_per_launch)
+        monkeypatch.setattr(graphs.StepGraphs, "launch_several", launch_several)
     return FusedLlama(model)
 
 
@@ -167,11 +162,12 @@ def test_pages_for_one_step_but_not_for_all(fused, model, monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", ["measure", "first use"])
-def test_other_modes(mode, fused, model, tmp_path, monkeypatch):
+def test_other_modes(mode, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # of measured choices
+    model = small_model().to("cuda")
     (expected,) = eager(model, PROMPTS[:1], 30)
     options = {"graphs": mode, "buckets": [2], "steps_ahead": 4, "steps_per_launch": 4}
-    with open_cache(model, 3) as cache, DecodeLoop(fused, cache, max_batch=2, **options) as loop:
+    with open_cache(model, 3) as cache, DecodeLoop(FusedLlama(model), cache, max_batch=2, **options) as loop:
         counts = counted(loop, monkeypatch)
         slot = prefill(model, cache, PROMPTS[0])
         loop.start(slot, 7, 30)
@@ -185,7 +181,7 @@ def test_other_modes(mode, fused, model, tmp_path, monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("error", [CaptureFailed("no"), torch.OutOfMemoryError("no")])
-def test_a_graph_of_several_steps_that_cannot_be(error, fused, model, monkeypatch):
+def test_a_graph_of_several_steps_that_cannot_be(error, monkeypatch):
     captured = graphs.captured
 
     def fails(run, pool=None):
@@ -193,10 +189,11 @@ def test_a_graph_of_several_steps_that_cannot_be(error, fused, model, monkeypatc
             raise error
         return captured(run, pool)
 
+    model = small_model().to("cuda")
     (expected,) = eager(model, PROMPTS[:1], 30)
     monkeypatch.setattr(graphs, "captured", fails)
     options = {"buckets": [1, 2], "steps_ahead": 4, "steps_per_launch": 4}
-    with open_cache(model, 3) as cache, DecodeLoop(fused, cache, max_batch=2, **options) as loop:
+    with open_cache(model, 3) as cache, DecodeLoop(FusedLlama(model), cache, max_batch=2, **options) as loop:
         counts = counted(loop, monkeypatch)
         slot = prefill(model, cache, PROMPTS[0])
         loop.start(slot, 7, 30)
