@@ -92,11 +92,14 @@ class Pipeline:
         if not sequences:
             return False
         taken = [sequence.slot for sequence in sequences]
-        count = self._step.several(taken) if several else 1
-        if any(min(sequence.rows + count, sequence.limit + 1) > self._max_seq_len for sequence in sequences):
-            count = 1
         index = np.array(taken, np.int64)
-        rows = np.array([min(sequence.rows + count, sequence.limit + 1) for sequence in sequences], np.int64)
+        now = np.array([sequence.rows for sequence in sequences], np.int64)
+        rows, count = now + 1, self._step.several(taken) if several else 1
+        if count > 1:
+            behind_last = np.array([sequence.limit for sequence in sequences], np.int64) + 1
+            rows = np.minimum(now + count, behind_last)
+            if rows.max() > self._max_seq_len:
+                rows, count = now + 1, 1
         versions = np.array([sequence.version for sequence in sequences], np.int64)
         touched, known = index, versions
         if beside and (others := [slot for slot in beside if slot not in taken]):
