@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .split_kv import attend, divide, finish
+from .split_kv import attend, attend_rows, divide, finish, rows_of
 
 __all__ = ["rope_decode_kernel"]
 
@@ -114,22 +114,17 @@ def rope_decode_kernel(  # type: ignore[no-untyped-def]
     end = tl.minimum(first + chunk, end)
 
     head = tl.arange(0, BLOCK_G)
-    row = tl.arange(0, BLOCK_N)
     column = tl.arange(0, BLOCK_D)[None, :]
     v_column = tl.arange(0, BLOCK_DV)[None, :]
     inside = head < G
     slot = tl.load(slots_ptr + sequence, cache_modifier=".cg").to(tl.int64)
-    k_ptr = tl.multiple_of(k_address.to(tl.int64).to(tl.pointer_type(DTYPE)), ALIGN)
-    v_ptr = tl.multiple_of(v_address.to(tl.int64).to(tl.pointer_type(DTYPE)), ALIGN)
-    long_first, long_row = first.to(tl.int64), row.to(tl.int64)[:, None]
-    k_head = k_ptr + slot * k_slot_stride + kv_head * K_HEAD_STRIDE
-    v_head = v_ptr + slot * v_slot_stride + kv_head * V_HEAD_STRIDE
-    k_tile = k_head + long_first * k_row_stride + long_row * k_row_stride + column
-    v_tile = v_head + long_first * v_row_stride + long_row * v_row_stride + v_column
-    k_step = tl.full((), BLOCK_N, tl.int64) * k_row_stride
-    v_step = tl.full((), BLOCK_N, tl.int64) * v_row_stride
+    k_head, k_tile, k_step = rows_of(
+        k_address, slot, k_slot_stride, kv_head, first, k_row_stride, column, K_HEAD_STRIDE, DTYPE, ALIGN, BLOCK_N
+    )
+    v_head, v_tile, v_step = rows_of(
+        v_address, slot, v_slot_stride, kv_head, first, v_row_stride, v_column, V_HEAD_STRIDE, DTYPE, ALIGN, BLOCK_N
+    )
     rows = tl.maximum(end - first, 0)
-    full = rows // BLOCK_N
 
     turns = column < 2 * HALF
     if INTERLEAVED:
@@ -146,8 +141,9 @@ def rope_decode_kernel(  # type: ignore[no-untyped-def]
     sin = tl.where(first_of_pair, -sin, sin)
     d_inside = column < D
     if EARLY:
-        k_early = tl.load(k_tile, mask=(long_row < rows) & d_inside, other=0.0, cache_modifier=".cg")
-        v_early = tl.load(v_tile, mask=(long_row < rows) & (v_column < DV), other=0.0, cache_modifier=".cg")
+        shown = tl.arange(0, BLOCK_N) < rows
+        k_early = tl.load(k_tile, mask=shown[:, None] & d_inside, other=0.0, cache_modifier=".cg")
+        v_early = tl.load(v_tile, mask=shown[:, None] & (v_column < DV), other=0.0, cache_modifier=".cg")
         if PDL:
             gdc_wait()
 
@@ -160,31 +156,16 @@ def rope_decode_kernel(  # type: ignore[no-untyped-def]
     m = tl.full((BLOCK_G,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_G,), tl.float32)
     acc = tl.zeros((BLOCK_G, BLOCK_DV), tl.float32)
-    seen = 0
-    if EARLY:
-        k_tile += k_step
-        v_tile += v_step
-    for _ in tl.range(1 if EARLY else 0, full, num_stages=STAGES):
-        k = tl.load(k_tile) if D == BLOCK_D else tl.load(k_tile, mask=d_inside, other=0.0)
-        v = tl.load(v_tile) if DV == BLOCK_DV else tl.load(v_tile, mask=v_column < DV, other=0.0)
-        m, total, acc = attend(q, k, v, inside, m, total, acc, scale, cap, False, HAS_SOFTCAP, WIDEN)
-        k_tile += k_step
-        v_tile += v_step
-        seen = seen + 1
-    rest = full * BLOCK_N < rows
-    if EARLY:
-        rest = rest & (full > 0)
-    if rest:
-        shown = row < rows - full * BLOCK_N
-        k = tl.load(k_tile, mask=shown[:, None] & d_inside, other=0.0)
-        v = tl.load(v_tile, mask=shown[:, None] & (v_column < DV), other=0.0)
-        m, total, acc = attend(q, k, v, shown, m, total, acc, scale, cap, True, HAS_SOFTCAP, WIDEN)
+    m, total, acc, seen = attend_rows(
+        q, k_tile, v_tile, k_step, v_step, rows, m, total, acc, scale, cap,
+        1 if EARLY else 0, D, DV, BLOCK_N, HAS_SOFTCAP, STAGES, WIDEN,
+    )  # fmt: skip
     if EARLY:  # noqa: SIM102 - known to the compiler, which rows is not
         if rows > 0:
             # In registers until here: a value that comes of the loop is one that Triton cannot store before it.
             k_early = tl.where(seen >= 0, k_early, 0.0)
             v_early = tl.where(seen >= 0, v_early, 0.0)
-            m, total, acc = attend(q, k_early, v_early, row < rows, m, total, acc, scale, cap, True, HAS_SOFTCAP, WIDEN)
+            m, total, acc = attend(q, k_early, v_early, shown, m, total, acc, scale, cap, True, HAS_SOFTCAP, WIDEN)
 
     if split == splits - 1:  # the new token's row
         k_source = qkv_row + (num_kv_heads * G + kv_head) * D

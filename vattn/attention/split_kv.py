@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-__all__ = ["attend", "combine", "divide", "finish"]
+__all__ = ["attend", "attend_rows", "combine", "divide", "finish", "rows_of"]
 
 
 @triton.jit
@@ -51,6 +51,50 @@ def attend(  # type: ignore[no-untyped-def]
     total = total * shrink + tl.sum(weights, 1)
     acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
     return new_m, total, acc
+
+
+@triton.jit
+def rows_of(  # type: ignore[no-untyped-def]
+    address, slot, slot_stride, kv_head, first, row_stride, column,
+    HEAD_STRIDE: tl.constexpr, DTYPE: tl.constexpr, ALIGN: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Pointers to row 0 of a slot's KV head, and to the block of rows from ``first`` on; and from block to block."""
+    start = tl.multiple_of(address.to(tl.int64).to(tl.pointer_type(DTYPE)), ALIGN)
+    head_ptr = start + slot * slot_stride + kv_head * HEAD_STRIDE
+    row = tl.arange(0, BLOCK_N).to(tl.int64)[:, None]
+    tile = head_ptr + first.to(tl.int64) * row_stride + row * row_stride + column
+    return head_ptr, tile, tl.full((), BLOCK_N, tl.int64) * row_stride
+
+
+@triton.jit
+def attend_rows(  # type: ignore[no-untyped-def]
+    q, k_tile, v_tile, k_step, v_step, rows, m, total, acc, scale, cap,
+    FIRST: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    STAGES: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """Take ``rows`` rows into the online softmax, but for the first ``FIRST`` blocks; counts the whole blocks taken."""
+    row = tl.arange(0, BLOCK_N)
+    column, v_column = tl.arange(0, q.shape[1])[None, :], tl.arange(0, acc.shape[1])[None, :]
+    full = rows // BLOCK_N
+    k_tile += FIRST * k_step
+    v_tile += FIRST * v_step
+    seen = 0
+    for _ in tl.range(FIRST, full, num_stages=STAGES):
+        k = tl.load(k_tile) if D == q.shape[1] else tl.load(k_tile, mask=column < D, other=0.0)
+        v = tl.load(v_tile) if DV == acc.shape[1] else tl.load(v_tile, mask=v_column < DV, other=0.0)
+        m, total, acc = attend(q, k, v, row < BLOCK_N, m, total, acc, scale, cap, False, HAS_SOFTCAP, WIDEN)
+        k_tile += k_step
+        v_tile += v_step
+        seen = seen + 1
+    rest = full * BLOCK_N < rows
+    if FIRST > 0:
+        rest = rest & (full >= FIRST)
+    if rest:
+        shown = row < rows - full * BLOCK_N
+        k = tl.load(k_tile, mask=shown[:, None] & (column < D), other=0.0)
+        v = tl.load(v_tile, mask=shown[:, None] & (v_column < DV), other=0.0)
+        m, total, acc = attend(q, k, v, shown, m, total, acc, scale, cap, True, HAS_SOFTCAP, WIDEN)
+    return m, total, acc, seen
 
 
 @triton.jit

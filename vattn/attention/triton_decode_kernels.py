@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .split_kv import attend, combine, divide, finish
+from .split_kv import attend_rows, combine, divide, finish, rows_of
 
 __all__ = ["append_kernel", "combine_kernel", "decode_attention_kernel"]
 
@@ -69,41 +69,28 @@ def decode_attention_kernel(  # type: ignore[no-untyped-def]
     end = tl.minimum(first + chunk, end)
 
     head = tl.arange(0, BLOCK_G)
-    row = tl.arange(0, BLOCK_N)
-    column = tl.arange(0, BLOCK_D)[None, :]
-    v_column = tl.arange(0, BLOCK_DV)[None, :]
+    column, v_column = tl.arange(0, BLOCK_D)[None, :], tl.arange(0, BLOCK_DV)[None, :]
     inside = head < G
     q_mask = inside[:, None] if D == BLOCK_D else inside[:, None] & (column < D)
     q_row_ptr = q_ptr + sequence * q_stride + kv_head * G * q_head_stride
     q = tl.load(q_row_ptr + head[:, None] * q_head_stride + column, mask=q_mask, other=0.0)
 
     slot = tl.load(slots_ptr + sequence).to(tl.int64)
-    k_ptr = tl.multiple_of(k_address.to(tl.int64).to(tl.pointer_type(DTYPE)), ALIGN)
-    v_ptr = tl.multiple_of(v_address.to(tl.int64).to(tl.pointer_type(DTYPE)), ALIGN)
-    long_first, long_row = first.to(tl.int64), row.to(tl.int64)[:, None]
-    k_tile = k_ptr + slot * k_slot_stride + long_first * k_row_stride + kv_head * K_HEAD_STRIDE
-    v_tile = v_ptr + slot * v_slot_stride + long_first * v_row_stride + kv_head * V_HEAD_STRIDE
-    k_tile = k_tile + long_row * k_row_stride + column
-    v_tile = v_tile + long_row * v_row_stride + v_column
-    k_step = tl.full((), BLOCK_N, tl.int64) * k_row_stride
-    v_step = tl.full((), BLOCK_N, tl.int64) * v_row_stride
+    _head, k_tile, k_step = rows_of(
+        k_address, slot, k_slot_stride, kv_head, first, k_row_stride, column, K_HEAD_STRIDE, DTYPE, ALIGN, BLOCK_N
+    )
+    _head, v_tile, v_step = rows_of(
+        v_address, slot, v_slot_stride, kv_head, first, v_row_stride, v_column, V_HEAD_STRIDE, DTYPE, ALIGN, BLOCK_N
+    )
 
     m = tl.full((BLOCK_G,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_G,), tl.float32)
     acc = tl.zeros((BLOCK_G, BLOCK_DV), tl.float32)
     rows = tl.maximum(end - first, 0)
-    full = rows // BLOCK_N
-    for _ in tl.range(0, full, num_stages=STAGES):
-        k = tl.load(k_tile) if D == BLOCK_D else tl.load(k_tile, mask=column < D, other=0.0)
-        v = tl.load(v_tile) if DV == BLOCK_DV else tl.load(v_tile, mask=v_column < DV, other=0.0)
-        m, total, acc = attend(q, k, v, inside, m, total, acc, scale, cap, False, HAS_SOFTCAP, WIDEN)
-        k_tile += k_step
-        v_tile += v_step
-    if full * BLOCK_N < rows:
-        shown = row < rows - full * BLOCK_N
-        k = tl.load(k_tile, mask=shown[:, None] & (column < D), other=0.0)
-        v = tl.load(v_tile, mask=shown[:, None] & (v_column < DV), other=0.0)
-        m, total, acc = attend(q, k, v, shown, m, total, acc, scale, cap, True, HAS_SOFTCAP, WIDEN)
+    m, total, acc, _seen = attend_rows(
+        q, k_tile, v_tile, k_step, v_step, rows, m, total, acc, scale, cap,
+        0, D, DV, BLOCK_N, HAS_SOFTCAP, STAGES, WIDEN,
+    )  # fmt: skip
 
     finish(
         m, total, acc, split, num_splits, splits, sequence, kv_head, num_kv_heads,
