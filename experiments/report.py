@@ -30,7 +30,8 @@ def results(_: list[Record]) -> str:
     memory = "03 peak_memory:B=8:L=32768"
     dynamic, static = (marked(f"{memory} transformers-{name}") for name in ("dynamic", "static"))
     rows = [
-        *(_step(*case) for case in (("8B", 1), ("8B", 64), ("1B", 1))),
+        *(_step(*case) for case in (("8B", 1), ("1B", 1))),
+        _engine(),
         [
             "`generate`, 8B, 8 × 32,768 tokens: memory beyond the weights",
             f"{marked(f'{memory} vattn')} MiB",
@@ -54,6 +55,18 @@ def _step(shape: str, batch: int) -> list[str]:
         f"{vattn} ms ({share} of the limit)",
         f"torch.compile {compiled}, transformers compiled, static cache {static}"
         + (f", the same loop over blocks {blocks}" if blocks != "–" else ""),
+    ]
+
+
+def _engine() -> list[str]:
+    """Steps of the engine, and its shares of the limit, beside vLLM's."""
+    cases = [f"13 engine_step:8B.B={batch}.L=1024" for batch in (1, 8, 64)]
+    vattn, vllm = (", ".join(marked(f"{case} {system} .2f") for case in cases) for system in ("vattn", "vllm"))
+    shares = ", ".join(marked(f"{case} limit/vattn .0%") for case in cases)
+    return [
+        "decode step of the engine, 8B, batch 1, 8 and 64, 1,024 tokens",
+        f"{vattn} ms ({shares} of the limit)",
+        f"vLLM {vllm}",
     ]
 
 

@@ -73,15 +73,16 @@ def attend_rows(  # type: ignore[no-untyped-def]
     STAGES: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """Take ``rows`` rows into the online softmax, but for the first ``FIRST`` blocks; counts the whole blocks taken."""
-    row = tl.arange(0, BLOCK_N)
-    column, v_column = tl.arange(0, q.shape[1])[None, :], tl.arange(0, acc.shape[1])[None, :]
-    full = rows // BLOCK_N
+    BLOCK_D: tl.constexpr = q.shape[1]
+    BLOCK_DV: tl.constexpr = acc.shape[1]
+    row, full = tl.arange(0, BLOCK_N), rows // BLOCK_N
+    column, v_column = tl.arange(0, BLOCK_D)[None, :], tl.arange(0, BLOCK_DV)[None, :]
     k_tile += FIRST * k_step
     v_tile += FIRST * v_step
     seen = 0
     for _ in tl.range(FIRST, full, num_stages=STAGES):
-        k = tl.load(k_tile) if D == q.shape[1] else tl.load(k_tile, mask=column < D, other=0.0)
-        v = tl.load(v_tile) if DV == acc.shape[1] else tl.load(v_tile, mask=v_column < DV, other=0.0)
+        k = tl.load(k_tile) if D == BLOCK_D else tl.load(k_tile, mask=column < D, other=0.0)
+        v = tl.load(v_tile) if DV == BLOCK_DV else tl.load(v_tile, mask=v_column < DV, other=0.0)
         m, total, acc = attend(q, k, v, row < BLOCK_N, m, total, acc, scale, cap, False, HAS_SOFTCAP, WIDEN)
         k_tile += k_step
         v_tile += v_step

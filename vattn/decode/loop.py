@@ -141,8 +141,9 @@ class DecodeLoop:
                 mapper.close()
             cache.release(self.own_slot)
             raise
-        under_way = options.steps_ahead, options.steps_per_launch > 1, self.max_seq_len
-        self._pipeline = Pipeline(cache, self._step, self._progress, self._mapper, self.stream, *under_way)
+        several = options.steps_per_launch > 1
+        parts = cache, self._step, self._progress, self._mapper, self.stream
+        self._pipeline = Pipeline(*parts, options.steps_ahead, several)
 
     # -- sequences -----------------------------------------------------------------------------------------------
     def start(

@@ -30,7 +30,6 @@ class Pipeline:
         stream: of the steps; None on the CPU.
         steps_ahead: steps that are left under way.
         several: whether a launch may take several steps.
-        max_seq_len: rows of a sequence.
     """
 
     def __init__(
@@ -42,10 +41,9 @@ class Pipeline:
         stream: torch.cuda.Stream | None,
         steps_ahead: int,
         several: bool,
-        max_seq_len: int,
     ) -> None:
         self._cache, self._step, self._progress, self._mapper, self._stream = cache, step, progress, mapper, stream
-        self._steps_ahead, self._several, self._max_seq_len = steps_ahead, several, max_seq_len
+        self._steps_ahead, self._several = steps_ahead, several
 
     def advance(self, slots: Collection[int] | None, compute: Compute | None, beside: Mapping[int, int] | None) -> None:
         """Launch steps and read some before them, as ``DecodeLoop.step`` says."""
@@ -98,7 +96,7 @@ class Pipeline:
         if count > 1:
             behind_last = np.array([sequence.limit for sequence in sequences], np.int64) + 1
             rows = np.minimum(now + count, behind_last)
-            if rows.max() > self._max_seq_len:
+            if rows.max() > self._progress.max_seq_len:
                 rows, count = now + 1, 1
         versions = np.array([sequence.version for sequence in sequences], np.int64)
         touched, known = index, versions

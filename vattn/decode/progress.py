@@ -48,7 +48,7 @@ class Progress:
         stream: of the steps; None on the CPU.
         own_slot: the loop's own, in which no sequence decodes.
         max_batch: sequences that decode together.
-        max_seq_len: rows of a sequence.
+        max_seq_len: rows of a sequence; an attribute too.
 
     Attributes:
         live: by slot.
@@ -65,7 +65,7 @@ class Progress:
         max_seq_len: int,
     ) -> None:
         self._cache, self._mapper, self._stream = cache, mapper, stream
-        self._own_slot, self._max_batch, self._max_seq_len = own_slot, max_batch, max_seq_len
+        self._own_slot, self._max_batch, self.max_seq_len = own_slot, max_batch, max_seq_len
         self.live: dict[int, Live] = {}
         self.unreported: list[DecodedToken] = []
         self.under_way: deque[tuple[tuple[Live, ...], LaunchedStep]] = deque()
@@ -198,9 +198,9 @@ class Progress:
             if slot in other.live or slot == other._own_slot:
                 raise ConfigError(f"slot {slot} belongs to another DecodeLoop: cancel it there first")
         rows = self._cache.seq_len(slot)
-        if rows + max_new_tokens > self._max_seq_len:
+        if rows + max_new_tokens > self.max_seq_len:
             raise ConfigError(
-                f"slot {slot} has {rows} rows; {max_new_tokens} new ones exceed the context of {self._max_seq_len}"
+                f"slot {slot} has {rows} rows; {max_new_tokens} new ones exceed the context of {self.max_seq_len}"
             )
         return rows
 
