@@ -12,8 +12,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from tests.helpers.accelerated import generate, works
 from tests.helpers.hf_models import CACHE, make_model, prompt, with_cache
-from tests.hf.test_accelerate_guards import generate, works
 from vattn import ConfigError
 from vattn.hf import accelerate
 

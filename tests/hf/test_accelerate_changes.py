@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from tests.helpers.accelerated import generate, works
 from tests.helpers.hf_models import CACHE, make_model, prompt, with_cache
-from tests.hf.test_accelerate_guards import generate, works
 from vattn import ConfigError, Engine, Request
 from vattn.hf import TransformersModel, accelerate
 

@@ -13,8 +13,8 @@ from torch import nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
+from tests.helpers.accelerated import generate, works
 from tests.helpers.hf_models import CACHE, make_model, prompt, with_cache
-from tests.hf.test_accelerate_guards import generate, works
 from vattn import ConfigError, KVCache
 from vattn.hf import TransformersModel, accelerate
 from vattn.hf.examine_generation import fingerprint
