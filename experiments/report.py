@@ -33,7 +33,7 @@ def results(_: list[Record]) -> str:
         *(_step(*case) for case in (("8B", 1), ("1B", 1))),
         _engine(),
         [
-            "`generate`, 8B, 8 × 32,768 tokens: memory beyond the weights",
+            "H100: `generate`, 8B, 8 × 32,768 tokens: memory beyond the weights",
             f"{marked(f'{memory} vattn')} MiB",
             f"dynamic cache {dynamic}, static cache {static}",
         ],
@@ -51,7 +51,7 @@ def _step(shape: str, batch: int) -> list[str]:
     compiled, static = (marked(f"04 {at} {name} .2f") for name in ("torch-compile", "transformers-static-compile"))
     blocks = marked(f"10 {at} paged-.* .2f")
     return [
-        f"decode step, {shape}, batch {batch}, 1,024 tokens",
+        f"H100: decode step, {shape}, batch {batch}, 1,024 tokens",
         f"{vattn} ms ({share} of the limit)",
         f"torch.compile {compiled}, transformers compiled, static cache {static}"
         + (f", the same loop over blocks {blocks}" if blocks != "–" else ""),
@@ -64,7 +64,7 @@ def _engine() -> list[str]:
     vattn, vllm = (", ".join(marked(f"{case} {system} .2f") for case in cases) for system in ("vattn", "vllm"))
     shares = ", ".join(marked(f"{case} limit/vattn .0%") for case in cases)
     return [
-        "decode step of the engine, 8B, batch 1, 8 and 64, 1,024 tokens",
+        "H200: decode step of the engine, 8B, batch 1, 8 and 64, 1,024 tokens",
         f"{vattn} ms ({shares} of the limit)",
         f"vLLM {vllm}",
     ]
@@ -79,7 +79,7 @@ def _generate() -> list[str]:
 
     vattn, dynamic, compiled = map(found, ("vattn", "hf-dynamic", "hf-static-compile"))
     return [
-        "`generate`, 8B, batch 1 and 8: a step; a process's first token",
+        "H200, a slow host: `generate`, 8B, batch 1 and 8: a step; a process's first token",
         f"{vattn[0]}, {vattn[1]} ms; {vattn[2]} s",
         f"as it is {dynamic[0]}, {dynamic[1]}; {dynamic[2]} s; compiled, static cache {compiled[0]}, {compiled[1]}",
     ]
@@ -90,9 +90,9 @@ def _serving() -> list[str]:
     metrics = (("trace_tokens_per_s", ",.0f"), ("prompt_beside", ".0f"), ("longest_silence", ".0f"))
     vattn, vllm = ([marked(f"13 {metric} {system} {form}") for metric, form in metrics] for system in ("vattn", "vllm"))
     return [
-        "serving, 8B: 256 requests; a prompt of 16,384 tokens beside 8 sequences, and their longest silence",
+        "H200: 256 requests, 8B, no prefix caching; a prompt of 16,384 tokens beside 8 others, their longest silence",
         f"{vattn[0]} tokens/s; {vattn[1]} ms, {vattn[2]} ms",
-        f"vLLM {vllm[0]} tokens/s; {vllm[1]} ms, {vllm[2]} ms",
+        f"vLLM, default passes, {vllm[0]} tokens/s; {vllm[1]} ms, {vllm[2]} ms",
     ]
 
 
@@ -101,7 +101,7 @@ def _server() -> list[str]:
     metrics = (("tokens_per_s", ",.0f"), ("first_token", ".0f"), ("between_tokens", ".2f"))
     vattn, vllm = ([marked(f"17 {metric} {system} {form}") for metric, form in metrics] for system in ("vattn", "vllm"))
     return [
-        "`vattn serve`, 8B, 64 streams: all; first token, between tokens",
+        "H200: `vattn serve`, 8B, 64 streams: all; first token, between tokens (medians)",
         f"{vattn[0]} tokens/s; {vattn[1]}, {vattn[2]} ms",
         f"`vllm serve` {vllm[0]} tokens/s; {vllm[1]}, {vllm[2]} ms",
     ]
@@ -109,4 +109,5 @@ def _server() -> list[str]:
 
 def _prefill(tokens: int, note: str) -> list[str]:
     vattn, small, large = (marked(f"11 prefill:total={tokens} {n} ,.0f") for n in ("vattn", "paged-16", "paged-256"))
-    return [f"prefill, 8B, {tokens:,} tokens, {note}", f"{vattn} ms", f"blocks of 16 tokens {small}, of 256 {large}"]
+    instead = f"blocks of 16 tokens {small}, of 256 {large}"
+    return [f"H100: prefill, 8B, {tokens:,} tokens, {note}", f"{vattn} ms", instead]

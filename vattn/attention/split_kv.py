@@ -72,7 +72,10 @@ def attend_rows(  # type: ignore[no-untyped-def]
     FIRST: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     STAGES: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """Take ``rows`` rows into the online softmax, but for the first ``FIRST`` blocks; counts the whole blocks taken."""
+    """Take ``rows`` rows into the online softmax, and count the whole blocks that were taken.
+
+    The first ``FIRST`` blocks, whole or not, are left to the caller.
+    """
     BLOCK_D: tl.constexpr = q.shape[1]
     BLOCK_DV: tl.constexpr = acc.shape[1]
     row, full = tl.arange(0, BLOCK_N), rows // BLOCK_N

@@ -48,11 +48,12 @@ class Progress:
         stream: of the steps; None on the CPU.
         own_slot: the loop's own, in which no sequence decodes.
         max_batch: sequences that decode together.
-        max_seq_len: rows of a sequence; an attribute too.
+        max_seq_len: rows of a sequence.
 
     Attributes:
         live: by slot.
         unreported: tokens that were read and not reported.
+        max_seq_len: rows of a sequence.
     """
 
     def __init__(
