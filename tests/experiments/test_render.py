@@ -101,8 +101,11 @@ def test_the_results_have_at_most_eight_rows_and_what_is_lost_most():
     assert len(lines) <= 8
     assert not any("–" in line for line in lines)
     steps = table.by_case(table.records_of("04_decode"), "decode_step")
-    for line, case in zip(lines, ("8B B=1", "8B B=64", "1B B=1"), strict=False):
+    for line, case in zip(lines, ("8B B=1", "1B B=1"), strict=False):
         assert f"| {steps[f'{case} L=1024']['vattn']:.2f} ms (" in line
+    steps = table.by_case(table.records_of("13_serving"), "engine_step")
+    for system, found in (("vattn", "| {} ms ("), ("vllm", "| vLLM {} |")):
+        assert found.format(", ".join(f"{steps[f'8B B={b} L=1024'][system]:.2f}" for b in (1, 8, 64))) in lines[2]
     ratios = {}
     for name, metric in (("10_layouts", "decode_step"), ("11_prefill", "prefill")):
         for case, each in table.by_case(table.records_of(name), metric).items():
