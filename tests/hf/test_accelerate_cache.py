@@ -13,19 +13,9 @@ import torch
 from transformers import PreTrainedModel
 
 from tests.helpers.accelerated import generate, works
-from tests.helpers.hf_models import CACHE, make_model, prompt, with_cache
+from tests.helpers.hf_models import CACHE, prompt, with_cache
 from vattn import ConfigError
 from vattn.hf import accelerate
-
-
-@pytest.fixture
-def model() -> PreTrainedModel:
-    return make_model("Llama")
-
-
-@pytest.fixture(scope="module")
-def plain() -> PreTrainedModel:
-    return make_model("Llama")
 
 
 def answered(model: PreTrainedModel, **options: Any) -> Any:

@@ -17,11 +17,6 @@ from vattn.hf import TransformersModel, accelerate
 
 
 @pytest.fixture
-def model() -> PreTrainedModel:
-    return make_model("Llama")
-
-
-@pytest.fixture
 def other() -> PreTrainedModel:
     return make_model("Llama")
 

@@ -16,16 +16,6 @@ from tests.helpers.hf_models import make_model, prompt, with_cache
 from vattn.hf import accelerate
 
 
-@pytest.fixture
-def model() -> PreTrainedModel:
-    return make_model("Llama")
-
-
-@pytest.fixture(scope="module")
-def plain() -> PreTrainedModel:
-    return make_model("Llama")
-
-
 # -- calls that captured steps cannot serve ---------------------------------------------------------------------------
 def right_padded() -> dict[str, Any]:
     mask = torch.ones(2, 11, dtype=torch.long)

@@ -20,16 +20,6 @@ from vattn import ConfigError, OutOfPages
 from vattn.hf import accelerate
 
 
-@pytest.fixture
-def model() -> PreTrainedModel:
-    return make_model("Llama")
-
-
-@pytest.fixture(scope="module")
-def plain() -> PreTrainedModel:
-    return make_model("Llama")
-
-
 # -- what the model is left as ----------------------------------------------------------------------------------------
 def test_restore_leaves_nothing(model: PreTrainedModel) -> None:
     before, forward = dict(vars(model)), model.forward

@@ -141,9 +141,8 @@ class DecodeLoop:
                 mapper.close()
             cache.release(self.own_slot)
             raise
-        several = options.steps_per_launch > 1
         parts = cache, self._step, self._progress, self._mapper, self.stream
-        self._pipeline = Pipeline(*parts, options.steps_ahead, several)
+        self._pipeline = Pipeline(*parts, options.steps_ahead, options.steps_per_launch > 1)
 
     # -- sequences -----------------------------------------------------------------------------------------------
     def start(
